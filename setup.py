@@ -1,0 +1,52 @@
+"""Thin driver: CMake and ninja build the native libraries, setuptools packages what they built."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def torch_dir() -> Path:
+    """The torch package to build against.
+
+    An isolated build hides the environment's packages from `import`, but the stable-ABI headers of the torch that is
+    installed there are the ones to use: they cost no download and match what will load the library.
+    """
+    for name in ("platlib", "purelib"):
+        candidate = Path(sysconfig.get_paths()[name]) / "torch"
+        if (candidate / "include" / "torch" / "csrc" / "stable").is_dir():
+            return candidate
+    import torch  # not before this point: an isolated build may have none
+
+    return Path(torch.__file__).parent
+
+
+class CMakeBuild(build_ext):
+    """Builds all native targets at once with CMake; `build_ext.extensions` only name the results."""
+
+    def run(self) -> None:
+        out = ROOT / "treedecode" if self.inplace else Path(self.build_lib).resolve() / "treedecode"
+        build = ROOT / "build" / ("inplace" if self.inplace else "wheel")
+        subprocess.run(
+            ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DTREEDECODE_OUTPUT_DIR={out}",
+             f"-DPython_EXECUTABLE={sys.executable}", f"-DTREEDECODE_TORCH_DIR={torch_dir()}",
+             *os.environ.get("CMAKE_ARGS", "").split()],
+            check=True,
+        )  # fmt: skip
+        subprocess.run(["cmake", "--build", str(build)], check=True)
+
+    def get_outputs(self) -> list[str]:
+        package = Path(self.build_lib).resolve() / "treedecode"
+        return [str(path) for path in package.glob("_*.so")]
+
+
+setup(
+    ext_modules=[Extension("treedecode._ops", sources=[]), Extension("treedecode._host", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

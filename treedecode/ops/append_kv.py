@@ -1,0 +1,31 @@
+"""append_kv: write new tokens' keys and values into the paged cache."""
+
+import torch
+from torch import Tensor
+
+from treedecode import reference
+from treedecode.ops._native import USE_REFERENCE, call
+
+
+def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+    """Writes K and V of new tokens to their slots, in place.
+
+    Args:
+        k, v: `[num_tokens, num_kv_heads, head_dim]`, fp32, bf16 or fp16, unit stride in the last dimension.
+        k_pages, v_pages: `[num_pages, page_size, num_kv_heads, head_dim]`, same dtype, any strides with unit
+            head_dim stride.
+        slots: `[num_tokens]` int64, `page * page_size + offset`; a negative slot is skipped. No two tokens may
+            share a slot.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype, stride or a slot is out of range; nothing is written.
+    """
+    if USE_REFERENCE:
+        return reference.append_kv(k, v, k_pages, v_pages, slots)
+    call(torch.ops.treedecode.append_kv.default, k, v, k_pages, v_pages, slots)
+    return None
+
+
+@torch.library.register_fake("treedecode::append_kv")
+def _(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+    return None
