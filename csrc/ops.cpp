@@ -3,5 +3,13 @@
 
 STABLE_TORCH_LIBRARY(treedecode, m) {
   m.def("append_kv(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slots) -> ()");
+  m.def("fork_branches(Tensor(a!) refcount, Tensor(b!) free_pages, Tensor(c!) page_table, Tensor(d!) seq_lens, "
+        "Tensor(e!) status, Tensor src, Tensor dst, Tensor? lens, int page_size) -> ()");
+  m.def("append_slots(Tensor(a!) refcount, Tensor(b!) free_pages, Tensor(c!) page_table, Tensor(d!) seq_lens, "
+        "Tensor(e!) status, Tensor(f!) kv, Tensor(g!) slots, Tensor rows, Tensor? q_lens, int page_size) -> ()");
+  m.def("hold_pages(Tensor(a!) refcount, Tensor(b!) free_pages, Tensor(c!) status, Tensor pages, bool hold) -> ()");
+  m.def("adopt_pages(Tensor(a!) refcount, Tensor(b!) page_table, Tensor(c!) seq_lens, Tensor status, Tensor pages, "
+        "int row, int num_tokens, int page_size) -> ()");
+  m.def("copy_pages(Tensor(a!) kv, Tensor src, Tensor dst, Tensor? num_tokens) -> ()");
   m.def("_cpu_isa(int isa) -> (int, int)");
 }

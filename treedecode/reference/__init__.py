@@ -1,5 +1,19 @@
 """Ground truth of every op: plain loops in float64 that import nothing else of treedecode."""
 
 from treedecode.reference.append_kv import append_kv
+from treedecode.reference.pages import (
+    adopt_pages,
+    append_slots,
+    copy_pages,
+    fork_branches,
+    hold_pages,
+)
 
-__all__ = ["append_kv"]
+__all__ = [
+    "adopt_pages",
+    "append_kv",
+    "append_slots",
+    "copy_pages",
+    "fork_branches",
+    "hold_pages",
+]

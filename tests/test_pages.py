@@ -1,0 +1,614 @@
+"""PagePool against a shadow model that keeps every branch's tokens and KV by value, and the page ops against the
+reference."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from treedecode import ops, reference
+from treedecode.pages import OutOfBranches, OutOfPages, PagePool
+
+STATE_FIELDS = ("refcount", "free_pages", "page_table", "seq_lens", "status")
+
+
+def make_pool(num_pages=24, page_size=4, max_branches=8, max_pages_per_branch=12, **changes):
+    sizes = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 4, "dtype": torch.float32} | changes
+    return PagePool(
+        num_pages=num_pages,
+        page_size=page_size,
+        max_branches=max_branches,
+        max_pages_per_branch=max_pages_per_branch,
+        **sizes,
+    )
+
+
+def snapshot(pool):
+    return {name: getattr(pool, name).clone() for name in (*STATE_FIELDS, "kv")}
+
+
+def assert_unchanged(pool, before):
+    for name, value in before.items():
+        assert torch.equal(getattr(pool, name), value), name
+
+
+class Writer:
+    """Writes a value of its own into each new slot of each layer, K and V, and reads branches back."""
+
+    def __init__(self, pool):
+        self.pool = pool
+        self.count = 0
+
+    def append(self, rows, q_lens):
+        """Returns the new tokens' values, one list per row."""
+        slots = self.pool.append(rows, q_lens)
+        num_heads, head_dim = self.pool.kv.shape[3], self.pool.kv.shape[5]
+        values = torch.arange(self.count, self.count + len(slots), dtype=torch.float32) + 1
+        self.count += len(slots)
+        place = torch.arange(num_heads * head_dim).view(num_heads, head_dim) / 64
+        for layer in range(self.pool.num_layers):
+            k = values[:, None, None] + place + layer * 1000
+            ops.append_kv(k, -k, *self.pool.layer(layer), slots)
+        return [part.tolist() for part in values.split(list(q_lens))]
+
+    def assert_holds(self, row, values):
+        pool = self.pool
+        num_heads, head_dim = pool.kv.shape[3], pool.kv.shape[5]
+        pages = torch.from_numpy(pool.pages(row)).long()
+        place = torch.arange(num_heads * head_dim).view(num_heads, head_dim) / 64
+        for layer in range(pool.num_layers):
+            want = torch.tensor(values)[:, None, None] + place + layer * 1000
+            for got, sign in zip(pool.layer(layer), (1, -1), strict=True):
+                got = got[pages].reshape(-1, num_heads, head_dim)[: len(values)]
+                assert torch.equal(got, sign * want), f"row {row}"
+
+
+# ------------------------------------------------------------------------------------------------ fork, append
+
+
+def test_fork_shares_pages_and_append_copies_the_partial_one_once():
+    pool = make_pool()
+    writer = Writer(pool)
+    root, *children = pool.allocate_rows(3).tolist()
+    (prompt,) = writer.append([root], [6])
+    pool.fork([root, root], children)
+    assert pool.num_free_pages == 24 - 2
+    assert pool.refcount[:2].tolist() == [3, 3]
+    new = writer.append([root, *children], [1, 1, 1])
+    # two of the three sharers copied, the last one wrote in place
+    assert pool.num_free_pages == 24 - 4
+    assert pool.refcount[:4].tolist() == [3, 1, 1, 1]
+    assert pool.page_table[[root, *children], 1].tolist() == [2, 3, 1]
+    for row, values in zip([root, *children], new, strict=True):
+        writer.assert_holds(row, prompt + values)
+    pool.check_integrity()
+
+
+def test_fork_at_a_page_border_copies_nothing():
+    pool = make_pool()
+    writer = Writer(pool)
+    rows = pool.allocate_rows(2)
+    (prompt,) = writer.append(rows[:1], [8])
+    pool.fork(rows[:1], rows[1:])
+    kv = pool.kv.clone()
+    pool.append(rows)
+    assert torch.equal(pool.kv, kv)
+    assert pool.num_free_pages == 24 - 4
+    for row in rows:
+        writer.assert_holds(row, prompt)
+
+
+def test_reorder_of_a_permutation():
+    pool = make_pool()
+    writer = Writer(pool)
+    rows = pool.allocate_rows(4)
+    values = writer.append(rows, [3, 5, 7, 9])
+    used = pool.num_free_pages
+    pool.fork(rows[[1, 2, 3, 0]], rows)
+    assert pool.num_free_pages == used
+    for row, old in zip(rows, [1, 2, 3, 0], strict=True):
+        writer.assert_holds(row, values[old])
+    pool.check_integrity()
+
+
+def test_reorder_with_duplicates_and_dropped_rows():
+    """A row that is a parent and is overwritten itself; a row nobody continues; a page whose last reference moves."""
+    pool = make_pool()
+    writer = Writer(pool)
+    rows = pool.allocate_rows(4)
+    values = writer.append(rows, [3, 5, 7, 9])
+    pool.fork(rows[[2, 2, 0, 2]], rows)
+    for row, old in zip(rows, [2, 2, 0, 2], strict=True):
+        writer.assert_holds(row, values[old])
+    pool.check_integrity()
+    new = writer.append(rows, [1, 1, 1, 1])
+    for row, old, tail in zip(rows, [2, 2, 0, 2], new, strict=True):
+        writer.assert_holds(row, values[old] + tail)
+    pool.check_integrity()
+
+
+def test_reorder_swap_with_truncation():
+    pool = make_pool()
+    writer = Writer(pool)
+    rows = pool.allocate_rows(2)
+    a, b = writer.append(rows, [10, 11])
+    pool.fork(rows[::-1].copy(), rows, [5, 9])
+    writer.assert_holds(rows[0], b[:5])
+    writer.assert_holds(rows[1], a[:9])
+    pool.check_integrity()
+
+
+def test_last_sharer_writes_in_place_across_calls():
+    pool = make_pool()
+    rows = pool.allocate_rows(2)
+    pool.append(rows[:1], [2])
+    pool.fork(rows[:1], rows[1:])
+    pool.append(rows[:1])
+    free = pool.num_free_pages
+    pool.append(rows[1:])
+    assert pool.num_free_pages == free
+
+
+def test_truncate_into_a_shared_page_copies_on_append():
+    pool = make_pool()
+    writer = Writer(pool)
+    rows = pool.allocate_rows(2)
+    (prompt,) = writer.append(rows[:1], [8])
+    pool.fork(rows[:1], rows[1:], [7])
+    (tail,) = writer.append(rows[1:], [1])
+    writer.assert_holds(rows[0], prompt)
+    writer.assert_holds(rows[1], prompt[:7] + tail)
+    pool.truncate(rows, [0, 2])
+    writer.assert_holds(rows[1], prompt[:2])
+    pool.check_integrity()
+
+
+def test_copy_on_write_leaves_unused_slots_alone():
+    pool = make_pool()
+    pool.kv.fill_(float("nan"))
+    writer = Writer(pool)
+    rows = pool.allocate_rows(2)
+    writer.append(rows[:1], [6])
+    pool.fork(rows[:1], rows[1:])
+    writer.append(rows, [1, 1])
+    k_pages, _ = pool.layer(0)
+    for row in rows:
+        assert k_pages[pool.pages(row)[1], 3].isnan().all()
+
+
+def test_page_order_is_the_documented_one():
+    pool = make_pool(page_size=1)
+    rows = pool.allocate_rows(3)
+    pool.append(rows, [2, 1, 3])
+    assert [pool.pages(row).tolist() for row in rows] == [[0, 1], [2], [3, 4, 5]]
+    pool.clear(rows[[2, 0]])  # pushed 5 4 3 1 0
+    pool.append(rows[:1], [4])
+    assert pool.pages(rows[0]).tolist() == [0, 1, 3, 4]
+
+
+# ------------------------------------------------------------------------------------------------ running out
+
+
+def test_out_of_pages_is_atomic():
+    pool = make_pool(num_pages=4)
+    writer = Writer(pool)
+    rows = pool.allocate_rows(3)
+    writer.append(rows[:1], [6])
+    pool.fork(rows[[0, 0]], rows[1:])
+    before = snapshot(pool)
+    with pytest.raises(OutOfPages, match="out of pages: 3 needed, 2 free") as raised:  # two copies and a new page
+        pool.append(rows, [1, 1, 3])
+    assert (raised.value.num_needed, raised.value.num_free) == (3, 2)
+    assert_unchanged(pool, before)
+    pool.append(rows)  # fits exactly
+    assert pool.num_free_pages == 0
+    pool.check_integrity()
+
+
+def test_refused_append_hands_out_no_slots_until_the_status_is_reset():
+    pool = make_pool(num_pages=1)
+    (row,) = pool.allocate_rows(1)
+    before = snapshot(pool)
+    slots = torch.full((5,), 7)
+    rows, q_lens = torch.tensor([row]), torch.tensor([5], dtype=torch.int32)
+    ops.append_slots(pool.state, pool.kv, slots, rows, q_lens)
+    assert slots.tolist() == [-1] * 5
+    assert pool.status.tolist() == [ops.pages.OUT_OF_PAGES, 1, 2, 0]
+    # the error is sticky: what follows in a stream of ops does nothing
+    slots = torch.full((1,), 7)
+    ops.append_slots(pool.state, pool.kv, slots, rows)
+    assert slots.tolist() == [-1]
+    before["status"] = torch.tensor([ops.pages.OUT_OF_PAGES, 1, 2, 0], dtype=torch.int32)
+    assert_unchanged(pool, before)
+
+
+def test_rows_run_out():
+    pool = make_pool(max_branches=4)
+    assert pool.allocate_rows(3).tolist() == [0, 1, 2]
+    with pytest.raises(OutOfBranches, match="2 rows needed, 1 of 4 free"):
+        pool.allocate_rows(2)
+    assert pool.num_free_rows == 1
+    pool.release([1])
+    assert pool.allocate_rows(2).tolist() == [1, 3]
+
+
+# ------------------------------------------------------------------------------------------------ holding
+
+
+def test_pages_outlive_their_row_while_retained():
+    pool = make_pool()
+    writer = Writer(pool)
+    row, other = pool.allocate_rows(2)
+    (prompt,) = writer.append([row], [9])
+    held = pool.pages(row)[:2]
+    pool.retain(held)
+    pool.release([row])
+    pool.check_integrity(held=held)
+    pool.adopt(other, held, 7)  # part of the second page only
+    writer.assert_holds(other, prompt[:7])
+    (tail,) = writer.append([other], [1])
+    writer.assert_holds(other, prompt[:7] + tail)
+    assert pool.pages(other)[1] != held[1]
+    pool.release([other])
+    assert pool.num_free_pages == 24 - 2
+    pool.drop(held)
+    assert pool.num_free_pages == 24
+    pool.check_integrity()
+
+
+def test_integrity_check_names_what_is_broken():
+    def broken(change, message):
+        pool = make_pool()
+        rows = pool.allocate_rows(2)
+        pool.append(rows, [5, 5])
+        change(pool)
+        with pytest.raises(AssertionError, match=message):
+            pool.check_integrity()
+
+    def set_at(name, index, value):
+        return lambda pool: getattr(pool, name).__setitem__(index, value)
+
+    broken(set_at("refcount", 0, 2), "page 0 has refcount 2 but 1 references")
+    broken(set_at("page_table", (1, 0), 0), "page 0 has refcount 1 but 2 references")
+    broken(set_at("page_table", (1, 0), 3), "row 1 has a page twice")
+    broken(set_at("page_table", (1, 0), 99), "row 1 has a page out of range")
+    broken(set_at("free_pages", 0, 22), "on the free stack twice")
+    broken(set_at("free_pages", 0, 0), "not the set of pages without references")
+    broken(set_at("status", 1, 19), "not the set of pages without references")
+    broken(set_at("status", 0, 1), "status has error 1")
+    broken(set_at("seq_lens", 5, 1), "row 5 is free but has 1 tokens")
+    broken(lambda pool: pool.retain([0]), "page 0 has refcount 2 but 1 references")
+
+
+# ------------------------------------------------------------------------------------------------ bad arguments
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p.fork([0], [5]), "dst_rows: row 5 is not allocated"),
+        (lambda p: p.fork([5], [0]), "src_rows: row 5 is not allocated"),
+        (lambda p: p.fork([0, 1], [2, 2]), "dst: expected each row once, .* got 2 at index 1"),
+        (lambda p: p.fork([0, 1], [2]), r"dst: expected shape the shape of src = \[2\], got \[1\]"),
+        (lambda p: p.fork([0], [1], [7]), "lens: expected lengths from 0 to the source's 6, got 7 at index 0"),
+        (lambda p: p.fork([0], [1], [-1]), "lens: expected lengths"),
+        (lambda p: p.append([0, 0]), "rows: expected each row once"),
+        (lambda p: p.append([99]), "rows: expected row ids below 8"),
+        (lambda p: p.append([[0]]), r"rows: expected shape \[n\], got \[1, 1\]"),
+        (lambda p: p.append([0, 1], [1, -1]), "q_lens: expected lengths from 0 to the room .* got -1 at index 1"),
+        (lambda p: p.append([0], [43]), "q_lens: expected .* room left in the row's page table, 42, got 43"),
+        (lambda p: p.truncate([0], [7]), "lens: expected"),
+        (lambda p: p.release([5]), "rows: row 5 is not allocated"),
+        (lambda p: p.release([1, 1]), "dst: expected each row once"),
+        (lambda p: p.adopt(0, [0], 4), "row: expected an empty row"),
+        (lambda p: p.adopt(2, [0], 5), "num_tokens: expected a length that ends in the last page"),
+        (lambda p: p.adopt(2, [7], 4), "pages: expected pages in use"),
+        (lambda p: p.adopt(2, [24], 4), "pages: expected page ids in 0 .. 23, got 24"),
+        (lambda p: p.adopt(2, [0] * 13, 52), "pages: expected at most as many as a row holds, 12, got 13"),
+        (lambda p: p.retain([0, 7]), "pages: expected pages in use, none with refcount 0, got 7 at index 1"),
+        (lambda p: p.drop([0, 0]), "pages: expected no page more often than its references, .* 1, got 0 at index 1"),
+        (lambda p: p.retain([-1]), "pages: expected page ids in 0 .. 23, got -1"),
+    ],
+)
+def test_bad_arguments_change_nothing(change, message):
+    pool = make_pool()
+    pool.append(pool.allocate_rows(3)[:2], [6, 3])
+    before = snapshot(pool)
+    with pytest.raises(ValueError, match=message):
+        change(pool)
+    assert_unchanged(pool, before)
+    pool.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("num_pages", 0), ("page_size", 0), ("max_branches", 0), ("num_layers", -1)]
+)
+def test_bad_sizes(name, size):
+    with pytest.raises(ValueError, match=f"{name}: expected at least"):
+        make_pool(**{name: size})
+
+
+# ------------------------------------------------------------------------------------------------ ops
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def test_ops_match_the_reference_in_every_tensor():
+    """Random calls on two copies of one state; page ids and the free stack must agree too."""
+    rng = np.random.default_rng(0)
+    native, plain = make_pool(num_pages=20), make_pool(num_pages=20)
+    for pool in (native, plain):
+        pool.allocate_rows(8)
+    held: list[int] = []
+    refused = 0
+    for step in range(400):
+        n = int(rng.integers(1, 9))
+        rows = rng.permutation(8)[:n]
+        src = rng.integers(0, 8, n)
+        lens = [int(rng.integers(0, native.seq_lens[row] + 1)) for row in src]
+        kind = rng.integers(0, 6)
+        calls = [("fork_branches", int32(*src), int32(*rows), int32(*lens) if kind else None)]
+        if kind in (1, 2, 3):
+            q_lens = rng.integers(0, 6, n)
+            room = 12 * 4 - native.seq_lens[rows].numpy()
+            q_lens = np.minimum(q_lens, room)
+            calls = [("append_slots", int32(*rows), int32(*q_lens))]
+        if kind == 4:
+            used = torch.nonzero(native.refcount).flatten().tolist()
+            pages = rng.permutation(used)[:3].tolist()
+            calls = [("hold_pages", int32(*pages), True), ("hold_pages", int32(*held), False)]
+            held = pages
+        if kind == 5:
+            empty = torch.nonzero(native.seq_lens == 0).flatten().tolist()
+            if empty and held:
+                calls = [("adopt_pages", int32(*held), empty[0], len(held) * 4 - 1)]
+        for name, *args in calls:
+            for pool, module in ((native, ops), (plain, reference)):
+                if name == "append_slots":
+                    slots = torch.empty(int(args[1].sum()), dtype=torch.int64)
+                    module.append_slots(pool.state, pool.kv, slots, *args)
+                    pool.kv.view(-1)[slots[slots >= 0]] = float(step)  # some content to copy
+                    pool.slots = slots
+                else:
+                    getattr(module, name)(pool.state, *args)
+            for field in STATE_FIELDS:
+                got, want = getattr(native, field), getattr(plain, field)
+                if field == "free_pages":
+                    got, want = got[: native.num_free_pages], want[: plain.num_free_pages]
+                assert torch.equal(got, want), f"step {step}: {field} after {name}"
+            assert torch.equal(native.kv, plain.kv)
+            if name == "append_slots":
+                assert torch.equal(native.slots, plain.slots)
+        if native.status[0]:
+            refused += 1
+            native.status[0] = plain.status[0] = 0
+        native.check_integrity(held)
+    assert 5 < refused < 200
+
+
+def test_copy_pages_matches_reference_and_skips_negative_targets():
+    kv = torch.randn(3, 2, 8, 2, 4, 4)
+    got, want = kv.clone(), kv.clone()
+    args = int32(0, 1, 5, 1), int32(2, 3, -1, 7), int32(4, 1, 2, 0)
+    ops.copy_pages(got, *args)
+    reference.copy_pages(want, *args)
+    assert torch.equal(got, want)
+    assert torch.equal(got[:, :, 3, :, 1:], kv[:, :, 3, :, 1:])
+    ops.copy_pages(got, args[0], args[1])
+    reference.copy_pages(want, args[0], args[1])
+    assert torch.equal(got, want)
+    assert torch.equal(got[:, :, 7], got[:, :, 1])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((int32(8), int32(0)), "src: expected page ids in 0 .. 7, got 8"),
+        ((int32(0), int32(8)), "dst: expected page ids in 0 .. 7, got 8"),
+        ((int32(0), int32(1), int32(5)), "num_tokens: expected lengths in 0 .. 4, got 5"),
+        ((int32(0), int32(1, 2)), "dst: expected shape the shape of src"),
+    ],
+)
+def test_copy_pages_bad_arguments(args, message):
+    kv = torch.zeros(1, 2, 8, 2, 4, 4)
+    with pytest.raises(ValueError, match=message):
+        ops.copy_pages(kv, *args)
+    with pytest.raises(ValueError, match="kv: expected each page's"):
+        ops.copy_pages(kv.transpose(3, 4), int32(0), int32(1))
+
+
+def test_opcheck():
+    pool = make_pool()
+    rows = pool.allocate_rows(3)
+    pool.append(rows, [3, 2, 0])
+    native, state = torch.ops.treedecode, pool.state[:5]
+    torch.library.opcheck(native.fork_branches, (*state, int32(0, 1), int32(1, 2), None, 4))
+    torch.library.opcheck(native.fork_branches, (*state, int32(0, 1), int32(1, 2), int32(1, 1), 4))
+    slots = torch.zeros(3, dtype=torch.int64)
+    torch.library.opcheck(native.append_slots, (*state, pool.kv, slots, int32(0, 1), int32(1, 2), 4))
+    torch.library.opcheck(native.append_slots, (*state, pool.kv, slots, int32(0, 1, 2), None, 4))
+    hold = (pool.refcount, pool.free_pages, pool.status, int32(0), True)
+    torch.library.opcheck(native.hold_pages, hold)
+    pool.clear([2])
+    adopt = (pool.refcount, pool.page_table, pool.seq_lens, pool.status, int32(0), 2, 3, 4)
+    torch.library.opcheck(native.adopt_pages, adopt)
+    torch.library.opcheck(native.copy_pages, (pool.kv, int32(0), int32(5), None))
+    torch.library.opcheck(native.copy_pages, (pool.kv, int32(0), int32(5), int32(2)))
+
+
+# ------------------------------------------------------------------------------------------------ state machine
+
+
+class PagesMachine(RuleBasedStateMachine):
+    """Every way to use a pool, in any order; `shadow` is what each branch must hold."""
+
+    @initialize(page_size=st.sampled_from([1, 2, 16]))
+    def start(self, page_size):
+        self.pool = make_pool(
+            num_pages=96 // page_size + 2, page_size=page_size, max_branches=6, max_pages_per_branch=64 // page_size
+        )
+        self.writer = Writer(self.pool)
+        self.shadow: dict[int, list[float]] = {}  # allocated rows
+        self.held: list[tuple[list[int], list[float]]] = []  # retained pages and the values in them
+        self.log: list[tuple] = []  # calls that went through, for replay
+
+    def rows(self, data, **sizes):
+        return data.draw(st.lists(st.sampled_from(sorted(self.shadow)), unique=True, **sizes), label="rows")
+
+    def do(self, name, *args):
+        result = getattr(self.pool, name)(*args)
+        self.log.append((name, *args))
+        return result
+
+    def append(self, rows, q_lens):
+        if any(len(self.shadow[row]) + n > 64 for row, n in zip(rows, q_lens, strict=True)):
+            before = snapshot(self.pool)
+            with pytest.raises(ValueError, match="q_lens"):
+                self.pool.append(rows, q_lens)
+            assert_unchanged(self.pool, before)
+            return
+        before = snapshot(self.pool)
+        try:
+            new = self.writer.append(rows, q_lens)
+        except OutOfPages as error:
+            assert error.num_needed > error.num_free == self.pool.num_free_pages
+            assert_unchanged(self.pool, before)
+            return
+        self.log.append(("append", rows, q_lens))
+        size = self.pool.page_size
+        for row, values in zip(rows, new, strict=True):
+            begin = len(self.shadow[row]) // size
+            self.shadow[row] = self.shadow[row] + values
+            if values:
+                written = self.pool.pages(row)[begin:]
+                assert (self.pool.refcount[torch.from_numpy(written).long()] == 1).all(), "wrote to a shared page"
+
+    @rule(n=st.integers(1, 4))
+    def allocate(self, n):
+        if n > self.pool.num_free_rows:
+            with pytest.raises(OutOfBranches):
+                self.pool.allocate_rows(n)
+        else:
+            self.shadow.update({int(row): [] for row in self.do("allocate_rows", n)})
+
+    @precondition(lambda self: self.shadow)
+    @rule(data=st.data())
+    def extend(self, data):
+        rows = self.rows(data, min_size=1)
+        n = st.integers(0, 20) if data.draw(st.booleans(), label="long") else st.integers(0, 3)
+        self.append(rows, data.draw(st.lists(n, min_size=len(rows), max_size=len(rows)), label="q_lens"))
+
+    @precondition(lambda self: self.shadow)
+    @rule(data=st.data(), truncated=st.booleans())
+    def fork(self, data, truncated):
+        dst = self.rows(data)
+        src = data.draw(
+            st.lists(st.sampled_from(sorted(self.shadow)), min_size=len(dst), max_size=len(dst)), label="src"
+        )
+        lens = [len(self.shadow[row]) for row in src]
+        if truncated:
+            lens = [data.draw(st.integers(0, n), label="len") for n in lens]
+        self.do("fork", src, dst, lens if truncated else None)
+        self.shadow.update({d: self.shadow[s][:n] for s, d, n in zip(src, dst, lens, strict=True)})
+
+    @precondition(lambda self: self.shadow)
+    @rule(data=st.data())
+    def step(self, data):
+        """A beam step: every live row gets a random parent, then one token."""
+        rows = sorted(self.shadow)
+        parents = data.draw(st.lists(st.sampled_from(rows), min_size=len(rows), max_size=len(rows)), label="parents")
+        self.do("fork", parents, rows)
+        self.shadow = {row: self.shadow[parent] for row, parent in zip(rows, parents, strict=True)}
+        self.append(rows, [1] * len(rows))
+
+    @precondition(lambda self: self.shadow)
+    @rule(data=st.data())
+    def truncate(self, data):
+        rows = self.rows(data, min_size=1)
+        lens = [data.draw(st.integers(0, len(self.shadow[row])), label="len") for row in rows]
+        self.do("truncate", rows, lens)
+        self.shadow.update({row: self.shadow[row][:n] for row, n in zip(rows, lens, strict=True)})
+
+    @precondition(lambda self: self.shadow)
+    @rule(data=st.data(), keep=st.booleans())
+    def release(self, data, keep):
+        rows = self.rows(data, min_size=1)
+        self.do("clear" if keep else "release", rows)
+        for row in rows:
+            del self.shadow[row]
+            if keep:
+                self.shadow[row] = []
+
+    @precondition(lambda self: self.shadow)
+    @rule(data=st.data())
+    def retain(self, data):
+        """What a prefix index does with a row's whole pages."""
+        (row,) = self.rows(data, min_size=1, max_size=1)
+        num_whole = len(self.shadow[row]) // self.pool.page_size
+        pages = self.pool.pages(row)[: data.draw(st.integers(0, num_whole))].tolist()
+        if pages:
+            self.do("retain", pages)
+            self.held.append((pages, self.shadow[row][: len(pages) * self.pool.page_size]))
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def drop(self, data):
+        pages, _ = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        self.do("drop", pages)
+
+    @precondition(lambda self: self.held and any(not values for values in self.shadow.values()))
+    @rule(data=st.data())
+    def adopt(self, data):
+        row = data.draw(st.sampled_from([row for row, values in self.shadow.items() if not values]))
+        pages, values = data.draw(st.sampled_from(self.held))
+        n = data.draw(st.integers(1, len(values)), label="num_tokens")
+        self.do("adopt", row, pages[: -(-n // self.pool.page_size)], n)
+        self.shadow[row] = values[:n]
+
+    @rule()
+    def replay(self):
+        """The same calls on a new pool give the same page ids."""
+        fresh = make_pool(
+            num_pages=self.pool.num_pages,
+            page_size=self.pool.page_size,
+            max_branches=6,
+            max_pages_per_branch=self.pool.page_table.shape[1],
+        )
+        for name, *args in self.log:
+            getattr(fresh, name)(*args)
+        for row in self.shadow:
+            assert fresh.pages(row).tolist() == self.pool.pages(row).tolist()
+        num_free = self.pool.num_free_pages
+        assert fresh.free_pages[:num_free].equal(self.pool.free_pages[:num_free])
+
+    @invariant()
+    def holds_what_it_must(self):
+        if not hasattr(self, "pool"):
+            return
+        self.pool.check_integrity(held=[page for pages, _ in self.held for page in pages])
+        for row, values in self.shadow.items():
+            assert int(self.pool.seq_lens[row]) == len(values)
+            self.writer.assert_holds(row, values)
+
+    def teardown(self):
+        if not hasattr(self, "pool"):
+            return
+        self.pool.release(sorted(self.shadow))
+        for pages, _ in self.held:
+            self.pool.drop(pages)
+        assert self.pool.num_free_pages == self.pool.num_pages
+        assert not self.pool.refcount.any()
+        assert sorted(self.pool.free_pages.tolist()) == list(range(self.pool.num_pages))
+
+
+TestPagesMachine = PagesMachine.TestCase
+TestPagesMachine.settings = settings(
+    max_examples=60,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)

@@ -1,0 +1,143 @@
+"""Page ops: who refers to which page of the paged cache. `treedecode.pages.PagePool` is the convenient owner.
+
+Every op checks, counts, then commits; an op that is refused has written nothing. Running out of pages is no exception
+here but an error in the status word, so that a device needs no host sync: the error stays until the owner resets it,
+and until then the page ops do nothing and hand out slots of -1, which `append_kv` skips.
+
+Order of page ids: the free stack's top is taken first; a call takes pages row by row in the order of its `rows`, each
+row's in ascending position. Pages go back on the stack row by row in the order of `dst`, each row's last page first; a
+page goes at the last of its references. So page ids are a function of the calls alone.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from treedecode import reference
+from treedecode.ops._native import USE_REFERENCE, call
+
+OK, OUT_OF_PAGES = 0, 1
+STATUS_ERROR, STATUS_NUM_FREE, STATUS_NUM_NEEDED, STATUS_PEAK_USED = range(4)
+
+
+class PageState(NamedTuple):
+    """Which pages are used by whom; the page ops change it in place, and trust its values.
+
+    refcount: `[num_pages]` int32, references from page-table rows and from holders such as a prefix index.
+    free_pages: `[num_pages]` int32, a stack of `num_free` page ids; what lies above is undefined.
+    page_table: `[max_branches, max_pages]` int32; entries from `ceil(seq_len / page_size)` on are undefined.
+    seq_lens: `[max_branches]` int32, tokens per row.
+    status: `[4]` int32: error (`OK` or `OUT_OF_PAGES`, sticky), num_free, pages the refused call needed, the most pages
+        ever used at once.
+    page_size: tokens per page.
+    """
+
+    refcount: Tensor
+    free_pages: Tensor
+    page_table: Tensor
+    seq_lens: Tensor
+    status: Tensor
+    page_size: int
+
+
+def fork_branches(state: PageState, src: Tensor, dst: Tensor, lens: Tensor | None = None) -> None:
+    """Rows `dst` become copies of rows `src`, all at once; references move, no keys or values do.
+
+    What the dst rows held is dropped. src and dst may overlap in any way, src may repeat rows: a beam reorder is
+    `src = parents, dst = rows`. With `src = dst`, `lens` truncates the rows, and lens of 0 release them.
+
+    Args:
+        src, dst: `[n]` int32 row ids; each row at most once in dst.
+        lens: `[n]` int32 new lengths, at most the source's; None = the whole source.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype or value is out of range; nothing is written.
+    """
+    if USE_REFERENCE:
+        return reference.fork_branches(state, src, dst, lens)
+    call(torch.ops.treedecode.fork_branches.default, *state[:5], src, dst, lens, state.page_size)
+    return None
+
+
+def append_slots(state: PageState, kv: Tensor, slots: Tensor, rows: Tensor, q_lens: Tensor | None = None) -> None:
+    """Lengthens rows by their new tokens and says where those go.
+
+    A row whose partial last page is shared gets a copy of it first (the tokens in it, all layers), unless every other
+    sharer copied earlier in the same call: then it writes in place. Rows that share a page copy in the order of `rows`.
+    So a page that gets written to is referred to by its row alone.
+
+    Out of pages: the status says so, the slots are -1 and nothing else is written.
+
+    Args:
+        kv: `[num_layers, 2, num_pages, num_kv_heads, page_size, head_dim]`, any dtype, each page contiguous.
+        slots: `[sum of q_lens]` int64, written: `page * page_size + offset` of each new token, in the order of rows.
+        rows: `[n]` int32 row ids, each at most once.
+        q_lens: `[n]` int32 new tokens per row, 0 allowed; None = 1 each.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype or value is out of range, or a row is longer than its page
+            table; nothing is written.
+    """
+    if USE_REFERENCE:
+        return reference.append_slots(state, kv, slots, rows, q_lens)
+    call(torch.ops.treedecode.append_slots.default, *state[:5], kv, slots, rows, q_lens, state.page_size)
+    return None
+
+
+def hold_pages(state: PageState, pages: Tensor, hold: bool = True) -> None:
+    """Adds (or with `hold=False` drops) one reference per entry of `pages`, for a holder outside of the page table.
+
+    Args:
+        pages: `[n]` int32 page ids, all in use; pages whose last reference is dropped go on the free stack in order.
+
+    Raises:
+        ValueError, TypeError: a page is free or dropped more often than it is referred to; nothing is written.
+    """
+    if USE_REFERENCE:
+        return reference.hold_pages(state, pages, hold)
+    call(torch.ops.treedecode.hold_pages.default, state.refcount, state.free_pages, state.status, pages, hold)
+    return None
+
+
+def adopt_pages(state: PageState, pages: Tensor, row: int, num_tokens: int) -> None:
+    """An empty row starts on existing pages, which get one reference each.
+
+    Args:
+        pages: `[ceil(num_tokens / page_size)]` int32 page ids in ascending position, all in use.
+        row: a row of length 0.
+        num_tokens: the row's new length.
+
+    Raises:
+        ValueError, TypeError: the row is not empty, a page is free, or the counts do not fit; nothing is written.
+    """
+    if USE_REFERENCE:
+        return reference.adopt_pages(state, pages, row, num_tokens)
+    args = (state.refcount, state.page_table, state.seq_lens, state.status, pages, row, num_tokens, state.page_size)
+    call(torch.ops.treedecode.adopt_pages.default, *args)
+    return None
+
+
+def copy_pages(kv: Tensor, src: Tensor, dst: Tensor, num_tokens: Tensor | None = None) -> None:
+    """Copies pages within the cache, K and V of all layers in one call.
+
+    Args:
+        kv: `[num_layers, 2, num_pages, num_kv_heads, page_size, head_dim]`, any dtype, each page contiguous.
+        src, dst: `[n]` int32 page ids; a negative dst is skipped. No dst may also be a src or appear twice.
+        num_tokens: `[n]` int32, how many of a page's first tokens to copy; None = whole pages.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype or value is out of range; nothing is written.
+    """
+    if USE_REFERENCE:
+        return reference.copy_pages(kv, src, dst, num_tokens)
+    call(torch.ops.treedecode.copy_pages.default, kv, src, dst, num_tokens)
+    return None
+
+
+def _fake(*args: object) -> None:
+    """The page ops only write to their arguments."""
+
+
+for _op in ("fork_branches", "append_slots", "hold_pages", "adopt_pages", "copy_pages"):
+    torch.library.register_fake(f"treedecode::{_op}", _fake)
