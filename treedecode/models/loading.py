@@ -1,0 +1,100 @@
+"""Loading a model and its tokenizer: hub ids, local folders, and GGUF files (converted once, then cached)."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from treedecode import env
+
+
+def load_pretrained(
+    path_or_id: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    gguf_file: str | None = None,
+    **kwargs: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a causal language model in evaluation mode, and its tokenizer.
+
+    Args:
+        path_or_id: a hub id, a folder written by `save_pretrained`, a folder that holds a GGUF file, or a `.gguf` file.
+        dtype: of the weights; None takes the checkpoint's own, and bfloat16 for GGUF (whose blocks have none).
+        gguf_file: name of the GGUF file in `path_or_id`. Its weights are unpacked once and kept as safetensors under
+            `env.cache_dir()`, keyed by the file's content and dtype; later loads take the converted copy.
+        kwargs: passed on to `AutoModelForCausalLM.from_pretrained` (`revision`, `attn_implementation`, ...).
+
+    Raises:
+        FileNotFoundError: a local path or GGUF file that does not exist.
+        OSError, ValueError: as Transformers raises them for ids and files it cannot load.
+    """
+    source = os.fspath(path_or_id)
+    if gguf_file is None and source.endswith(".gguf"):
+        source, gguf_file = os.path.split(os.path.abspath(source))
+    if gguf_file is not None:
+        source = str(convert_gguf(_gguf_path(source, gguf_file, kwargs.get("revision")), dtype or torch.bfloat16))
+    elif _looks_local(source) and not os.path.isdir(source):
+        raise FileNotFoundError(f"path_or_id: no model folder at {source}")
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto" if dtype is None else dtype, **kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=kwargs.get("revision", "main"))
+    return model.to(device).eval(), tokenizer
+
+
+def _looks_local(source: str) -> bool:
+    return source.startswith((".", "~")) or os.path.isabs(source)
+
+
+def _gguf_path(source: str, gguf_file: str, revision: str | None) -> Path:
+    if os.path.isdir(source) or _looks_local(source):
+        path = Path(source) / gguf_file
+        if not path.is_file():
+            raise FileNotFoundError(f"gguf_file: no file {path}")
+        return path
+    return Path(str(cached_file(source, gguf_file, revision=revision or "main")))
+
+
+def convert_gguf(path: Path, dtype: torch.dtype) -> Path:
+    """The folder that holds `path` as safetensors of `dtype`, converting it if no earlier call has.
+
+    The folder appears under its name in one step, complete; two processes that convert at once both succeed.
+    """
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    target = env.cache_dir() / "gguf" / f"{path.stem}-{str(dtype).removeprefix('torch.')}-{digest[:16]}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
+    try:
+        model, tokenizer = _load_gguf(path, dtype)
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        try:
+            scratch.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process was faster, and its copy is as good
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    options: dict[str, Any] = {"gguf_file": path.name, "dtype": dtype}
+    # Releases that can keep GGUF blocks packed do so unless told not to, and a packed model cannot be saved; earlier
+    # ones always unpack and know no such option.
+    if (gguf_config := getattr(transformers, "GgufConfig", None)) is not None:
+        options["quantization_config"] = gguf_config(gguf_file=path.name, dequantize=True)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    model = AutoModelForCausalLM.from_pretrained(path.parent, **options)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model, tokenizer

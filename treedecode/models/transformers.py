@@ -1,0 +1,268 @@
+"""Runs unmodified Transformers decoder-only models over the paged tree cache.
+
+One forward takes the query tokens of all branches, packed as a batch of one `[1, num_tokens]`. The model's own code
+does everything but attention, which arrives here through `transformers.AttentionInterface`: new keys and values go to
+their cache slots, and `ops.tree_attention` reads every shared page once. Between two forwards the model is as it was.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from treedecode import ops
+
+ATTENTION = "treedecode"
+# Layer types whose attention is what tree_attention computes. Anything else keeps state outside of K and V pages
+# (linear attention, state spaces) or masks differently (chunked attention).
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What attention needs to know of one forward.
+
+    Attributes:
+        layer: layer index -> `(k_pages, v_pages)`, each `[num_pages, page_size, num_kv_heads, head_dim]`.
+        page_table: `[num_branches, max_pages]` int32.
+        seq_lens: `[num_branches]` int32, tokens in the cache including those of this forward.
+        plan: the `TreePlan` of these branches.
+        slots: `[num_tokens]` int64, where each packed token's K and V go.
+    """
+
+    layer: Callable[[int], tuple[Tensor, Tensor]]
+    page_table: Tensor
+    seq_lens: Tensor
+    plan: Any
+    slots: Tensor
+
+
+def attend(
+    context: StepContext,
+    layer_index: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scaling: float | None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of one layer: stores `k` and `v`, returns `[num_tokens, num_qo_heads, head_dim]`.
+
+    Args:
+        q: `[num_tokens, num_qo_heads, head_dim]`, rotated; k, v: `[num_tokens, num_kv_heads, head_dim]`.
+        sliding_window: keys a query sees, itself included (Transformers' meaning); None = all.
+    """
+    k_pages, v_pages = context.layer(layer_index)
+    ops.append_kv(k, v, k_pages, v_pages, context.slots)
+    out, _ = ops.tree_attention(
+        q,
+        k_pages,
+        v_pages,
+        context.page_table,
+        context.seq_lens,
+        context.plan,
+        sm_scale=scaling if scaling is not None else q.shape[-1] ** -0.5,
+        window_left=-1 if sliding_window is None else sliding_window - 1,
+        logits_soft_cap=softcap or 0.0,
+        sinks=sinks,
+    )
+    return out
+
+
+def _attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    treedecode_context: "StepContext | _Probe | None" = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function behind `attn_implementation="treedecode"`: `query` is `[1, num_qo_heads, num_tokens, head_dim]`."""
+    if treedecode_context is None:
+        raise ValueError(
+            "attn_implementation 'treedecode' works inside treedecode.models.TransformersModel.forward only: this call "
+            f"of {type(module).__name__} brought no page context"
+        )
+    if attention_mask is not None:
+        raise ValueError(f"{type(module).__name__} asks for an attention mask; tree attention is causal and takes none")
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(f"{type(module).__name__} adds a position bias to the scores; tree attention has none")
+    if isinstance(treedecode_context, _Probe):
+        treedecode_context.seen.append((module, query.shape, key.shape, value.shape))
+        return torch.zeros_like(query).transpose(1, 2), None
+    out = attend(
+        treedecode_context,
+        module.layer_idx,  # type: ignore[arg-type]
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        scaling=scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=None if s_aux is None else s_aux.float(),
+    )
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register(ATTENTION, _attention_function)
+
+
+class _Probe:
+    """Takes the place of a StepContext once, to see which attention layers a model really has."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[nn.Module, torch.Size, torch.Size, torch.Size]] = []
+
+
+class TransformersModel:
+    """A Transformers causal language model as the decoder sees it.
+
+    Attributes:
+        model: the model itself; between two forwards it is as the user gave it.
+        num_layers, num_kv_heads, num_qo_heads, head_dim, vocab_size: sizes of the K/V cache and of the logits.
+        max_position: the longest sequence the model was made for, in tokens.
+        dtype, device: of the activations, and so of the K/V cache.
+        eos_token_ids: tokens that end a sequence, from the generation config.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, optimize: bool = True) -> None:
+        """Checks that `model` can be decoded as a tree.
+
+        Raises:
+            TypeError: not a Transformers model.
+            ValueError: the model has no attention backends, is an encoder-decoder, keeps state that is not K and V,
+                is in training mode, or does anything else that the message names.
+        """
+        config = _check_supported(model)
+        self.model = model
+        self._configs = _configs_of(model)
+        self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = model.device
+        self.max_position: int = config.max_position_embeddings
+        self.eos_token_ids: tuple[int, ...] = _eos_token_ids(model)
+        self._check_layers(config)
+
+    def _check_layers(self, config: Any) -> None:
+        probe = _Probe()
+        zero = torch.zeros(1, dtype=torch.int64, device=self.device)
+        logits = self._run(zero, zero, probe, zero)
+        name = type(self.model).__name__
+        layers = [getattr(module, "layer_idx", None) for module, *_ in probe.seen]
+        if layers != list(range(config.num_hidden_layers)):
+            raise ValueError(
+                f"model: {name} has {config.num_hidden_layers} layers, but attention was called for layers {layers}: "
+                "layers without keys and values, or that share those of others, are not supported"
+            )
+        shapes = {(q[1], k[1], q[3], k[3], v[3]) for _, q, k, v in probe.seen}
+        if len(shapes) > 1:
+            raise ValueError(f"model: {name} has layers that differ in head number or size, which is not supported")
+        self.num_qo_heads, self.num_kv_heads, self.head_dim, k_dim, v_dim = shapes.pop()
+        if not self.head_dim == k_dim == v_dim:
+            raise ValueError(
+                f"model: {name} has head sizes {self.head_dim} (query), {k_dim} (key) and {v_dim} (value); "
+                "tree attention needs one size"
+            )
+        self.num_layers: int = len(layers)
+        self.vocab_size: int = logits.shape[-1]
+
+    @contextmanager
+    def _tree_attention(self) -> Iterator[None]:
+        before = [config._attn_implementation for config in self._configs]
+        try:
+            for config in self._configs:
+                config._attn_implementation = ATTENTION
+            yield
+        finally:
+            # Setting a config sets those below it too: parents come first in the list, so children end up right.
+            for config, implementation in zip(self._configs, before, strict=True):
+                config._attn_implementation = implementation
+
+    def _run(
+        self, input_ids: Tensor, position_ids: Tensor, context: "StepContext | _Probe", logit_rows: Tensor
+    ) -> Tensor:
+        with torch.inference_mode(), self._tree_attention():
+            out = self.model(
+                input_ids=input_ids.unsqueeze(0),
+                position_ids=position_ids.unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=logit_rows,
+                treedecode_context=context,
+            )
+        return out.logits[0]
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, context: StepContext, logit_rows: Tensor) -> Tensor:
+        """One forward over the packed query tokens of all branches; their K and V are in the cache afterwards.
+
+        Args:
+            input_ids, position_ids: `[num_tokens]` int64, branches in row order, each branch's tokens in order.
+            context: pages, lengths and plan of this forward.
+            logit_rows: `[n]` int64, the packed tokens whose logits are wanted.
+
+        Returns:
+            logits `[n, vocab_size]`, of the model's dtype.
+
+        Raises:
+            ValueError: the model was put into training mode, or an argument does not fit (named).
+        """
+        if self.model.training:
+            raise ValueError("model: in training mode, where dropout is random; call model.eval()")
+        return self._run(input_ids, position_ids, context, logit_rows)
+
+
+def _check_supported(model: PreTrainedModel) -> Any:
+    """The text config of a model that can be decoded as a tree; raises for one that cannot."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: expected a transformers.PreTrainedModel, got {type(model).__name__}")
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"model: {name} is an encoder-decoder; only decoder-only models are supported")
+    if not model._supports_attention_backend:
+        raise ValueError(
+            f"model: {name} does not support attention backends (_supports_attention_backend is not set), so its "
+            "attention cannot be replaced by tree attention"
+        )
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"model: {name} has no language model head; load it with AutoModelForCausalLM")
+    config = model.config.get_text_config(decoder=True)
+    other = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
+    if other:
+        supported = ", ".join(sorted(_LAYER_TYPES))
+        raise ValueError(f"model: {name} has layers of type {', '.join(other)}; supported are {supported}")
+    if getattr(config, "use_bidirectional_attention", None) or getattr(config, "is_causal", True) is False:
+        raise ValueError(f"model: {name} attends in both directions; only causal models are supported")
+    if model.training:
+        raise ValueError(f"model: {name} is in training mode, where dropout is random; call model.eval()")
+    return config
+
+
+def _configs_of(model: PreTrainedModel) -> list[Any]:
+    """Every config object the model's modules read their attention implementation from, parents first."""
+    configs: dict[int, Any] = {id(model.config): model.config}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation"):
+            configs.setdefault(id(config), config)
+    return list(configs.values())
+
+
+def _eos_token_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    generation = getattr(model, "generation_config", None)
+    eos = getattr(generation, "eos_token_id", None)
+    if eos is None:
+        eos = model.config.get_text_config(decoder=True).eos_token_id
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
