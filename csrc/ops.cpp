@@ -11,5 +11,5 @@ STABLE_TORCH_LIBRARY(treedecode, m) {
   m.def("adopt_pages(Tensor(a!) refcount, Tensor(b!) page_table, Tensor(c!) seq_lens, Tensor status, Tensor pages, "
         "int row, int num_tokens, int page_size) -> ()");
   m.def("copy_pages(Tensor(a!) kv, Tensor src, Tensor dst, Tensor? num_tokens) -> ()");
-  m.def("_cpu_isa(int isa) -> (int, int)");
+  m.def("_cpu_isa(int isa) -> (int, int, int)");
 }

@@ -1,3 +1,27 @@
 """treedecode: decode a whole search tree for about the price of one chain."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from treedecode import ops as ops
+
+# Public name -> module that defines it. Loaded on first use: `python -m treedecode.collect_env` prints also where the
+# native library is missing, and `import treedecode` costs nothing.
+_EXPORTS: dict[str, str] = {}
+
+__all__ = ["__version__", "ops", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("treedecode.ops")
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'treedecode' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -10,6 +10,14 @@ std::atomic<int>& slot() {
 }
 }  // namespace
 
+Isa compiled_isa() {
+#if defined(TD_HAVE_X86_ISAS)
+  return Isa::Avx512Bf16;
+#else
+  return Isa::Generic;
+#endif
+}
+
 Isa detected_isa() {
 #if defined(TD_HAVE_X86_ISAS)
   static const Isa best = [] {

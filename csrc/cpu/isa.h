@@ -10,6 +10,7 @@ namespace treedecode::cpu {
 
 enum class Isa : int { Generic = 0, Avx2 = 1, Avx512 = 2, Avx512Bf16 = 3 };
 
+Isa compiled_isa();       // the best one in this build, which also holds every one below it
 Isa detected_isa();       // the best this machine can run, of those compiled in
 Isa active_isa();         // what TD_DISPATCH uses
 void set_active_isa(Isa isa);  // caller checks isa <= detected_isa()

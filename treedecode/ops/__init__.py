@@ -1,6 +1,6 @@
 """Front doors of the ops: `torch.ops.treedecode.*` with checked arguments and documented semantics."""
 
-from treedecode.ops._native import Choice, cpu_isa, explain, set_cpu_isa
+from treedecode.ops._native import Choice, compiled_isas, cpu_isa, explain, names, set_cpu_isa
 from treedecode.ops.append_kv import append_kv
 from treedecode.ops.pages import (
     PageState,
@@ -17,10 +17,12 @@ __all__ = [
     "adopt_pages",
     "append_kv",
     "append_slots",
+    "compiled_isas",
     "copy_pages",
     "cpu_isa",
     "explain",
     "fork_branches",
     "hold_pages",
+    "names",
     "set_cpu_isa",
 ]

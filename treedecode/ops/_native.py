@@ -34,8 +34,13 @@ def call(op: Callable[..., Any], *args: Any) -> Any:
 
 def cpu_isa() -> tuple[str, str]:
     """(active, best) CPU instruction set of the kernels, names from `env.CPU_ISAS`."""
-    active, detected = torch.ops.treedecode._cpu_isa(-1)
+    active, detected, _ = torch.ops.treedecode._cpu_isa(-1)
     return env.CPU_ISAS[active], env.CPU_ISAS[detected]
+
+
+def compiled_isas() -> tuple[str, ...]:
+    """The CPU instruction sets this build has kernels for, worst first."""
+    return env.CPU_ISAS[: torch.ops.treedecode._cpu_isa(-1)[2] + 1]
 
 
 def set_cpu_isa(name: str) -> None:
@@ -64,6 +69,14 @@ class Choice(NamedTuple):
     rejected: dict[str, str]
 
 
+def names() -> list[str]:
+    """The public ops of this build, `torch.ops.treedecode.<name>`."""
+    ops = (
+        name.removeprefix("treedecode::") for name in torch._C._dispatch_get_all_op_names() if "treedecode::" in name
+    )
+    return sorted(name for name in ops if not name.startswith("_"))
+
+
 def explain(op: str, device: str = "cpu") -> Choice:
     """The backend `op` takes on `device` (`cpu` or `cuda`) in this process.
 
@@ -74,10 +87,20 @@ def explain(op: str, device: str = "cpu") -> Choice:
         raise ValueError(f"op: treedecode has no op {op!r}")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device: expected 'cpu' or 'cuda', got {device!r}")
-    if USE_REFERENCE:
-        return Choice(op, device, "reference", {"native": "TREEDECODE_BACKEND=reference is set"})
-    rejected = {"reference": "only on request (TREEDECODE_BACKEND=reference)"}
-    key = {"cpu": "CPU", "cuda": "CUDA"}[device]
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"treedecode::{op}", key):
-        return Choice(op, device, device, rejected)
-    return Choice(op, device, "none", rejected | {device: "this build has no kernel for it"})
+    rejected = {backend: _why_not(op, device, backend) for backend in ("cuda", "triton", "cpu", "reference")}
+    taken = next((backend for backend, reason in rejected.items() if reason is None), "none")
+    return Choice(op, device, taken, {name: why for name, why in rejected.items() if why is not None})
+
+
+def _why_not(op: str, device: str, backend: str) -> str | None:
+    """Why `op` does not take `backend` on `device`; None when it does."""
+    if backend == "reference":
+        return None if USE_REFERENCE else "only on request (TREEDECODE_BACKEND=reference)"
+    if backend == "triton":
+        return "not in this build: needs the Triton kernels"
+    key = backend.upper()
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"treedecode::{op}", key):
+        return f"not in this build: needs the {key} kernels"
+    if device != backend:
+        return f"runs on {backend} tensors only"
+    return "TREEDECODE_BACKEND=reference is set" if USE_REFERENCE else None
