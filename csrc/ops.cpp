@@ -12,4 +12,7 @@ STABLE_TORCH_LIBRARY(treedecode, m) {
         "int row, int num_tokens, int page_size) -> ()");
   m.def("copy_pages(Tensor(a!) kv, Tensor src, Tensor dst, Tensor? num_tokens) -> ()");
   m.def("_cpu_isa(int isa) -> (int, int, int)");
+  m.def(
+      "plan_tree(Tensor page_table, Tensor seq_lens, Tensor? q_lens, int page_size, int num_qo_heads, int num_kv_heads, "
+      "int head_dim) -> (Tensor q_indptr, Tensor part_indptr, Tensor chunks, Tensor counts)");
 }

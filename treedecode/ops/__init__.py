@@ -2,18 +2,13 @@
 
 from treedecode.ops._native import Choice, compiled_isas, cpu_isa, explain, names, set_cpu_isa
 from treedecode.ops.append_kv import append_kv
-from treedecode.ops.pages import (
-    PageState,
-    adopt_pages,
-    append_slots,
-    copy_pages,
-    fork_branches,
-    hold_pages,
-)
+from treedecode.ops.pages import PageState, adopt_pages, append_slots, copy_pages, fork_branches, hold_pages
+from treedecode.ops.plan_tree import TreePlan, plan_tree
 
 __all__ = [
     "Choice",
     "PageState",
+    "TreePlan",
     "adopt_pages",
     "append_kv",
     "append_slots",
@@ -24,5 +19,6 @@ __all__ = [
     "fork_branches",
     "hold_pages",
     "names",
+    "plan_tree",
     "set_cpu_isa",
 ]

@@ -1,13 +1,10 @@
 """Ground truth of every op: plain loops in float64 that import nothing else of treedecode."""
 
 from treedecode.reference.append_kv import append_kv
-from treedecode.reference.pages import (
-    adopt_pages,
-    append_slots,
-    copy_pages,
-    fork_branches,
-    hold_pages,
-)
+from treedecode.reference.merge_states import merge_states
+from treedecode.reference.pages import adopt_pages, append_slots, copy_pages, fork_branches, hold_pages
+from treedecode.reference.plan_tree import plan_tree
+from treedecode.reference.tree_attention import tree_attention
 
 __all__ = [
     "adopt_pages",
@@ -16,4 +13,7 @@ __all__ = [
     "copy_pages",
     "fork_branches",
     "hold_pages",
+    "merge_states",
+    "plan_tree",
+    "tree_attention",
 ]

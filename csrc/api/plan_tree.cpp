@@ -1,0 +1,81 @@
+#include "../cpu/plan_tree.h"
+
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "../check.h"
+
+namespace treedecode {
+namespace {
+
+const int32_t* check_lens(const Tensor& lens, const char* name, int64_t num_rows) {
+  check_shape(lens, name, "[num_branches]", {num_rows});
+  check_dtype(lens, name, ScalarType::Int);
+  check_contiguous(lens, name);
+  return lens.const_data_ptr<int32_t>();
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> plan_tree_cpu(Tensor page_table, Tensor seq_lens, std::optional<Tensor> q_lens,
+                                                         int64_t page_size, int64_t num_qo_heads, int64_t num_kv_heads,
+                                                         int64_t head_dim) {
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+  check_shape(page_table, "page_table", "[num_branches, max_pages]", {-1, -1});
+  check_dtype(page_table, "page_table", ScalarType::Int);
+  check_unit_stride(page_table, "page_table");
+  const int64_t num_rows = page_table.size(0);
+  const int32_t* lens = check_lens(seq_lens, "seq_lens", num_rows);
+  const int32_t* queries = q_lens ? check_lens(*q_lens, "q_lens", num_rows) : nullptr;
+  check_value(page_size > 0 && page_size <= kMax, "page_size", "a positive number", page_size);
+  check_value(num_kv_heads > 0, "num_kv_heads", "a positive number", num_kv_heads);
+  check_value(num_qo_heads > 0 && num_qo_heads % num_kv_heads == 0, "num_qo_heads", "a multiple of num_kv_heads",
+              num_qo_heads);
+  check_value(head_dim > 0, "head_dim", "a positive number", head_dim);
+  const int64_t capacity = page_table.size(1) * page_size;
+  for (int64_t row = 0; row < num_rows; ++row) {
+    STD_TORCH_CHECK(lens[row] >= 0 && lens[row] <= capacity, "[ValueError] seq_lens: expected values from 0 to max_pages * page_size = ",
+                    capacity, ", got ", lens[row], " at index ", row);
+    if (!queries) continue;
+    STD_TORCH_CHECK(queries[row] >= 0 && (queries[row] <= lens[row] || lens[row] == 0),
+                    "[ValueError] q_lens: expected values from 0 to the branch's seq_len ", lens[row], ", got ", queries[row],
+                    " at index ", row);
+  }
+
+  Tensor q_indptr = torch::stable::new_empty(seq_lens, {num_rows + 1});
+  Tensor part_indptr = torch::stable::new_empty(seq_lens, {num_rows + 1});
+  Tensor chunks = torch::stable::new_empty(
+      seq_lens, {cpu::max_chunks(num_rows, page_table.size(1), page_size), cpu::kChunkColumns});
+  Tensor counts = torch::stable::new_empty(seq_lens, {4});
+  const cpu::PlanTreeParams p{
+      page_table.const_data_ptr<int32_t>(),
+      lens,
+      queries,
+      q_indptr.mutable_data_ptr<int32_t>(),
+      part_indptr.mutable_data_ptr<int32_t>(),
+      chunks.mutable_data_ptr<int32_t>(),
+      counts.mutable_data_ptr<int32_t>(),
+      num_rows,
+      page_table.size(1),
+      page_table.stride(0),
+      page_size,
+      num_qo_heads / num_kv_heads,
+      num_kv_heads,
+  };
+  std::vector<int32_t> shared(static_cast<size_t>(num_rows));
+  // A thread is worth waking for about 64k page ids.
+  const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(1, p.max_pages));
+  torch::stable::parallel_for(0, num_rows, grain,
+                              [&](int64_t begin, int64_t end) { cpu::common_pages(p, shared.data(), begin, end); });
+  STD_TORCH_CHECK(cpu::plan_tree(p, shared.data()),
+                  "[ValueError] seq_lens: the branches' tokens, queries or partial results add up to more than ", kMax);
+  return {q_indptr, part_indptr, chunks, counts};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(treedecode, CPU, m) { m.impl("plan_tree", TORCH_BOX(&plan_tree_cpu)); }
+
+}  // namespace treedecode

@@ -1,0 +1,264 @@
+#include "plan_tree.h"
+
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace treedecode::cpu {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Length of the common beginning of a and b, at most n.
+int64_t common_prefix(const int32_t* a, const int32_t* b, int64_t n) {
+  constexpr int64_t kBlock = 16;
+  int64_t i = 0;
+  for (; i + kBlock <= n; i += kBlock) {
+    int32_t differ = 0;
+    for (int64_t j = 0; j < kBlock; ++j) differ |= a[i + j] ^ b[i + j];
+    if (differ) break;
+  }
+  while (i < n && a[i] == b[i]) ++i;
+  return i;
+}
+
+// A run of pages shared by the rows [row_begin, row_end) and no others. A leaf is what one row has alone, maybe nothing.
+struct Node {
+  int32_t row_begin, row_end;
+  int32_t page_begin, page_end;
+  int32_t parent = -1, first_child = -1, last_child = -1, next_sibling = -1;
+  bool is_leaf;
+  bool is_folded = false;
+  int32_t parts = 0;        // chunks on the path from the root down to here, its own included
+  int64_t num_queries = 0;  // query tokens of its rows
+  int64_t max_seq_len = 0;  // of its rows that have queries
+};
+
+struct Chunk {
+  int64_t cost;
+  int32_t row_begin, row_end, token_begin, token_end, ordinal;
+};
+
+class Planner {
+ public:
+  explicit Planner(const PlanTreeParams& p) : p_(p) {
+    const auto n = static_cast<size_t>(p.num_rows);
+    nodes_.reserve(2 * n + 1);
+    order_.reserve(2 * n);
+    chunks_.reserve(2 * n);
+  }
+
+  // The longest-common-prefix interval tree of the rows, in one sweep with a stack of open intervals. A node is adopted
+  // by its parent when it closes; all that lies below it is known by then.
+  void build_tree(const int32_t* shared) {
+    const auto num_rows = static_cast<int32_t>(p_.num_rows);
+    std::vector<int32_t> open{add_node(0, 0, /*is_leaf=*/false)};
+    for (int32_t row = 0; row <= num_rows; ++row) {
+      const int32_t depth = row < num_rows ? shared[row] : 0;
+      // A leaf is always closed: if it ends where the interval to come does, the two are siblings.
+      while (nodes_[open.back()].is_leaf || nodes_[open.back()].page_end > depth) {
+        const int32_t closed = open.back();
+        open.pop_back();
+        if (nodes_[open.back()].page_end < depth) open.push_back(add_node(nodes_[closed].row_begin, depth, false));
+        adopt(open.back(), closed);
+      }
+      if (row < num_rows) open.push_back(add_leaf(row));
+    }
+  }
+
+  // Goes down from the roots. Where keeping a node costs its rows more in extra partials than its children would pay for
+  // reading its pages once each, its pages are given to the children.
+  void fold() {
+    for (int32_t i = next_in_preorder(0); i >= 0; i = next_in_preorder(i)) {
+      Node& v = nodes_[i];
+      const Node& parent = nodes_[v.parent];
+      v.page_begin = parent.is_folded ? parent.page_begin : parent.page_end;
+      if (v.num_queries == 0) continue;
+      order_.push_back(i);
+      if (v.is_leaf) continue;
+      int64_t num_children = 0, continuing = 0;
+      for (int32_t c = v.first_child; c >= 0; c = nodes_[c].next_sibling) {
+        const Node& child = nodes_[c];
+        if (child.num_queries == 0) continue;
+        ++num_children;
+        if (child.page_end > v.page_end) continuing += child.num_queries;
+      }
+      v.is_folded = kReadRows * (num_children - 1) * num_tokens(v) <= kPartTokens * p_.group_size * continuing;
+    }
+  }
+
+  void cut() {
+    int64_t total = 0;
+    for (int32_t i : order_) {
+      if (!nodes_[i].is_folded) total += cost(nodes_[i], nodes_[i].page_begin, nodes_[i].page_end);
+    }
+    const int64_t target = std::max<int64_t>(1, ceil_div(total * p_.num_kv_heads, kTargetItems));
+    for (int32_t i : order_) {
+      Node& v = nodes_[i];
+      v.parts = nodes_[v.parent].parts;
+      if (!v.is_folded && v.page_end > v.page_begin) cut_node(v, target);
+    }
+    std::stable_sort(chunks_.begin(), chunks_.end(), [](const Chunk& a, const Chunk& b) { return a.cost > b.cost; });
+  }
+
+  bool write() const {
+    int64_t num_queries = 0, num_parts = 0, unique_tokens = 0, path_tokens = 0;
+    p_.q_indptr[0] = p_.part_indptr[0] = 0;
+    for (int64_t row = 0; row < p_.num_rows; ++row) p_.part_indptr[row + 1] = 0;
+    for (int32_t i : order_) {
+      if (nodes_[i].is_leaf) p_.part_indptr[nodes_[i].row_begin + 1] = nodes_[i].parts;
+    }
+    constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+    for (int64_t row = 0; row < p_.num_rows; ++row) {
+      num_queries += q_len(row);
+      num_parts += q_len(row) * p_.part_indptr[row + 1];
+      if (q_len(row) > 0) path_tokens += p_.seq_lens[row];
+      if (num_queries > kMax || num_parts > kMax || path_tokens > kMax) return false;
+      p_.q_indptr[row + 1] = static_cast<int32_t>(num_queries);
+      p_.part_indptr[row + 1] = static_cast<int32_t>(num_parts);
+    }
+    int32_t* out = p_.chunks;
+    for (const Chunk& c : chunks_) {
+      const int32_t columns[kChunkColumns] = {c.row_begin, c.row_end, c.token_begin, c.token_end, c.ordinal, 0};
+      std::memcpy(out, columns, sizeof columns);
+      out += kChunkColumns;
+      unique_tokens += c.token_end - c.token_begin;
+    }
+    p_.counts[0] = static_cast<int32_t>(chunks_.size());
+    p_.counts[1] = static_cast<int32_t>(num_parts);
+    p_.counts[2] = static_cast<int32_t>(unique_tokens);  // <= path_tokens
+    p_.counts[3] = static_cast<int32_t>(path_tokens);
+    return true;
+  }
+
+ private:
+  int64_t q_len(int64_t row) const { return p_.q_lens ? p_.q_lens[row] : 1; }
+
+  int32_t add_node(int32_t row, int32_t page_end, bool is_leaf) {
+    Node v{};
+    v.row_begin = row;
+    v.row_end = row + 1;
+    v.page_end = page_end;
+    v.is_leaf = is_leaf;
+    v.parent = v.first_child = v.last_child = v.next_sibling = -1;
+    nodes_.push_back(v);
+    return static_cast<int32_t>(nodes_.size()) - 1;
+  }
+
+  int32_t add_leaf(int32_t row) {
+    const int64_t seq_len = p_.seq_lens[row];
+    const int32_t leaf = add_node(row, static_cast<int32_t>(ceil_div(seq_len, p_.page_size)), true);
+    if (seq_len > 0 && q_len(row) > 0) {
+      nodes_[leaf].num_queries = q_len(row);
+      nodes_[leaf].max_seq_len = seq_len;
+    }
+    return leaf;
+  }
+
+  void adopt(int32_t parent, int32_t child) {
+    Node& u = nodes_[parent];
+    Node& c = nodes_[child];
+    c.parent = parent;
+    u.row_end = c.row_end;
+    u.num_queries += c.num_queries;
+    u.max_seq_len = std::max(u.max_seq_len, c.max_seq_len);
+    (u.first_child < 0 ? u.first_child : nodes_[u.last_child].next_sibling) = child;
+    u.last_child = child;
+  }
+
+  int32_t next_in_preorder(int32_t i) const {
+    if (nodes_[i].first_child >= 0) return nodes_[i].first_child;
+    while (i >= 0 && nodes_[i].next_sibling < 0) i = nodes_[i].parent;
+    return i < 0 ? -1 : nodes_[i].next_sibling;
+  }
+
+  int64_t token_at(const Node& v, int64_t page) const { return std::min(page * p_.page_size, v.max_seq_len); }
+
+  int64_t num_tokens(const Node& v) const { return token_at(v, v.page_end) - v.page_begin * p_.page_size; }
+
+  // Packed rows that see the tokens of a page. Causality counts where it weighs: in the row that owns the page alone.
+  int64_t packed_rows(const Node& v, int64_t page) const {
+    const int64_t queries =
+        v.row_end - v.row_begin == 1 ? std::min(v.num_queries, v.max_seq_len - page * p_.page_size) : v.num_queries;
+    return p_.group_size * queries;
+  }
+
+  bool is_even(const Node& v) const { return v.row_end - v.row_begin > 1 || v.num_queries == 1; }
+
+  int64_t page_cost(const Node& v, int64_t page) const {
+    return (token_at(v, page + 1) - page * p_.page_size) * (kReadRows + packed_rows(v, page));
+  }
+
+  int64_t cost(const Node& v, int64_t page_begin, int64_t page_end) const {
+    if (page_end <= page_begin) return 0;
+    if (is_even(v)) {
+      return (token_at(v, page_end) - page_begin * p_.page_size) * (kReadRows + p_.group_size * v.num_queries);
+    }
+    int64_t sum = 0;
+    for (int64_t page = page_begin; page < page_end; ++page) sum += page_cost(v, page);
+    return sum;
+  }
+
+  // Cuts a node into pieces of equal cost, as far as whole pages allow it.
+  void cut_node(Node& v, int64_t target) {
+    const int64_t num_pages = v.page_end - v.page_begin;
+    const int64_t max_pages = std::max<int64_t>(1, kMaxChunkTokens / p_.page_size);
+    const int64_t rows = p_.group_size * v.num_queries;
+    // Not so short that its partials would cost more than a sixteenth of it.
+    const int64_t min_tokens = std::max(kMinChunkTokens, 16 * kPartTokens * rows / (kReadRows + rows));
+    const int64_t total = cost(v, v.page_begin, v.page_end);
+    int64_t pieces = std::min(ceil_div(total, target), std::max<int64_t>(1, num_tokens(v) / min_tokens));
+    pieces = std::min(std::max(pieces, ceil_div(num_pages, max_pages)), num_pages);
+
+    int64_t page = v.page_begin;
+    int64_t done = 0;  // cost of the pages before `page`
+    for (int64_t i = 1; i <= pieces; ++i) {
+      // A piece has a page at least and max_pages at most, and leaves the pieces after it as much.
+      const int64_t left = pieces - i;
+      const int64_t first = std::max(page + 1, v.page_end - left * max_pages);
+      const int64_t last = std::min(page + max_pages, v.page_end - left);
+      int64_t end = first;
+      int64_t end_cost = done + cost(v, page, end);
+      if (is_even(v)) {
+        const int64_t share = ceil_div(num_pages * i, pieces) + v.page_begin;
+        end = std::clamp(share, first, last);
+        end_cost = done + cost(v, page, end);
+      } else {
+        while (end < last && end_cost * pieces < total * i) end_cost += page_cost(v, end++);
+      }
+      chunks_.push_back({end_cost - done, v.row_begin, v.row_end, static_cast<int32_t>(page * p_.page_size),
+                         static_cast<int32_t>(token_at(v, end)), v.parts++});
+      page = end;
+      done = end_cost;
+    }
+  }
+
+  const PlanTreeParams& p_;
+  std::vector<Node> nodes_;     // nodes_[0] stands above the roots and holds nothing
+  std::vector<int32_t> order_;  // nodes that have queries, parents before children
+  std::vector<Chunk> chunks_;
+};
+
+}  // namespace
+
+void common_pages(const PlanTreeParams& p, int32_t* shared, int64_t row_begin, int64_t row_end) {
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    if (row == 0) {
+      shared[0] = 0;
+      continue;
+    }
+    const int64_t used = ceil_div(std::min(p.seq_lens[row - 1], p.seq_lens[row]), p.page_size);
+    const int32_t* table = p.page_table + row * p.table_stride;
+    shared[row] = static_cast<int32_t>(common_prefix(table - p.table_stride, table, used));
+  }
+}
+
+bool plan_tree(const PlanTreeParams& p, const int32_t* shared) {
+  Planner planner(p);
+  planner.build_tree(shared);
+  planner.fold();
+  planner.cut();
+  return planner.write();
+}
+
+}  // namespace treedecode::cpu
