@@ -15,4 +15,9 @@ STABLE_TORCH_LIBRARY(treedecode, m) {
   m.def(
       "plan_tree(Tensor page_table, Tensor seq_lens, Tensor? q_lens, int page_size, int num_qo_heads, int num_kv_heads, "
       "int head_dim) -> (Tensor q_indptr, Tensor part_indptr, Tensor chunks, Tensor counts)");
+  m.def(
+      "beam_update(Tensor scores, Tensor parent, Tensor token, Tensor row_indptr, Tensor beam_indptr, "
+      "Tensor(a!) pool_scores, Tensor(b!) pool_lens, Tensor(c!) pool_parents, Tensor(d!) pool_tokens, Tensor(e!) done, "
+      "Tensor gen_lens, Tensor max_new_tokens, Tensor eos_ids, float length_penalty, int early_stopping, Tensor? stop) "
+      "-> (Tensor running_scores, Tensor running_parent, Tensor running_token)");
 }

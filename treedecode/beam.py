@@ -1,0 +1,273 @@
+"""Beam search over abstract logits: the state of many searches at once, and one step of it.
+
+It knows no model and no pages. A driver feeds the logits of the running beams' last tokens and learns which row each
+next beam continues, so that it can fork the branches' pages; texts are kept as back-pointers: a step costs O(beams).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from treedecode import ops
+
+_FREE_SCORE = -1e9  # what the pool holds where nothing has finished yet
+
+
+@dataclass(frozen=True)
+class BeamSearch:
+    """Settings of a beam search, with the meaning they have in Hugging Face Transformers.
+
+    Args:
+        num_beams: running beams, and finished beams kept.
+        length_penalty: a finished beam's score is its cumulative log-prob / generated length ** length_penalty.
+        early_stopping: True ends a search with the `num_beams`-th finished beam; False when the best running beam
+            scores no better than the worst finished one; "never" when it no longer could.
+        max_new_tokens: length limit.
+        min_new_tokens: no end-of-sequence token before this many tokens.
+        eos_token_ids: tokens that finish a beam.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    num_beams: int
+    max_new_tokens: int
+    eos_token_ids: tuple[int, ...] = ()
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    min_new_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_beams", 1), ("max_new_tokens", 1), ("min_new_tokens", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: expected an int >= {least}, got {value!r}")
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise ValueError(f"early_stopping: expected False, True or 'never', got {self.early_stopping!r}")
+        if not isinstance(self.length_penalty, (int, float)) or not math.isfinite(self.length_penalty):
+            raise ValueError(f"length_penalty: expected a finite number, got {self.length_penalty!r}")
+        if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in self.eos_token_ids):
+            raise ValueError(f"eos_token_ids: expected token ids, got {self.eos_token_ids!r}")
+
+
+class BeamStep(NamedTuple):
+    """The next running beams, one per row of the next step's logits, and the searches that ended.
+
+    parent: `[num_rows]` int64, the row of this step's logits that the beam continues.
+    token: `[num_rows]` int64, the token it appends.
+    row: `[num_rows]` int64, the row of this step whose place it takes, or -1 where it needs a new one. Rows of this
+        step that are not named belong to finished searches and are free.
+    finished: groups that ended in this step, ascending.
+    """
+
+    parent: Tensor
+    token: Tensor
+    row: Tensor
+    finished: list[int]
+
+
+class Hypothesis(NamedTuple):
+    """A finished beam.
+
+    token_ids: `[length]` int64 generated tokens, the end-of-sequence token included.
+    score: cumulative log-prob (nats) / length ** length_penalty.
+    beams: `[length]` int64, for each token the beam of its group that it continued.
+    """
+
+    token_ids: np.ndarray
+    score: float
+    beams: np.ndarray
+
+
+class Beams:
+    """Searches of many groups (prompts) in lock step; groups leave as they finish.
+
+    The first step takes one row of logits per group, later ones a row per running beam, groups in ascending order.
+    """
+
+    def __init__(
+        self,
+        settings: BeamSearch,
+        num_groups: int,
+        *,
+        num_beams: Sequence[int] = (),
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """`num_beams`: beams of each group where they differ; empty = `settings.num_beams` for all.
+
+        Raises:
+            ValueError: no groups, or a wrong number of `num_beams`.
+        """
+        if num_groups < 1:
+            raise ValueError(f"num_groups: expected at least 1, got {num_groups}")
+        if len(num_beams) not in (0, num_groups) or any(k < 1 for k in num_beams):
+            raise ValueError(f"num_beams: expected {num_groups} numbers >= 1, got {list(num_beams)}")
+        self.settings = settings
+        self.groups = np.arange(num_groups)  # those still running
+        self._num_beams = np.array(list(num_beams) or [settings.num_beams] * num_groups)
+        self._device = torch.device(device)
+        self._first_slot = np.concatenate([[0], np.cumsum(self._num_beams)])
+        num_slots = int(self._first_slot[-1])
+        self._slots = torch.arange(num_slots, device=device)  # of the running beams, in the columns of the history
+        self._row_indptr = torch.arange(num_groups + 1, dtype=torch.int32, device=device)
+        self._beam_indptr = torch.from_numpy(self._first_slot).to(device, torch.int32)
+        self._scores = torch.zeros(num_groups, device=device)
+        self._pool_scores = torch.full((num_slots,), _FREE_SCORE, device=device)
+        self._pool_lens = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        self._pool_parents = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        self._pool_tokens = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        self._done = torch.zeros(num_groups, dtype=torch.bool, device=device)
+        self._eos = torch.tensor(settings.eos_token_ids, dtype=torch.int32, device=device)
+        self._parents: list[Tensor] = []  # per step [num_slots] int32, beam of the group that the slot's beam continued
+        self._tokens: list[Tensor] = []  # per step [num_slots] int32
+        self._results: dict[int, list[Hypothesis]] = {}
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of logits that the next step takes; 0 = every group has finished."""
+        return len(self._scores)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps done, which is the number of tokens every running beam has."""
+        return len(self._tokens)
+
+    def step(
+        self,
+        logits: Tensor,
+        *,
+        token_mask: Tensor | None = None,
+        is_logprobs: bool = False,
+        stop: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> BeamStep:
+        """Takes every running beam one token further.
+
+        Args:
+            logits: `[num_rows, vocab_size]` fp32, bf16 or fp16.
+            token_mask: `[num_rows, ceil(vocab_size / 32)]` int32 bitmask of tokens a beam may take (bit i of word j is
+                token 32 * j + i); log-probs are still over all tokens.
+            is_logprobs: `logits` are log-probs to be added as they are.
+            stop: asked for hits other than `eos_token_ids`; called with parent and token, both
+                `[num_groups, num_candidates]` int32 (parent -1 = absent), returns bool of that shape.
+
+        Raises:
+            ValueError: wrong shape, every group has finished, or a row of logits has NaN.
+        """
+        if self.num_rows == 0:
+            raise ValueError("logits: every search has finished")
+        if logits.dim() != 2 or logits.shape[0] != self.num_rows:
+            raise ValueError(
+                f"logits: expected shape [num_rows, vocab_size] = [{self.num_rows}, *], got {list(logits.shape)}"
+            )
+        num_beams = self._num_beams[self.groups]
+        num_candidates = ops.beam_candidates(int(num_beams.max()), len(self._eos))
+        if self.num_steps < self.settings.min_new_tokens and len(self._eos):
+            token_mask = _without(token_mask, self._eos, logits)
+        scores, parent, token, _ = ops.beam_prune(
+            logits, self._scores, self._row_indptr, num_candidates, token_mask=token_mask, is_logprobs=is_logprobs
+        )
+        old_rows = self._row_indptr
+        self._scores, running_parent, running_token = ops.beam_update(
+            scores,
+            parent,
+            token,
+            old_rows,
+            self._beam_indptr,
+            self._pool_scores,
+            self._pool_lens,
+            self._pool_parents,
+            self._pool_tokens,
+            self._done,
+            gen_lens=self._per_group(self.num_steps),
+            max_new_tokens=self._per_group(self.settings.max_new_tokens),
+            eos_ids=self._eos,
+            length_penalty=self.settings.length_penalty,
+            early_stopping=self.settings.early_stopping,
+            stop=stop(parent, token) if stop is not None else None,
+        )
+        counts = torch.from_numpy(num_beams).to(self._device)
+        first_row = old_rows[:-1].repeat_interleave(counts)
+        rows_of_group = (old_rows[1:] - old_rows[:-1]).repeat_interleave(counts)
+        beam = torch.arange(len(first_row), device=self._device) - self._beam_indptr[:-1].repeat_interleave(counts)
+        self._remember(running_parent - first_row, running_token)
+        row = torch.where(beam < rows_of_group, first_row + beam, -1).long()
+        step = BeamStep(running_parent.long(), running_token.long(), row, [])
+        self._row_indptr = self._beam_indptr
+        if not bool(self._done.any()):
+            return step
+        return self._drop_finished(step, counts)
+
+    def results(self, group: int) -> list[Hypothesis]:
+        """A finished group's beams, best first; `num_beams` of them, fewer only if the vocabulary had no more.
+
+        Raises:
+            ValueError: the group is unknown or still running.
+        """
+        if group not in self._results:
+            raise ValueError(f"group: {group} is still running or does not exist")
+        return self._results[group]
+
+    def _per_group(self, value: int) -> Tensor:
+        return torch.full((len(self.groups),), value, dtype=torch.int32, device=self._device)
+
+    def _remember(self, parent: Tensor, token: Tensor) -> None:
+        for history, values in ((self._parents, parent), (self._tokens, token)):
+            row = torch.zeros(int(self._first_slot[-1]), dtype=torch.int32, device=self._device)
+            row[self._slots] = values
+            history.append(row)
+
+    def _drop_finished(self, step: BeamStep, counts: Tensor) -> BeamStep:
+        done = self._done
+        finished: list[int] = self.groups[done.cpu().numpy()].tolist()
+        beam_done = done.repeat_interleave(counts)
+        for group in finished:
+            self._results[group] = self._trace(group)
+        self.groups = self.groups[(~done).cpu().numpy()]
+        keep = torch.nonzero(~beam_done).squeeze(1)
+        self._scores, self._slots = self._scores[keep], self._slots[keep]
+        self._pool_scores, self._pool_lens = self._pool_scores[keep], self._pool_lens[keep]
+        self._pool_parents, self._pool_tokens = self._pool_parents[keep], self._pool_tokens[keep]
+        indptr = np.concatenate([[0], np.cumsum(self._num_beams[self.groups])])
+        self._row_indptr = self._beam_indptr = torch.from_numpy(indptr).to(self._device, torch.int32)
+        self._done = torch.zeros(len(self.groups), dtype=torch.bool, device=self._device)
+        return BeamStep(step.parent[keep], step.token[keep], step.row[keep], finished)
+
+    def _trace(self, group: int) -> list[Hypothesis]:
+        """Follows the back-pointers of the group's pool; its columns are `_slots` of the history."""
+        first, end = self._first_slot[group : group + 2].tolist()
+        here = int(torch.searchsorted(self._slots, first))
+        pool = slice(here, here + end - first)
+        scores, lens, parents, tokens = (
+            column[pool].cpu().numpy()
+            for column in (self._pool_scores, self._pool_lens, self._pool_parents, self._pool_tokens)
+        )
+        past_parents, past_tokens = (
+            torch.stack([row[first:end] for row in history]).cpu().numpy() for history in (self._parents, self._tokens)
+        )
+        text = np.zeros((len(lens), self.num_steps), dtype=np.int64)
+        beams = np.zeros_like(text)
+        used = lens > 0
+        last = lens[used] - 1
+        text[used, last], beams[used, last] = tokens[used], parents[used]
+        for position in range(self.num_steps - 2, -1, -1):
+            inside = np.nonzero(position < lens - 1)[0]
+            beam = beams[inside, position + 1]
+            text[inside, position] = past_tokens[position, beam]
+            beams[inside, position] = past_parents[position, beam]
+        return [Hypothesis(text[i, : lens[i]], float(scores[i]), beams[i, : lens[i]]) for i in np.nonzero(used)[0]]
+
+
+def _without(token_mask: Tensor | None, tokens: Tensor, logits: Tensor) -> Tensor:
+    """The mask with the bits of `tokens` cleared in every row."""
+    if token_mask is None:
+        token_mask = logits.new_full((logits.shape[0], -(-logits.shape[1] // 32)), -1, dtype=torch.int32)
+    mask = token_mask.clone()
+    for token in tokens.tolist():
+        bit = 1 << token % 32
+        mask[:, token // 32] &= ~(bit - (1 << 32) if bit == 1 << 31 else bit)
+    return mask
