@@ -111,8 +111,8 @@ std::tuple<Tensor, Tensor, Tensor> beam_update_cpu(
       static_cast<int32_t>(early_stopping),
   };
   check_groups(p, num_groups, num_pool);
-  // A group is a few microseconds of work: only many of them are worth a second thread.
-  torch::stable::parallel_for(0, num_groups, 32, [&](int64_t begin, int64_t end) { cpu::beam_update(p, begin, end); });
+  // A group is about a microsecond of work: only very many of them are worth a second thread.
+  torch::stable::parallel_for(0, num_groups, 128, [&](int64_t begin, int64_t end) { cpu::beam_update(p, begin, end); });
   return {running_scores, running_parent, running_token};
 }
 
