@@ -1,6 +1,7 @@
 """Thin driver: CMake and ninja build the native libraries, setuptools packages what they built."""
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -27,19 +28,27 @@ def torch_dir() -> Path:
     return Path(torch.__file__).parent
 
 
+def needed(tool: str) -> str:
+    path = shutil.which(tool)
+    if path is None:
+        sys.exit(f"{tool} is not on PATH: `pip install cmake ninja pybind11`, or install without --no-build-isolation")
+    return path
+
+
 class CMakeBuild(build_ext):
     """Builds all native targets at once with CMake; `build_ext.extensions` only name the results."""
 
     def run(self) -> None:
         out = ROOT / "treedecode" if self.inplace else Path(self.build_lib).resolve() / "treedecode"
-        build = ROOT / "build" / ("inplace" if self.inplace else "wheel")
-        subprocess.run(
-            ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DTREEDECODE_OUTPUT_DIR={out}",
-             f"-DPython_EXECUTABLE={sys.executable}", f"-DTREEDECODE_TORCH_DIR={torch_dir()}",
-             *os.environ.get("CMAKE_ARGS", "").split()],
-            check=True,
-        )  # fmt: skip
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        build = ROOT / "build" / "inplace" if self.inplace else Path(self.build_temp).resolve()
+        cmake, ninja = needed("cmake"), needed("ninja")
+        configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
+        configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}"]  # an isolated build's ninja is gone by the next build
+        configure += [f"-DTREEDECODE_OUTPUT_DIR={out}", f"-DTREEDECODE_TORCH_DIR={torch_dir()}"]
+        configure += [f"-DPython_EXECUTABLE={sys.executable}", *os.environ.get("CMAKE_ARGS", "").split()]
+        log = sys.stderr if self.verbose else subprocess.DEVNULL
+        subprocess.run(configure, check=True, stdout=log)
+        subprocess.run([cmake, "--build", str(build)], check=True, stdout=sys.stderr)
 
     def get_outputs(self) -> list[str]:
         package = Path(self.build_lib).resolve() / "treedecode"

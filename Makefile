@@ -1,0 +1,70 @@
+# make demo | make test | make check | make bench | make build | make sanitize | make clean
+# Each sets up what it needs in .venv first; nothing is installed outside this folder.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+TORCH  ?= torch==2.13.0
+PYTEST_ARGS ?=
+
+# PyPI's Linux build of torch brings gigabytes of CUDA libraries. A machine without a GPU takes the CPU build from
+# PyTorch's own index, unless pip was told which index to use or TORCH_INDEX says otherwise (empty = pip's default).
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test check lint bench build sanitize clean
+.DEFAULT_GOAL := test
+
+demo: build
+	$(BIN)/python examples/demo.py
+
+test: build
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: lint test
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files -z 'csrc/*.h' 'csrc/*.cpp' | xargs -0 $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/mypy
+
+bench: build
+	mkdir -p bench/results/local
+	$(BIN)/python -m pytest bench --benchmark-json=bench/results/local/results.json $(PYTEST_ARGS)
+
+# The op and host tests with the native code under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the
+# package. libstdc++ is preloaded too: the sanitizer looks for __cxa_throw once, when it starts.
+SANITIZE_TESTS ?= $(wildcard tests/test_append_kv.py tests/test_pages.py tests/test_prefix_index.py)
+SANITIZE_LIBS  := libasan.so libubsan.so libstdc++.so
+sanitize: build
+	mkdir -p build/sanitized
+	tar --exclude='*.so' --exclude=__pycache__ -cf - treedecode | tar -xf - -C build/sanitized
+	CMAKE_ARGS=-DTREEDECODE_SANITIZE=ON $(BIN)/python setup.py -q build_ext \
+	  --build-lib build/sanitized --build-temp build/sanitized-objects
+	cd build/sanitized && \
+	  LD_PRELOAD="$(foreach lib,$(SANITIZE_LIBS),$(shell c++ -print-file-name=$(lib)))" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
+	  $(abspath $(BIN))/python -m pytest -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
+	  $(addprefix $(CURDIR)/,$(SANITIZE_TESTS)) $(PYTEST_ARGS)
+
+build: $(VENV)/.installed
+	@$(BIN)/python setup.py -q build_ext --inplace
+
+$(VENV)/.installed: pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "treedecode needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1): make PYTHON=python3.12 ..."; exit 1; }
+	@command -v c++ >/dev/null || { echo "treedecode needs a C++20 compiler (c++), for instance: apt-get install g++"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@index='$(TORCH_INDEX)'; \
+	if [ '$(origin TORCH_INDEX)' = undefined ] && ! nvidia-smi -L >/dev/null 2>&1 && [ "$$(uname -s)" = Linux ] && \
+	   ! $(BIN)/python -m pip config list | grep -q -e index -e find-links; then index=$(CPU_INDEX); fi; \
+	echo "installing $(TORCH)$${index:+ from $$index}"; \
+	$(BIN)/python -m pip install $(TORCH) $${index:+--index-url $$index}
+	$(BIN)/python -m pip install "setuptools>=77" "cmake>=3.24" ninja "pybind11>=2.13"
+	$(BIN)/python -m pip install --no-build-isolation -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks treedecode/_*.so
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
