@@ -1,0 +1,85 @@
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import treedecode
+from treedecode import cli, collect_env, env, ops
+
+
+def run(*arguments, cwd=None, **variables):
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=cwd, env=variables or None, timeout=120
+    )
+
+
+def test_info_says_which_backend_each_op_takes_and_why(capsys):
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "failed" not in out
+    for op in ops.names():
+        line = next(line for line in out.splitlines() if line.strip().startswith(f"{op} on cpu:"))
+        assert f"{op} on cpu: cpu (" in line
+        assert "not cuda: not in this build: needs the CUDA kernels" in line
+        assert "not triton: " in line
+        assert "not reference: only on request" in line
+    active, detected = ops.cpu_isa()
+    assert f"{active} (machine: {detected}; compiled: {', '.join(ops.compiled_isas())}" in out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"treedecode {treedecode.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["unknown"]])
+def test_wrong_command(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    assert "usage: treedecode" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("library", ["missing", "broken"])
+def test_collect_env_prints_without_a_working_library(tmp_path, library):
+    package = tmp_path / "treedecode"
+    shutil.copytree(
+        treedecode.__path__[0], package, ignore=shutil.ignore_patterns("*.so", "__pycache__", "strategies", "models")
+    )
+    if library == "broken":
+        (package / "_ops.so").write_bytes(b"\x7fELF nonsense")
+    done = run("-m", "treedecode.collect_env", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "torch:        2." in done.stdout
+    assert "kernels:      failed: " in done.stdout
+    assert ("is not built" in done.stdout) == (library == "missing")
+
+
+def test_a_variable_chooses_backend_and_isa():
+    done = run("-m", "treedecode.cli", "info", TREEDECODE_BACKEND="reference", TREEDECODE_CPU_ISA="generic")
+    assert done.returncode == 0, done.stderr
+    assert "append_kv on cpu: reference (" in done.stdout
+    assert "not cpu: TREEDECODE_BACKEND=reference is set" in done.stdout
+    assert "kernels:      generic (" in done.stdout
+
+
+def test_explain_rejects_what_it_does_not_know():
+    with pytest.raises(ValueError, match="no op 'sing'"):
+        ops.explain("sing")
+    with pytest.raises(ValueError, match="device: expected 'cpu' or 'cuda', got 'tpu'"):
+        ops.explain("append_kv", "tpu")
+
+
+def test_attempt_turns_errors_into_text():
+    assert collect_env.attempt(lambda: 1 / 0) == "failed: ZeroDivisionError: division by zero"
+    assert collect_env.version("no-such-package") == "not installed"
+
+
+@pytest.mark.parametrize(
+    ("variable", "function"), [("TREEDECODE_CPU_ISA", "cpu_isa"), ("TREEDECODE_BACKEND", "backend")]
+)
+def test_bad_variables_are_named(monkeypatch, variable, function):
+    monkeypatch.setenv(variable, "sse9")
+    with pytest.raises(ValueError, match=f"{variable}: expected .*, got 'sse9'"):
+        getattr(env, function)()
