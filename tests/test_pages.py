@@ -295,8 +295,9 @@ def test_integrity_check_names_what_is_broken():
         (lambda p: p.fork([0], [1], [7]), "lens: expected lengths from 0 to the source's 6, got 7 at index 0"),
         (lambda p: p.fork([0], [1], [-1]), "lens: expected lengths"),
         (lambda p: p.append([0, 0]), "rows: expected each row once"),
-        (lambda p: p.append([99]), "rows: expected row ids below 8"),
-        (lambda p: p.append([[0]]), r"rows: expected shape \[n\], got \[1, 1\]"),
+        (lambda p: p.append([99]), "rows: row 99 is not allocated"),
+        (lambda p: p.append([-1]), "rows: expected rows in 0 .. 7, got -1 at index 0"),
+        (lambda p: p.append([[0]]), r"rows: expected shape \[n\] = \[\*\], got \[1, 1\]"),
         (lambda p: p.append([0, 1], [1, -1]), "q_lens: expected lengths from 0 to the room .* got -1 at index 1"),
         (lambda p: p.append([0], [43]), "q_lens: expected .* room left in the row's page table, 42, got 43"),
         (lambda p: p.truncate([0], [7]), "lens: expected"),
@@ -320,6 +321,19 @@ def test_bad_arguments_change_nothing(change, message):
         change(pool)
     assert_unchanged(pool, before)
     pool.check_integrity()
+
+
+def test_integers_of_any_kind_and_nothing_else():
+    pool = make_pool()
+    pool.allocate_rows(2)
+    pool.append(torch.tensor([1, 0]), (2, 3))
+    pool.append(np.array([0, 0, 1, 1], dtype=np.uint8)[::3], np.array([1, 1]))
+    pool.append([], [])
+    assert pool.seq_lens[:2].tolist() == [4, 3]
+    with pytest.raises(TypeError, match="expected integers, got float64"):
+        pool.truncate([0], [1.0])
+    with pytest.raises(ValueError, match="expected 32-bit integers, got"):
+        pool.truncate([0], [2**32])
 
 
 @pytest.mark.parametrize(
@@ -475,7 +489,11 @@ class PagesMachine(RuleBasedStateMachine):
         try:
             new = self.writer.append(rows, q_lens)
         except OutOfPages as error:
-            assert error.num_needed > error.num_free == self.pool.num_free_pages
+            refused = error
+        else:
+            refused = None
+        if refused:
+            assert refused.num_needed > refused.num_free == self.pool.num_free_pages
             assert_unchanged(self.pool, before)
             return
         self.log.append(("append", rows, q_lens))

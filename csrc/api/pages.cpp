@@ -1,6 +1,7 @@
 // fork_branches, append_slots, hold_pages, adopt_pages, copy_pages.
 #include "../cpu/pages.h"
 
+#include <algorithm>
 #include <optional>
 
 #include <torch/csrc/stable/library.h>
@@ -72,7 +73,7 @@ void run_copies(const Tensor& kv, const int32_t* src, const int32_t* dst, const 
       {kv.stride(0) * size, kv.stride(1) * size, kv.stride(2) * size},
   };
   const int64_t page_bytes = p.num_kv_heads * p.head_bytes;
-  const int64_t grain = std::max<int64_t>(1, (64 << 10) / std::max<int64_t>(1, page_bytes));  // 64 KiB a task
+  const int64_t grain = std::max<int64_t>(1, (512 << 10) / std::max<int64_t>(1, page_bytes));  // 512 KiB a task: below, waking a thread costs more
   torch::stable::parallel_for(0, p.num_planes * n, grain,
                               [&](int64_t begin, int64_t end) { cpu::copy_pages(p, begin, end); });
 }
