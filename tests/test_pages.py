@@ -625,7 +625,7 @@ class PagesMachine(RuleBasedStateMachine):
 
 TestPagesMachine = PagesMachine.TestCase
 TestPagesMachine.settings = settings(
-    max_examples=60,
+    max_examples=40,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
