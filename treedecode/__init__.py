@@ -7,10 +7,19 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from treedecode import ops as ops
+    from treedecode.completions import Completion as Completion
+    from treedecode.decoder import Decoder as Decoder
+    from treedecode.sampling import Sampling as Sampling
+    from treedecode.tree import Frontier as Frontier
 
 # Public name -> module that defines it. Loaded on first use: `python -m treedecode.collect_env` prints also where the
 # native library is missing, and `import treedecode` costs nothing.
-_EXPORTS: dict[str, str] = {}
+_EXPORTS: dict[str, str] = {
+    "Completion": "treedecode.completions",
+    "Decoder": "treedecode.decoder",
+    "Frontier": "treedecode.tree",
+    "Sampling": "treedecode.sampling",
+}
 
 __all__ = ["__version__", "ops", *_EXPORTS]
 

@@ -1,0 +1,147 @@
+"""Completions of prompts: what `Decoder.generate` returns, and how it runs more branches than there are rows for."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from treedecode.branches import Finish, Ints, child_seeds
+from treedecode.jobs import Callback
+from treedecode.pages import OutOfBranches
+from treedecode.sampling import Sampling
+from treedecode.stops import StopSet
+
+if TYPE_CHECKING:
+    from treedecode.decoder import Decoder
+    from treedecode.engine import Engine
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished branch.
+
+    Attributes:
+        text: the generated text, before the stop string that ended it. Empty without a tokenizer.
+        token_ids: all generated tokens, up to and including the one that ended the text (end of sequence, stop token,
+            or the last token of a stop string).
+        logprobs: per token, nats, under the model's own distribution (before temperature and filters).
+        cum_logprob: their sum.
+        finish_reason: "stop" (end of sequence, stop token or stop string) or "length".
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    cum_logprob: float
+    finish_reason: str
+
+
+def text_of(engine: "Engine", row: int, *, cut: bool, begin: int | None = None) -> str:
+    """Text of a branch's tokens from `begin` (None: the end of the prompt); `cut`: without its stop string."""
+    table = engine.table
+    new = table.tokens[row, int(table.prompt_len[row]) if begin is None else begin : table.num_tokens[row]]
+    return engine.matcher.text(int(table.stop[row]), new, cut=cut and table.finish[row] == Finish.STOP)
+
+
+def completions_of(engine: "Engine", rows: Ints) -> list[Completion]:
+    """What the branches `rows` have generated so far."""
+    table = engine.table
+    found = []
+    for row in rows:
+        new = slice(int(table.prompt_len[row]), int(table.num_tokens[row]))
+        found.append(
+            Completion(
+                text=text_of(engine, int(row), cut=True),
+                token_ids=table.tokens[row, new].tolist(),
+                logprobs=table.logprobs[row, new].tolist(),
+                cum_logprob=float(table.cum_logprob[row]),
+                finish_reason="stop" if table.finish[row] in (Finish.STOP, Finish.EOS) else "length",
+            )
+        )
+    return found
+
+
+def root_seed(sampling: Sampling) -> np.ndarray:
+    """The seed of a tree: the one asked for, or a fresh one."""
+    if sampling.seed is not None:
+        return np.array(sampling.seed, np.int64)
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64).numpy()
+
+
+async def generate(
+    decoder: "Decoder",
+    prompts: list[Ints],
+    *,
+    num_branches: int,
+    sampling: Sampling,
+    max_new_tokens: int | None,
+    stops: StopSet,
+    callback: Callback | None,
+) -> list[list[Completion]]:
+    """`Decoder.generate` on checked prompts and stops."""
+    if isinstance(num_branches, bool) or not isinstance(num_branches, int) or num_branches < 1:
+        raise ValueError(f"num_branches: expected an int >= 1, got {num_branches!r}")
+    limit = decoder.check_length(max(map(len, prompts)), max_new_tokens)
+    engine = decoder.engine
+    places: dict[bytes, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        places.setdefault(prompt.tobytes(), []).extend(range(i * num_branches, (i + 1) * num_branches))
+    results: dict[int, Completion] = {}
+
+    async def complete(prompt: Ints, wanted: list[int], seeds: Ints) -> None:
+        rows = engine.open([prompt] * len(wanted), seeds)
+        try:
+            if len(rows) > 1:
+                await engine.prefill(rows[:1])
+                engine.reorder(rows[1:], np.repeat(rows[:1], len(rows) - 1))
+            tell = None if callback is None else lambda i, token, text: callback(wanted[i], token, text)
+            await engine.sample(rows, sampling, stops, limit, tell)
+            results.update(zip(wanted, completions_of(engine, rows), strict=True))
+        finally:
+            engine.release(rows)
+
+    def unit(prompt: Ints, wanted: list[int], seeds: Ints) -> "_Unit":
+        return _Unit(len(wanted), lambda: complete(prompt, wanted, seeds))
+
+    size = engine.pool.max_branches
+    units: list[_Unit] = []
+    for where in places.values():
+        prompt = prompts[where[0] // num_branches]
+        seeds = child_seeds(root_seed(sampling), np.array(len(prompt)), np.arange(len(where)))
+        parts = [slice(at, at + size) for at in range(0, len(where), size)]
+        units.extend(unit(prompt, where[part], seeds[part]) for part in parts)
+    await _queue(engine, units)
+    return [[results[i * num_branches + j] for j in range(num_branches)] for i in range(len(prompts))]
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Work that takes `num_rows` rows as soon as it starts."""
+
+    num_rows: int
+    start: Callable[[], Awaitable[None]]
+
+
+async def _queue(engine: "Engine", units: list[_Unit]) -> None:
+    """Runs units in order, as many at a time as there are rows for; the first error ends all."""
+    running: set[asyncio.Future[None]] = set()
+    waiting = units[::-1]
+    try:
+        while waiting or running:
+            free = engine.num_free_rows
+            while waiting and waiting[-1].num_rows <= free:
+                free -= waiting[-1].num_rows
+                running.add(asyncio.ensure_future(waiting.pop().start()))
+            if not running:
+                need = waiting[-1].num_rows
+                raise OutOfBranches(f"out of branches: {need} needed, {free} free; frontiers hold the others")
+            ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in ended:
+                task.result()
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)

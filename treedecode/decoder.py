@@ -1,0 +1,333 @@
+"""Decoder: a model, its pages, and everything that decodes on them."""
+
+import asyncio
+import math
+import os
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+
+from treedecode import completions
+from treedecode.branches import Ints, child_seeds
+from treedecode.completions import Completion
+from treedecode.engine import Engine
+from treedecode.jobs import Stats
+from treedecode.pages import PagePool
+from treedecode.sampling import Sampling
+from treedecode.stops import StopLike, StopMatcher, StopSet, parse_stop
+from treedecode.tree import Frontier
+
+Prompt = str | Sequence[int]
+T = TypeVar("T")
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+class Decoder:
+    """Decodes many branches of many prompts at once; what they share is computed, kept and read once.
+
+    Args:
+        model: a Transformers causal language model, or an adapter with the interface of `TransformersModel`.
+        tokenizer: turns text into tokens and back; without one, prompts are token ids and completions have no text.
+        kv_memory: bytes for keys and values, an int or a string like "2GiB". By default an eighth of the machine's
+            memory (a GPU: 80% of what is free), and no more than `max_branches` branches of full length could use.
+        page_size: tokens per page.
+        max_branches: branches alive at once; `generate` queues what is beyond.
+        prefill_tokens: prompt tokens computed per forward, beside the tokens being decoded.
+
+    Raises:
+        TypeError, ValueError: the model is not supported, or an argument is out of range (named).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        kv_memory: int | str | None = None,
+        page_size: int = 16,
+        max_branches: int = 512,
+        prefill_tokens: int = 512,
+    ) -> None:
+        for name, value in (
+            ("page_size", page_size),
+            ("max_branches", max_branches),
+            ("prefill_tokens", prefill_tokens),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
+        if not hasattr(model, "num_kv_heads"):
+            from treedecode.models import TransformersModel
+
+            model = TransformersModel(model)
+        if model.dtype not in _DTYPES:
+            raise ValueError(f"model: expected float32, bfloat16 or float16, got {model.dtype}")
+        columns = -(-model.max_position // page_size)
+        page_bytes = 2 * model.num_layers * model.num_kv_heads * page_size * model.head_dim * model.dtype.itemsize
+        num_pages = _memory_bytes(kv_memory, model.device, page_bytes * columns * max_branches) // page_bytes
+        if num_pages < 1:
+            raise ValueError(f"kv_memory: {kv_memory} is less than one page of {page_bytes} bytes")
+        self.model = model
+        self.tokenizer = tokenizer
+        pool = PagePool(
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            num_pages=num_pages,
+            page_size=page_size,
+            max_branches=max_branches,
+            max_pages_per_branch=min(columns, num_pages),
+            dtype=model.dtype,
+            device=model.device,
+        )
+        # The last token of a full branch is never computed, so a prompt may fill the pages and one token more come out.
+        self._capacity = num_pages * page_size
+        self._max_tokens = min(model.max_position, self._capacity)
+        matcher = StopMatcher(tokenizer, model.vocab_size)
+        self.engine = Engine(model, pool, matcher, max_tokens=self._max_tokens, prefill_tokens=prefill_tokens)
+        self._worker: ThreadPoolExecutor | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+        gguf_file: str | None = None,
+        **options: Any,
+    ) -> "Decoder":
+        """A decoder on a model from the hub, a folder, or a GGUF file.
+
+        Args:
+            dtype: of weights and cache: float32, bfloat16 or float16, also by name; None takes the checkpoint's.
+            options: arguments of `Decoder` (`kv_memory`, `page_size`, ...).
+        """
+        from treedecode.models import load_pretrained
+
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype, dtype)
+        if dtype is not None and dtype not in _DTYPES:
+            raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+        model, tokenizer = load_pretrained(path_or_id, dtype=dtype, device=device, gguf_file=gguf_file)
+        return cls(model, tokenizer, **options)
+
+    # -- text --
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of `text`; `special`: with the tokens a text begins with, unless it spells them out itself.
+
+        Raises:
+            ValueError: the decoder has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError("this decoder has no tokenizer; give token ids instead of text")
+        bos = getattr(self.tokenizer, "bos_token", None)
+        return list(self.tokenizer.encode(text, add_special_tokens=special and not (bos and text.startswith(bos))))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, without special tokens; empty without a tokenizer."""
+        return self.engine.matcher.decode(np.asarray(token_ids))
+
+    def _prompts(self, prompts: Prompt | Sequence[Prompt]) -> list[Ints]:
+        """Checked token ids of every prompt."""
+        if len(prompts) == 0:
+            raise ValueError("prompts: is empty; expected at least one prompt with at least one token")
+        if isinstance(prompts, str) or isinstance(prompts[0], (int, np.integer)):
+            return [self._prompt(cast(Prompt, prompts), "prompts")]
+        return [self._prompt(cast(Prompt, prompt), f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+
+    def _prompt(self, prompt: Prompt, name: str) -> Ints:
+        if not isinstance(prompt, str) and any(isinstance(t, bool) or not hasattr(t, "__index__") for t in prompt):
+            raise TypeError(f"{name}: expected a string or token ids, got {type(prompt).__name__}")
+        tokens = np.array(self.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt], np.int64)
+        if len(tokens) == 0:
+            raise ValueError(f"{name}: is empty")
+        if not 0 <= tokens.min() <= tokens.max() < self.model.vocab_size:
+            raise ValueError(f"{name}: token ids must be below {self.model.vocab_size}, got {tokens.max()}")
+        if len(tokens) >= self.model.max_position:
+            raise ValueError(
+                f"{name}: {len(tokens)} tokens leave no room for a new one in the model's {self.model.max_position}"
+            )
+        if len(tokens) >= self._capacity:
+            raise ValueError(
+                f"{name}: {len(tokens)} tokens and a new one do not fit the {self._capacity} tokens of kv_memory"
+            )
+        return tokens.astype(np.int32)
+
+    def parse_stop(self, stop: StopLike) -> StopSet:
+        """What a `stop` argument means; raises TypeError or ValueError for what is none."""
+        return parse_stop(stop, vocab_size=self.model.vocab_size, has_tokenizer=self.tokenizer is not None)
+
+    def check_length(self, num_tokens: int, max_new_tokens: int | None) -> int:
+        """The limit an extend runs to; without one given, what the model and the pages hold."""
+        if max_new_tokens is None:
+            return self._max_tokens
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, (int, np.integer)):
+            raise TypeError(f"max_new_tokens: expected an int, got {max_new_tokens!r}")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+        if min(num_tokens + max_new_tokens, self.model.max_position) > self._capacity:
+            raise ValueError(
+                f"max_new_tokens: {num_tokens} tokens and {max_new_tokens} new ones do not fit the {self._capacity} "
+                "tokens of kv_memory"
+            )
+        return int(max_new_tokens)
+
+    # -- decoding --
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        num_branches: int = 1,
+        sampling: Sampling | None = None,
+        max_new_tokens: int | None = 256,
+        stop: StopLike = None,
+        callback: Callable[[int, int, str], None] | None = None,
+    ) -> list[list[Completion]]:
+        """Completes every prompt `num_branches` times.
+
+        A prompt is computed once, whatever `num_branches` and however often it occurs; beginnings that prompts share
+        are computed once too, also across calls. Given `sampling.seed`, the texts of a prompt depend on it and the seed
+        alone; a prompt that occurs twice gets further samples, as if it had occurred once with more branches.
+
+        Args:
+            prompts: strings or lists of token ids; one prompt alone is taken as a list of one.
+            max_new_tokens: per branch; None goes on to what the model or the pages can hold.
+            stop: strings or token ids that end a branch.
+            callback: called as `callback(branch, token_id, text)` for every new token, branch counting through
+                `num_branches` of the first prompt, then of the second, and so on. `text` is what has become readable:
+                it never ends inside a character or a stop string, and may be empty.
+
+        Returns:
+            `[len(prompts)][num_branches]` completions.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong (named); nothing has been started then.
+            RuntimeError: the decoder is closed.
+        """
+        job = self.generate_async(
+            prompts,
+            num_branches=num_branches,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            callback=callback,
+        )
+        return self.run(job)
+
+    async def generate_async(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        num_branches: int = 1,
+        sampling: Sampling | None = None,
+        max_new_tokens: int | None = 256,
+        stop: StopLike = None,
+        callback: Callable[[int, int, str], None] | None = None,
+    ) -> list[list[Completion]]:
+        """`generate` for coroutines: decodes together with whatever else runs on this decoder."""
+        return await completions.generate(
+            self,
+            self._prompts(prompts),
+            num_branches=num_branches,
+            sampling=sampling if sampling is not None else Sampling(),
+            max_new_tokens=max_new_tokens,
+            stops=self.parse_stop(stop),
+            callback=callback,
+        )
+
+    async def roots(self, prompts: Prompt | Sequence[Prompt], *, sampling: Sampling | None = None) -> Frontier:
+        """One branch per prompt, computed up to its last token: where a search begins.
+
+        Args:
+            prompts: strings or lists of token ids.
+            sampling: the default for this search; its seed, if it has one, is that of every tree.
+
+        Raises:
+            TypeError, ValueError: a prompt is wrong (named). OutOfBranches: more prompts than free branches.
+        """
+        sampling = sampling if sampling is not None else Sampling()
+        tokens = self._prompts(prompts)
+        seen: dict[bytes, int] = {}
+        first = np.array([seen.setdefault(prompt.tobytes(), i) for i, prompt in enumerate(tokens)])
+        repeats = np.array([int((first[:i] == first[i]).sum()) for i in range(len(first))])
+        seeds = np.array([completions.root_seed(sampling) for _ in tokens])
+        seeds = np.where(repeats > 0, child_seeds(seeds, np.array(-1), repeats), seeds)
+        unique = np.unique(first)
+        rows = np.full(len(tokens), -1, np.int64)
+        rows[unique] = self.engine.open([tokens[i] for i in unique], seeds[unique])
+        try:
+            await self.engine.prefill(rows[unique])
+            again = np.flatnonzero(rows < 0)
+            if len(again):
+                rows[again] = self.engine.fork(rows[first[again]], seeds=seeds[again])
+        except BaseException:
+            self.engine.release(rows[rows >= 0])
+            raise
+        return Frontier(self, rows, np.arange(len(tokens)), sampling)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine to its end from code that is not one; inside a running event loop (Jupyter) in a thread."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return asyncio.run(work)
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, thread_name_prefix="treedecode")
+        return self._worker.submit(asyncio.run, work).result()
+
+    # -- state --
+
+    @property
+    def stats(self) -> Stats:
+        """What this decoder has computed, reused and preempted so far."""
+        return self.engine.stats
+
+    @property
+    def num_branches(self) -> int:
+        """Branches alive."""
+        return self.engine.pool.max_branches - self.engine.num_free_rows
+
+    def check_integrity(self) -> None:
+        """Checks that pages, prefix index and branches agree.
+
+        Raises:
+            AssertionError: names what does not.
+        """
+        self.engine.check_integrity()
+
+    def close(self) -> None:
+        """Ends what is decoding with a RuntimeError and gives all memory back; later calls raise."""
+        self.engine.close()
+        if self._worker is not None:
+            self._worker.shutdown(wait=False)
+
+    def __enter__(self) -> "Decoder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _memory_bytes(kv_memory: int | str | None, device: torch.device, useful: int) -> int:
+    """Bytes to take for keys and values."""
+    if kv_memory is None:
+        if device.type == "cuda":
+            return min(useful, int(torch.cuda.mem_get_info(device)[0] * 0.8))
+        return min(useful, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8)
+    if isinstance(kv_memory, str):
+        digits = kv_memory.rstrip("abgikmABGIKM ")
+        unit = kv_memory[len(digits) :].strip().lower()
+        try:
+            return int(float(digits) * _UNITS[unit])
+        except (ValueError, KeyError):
+            raise ValueError(f'kv_memory: expected bytes or a string like "2GiB", got {kv_memory!r}') from None
+    if isinstance(kv_memory, bool) or not isinstance(kv_memory, (int, float)) or not math.isfinite(kv_memory):
+        raise TypeError(f'kv_memory: expected bytes or a string like "2GiB", got {kv_memory!r}')
+    return int(kv_memory)

@@ -1,0 +1,76 @@
+"""Jobs: awaited calls on the engine, and counts of what it has done."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from treedecode.branches import Ints
+from treedecode.stops import TextStream
+
+Callback = Callable[[int, int, str], None]
+
+
+@dataclass
+class Stats:
+    """What the decoder has done since it was made."""
+
+    num_forwards: int = 0
+    num_prefill_tokens: int = 0  # computed several at a time: prompts, given text, recomputation
+    num_decode_tokens: int = 0  # computed one per branch and forward
+    num_sampled_tokens: int = 0
+    num_prefix_tokens: int = 0  # not computed: found in the prefix index
+    num_preemptions: int = 0
+
+
+@dataclass(eq=False)
+class Job:
+    """One awaited call: the rows it works on, and whom to tell."""
+
+    rows: Ints
+    future: asyncio.Future
+    num_live: int
+    callback: Callback | None = None
+    streams: dict[int, TextStream] = field(default_factory=dict)
+    logits: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # row -> (logits of a forward, row in them)
+
+    def resolve(self) -> None:
+        """The work is done; from whichever thread."""
+        self._settle(self._result(), None)
+
+    def fail(self, error: BaseException | None) -> None:
+        """The work ended with an error; None: nobody waits any more."""
+        self._settle(None, error if error is not None else asyncio.CancelledError())
+
+    def _result(self) -> Tensor | None:
+        if not self.logits:
+            return None
+        found = [self.logits[int(row)] for row in self.rows]
+        if all(logits is found[0][0] for logits, _ in found):
+            return found[0][0][torch.tensor([i for _, i in found], device=found[0][0].device)]
+        return torch.stack([logits[i] for logits, i in found])
+
+    def _settle(self, result: Tensor | None, error: BaseException | None) -> None:
+        def settle() -> None:
+            if self.future.done():
+                return
+            if isinstance(error, asyncio.CancelledError):
+                self.future.cancel()
+            elif error is not None:
+                self.future.set_exception(error)
+            else:
+                self.future.set_result(result)
+
+        loop = self.future.get_loop()
+        if loop.is_closed():
+            return
+        try:
+            here = asyncio.get_running_loop() is loop
+        except RuntimeError:
+            here = False
+        if here:
+            settle()
+        else:
+            loop.call_soon_threadsafe(settle)

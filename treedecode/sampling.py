@@ -1,0 +1,58 @@
+"""Sampling: how a branch picks its next token."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of one branch's random choices; the filters compose in the order temperature, top_k, top_p, min_p.
+
+    Args:
+        temperature: divides the logits; 0 takes the most likely token (lowest id on a tie).
+        top_k: keep the `top_k` most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens whose probability reaches `top_p`; 1 keeps all.
+        min_p: drop tokens less likely than `min_p` times the most likely one; 0 keeps all.
+        seed: the text depends on it and the prompt alone, never on what else is decoding; None draws a fresh seed from
+            torch's default generator.
+        ignore_eos: keep going past the model's end-of-sequence tokens.
+        repetition_penalty: divides positive and multiplies negative logits of every token already in the branch, prompt
+            included (1909.05858); 1 is off.
+        min_new_tokens: no end-of-sequence token, stop token or stop string before this many new tokens.
+
+    Raises:
+        TypeError, ValueError: a setting has the wrong type or is out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    ignore_eos: bool = False
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name}: expected a number, got {value!r}")
+        for name in ("top_k", "min_new_tokens", *(() if self.seed is None else ("seed",))):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}: expected an int, got {value!r}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature: expected a finite number >= 0, got {self.temperature}")
+        if not 0 <= self.top_k < 2**31:
+            raise ValueError(f"top_k: expected 0 <= top_k < 2**31 (0 keeps every token), got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected 0 < top_p <= 1, got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p: expected 0 <= min_p <= 1, got {self.min_p}")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed: expected a 64-bit integer, got {self.seed}")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ValueError(f"repetition_penalty: expected a finite number > 0, got {self.repetition_penalty}")
+        if self.min_new_tokens < 0:
+            raise ValueError(f"min_new_tokens: expected >= 0, got {self.min_new_tokens}")

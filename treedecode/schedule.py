@@ -1,0 +1,201 @@
+"""Scheduler: which tokens of which branches go into the next forward, and who gives way when pages run out."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from treedecode.branches import BranchTable, Ints, Work
+
+
+@dataclass(frozen=True)
+class SampleInputs:
+    """Arguments of `ops.sample` for the sampled rows of a batch, each `[n]` on the model's device."""
+
+    temperature: Tensor  # fp32
+    top_k: Tensor  # int32
+    top_p: Tensor  # fp32
+    min_p: Tensor  # fp32
+    seed: Tensor  # int64
+
+
+@dataclass
+class Batch:
+    """Rows of one forward in depth-first order, so that rows that share pages are adjacent.
+
+    It serves many ticks: while all rows decode one token each, only `num_cached` moves.
+    """
+
+    rows: Ints  # [B] int64
+    q_lens: Ints  # [B] int32
+    decode_only: bool
+    row_ids: Tensor  # [B] int64
+    q_lens_tensor: Tensor | None  # [B] int32, None = 1 each
+    wanted: Ints  # [n] indices of rows whose last token's logits are wanted
+    sampled: Ints  # [s] indices into wanted of rows that sample
+    inputs: SampleInputs
+    penalised: bool  # whether a sampled row has a repetition penalty
+    stop_ids: list[int]  # stop sets in use among the sampled rows
+
+
+class Scheduler:
+    """Chooses batches. All rows that decode go in; rows with more to compute share a token budget, first come first.
+
+    A row whose prompt begins like one that is being prefilled waits for it and then starts on its pages.
+    """
+
+    def __init__(self, table: BranchTable, pool: Any, index: Any, *, prefill_tokens: int) -> None:
+        self.table = table
+        self.pool = pool
+        self.index = index
+        self.prefill_tokens = prefill_tokens
+        self.num_preemptions = 0
+        self.num_prefix_tokens = 0
+
+    def free_held_pages(self, count: int) -> int:
+        """Lets the prefix index drop up to `count` pages that no branch uses; how many it dropped."""
+        evicted = self.index.evict(count, self.pool.refcount.numpy(force=True)) if count > 0 else ()
+        if len(evicted):
+            self.pool.drop(evicted)
+        return len(evicted)
+
+    def remember(self, rows: Ints) -> None:
+        """Puts the full pages of `rows` into the prefix index."""
+        for row in rows:
+            full = int(self.table.num_cached[row]) // self.pool.page_size
+            if full:
+                tokens = self.table.tokens[row, : full * self.pool.page_size]
+                fresh = self.index.insert(np.ascontiguousarray(tokens), self.pool.pages(int(row))[:full])
+                if len(fresh):
+                    self.pool.retain(fresh)
+
+    def next_batch(self) -> tuple[Batch | None, Ints]:
+        """The next batch (None: no work that needs a forward), and rows whose prefill turned out to be done."""
+        table = self.table
+        busy = np.flatnonzero(table.work)
+        busy = busy[np.argsort(table.order[busy])]
+        todo = table.num_tokens[busy] - table.num_cached[busy] - (table.work[busy] == Work.PREFILL)
+        done = busy[todo <= 0]
+        one = (todo == 1) & (table.work[busy] != Work.PREFILL)
+        rows, lens = self._admit(busy[(todo > 0) & ~one], busy[one])
+        if len(rows) == 0 and len(done) == 0 and len(busy):
+            return self.next_batch()  # the index had all of what the first in line needs
+        return (self._batch(rows, lens) if len(rows) else None), done
+
+    def _admit(self, waiting: Ints, decoding: Ints) -> tuple[Ints, Ints]:
+        table, page = self.table, self.pool.page_size
+        rows, lens = list(decoding), [1] * len(decoding)
+        budget = self.prefill_tokens
+        promised = len(decoding)  # pages that rows already admitted may still take
+        ahead: list[int] = []
+        for row in waiting:
+            if budget <= 0:
+                break
+            if table.num_cached[row] == 0 and not self._adopt(int(row), ahead):
+                continue
+            cached = int(table.num_cached[row])
+            todo = int(table.num_tokens[row] - cached - (table.work[row] == Work.PREFILL))
+            if todo <= 0:
+                continue  # the index had all of it; the next call reports it
+            need = -(-int(table.num_tokens[row] + 1) // page) - cached // page
+            lacking = need + promised - self.pool.num_free_pages
+            if lacking > 0:
+                lacking -= self.free_held_pages(lacking)
+            if lacking > 0:
+                if rows:
+                    break
+                self.make_room(np.array([row]), lacking)
+            promised += need
+            take = min(todo, budget)
+            budget -= take
+            rows.append(row)
+            lens.append(take)
+            ahead.append(int(row))
+        return np.array(rows, np.int64), np.array(lens, np.int32)
+
+    def _adopt(self, row: int, ahead: list[int]) -> bool:
+        """Starts an empty row on pages of the index; False: it should wait for a row ahead with the same beginning."""
+        table, page = self.table, self.pool.page_size
+        known = np.ascontiguousarray(table.tokens[row, : table.num_tokens[row] - 1])
+        pages, found = self.index.match(known)
+        for other in ahead:
+            both = min(len(known), int(table.num_tokens[other]) - 1)
+            differ = np.flatnonzero(known[:both] != table.tokens[other, :both])
+            common = int(differ[0]) if len(differ) else both
+            if common // page * page > found:
+                return False
+        if found:
+            self.pool.adopt(row, pages, found)
+            table.num_cached[row] = found
+            self.num_prefix_tokens += found
+        return True
+
+    def make_room(self, keep: Ints, lacking: int) -> None:
+        """Frees at least one page: from the prefix index, else from branches at rest, else from the latest comer.
+
+        Args:
+            keep: rows that must not be preempted.
+            lacking: pages that are missing.
+
+        Raises:
+            RuntimeError: nothing is left to free.
+        """
+        if self.free_held_pages(max(lacking, 1)):
+            return
+        table = self.table
+        holders = np.setdiff1d(np.flatnonzero((table.num_cached > 0) & (table.handles > 0)), keep)
+        refcount = self.pool.refcount.numpy(force=True)
+        before = self.pool.num_free_pages
+        own = np.array([np.count_nonzero(refcount[self.pool.pages(int(row))] == 1) for row in holders], np.int64)
+        resting = table.work[holders] == Work.NONE
+        # Branches at rest may never be needed again; a page shared by several comes free only with the last of them.
+        queue = np.lexsort((-table.order[holders], own == 0, ~resting))
+        for row in holders[queue]:
+            self.pool.clear([int(row)])
+            table.num_cached[row] = 0
+            self.num_preemptions += 1
+            if self.pool.num_free_pages > before:
+                return
+        if not self.free_held_pages(max(lacking, 1)):
+            raise RuntimeError("out of pages: nothing is left to preempt; give the decoder more kv_memory")
+
+    def _batch(self, rows: Ints, lens: Ints) -> Batch:
+        table = self.table
+        order = self._depth_first(rows)
+        rows, lens = rows[order], lens[order]
+        complete = table.num_cached[rows] + lens == table.num_tokens[rows]
+        wanted = np.flatnonzero(complete)
+        out = rows[wanted]
+        sampled = np.flatnonzero(table.work[out] == Work.SAMPLE)
+        chosen = out[sampled]
+        decode_only = bool((lens == 1).all()) and len(wanted) == len(rows)
+        device = self.pool.device
+
+        def put(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array[chosen]).to(device)
+
+        return Batch(
+            rows=rows,
+            q_lens=lens,
+            decode_only=decode_only,
+            row_ids=torch.from_numpy(rows).to(device),
+            q_lens_tensor=None if decode_only else torch.from_numpy(lens).to(device),
+            wanted=wanted,
+            sampled=sampled,
+            inputs=SampleInputs(
+                put(table.temperature), put(table.top_k), put(table.top_p), put(table.min_p), put(table.seed)
+            ),
+            penalised=bool((table.penalty[chosen] != 1).any()),
+            stop_ids=[int(stop) for stop in np.unique(table.stop[chosen]) if stop],
+        )
+
+    def _depth_first(self, rows: Ints) -> list[int]:
+        """Order of rows in which equal leading pages are adjacent: any fixed order of the page-table rows will do."""
+        used = -(-self.table.num_cached[rows] // self.pool.page_size)
+        width = int(used.max(initial=0))
+        pages = self.pool.page_table[torch.from_numpy(rows).to(self.pool.device), :width].numpy(force=True).copy()
+        pages[np.arange(width) >= used[:, None]] = -1
+        keys = [line.tobytes() for line in pages]
+        return sorted(range(len(rows)), key=lambda i: (keys[i], rows[i]))

@@ -1,0 +1,70 @@
+"""One step of a batch: the forward, and the choice of the next tokens."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from treedecode import ops
+from treedecode.branches import BranchTable, Ints
+from treedecode.pages import PagePool
+from treedecode.schedule import Batch
+from treedecode.stops import StopMatcher
+
+
+def forward(model: Any, pool: PagePool, table: BranchTable, batch: Batch, slots: Tensor) -> Tensor:
+    """Runs the batch's tokens through the model; logits `[len(batch.wanted), vocab_size]`."""
+    from treedecode.models import StepContext  # loads Transformers, which no other part of the engine needs
+
+    ids, positions = table.packed(batch.rows, batch.q_lens)
+    last = np.cumsum(batch.q_lens, dtype=np.int64) - 1
+    width = -(-int((table.num_cached[batch.rows] + batch.q_lens).max()) // pool.page_size)
+    page_table = pool.page_table[:, :width].index_select(0, batch.row_ids)
+    seq_lens = pool.seq_lens.index_select(0, batch.row_ids)
+    plan = ops.plan_tree(
+        page_table,
+        seq_lens,
+        batch.q_lens_tensor,
+        page_size=pool.page_size,
+        num_qo_heads=model.num_qo_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+    )
+    context = StepContext(layer=pool.layer, page_table=page_table, seq_lens=seq_lens, plan=plan, slots=slots)
+    put = [torch.from_numpy(array).to(pool.device) for array in (ids, positions, last[batch.wanted])]
+    return model.forward(put[0], put[1], context, put[2])
+
+
+def choose(
+    table: BranchTable, matcher: StopMatcher, eos_ids: Tensor, batch: Batch, logits: Tensor
+) -> tuple[Ints, np.ndarray]:
+    """Samples the next token of each row that wants one: (token ids, log-probabilities), `[len(batch.sampled)]`.
+
+    Repetition penalty and the minimum length change the logits first, of the rows that ask for them alone; the
+    log-probabilities are of the distribution after that, before temperature and filters.
+    """
+    if len(batch.sampled) == 0:
+        return np.zeros(0, np.int32), np.zeros(0, np.float32)
+    chosen = batch.rows[batch.wanted][batch.sampled]
+    if len(batch.sampled) < len(batch.wanted):
+        logits = logits[torch.from_numpy(batch.sampled).to(logits.device)]
+    for i in np.flatnonzero(table.penalty[chosen] != 1) if batch.penalised else ():
+        row = chosen[i]
+        seen = torch.from_numpy(table.tokens[row, : table.num_tokens[row]].astype(np.int64)).to(logits.device)
+        x, penalty = logits[i, seen], float(table.penalty[row])
+        logits[i, seen] = torch.where(x < 0, x * penalty, x / penalty)
+    for i in np.flatnonzero(table.num_tokens[chosen] < table.min_tokens[chosen]):
+        logits[i, eos_ids] = -torch.inf
+        logits[i, list(matcher[int(table.stop[chosen[i]])].token_ids)] = -torch.inf
+    inputs = batch.inputs
+    token, logprob, _ = ops.sample(
+        logits,
+        temperature=inputs.temperature,
+        top_k=inputs.top_k,
+        top_p=inputs.top_p,
+        min_p=inputs.min_p,
+        seed=inputs.seed,
+        position=torch.from_numpy(table.num_tokens[chosen]).to(logits.device),
+    )
+    return token.numpy(force=True), logprob.numpy(force=True)

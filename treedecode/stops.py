@@ -1,0 +1,165 @@
+"""Where a branch's text ends: stop strings across token borders, stop tokens, and streaming that never shows a stop."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+_PARTIAL = "\ufffd"  # how a tokenizer shows bytes that are not yet a whole character
+
+StopLike = str | int | Sequence[str | int] | None
+
+
+@dataclass(frozen=True)
+class StopSet:
+    """What ends an extend: any of `strings` in the new text, or any of `token_ids`."""
+
+    strings: tuple[str, ...] = ()
+    token_ids: tuple[int, ...] = ()
+
+    def find(self, text: str, before: str = "") -> int:
+        """Where the first stop string begins in `text` that is not all in its known beginning `before`; -1: nowhere."""
+        seen = len(before.rstrip(_PARTIAL))
+        found = [at for stop in self.strings if (at := text.find(stop, max(0, seen - len(stop) + 1))) >= 0]
+        return min(found, default=-1)
+
+
+def parse_stop(stop: StopLike, *, vocab_size: int, has_tokenizer: bool) -> StopSet:
+    """The set a user's `stop` means: strings, token ids, or a mix of both.
+
+    Raises:
+        TypeError: neither a string nor an int. ValueError: an empty string, an id outside the vocabulary, or a string
+            where there is no tokenizer to read text with.
+    """
+    if stop is None:
+        return StopSet()
+    items = [stop] if isinstance(stop, (str, int)) else list(stop) if isinstance(stop, (list, tuple, set)) else None
+    if items is None:
+        raise TypeError(f"stop: expected strings or token ids, got {type(stop).__name__}")
+    strings, ids = [], []
+    for item in items:
+        if isinstance(item, str):
+            if not item:
+                raise ValueError("stop: an empty string would stop everywhere")
+            if not has_tokenizer:
+                raise ValueError(
+                    f"stop: the string {item!r} needs a tokenizer and this decoder has none; pass token ids"
+                )
+            strings.append(item)
+        elif isinstance(item, (int, np.integer)) and not isinstance(item, bool):
+            if not 0 <= item < vocab_size:
+                raise ValueError(f"stop: token id {item} is outside the vocabulary of {vocab_size}")
+            ids.append(int(item))
+        else:
+            raise TypeError(f"stop: expected strings or token ids, got {item!r}")
+    return StopSet(tuple(dict.fromkeys(strings)), tuple(dict.fromkeys(ids)))
+
+
+class StopMatcher:
+    """Finds stops in generated tokens; decodes text only after a token that could complete one."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._pieces: list[tuple[str, str]] | None = None
+        self._sets: list[StopSet] = [StopSet()]
+        self._masks: list[np.ndarray | None] = [None]
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """Text of `tokens`; special tokens leave no text. Without a tokenizer: empty."""
+        if self._tokenizer is None or len(tokens) == 0:
+            return ""
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def register(self, stops: StopSet) -> int:
+        """A small id for `stops`; 0 is the empty set."""
+        if stops not in self._sets:
+            self._sets.append(stops)
+            self._masks.append(None)
+        return self._sets.index(stops)
+
+    def __getitem__(self, stop_id: int) -> StopSet:
+        return self._sets[stop_id]
+
+    def mask(self, stop_id: int) -> np.ndarray:
+        """`[vocab_size]` bool: tokens after which the text may just have completed a stop of the set."""
+        mask = self._masks[stop_id]
+        if mask is None:
+            stops = self._sets[stop_id]
+            mask = np.zeros(self._vocab_size, bool)
+            mask[list(stops.token_ids)] = True
+            if stops.strings:
+                for token, (piece, raw) in enumerate(self._token_texts()):
+                    mask[token] |= _PARTIAL in piece or any(
+                        _may_complete(stop, form) for stop in stops.strings for form in (piece, raw, " " + piece)
+                    )
+            self._masks[stop_id] = mask
+        return mask
+
+    def stopped(self, stop_id: int, tokens: np.ndarray) -> bool:
+        """Whether the last of `tokens` (all tokens of this extend) completes a stop of the set."""
+        stops = self._sets[stop_id]
+        if int(tokens[-1]) in stops.token_ids:
+            return True
+        if not stops.strings:
+            return False
+        # A character is at most four byte tokens; the margin keeps what tokenizers do at a text's start out of sight.
+        window = 4 * max(map(len, stops.strings)) + 8
+        text = self.decode(tokens[-window:])
+        if stops.find(text) < 0:
+            return False
+        return stops.find(text, self.decode(tokens[-window:-1])) >= 0
+
+    def text(self, stop_id: int, tokens: np.ndarray, *, cut: bool) -> str:
+        """Text of a branch's new `tokens`; `cut`: without the stop string that their last one completed."""
+        text = self.decode(tokens)
+        if cut and self._sets[stop_id].strings:
+            at = self._sets[stop_id].find(text, self.decode(tokens[:-1]))
+            return text[:at] if at >= 0 else text
+        return text
+
+    def _token_texts(self) -> list[tuple[str, str]]:
+        if self._pieces is None:
+            ids = range(min(self._vocab_size, len(self._tokenizer)))
+            texts = self._tokenizer.batch_decode(
+                [[i] for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            raw = self._tokenizer.convert_ids_to_tokens(list(ids))
+            # SentencePiece writes a space as U+2581 and drops it when it decodes the token alone
+            self._pieces = [(text, (r or "").replace("\u2581", " ")) for text, r in zip(texts, raw, strict=True)]
+        return self._pieces
+
+
+def _may_complete(stop: str, piece: str) -> bool:
+    return stop in piece or any(piece.startswith(stop[-n:]) for n in range(1, len(stop)))
+
+
+class TextStream:
+    """One branch's text as it comes, in pieces that never end within a character or show part of a stop string."""
+
+    def __init__(self, decode: Callable[[np.ndarray], str], stops: StopSet) -> None:
+        self._decode = decode
+        self._stops = stops
+        self._context = 0  # tokens before it were needed to decode what was read last
+        self._read = 0
+        self._held = ""
+
+    def push(self, tokens: np.ndarray, *, last: bool) -> str:
+        """New text to show, given all tokens so far; `last`: no more will come."""
+        before = self._decode(tokens[self._context : self._read])
+        text = self._decode(tokens[self._context :])
+        if not text.endswith(_PARTIAL) or last:
+            self._held += text[len(before) :]
+            self._context, self._read = self._read, len(tokens)
+        if last:
+            at = self._stops.find(self._held)
+            return self._held[:at] if at >= 0 else self._held
+        keep = max((_overlap(self._held, stop) for stop in self._stops.strings), default=0)
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins, but does not complete, `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,303 @@
+"""Frontier: a handle on branches of many trees, as arrays."""
+
+import inspect
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from treedecode.branches import Finish, Ints, child_seeds
+from treedecode.completions import Completion, completions_of, text_of
+from treedecode.sampling import Sampling
+from treedecode.stops import StopLike
+
+if TYPE_CHECKING:
+    from treedecode.decoder import Decoder
+
+Scores = Sequence[float] | np.ndarray
+
+
+class Frontier:
+    """Branches of one search over many prompts: `[n]` arrays, one entry per branch, children beside their siblings.
+
+    `fork`, `fork_at` and `select` leave this frontier as it is; `prune` and `merge` hand its branches on to the
+    frontier they return. Branches nobody holds any more give their pages back: on `release()`, at the end of a `with`
+    block, or when the frontier is garbage.
+
+    Attributes:
+        tree: `[n]` int64, the prompt each branch grew from.
+        scores: `[n]` float64, nan until scored; children start with their parent's.
+        counts: `[n]` int64, how many branches `merge` has put into each.
+    """
+
+    def __init__(self, decoder: "Decoder", rows: Ints, tree: Ints, sampling: Sampling) -> None:
+        self._decoder = decoder
+        self._engine = decoder.engine
+        self._rows: Ints | None = rows
+        self._sampling = sampling
+        self.tree = tree
+        self.scores = np.full(len(rows), np.nan)
+        self.counts = np.ones(len(rows), np.int64)
+
+    def __len__(self) -> int:
+        return len(self.branches)
+
+    def __repr__(self) -> str:
+        if self._rows is None:
+            return "Frontier(released)"
+        return f"Frontier({len(self)} branches of {len(np.unique(self.tree))} trees)"
+
+    @property
+    def branches(self) -> Ints:
+        """`[n]` int64 branch ids."""
+        if self._engine.closed:
+            raise RuntimeError("the decoder is closed")
+        if self._rows is None:
+            raise RuntimeError("this frontier was released, pruned or merged; use the one that came back")
+        return self._rows
+
+    @property
+    def num_tokens(self) -> Ints:
+        """`[n]` int64 tokens of each branch, prompt included."""
+        return self._engine.table.num_tokens[self.branches]
+
+    @property
+    def num_prompt_tokens(self) -> Ints:
+        """`[n]` int64 tokens of each branch's prompt."""
+        return self._engine.table.prompt_len[self.branches]
+
+    @property
+    def cum_logprobs(self) -> np.ndarray:
+        """`[n]` float64 sums of the generated tokens' log-probabilities; given text counts as 0."""
+        return self._engine.table.cum_logprob[self.branches]
+
+    @property
+    def finished(self) -> np.ndarray:
+        """`[n]` bool: the branch has reached its end of sequence; it will not be extended further."""
+        return self._engine.table.finish[self.branches] == Finish.EOS
+
+    def token_ids(self) -> list[list[int]]:
+        """Tokens of each branch after its prompt."""
+        table = self._engine.table
+        return [table.tokens[row, table.prompt_len[row] : table.num_tokens[row]].tolist() for row in self.branches]
+
+    def texts(self) -> list[str]:
+        """Text of each branch after its prompt, stop strings of its steps included."""
+        return [text_of(self._engine, int(row), cut=False) for row in self.branches]
+
+    def step_texts(self) -> list[str]:
+        """Text of each branch's latest `extend`, without the stop string that ended it."""
+        begins = self._engine.table.step_begin
+        return [text_of(self._engine, int(row), cut=True, begin=int(begins[row])) for row in self.branches]
+
+    # -- growing --
+
+    def fork(self, width: int | Sequence[int] | Ints) -> "Frontier":
+        """`width` children of every branch (an array: of each its own number, 0 too), sharing all of its pages.
+
+        Raises:
+            ValueError: a width is negative, or none is left. OutOfBranches: the decoder's `max_branches` are in use.
+        """
+        counts = np.broadcast_to(np.asarray(width, np.int64), len(self))
+        if (counts < 0).any() or counts.sum() == 0:
+            raise ValueError(f"width: expected numbers >= 0, not all of them 0, got {width}")
+        return self._children(np.repeat(np.arange(len(self)), counts))
+
+    def fork_at(self, position: int | Sequence[int] | Ints) -> "Frontier":
+        """One child of every branch that keeps its first `position` tokens, prompt included, to take another way there.
+
+        Raises:
+            ValueError: a position lies in the prompt or beyond the branch.
+        """
+        lens = np.broadcast_to(np.asarray(position, np.int64), len(self)).copy()
+        if (lens < self.num_prompt_tokens).any() or (lens > self.num_tokens).any():
+            raise ValueError(f"position: expected from {self.num_prompt_tokens} to {self.num_tokens}, got {position}")
+        return self._children(np.arange(len(self)), lens)
+
+    def _children(self, parents: Ints, lens: Ints | None = None) -> "Frontier":
+        return self._view(self._engine.fork(self.branches[parents], lens), parents)
+
+    async def extend(
+        self,
+        *,
+        stop: StopLike = None,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        callback: Callable[[int, int, str], None] | None = None,
+    ) -> "Frontier":
+        """Lets every unfinished branch generate until a stop, together with all else that decodes on this decoder.
+
+        Args:
+            stop: strings or token ids; they stay in the branch, and a later `extend` goes on after them.
+            max_new_tokens: None goes on to what the model or the pages can hold.
+            sampling: in place of the search's own; a seed in it reseeds the branches.
+            callback: called as `callback(i, token_id, text)` for the i-th branch with every new token.
+
+        Returns:
+            this frontier.
+        """
+        rows = self.branches
+        stops = self._decoder.parse_stop(stop)
+        limit = self._decoder.check_length(int(self.num_tokens.max(initial=0)), max_new_tokens)
+        if sampling is not None and sampling.seed is not None:
+            within = np.array([np.count_nonzero(self.tree[:i] == self.tree[i]) for i in range(len(rows))])
+            self._engine.reseed(rows, child_seeds(np.array(sampling.seed), self.num_tokens, within))
+        await self._engine.sample(rows, sampling if sampling is not None else self._sampling, stops, limit, callback)
+        return self
+
+    def append(self, text: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]) -> "Frontier":
+        """Adds text or token ids to every branch: the same to all, or a list with one for each. Computed when needed.
+
+        Returns:
+            this frontier.
+
+        Raises:
+            ValueError: the list's length is not the number of branches, or a branch would be too long.
+        """
+        items = [text] * len(self) if isinstance(text, str) or _is_ids(text) else list(text)
+        if len(items) != len(self):
+            raise ValueError(f"text: expected one for all or {len(self)}, one per branch, got {len(items)}")
+        known: dict[str, list[int]] = {}
+        tokens = []
+        for item in items:
+            if isinstance(item, str) and item not in known:
+                known[item] = self._decoder.encode(item, special=False)
+            tokens.append(np.asarray(known[item] if isinstance(item, str) else item, np.int64))
+        for i, ids in enumerate(tokens):
+            if len(ids) and not 0 <= ids.min() <= ids.max() < self._decoder.model.vocab_size:
+                raise ValueError(f"text: branch {i} got a token id outside the vocabulary")
+            if self.num_tokens[i] + len(ids) > self._engine.table.max_tokens:
+                raise ValueError(f"text: branch {i} would be longer than {self._engine.table.max_tokens} tokens")
+        self._engine.append(self.branches, tokens)
+        return self
+
+    # -- choosing --
+
+    def select(self, mask: Sequence[bool] | Ints) -> "Frontier":
+        """The branches of a mask or of indices (each once), held by the new frontier as well as by this one."""
+        which = np.asarray(mask)
+        if which.dtype == bool:
+            if len(which) != len(self):
+                raise ValueError(f"mask: expected {len(self)} entries, got {len(which)}")
+            which = np.flatnonzero(which)
+        which = which.astype(np.int64)
+        if len(np.unique(which)) < len(which):
+            raise ValueError("mask: an index appears twice; use fork for copies")
+        rows = self.branches[which]
+        self._engine.retain(rows)
+        return self._view(rows, which)
+
+    def _view(self, rows: Ints, parents: Ints) -> "Frontier":
+        child = Frontier(self._decoder, rows, self.tree[parents], self._sampling)
+        child.scores, child.counts = self.scores[parents].copy(), self.counts[parents].copy()
+        return child
+
+    async def score(
+        self,
+        fn: Callable[[list[str]], Scores | Awaitable[Scores]],
+        *,
+        judge: str | None = None,
+        num_samples: int = 1,
+        max_new_tokens: int = 16,
+        stop: StopLike = None,
+        sampling: Sampling | None = None,
+    ) -> np.ndarray:
+        """Sets `scores` from texts: those of the branches, or what a judge prompt makes the model say about them.
+
+        Args:
+            fn: gets a list of texts, returns (or is a coroutine that returns) one number for each.
+            judge: appended to `num_samples` side branches of every branch; `fn` reads their answers, and a branch gets
+                the mean of its own. They share the branch's pages and are gone afterwards.
+
+        Returns:
+            `[n]` float64, the new `scores`.
+        """
+        if judge is None:
+            values = await _numbers(fn, self.texts(), len(self))
+        else:
+            with self.fork(num_samples) as side:
+                side.append(judge)
+                await side.extend(stop=stop, max_new_tokens=max_new_tokens, sampling=sampling)
+                values = await _numbers(fn, side.step_texts(), len(side))
+            values = values.reshape(len(self), num_samples).mean(axis=1)
+        self.scores = values
+        return values
+
+    def prune(self, keep: int, per: str = "tree") -> "Frontier":
+        """The `keep` best-scored branches, of every tree or of all; the others are released, and so is this handle.
+
+        Equal scores: the earlier branch is kept. An unscored branch (nan) is below all others. Order stays.
+        """
+        if isinstance(keep, bool) or not isinstance(keep, (int, np.integer)) or keep < 1:
+            raise ValueError(f"keep: expected an int >= 1, got {keep!r}")
+        if per not in ("tree", "all"):
+            raise ValueError(f"per: expected 'tree' or 'all', got {per!r}")
+        group = self.tree if per == "tree" else np.zeros_like(self.tree)
+        badness = np.where(np.isnan(self.scores), np.inf, -self.scores)
+        kept: list[int] = []
+        for one in np.unique(group):
+            members = np.flatnonzero(group == one)
+            kept.extend(members[np.argsort(badness[members], kind="stable")[:keep]])
+        return self._hand_on(np.sort(np.array(kept, np.int64)))
+
+    def merge(self) -> "Frontier":
+        """The first of each set of branches of a tree with the same tokens; `counts` add up. Releases this handle."""
+        table = self._engine.table
+        first: dict[tuple[int, bytes], int] = {}
+        into = np.empty(len(self), np.int64)
+        for i, row in enumerate(self.branches):
+            key = (int(self.tree[i]), table.tokens[row, : table.num_tokens[row]].tobytes())
+            into[i] = first.setdefault(key, i)
+        kept = np.unique(into)
+        counts = np.bincount(into, weights=self.counts, minlength=len(self))[kept].astype(np.int64)
+        merged = self._hand_on(kept)
+        merged.counts = counts
+        return merged
+
+    def _hand_on(self, which: Ints) -> "Frontier":
+        chosen = self.select(which)
+        self.release()
+        return chosen
+
+    # -- ending --
+
+    async def finish(self) -> list[list[Completion]]:
+        """The completions of every tree, in order of trees, and of branches within; releases the frontier.
+
+        A tree whose branches are all gone has an empty list.
+        """
+        completions = completions_of(self._engine, self.branches)
+        trees: list[list[Completion]] = [[] for _ in range(int(self.tree.max(initial=-1)) + 1)]
+        for tree, completion in zip(self.tree, completions, strict=True):
+            trees[tree].append(completion)
+        self.release()
+        return trees
+
+    def release(self) -> None:
+        """Gives up the branches; those no other frontier holds give their pages back. Twice is as good as once."""
+        rows, self._rows = self._rows, None
+        if rows is not None:
+            self._engine.release(rows)
+
+    def __enter__(self) -> "Frontier":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        rows = getattr(self, "_rows", None)
+        if rows is not None:
+            self._engine.abandon(rows)
+
+
+def _is_ids(items: Sequence) -> bool:
+    return len(items) > 0 and all(isinstance(item, (int, np.integer)) for item in items)
+
+
+async def _numbers(fn: Callable[[list[str]], Scores | Awaitable[Scores]], texts: list[str], count: int) -> np.ndarray:
+    result = fn(texts)
+    values = np.asarray(await result if inspect.isawaitable(result) else result, np.float64)
+    if values.shape != (count,):
+        raise ValueError(f"fn: expected {count} numbers, one per text, got shape {list(values.shape)}")
+    return values
