@@ -8,6 +8,7 @@ from torch import Tensor
 
 from treedecode import ops
 from treedecode.branches import BranchTable, Ints
+from treedecode.models.context import StepContext
 from treedecode.pages import PagePool
 from treedecode.schedule import Batch
 from treedecode.stops import StopMatcher
@@ -15,8 +16,6 @@ from treedecode.stops import StopMatcher
 
 def forward(model: Any, pool: PagePool, table: BranchTable, batch: Batch, slots: Tensor) -> Tensor:
     """Runs the batch's tokens through the model; logits `[len(batch.wanted), vocab_size]`."""
-    from treedecode.models import StepContext  # loads Transformers, which no other part of the engine needs
-
     ids, positions = table.packed(batch.rows, batch.q_lens)
     last = np.cumsum(batch.q_lens, dtype=np.int64) - 1
     width = -(-int((table.num_cached[batch.rows] + batch.q_lens).max()) // pool.page_size)

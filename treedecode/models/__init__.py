@@ -1,6 +1,21 @@
 """Model adapters: what the decoder runs, and how models are loaded."""
 
-from treedecode.models.loading import load_pretrained
-from treedecode.models.transformers import StepContext, TransformersModel
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from treedecode.models.context import StepContext
+
+if TYPE_CHECKING:
+    from treedecode.models.loading import load_pretrained as load_pretrained
+    from treedecode.models.transformers import TransformersModel as TransformersModel
+
+# Transformers takes seconds to import, so only who uses it waits for it.
+_LAZY = {"TransformersModel": "treedecode.models.transformers", "load_pretrained": "treedecode.models.loading"}
 
 __all__ = ["StepContext", "TransformersModel", "load_pretrained"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'treedecode.models' has no attribute {name!r}")

@@ -5,9 +5,8 @@ does everything but attention, which arrives here through `transformers.Attentio
 their cache slots, and `ops.tree_attention` reads every shared page once. Between two forwards the model is as it was.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,30 +14,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from treedecode import ops
+from treedecode.models.context import StepContext
 
 ATTENTION = "treedecode"
 # Layer types whose attention is what tree_attention computes. Anything else keeps state outside of K and V pages
 # (linear attention, state spaces) or masks differently (chunked attention).
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-
-
-@dataclass(frozen=True)
-class StepContext:
-    """What attention needs to know of one forward.
-
-    Attributes:
-        layer: layer index -> `(k_pages, v_pages)`, each `[num_pages, page_size, num_kv_heads, head_dim]`.
-        page_table: `[num_branches, max_pages]` int32.
-        seq_lens: `[num_branches]` int32, tokens in the cache including those of this forward.
-        plan: the `TreePlan` of these branches.
-        slots: `[num_tokens]` int64, where each packed token's K and V go.
-    """
-
-    layer: Callable[[int], tuple[Tensor, Tensor]]
-    page_table: Tensor
-    seq_lens: Tensor
-    plan: Any
-    slots: Tensor
 
 
 def attend(
