@@ -3,6 +3,7 @@
 from treedecode.ops._native import Choice, compiled_isas, cpu_isa, explain, names, set_cpu_isa
 from treedecode.ops.append_kv import append_kv
 from treedecode.ops.beam_update import beam_candidates, beam_update
+from treedecode.ops.merge_states import merge_states
 from treedecode.ops.pages import PageState, adopt_pages, append_slots, copy_pages, fork_branches, hold_pages
 from treedecode.ops.plan_tree import TreePlan, plan_tree
 
@@ -21,6 +22,7 @@ __all__ = [
     "explain",
     "fork_branches",
     "hold_pages",
+    "merge_states",
     "names",
     "plan_tree",
     "set_cpu_isa",

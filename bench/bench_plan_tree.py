@@ -1,0 +1,42 @@
+import numpy as np
+import pytest
+import torch
+
+from treedecode import ops
+
+SHAPES = {  # nodes per level, pages per node
+    "64x(128+4 pages)": ((1, 64), (128, 4)),
+    "16,128x(256+32 pages)": ((16, 128), (256, 32)),
+    "1,4,16,64,256,1024": ((1, 4, 16, 64, 256, 1024), (16, 1, 16, 4, 2, 16)),
+    "256x256 pages, no sharing": ((256,), (256,)),
+}
+
+
+def page_table_of(nodes, pages):
+    """The page table of a tree whose nodes at each level hold so many pages, rows in depth-first order."""
+    rows, first = nodes[-1], 0
+    levels = []
+    for num_nodes, num_pages in zip(nodes, pages, strict=True):
+        ids = first + torch.arange(num_nodes * num_pages, dtype=torch.int32).view(num_nodes, num_pages)
+        levels.append(ids.repeat_interleave(rows // num_nodes, 0))
+        first += num_nodes * num_pages
+    return torch.cat(levels, 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def bench_plan_tree(compare, shape):
+    page_table = page_table_of(*SHAPES[shape])
+    num_rows, num_pages = page_table.shape
+    seq_lens = torch.full((num_rows,), num_pages * 16 - 3, dtype=torch.int32)
+
+    def numpy_common_pages():  # the least a planner in Python does: no tree, no chunks
+        table = page_table.numpy()
+        differ = table[1:] != table[:-1]
+        return np.where(differ.any(1), differ.argmax(1), num_pages)
+
+    compare(
+        lambda: ops.plan_tree(page_table, seq_lens, page_size=16, num_qo_heads=32, num_kv_heads=8, head_dim=128),
+        {"numpy, comparing rows only": numpy_common_pages},
+        num_bytes=page_table.nbytes,
+        dtype=torch.float32,
+    )

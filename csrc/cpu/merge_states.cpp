@@ -1,0 +1,86 @@
+#include "merge_states.h"
+
+#include <cmath>
+
+#include "vec.h"
+
+namespace treedecode::cpu::TD_ISA {
+namespace {
+
+constexpr int64_t kDims = 256;  // head_dim is worked through in blocks of this, so that the sums stay on the stack
+
+// Lanes are heads while the weights are computed, dimensions while they are applied. Parts are taken in order.
+template <typename T>
+void merge_heads(const MergeStatesParams& p, int64_t state, int64_t head_begin, int num_heads) {
+  const int64_t begin = p.merge_indptr[state];
+  const int64_t end = p.merge_indptr[state + 1];
+  const Vec none = Vec::set(-std::numeric_limits<float>::infinity());
+  const float* part_lse = p.part_lse + head_begin;
+  const T* part_out = static_cast<const T*>(p.part_out) + head_begin * p.part_stride[1];
+  T* out = static_cast<T*>(p.out) + (state * p.num_heads + head_begin) * p.head_dim;
+
+  Vec top = none;
+  for (int64_t i = begin; i < end; ++i) top = max(top, Vec::load_n(part_lse + i * p.num_heads, num_heads));
+  // Where no part has a key, (-inf) - (-inf) would be NaN.
+  const Vec base = select(top > none, top, Vec::zero());
+
+  alignas(64) float weight[Vec::N];
+  alignas(64) float sum[Vec::N];
+  alignas(64) float acc[Vec::N * kDims];  // [num_heads, dims]
+  for (int64_t dim_begin = 0; dim_begin < p.head_dim || dim_begin == 0; dim_begin += kDims) {
+    const int64_t dims = p.head_dim - dim_begin < kDims ? p.head_dim - dim_begin : kDims;
+    for (int64_t i = 0; i < num_heads * dims; ++i) acc[i] = 0.0f;
+    Vec total = Vec::zero();
+    for (int64_t i = begin; i < end; ++i) {
+      const Vec w = exp(Vec::load_n(part_lse + i * p.num_heads, num_heads) - base);
+      total += w;
+      w.store(weight);
+      for (int h = 0; h < num_heads; ++h) {
+        if (weight[h] == 0.0f) continue;  // its output may be anything, also NaN
+        const T* x = part_out + i * p.part_stride[0] + h * p.part_stride[1] + dim_begin;
+        float* y = acc + h * dims;
+        const Vec scale = Vec::set(weight[h]);
+        int64_t d = 0;
+        for (; d + Vec::N <= dims; d += Vec::N) fma(scale, Vec::load(x + d), Vec::load(y + d)).store(y + d);
+        if (d < dims) {
+          const int rest = static_cast<int>(dims - d);
+          fma(scale, Vec::load_n(x + d, rest), Vec::load_n(y + d, rest)).store_n(y + d, rest);
+        }
+      }
+    }
+    total.store(sum);
+    for (int h = 0; h < num_heads; ++h) {
+      const Vec scale = Vec::set(sum[h] == 0.0f ? 0.0f : 1.0f / sum[h]);
+      const float* y = acc + h * dims;
+      T* z = out + h * p.head_dim + dim_begin;
+      for (int64_t d = 0; d < dims; d += Vec::N) {
+        const int n = dims - d < Vec::N ? static_cast<int>(dims - d) : Vec::N;
+        (Vec::load_n(y + d, n) * scale).store_n(z + d, n);
+      }
+    }
+  }
+  base.store(weight);
+  float* lse = p.lse + state * p.num_heads + head_begin;
+  for (int h = 0; h < num_heads; ++h) lse[h] = weight[h] + std::log(sum[h]);  // log(0) = -inf
+}
+
+template <typename T>
+void merge(const MergeStatesParams& p, int64_t state_begin, int64_t state_end) {
+  for (int64_t state = state_begin; state < state_end; ++state) {
+    for (int64_t h = 0; h < p.num_heads; h += Vec::N) {
+      merge_heads<T>(p, state, h, p.num_heads - h < Vec::N ? static_cast<int>(p.num_heads - h) : Vec::N);
+    }
+  }
+}
+
+}  // namespace
+
+void merge_states(const MergeStatesParams& p, int64_t state_begin, int64_t state_end) {
+  switch (p.dtype) {
+    case DType::F32: return merge<float>(p, state_begin, state_end);
+    case DType::BF16: return merge<bf16>(p, state_begin, state_end);
+    case DType::F16: return merge<fp16>(p, state_begin, state_end);
+  }
+}
+
+}  // namespace treedecode::cpu::TD_ISA
