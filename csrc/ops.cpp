@@ -21,4 +21,8 @@ STABLE_TORCH_LIBRARY(treedecode, m) {
       "Tensor(a!) pool_scores, Tensor(b!) pool_lens, Tensor(c!) pool_parents, Tensor(d!) pool_tokens, Tensor(e!) done, "
       "Tensor gen_lens, Tensor max_new_tokens, Tensor eos_ids, float length_penalty, int early_stopping, Tensor? stop) "
       "-> (Tensor running_scores, Tensor running_parent, Tensor running_token)");
+  m.def(
+      "tree_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, Tensor q_indptr, "
+      "Tensor part_indptr, Tensor chunks, Tensor counts, float sm_scale, int window_left, float logits_soft_cap, "
+      "Tensor? sinks) -> (Tensor out, Tensor lse)");
 }

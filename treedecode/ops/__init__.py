@@ -6,6 +6,7 @@ from treedecode.ops.beam_update import beam_candidates, beam_update
 from treedecode.ops.merge_states import merge_states
 from treedecode.ops.pages import PageState, adopt_pages, append_slots, copy_pages, fork_branches, hold_pages
 from treedecode.ops.plan_tree import TreePlan, plan_tree
+from treedecode.ops.tree_attention import tree_attention
 
 __all__ = [
     "Choice",
@@ -26,4 +27,5 @@ __all__ = [
     "names",
     "plan_tree",
     "set_cpu_isa",
+    "tree_attention",
 ]

@@ -1,0 +1,276 @@
+#include "../cpu/tree_attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "../check.h"
+
+namespace treedecode {
+namespace {
+
+// Memory a thread keeps between calls: an allocation of this size would be mapped and faulted in anew every time.
+class Workspace {
+ public:
+  void* get(int64_t bytes) {
+    if (bytes > size_) {
+      memory_.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+      STD_TORCH_CHECK(memory_ != nullptr, "tree_attention: out of memory for ", bytes, " bytes of scratch");
+      size_ = bytes;
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  std::unique_ptr<char, Free> memory_;
+  int64_t size_ = 0;
+};
+
+struct Cell {       // one row block of one chunk; its kv heads all cost the same
+  int64_t chunk, row_begin, row_end;
+  double begin;     // where it starts on the line of costs
+  double per_head;  // cycles, roughly
+};
+
+struct Position {
+  size_t cell;
+  int64_t head, row;
+};
+
+// Relative costs measured on one core with vdpbf16ps; only their ratios matter.
+double cost_of(const cpu::TreeAttentionParams& p, int64_t tokens, int64_t rows, int64_t element_size) {
+  const double width = static_cast<double>(p.head_dim);
+  const double product = width * (element_size == 2 ? 0.08 : 0.16);  // per row and token
+  const double read = width * static_cast<double>(element_size) * 0.5;
+  const double token = std::max(read, 0.2 * width + product * static_cast<double>(rows));
+  return 500.0 + static_cast<double>(tokens) * token + static_cast<double>(rows) * width * 0.2;
+}
+
+std::vector<Cell> cells_of(const cpu::TreeAttentionParams& p, int64_t num_chunks, int64_t element_size) {
+  const int64_t group = p.num_qo_heads / p.num_kv_heads;
+  std::vector<Cell> cells;
+  cells.reserve(static_cast<size_t>(num_chunks));
+  double at = 0.0;
+  for (int64_t c = 0; c < num_chunks; ++c) {
+    const int32_t* chunk = p.chunks + 6 * c;
+    const int64_t first_token = p.q_indptr[chunk[0]];
+    const int64_t rows = (p.q_indptr[chunk[1]] - first_token) * group;
+    for (int64_t r = 0; r < rows; r += cpu::kBlockRows) {
+      const int64_t end = std::min(rows, r + cpu::kBlockRows);
+      int64_t from = chunk[3], to = chunk[2], b = chunk[0];
+      for (int64_t token = first_token + r / group; token <= first_token + (end - 1) / group; ++token) {
+        while (token >= p.q_indptr[b + 1]) ++b;
+        const cpu::Visible seen = cpu::visible_keys(p, b, token - p.q_indptr[b]);
+        from = std::min(from, seen.begin);
+        to = std::max(to, seen.end);
+      }
+      const int64_t tokens = std::max<int64_t>(std::min<int64_t>(to, chunk[3]) - std::max<int64_t>(from, chunk[2]), 0);
+      cells.push_back({c, r, end, at, cost_of(p, tokens, end - r, element_size)});
+      at += cells.back().per_head * static_cast<double>(p.num_kv_heads);
+    }
+  }
+  return cells;
+}
+
+// The work item where `share` of the total cost is reached. Rows are cut too, but not into pieces of a few rows: each
+// piece packs the keys again.
+Position cut(const std::vector<Cell>& cells, int64_t num_kv_heads, double share) {
+  const double total = cells.back().begin + cells.back().per_head * static_cast<double>(num_kv_heads);
+  const double target = total * share;
+  const auto after = std::upper_bound(cells.begin(), cells.end(), target, [](double x, const Cell& c) { return x < c.begin; });
+  const size_t i = static_cast<size_t>(after - cells.begin()) - 1;
+  const Cell& cell = cells[i];
+  const double heads = (target - cell.begin) / cell.per_head;
+  const int64_t head = std::min(static_cast<int64_t>(heads), num_kv_heads - 1);
+  const int64_t rows = cell.row_end - cell.row_begin;
+  constexpr int64_t kFewest = 12, kStep = 6;
+  const double part = heads - static_cast<double>(head);
+  int64_t row = static_cast<int64_t>(std::lround(part * static_cast<double>(rows) / kStep)) * kStep;
+  if (rows < 2 * kFewest) {
+    row = part < 0.5 ? 0 : rows;
+  } else if (row < kFewest) {
+    row = 0;
+  } else if (row > rows - kFewest) {
+    row = rows;
+  }
+  return {i, head, cell.row_begin + row};
+}
+
+void run_between(const cpu::TreeAttentionParams& p, const std::vector<Cell>& cells, Position from, Position to) {
+  thread_local Workspace workspace;
+  void* scratch = workspace.get(cpu::tree_attention_scratch(p.head_dim));
+  const auto kernel = TD_DISPATCH(tree_attention);
+  for (size_t i = from.cell; i <= to.cell && i < cells.size(); ++i) {
+    const int64_t head_begin = i == from.cell ? from.head : 0;
+    const int64_t head_end = i == to.cell ? to.head + 1 : p.num_kv_heads;
+    for (int64_t head = head_begin; head < head_end; ++head) {
+      const int64_t begin = i == from.cell && head == from.head ? from.row : cells[i].row_begin;
+      const int64_t end = i == to.cell && head == to.head ? to.row : cells[i].row_end;
+      if (begin < end) kernel(p, cells[i].chunk, head, begin, end, scratch);
+    }
+  }
+}
+
+void check_pages(const Tensor& pages, const char* name, const Tensor& q) {
+  check_shape(pages, name, "[num_pages, page_size, num_kv_heads, head_dim]", {-1, -1, -1, q.size(2)});
+  check_dtype(pages, name, q.scalar_type());
+  check_unit_stride(pages, name);
+}
+
+void check_index(const Tensor& t, const char* name, const char* text, std::initializer_list<int64_t> shape) {
+  check_shape(t, name, text, shape);
+  check_dtype(t, name, ScalarType::Int);
+  check_contiguous(t, name);
+}
+
+// Everything the kernel will use as an address: one pass over the plan and the page ids of its chunks.
+void check_plan(const cpu::TreeAttentionParams& p, int64_t num_q, int64_t num_pages, int64_t max_pages, int64_t num_chunks,
+                int64_t num_parts) {
+  STD_TORCH_CHECK(p.q_indptr[0] == 0 && p.q_indptr[p.num_rows] == num_q,
+                  "[ValueError] plan: expected q_indptr from 0 to the number of query tokens ", num_q, ", got ", p.q_indptr[0],
+                  " to ", p.q_indptr[p.num_rows], " (was the plan made for this batch?)");
+  STD_TORCH_CHECK(p.part_indptr[0] == 0 && p.part_indptr[p.num_rows] == num_parts,
+                  "[ValueError] plan: expected part_indptr from 0 to ", num_parts, ", got ", p.part_indptr[0], " to ",
+                  p.part_indptr[p.num_rows]);
+  for (int64_t b = 0; b < p.num_rows; ++b) {
+    STD_TORCH_CHECK(p.q_indptr[b] <= p.q_indptr[b + 1] && p.part_indptr[b] <= p.part_indptr[b + 1],
+                    "[ValueError] plan: q_indptr or part_indptr decreases after row ", b);
+  }
+  for (int64_t c = 0; c < num_chunks; ++c) {
+    const int32_t* chunk = p.chunks + 6 * c;
+    const bool ok = 0 <= chunk[0] && chunk[0] < chunk[1] && chunk[1] <= p.num_rows && 0 <= chunk[2] && chunk[2] <= chunk[3] &&
+                    chunk[3] <= max_pages * p.page_size && chunk[4] >= 0;
+    STD_TORCH_CHECK(ok, "[ValueError] plan: chunk ", c, " covers rows [", chunk[0], ", ", chunk[1], ") and tokens [", chunk[2],
+                    ", ", chunk[3], "), outside of this batch of ", p.num_rows, " rows and ", max_pages * p.page_size, " tokens");
+    for (int64_t b = chunk[0]; b < chunk[1]; ++b) {
+      STD_TORCH_CHECK(p.q_indptr[b] == p.q_indptr[b + 1] || chunk[4] < cpu::num_parts(p, b), "[ValueError] plan: chunk ", c,
+                      " is part ", chunk[4], " of row ", b, ", which has ", cpu::num_parts(p, b));
+    }
+    const int32_t* pages = p.page_table + chunk[0] * p.page_table_stride;
+    for (int64_t i = chunk[2] / p.page_size; i * p.page_size < chunk[3]; ++i) {
+      STD_TORCH_CHECK(pages[i] >= 0 && pages[i] < num_pages, "[ValueError] page_table: expected page ids below ", num_pages,
+                      ", got ", pages[i], " at [", chunk[0], ", ", i, "]");
+    }
+  }
+}
+
+std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens,
+                                              Tensor q_indptr, Tensor part_indptr, Tensor chunks, Tensor counts,
+                                              double sm_scale, int64_t window_left, double logits_soft_cap,
+                                              std::optional<Tensor> sinks) {
+  check_shape(q, "q", "[num_q, num_qo_heads, head_dim]", {-1, -1, -1});
+  check_float_dtype(q, "q");
+  check_unit_stride(q, "q");
+  const int64_t num_q = q.size(0), num_qo_heads = q.size(1), head_dim = q.size(2);
+  STD_TORCH_CHECK(head_dim >= 8 && head_dim <= 256 && head_dim % 8 == 0,
+                  "[ValueError] q: expected head_dim a multiple of 8 up to 256, got ", head_dim);
+  check_pages(k_pages, "k_pages", q);
+  check_pages(v_pages, "v_pages", q);
+  check_shape(v_pages, "v_pages", "the shape of k_pages",
+              {k_pages.size(0), k_pages.size(1), k_pages.size(2), k_pages.size(3)});
+  const int64_t num_kv_heads = k_pages.size(2);
+  STD_TORCH_CHECK(num_kv_heads > 0 && num_qo_heads % num_kv_heads == 0,
+                  "[ValueError] q: expected num_qo_heads a multiple of num_kv_heads = ", num_kv_heads, ", got ", num_qo_heads);
+  STD_TORCH_CHECK(k_pages.size(1) > 0, "[ValueError] k_pages: expected page_size above 0, got 0");
+  check_shape(page_table, "page_table", "[num_branches, max_pages]", {-1, -1});
+  check_dtype(page_table, "page_table", ScalarType::Int);
+  check_unit_stride(page_table, "page_table");
+  const int64_t num_rows = page_table.size(0);
+  check_index(seq_lens, "seq_lens", "[num_branches]", {num_rows});
+  check_index(q_indptr, "plan.q_indptr", "[num_branches + 1]", {num_rows + 1});
+  check_index(part_indptr, "plan.part_indptr", "[num_branches + 1]", {num_rows + 1});
+  check_index(chunks, "plan.chunks", "[max_chunks, 6]", {-1, 6});
+  check_index(counts, "plan.counts", "[4]", {4});
+  check_value(std::isfinite(sm_scale) && sm_scale > 0, "sm_scale", "a positive finite number", sm_scale);
+  check_value(std::isfinite(logits_soft_cap) && logits_soft_cap >= 0, "logits_soft_cap", "0 (off) or a positive finite number",
+              logits_soft_cap);
+  if (sinks) {
+    check_shape(*sinks, "sinks", "[num_qo_heads]", {num_qo_heads});
+    check_dtype(*sinks, "sinks", ScalarType::Float);
+    check_contiguous(*sinks, "sinks");
+  }
+
+  const int32_t* count = counts.const_data_ptr<int32_t>();
+  const int64_t num_chunks = count[0], num_parts = count[1];
+  STD_TORCH_CHECK(num_chunks >= 0 && num_chunks <= chunks.size(0) && num_parts >= 0,
+                  "[ValueError] plan.counts: expected at most ", chunks.size(0), " chunks, got ", num_chunks, " and ", num_parts,
+                  " parts");
+  const ScalarType dtype = q.scalar_type();
+  cpu::TreeAttentionParams p{
+      .q = q.const_data_ptr(),
+      .k_pages = k_pages.const_data_ptr(),
+      .v_pages = v_pages.const_data_ptr(),
+      .page_table = page_table.const_data_ptr<int32_t>(),
+      .seq_lens = seq_lens.const_data_ptr<int32_t>(),
+      .q_indptr = q_indptr.const_data_ptr<int32_t>(),
+      .part_indptr = part_indptr.const_data_ptr<int32_t>(),
+      .chunks = chunks.const_data_ptr<int32_t>(),
+      .sinks = sinks ? sinks->const_data_ptr<float>() : nullptr,
+      .out = nullptr,
+      .lse = nullptr,
+      .part_out = nullptr,
+      .part_lse = nullptr,
+      .num_rows = num_rows,
+      .num_qo_heads = num_qo_heads,
+      .num_kv_heads = num_kv_heads,
+      .head_dim = head_dim,
+      .page_size = k_pages.size(1),
+      .page_table_stride = page_table.stride(0),
+      .q_stride = {q.stride(0), q.stride(1)},
+      .k_stride = {k_pages.stride(0), k_pages.stride(1), k_pages.stride(2)},
+      .v_stride = {v_pages.stride(0), v_pages.stride(1), v_pages.stride(2)},
+      .sm_scale = static_cast<float>(sm_scale),
+      .soft_cap = static_cast<float>(logits_soft_cap),
+      .window_left = window_left,
+      .dtype = dtype == ScalarType::Float ? DType::F32 : dtype == ScalarType::BFloat16 ? DType::BF16 : DType::F16,
+  };
+  check_plan(p, num_q, k_pages.size(0), page_table.size(1), num_chunks, num_parts);
+
+  Tensor out = torch::stable::new_empty(q, {num_q, num_qo_heads, head_dim});
+  Tensor lse = torch::stable::new_empty(q, {num_q, num_qo_heads}, ScalarType::Float);
+  p.out = out.mutable_data_ptr();
+  p.lse = lse.mutable_data_ptr<float>();
+
+  bool merge = false;
+  for (int64_t b = 0; b < num_rows; ++b) merge |= p.q_indptr[b] < p.q_indptr[b + 1] && cpu::num_parts(p, b) != 1;
+  if (merge) {
+    thread_local Workspace partials;
+    const int64_t floats = num_parts * num_qo_heads;
+    p.part_out = static_cast<float*>(partials.get((floats * (head_dim + 1)) * 4 + 64));
+    p.part_lse = p.part_out + floats * head_dim;
+  }
+
+  if (const std::vector<Cell> cells = cells_of(p, num_chunks, q.element_size()); !cells.empty()) {
+    const double total = cells.back().begin + cells.back().per_head * static_cast<double>(num_kv_heads);
+    // Waking a thread costs about as much as 20,000 cycles of work.
+    const int64_t threads = std::clamp<int64_t>(static_cast<int64_t>(total / 20000.0), 1, torch::stable::get_num_threads());
+    const auto position = [&](int64_t i) {
+      return i == threads ? Position{cells.size(), 0, 0}
+                          : cut(cells, num_kv_heads, static_cast<double>(i) / static_cast<double>(threads));
+    };
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) run_between(p, cells, position(i), position(i + 1));
+    });
+  }
+  if (merge) {
+    torch::stable::parallel_for(0, num_rows, std::max<int64_t>(1, 65536 / (num_qo_heads * head_dim)),
+                                [&](int64_t begin, int64_t end) { TD_DISPATCH(tree_attention_merge)(p, begin, end); });
+  }
+  return {out, lse};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(treedecode, CPU, m) { m.impl("tree_attention", TORCH_BOX(&tree_attention_cpu)); }
+
+}  // namespace treedecode

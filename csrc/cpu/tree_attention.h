@@ -1,0 +1,77 @@
+// tree_attention: attention of many branches over the pages of a tree, every chunk of shared pages read once.
+#pragma once
+
+#include <cstdint>
+
+#include "dtypes.h"
+#include "isa.h"
+
+namespace treedecode::cpu {
+
+struct TreeAttentionParams {
+  const void* q;               // [num_q, num_qo_heads, head_dim], strides in q_stride
+  const void* k_pages;         // [num_pages, page_size, num_kv_heads, head_dim], strides in k_stride
+  const void* v_pages;         // same shape, strides in v_stride
+  const int32_t* page_table;   // [num_rows, max_pages], row stride page_table_stride
+  const int32_t* seq_lens;     // [num_rows]
+  const int32_t* q_indptr;     // [num_rows + 1]
+  const int32_t* part_indptr;  // [num_rows + 1]
+  const int32_t* chunks;       // [num_chunks, 6] row_begin, row_end, token_begin, token_end, path_ordinal, 0
+  const float* sinks;          // [num_qo_heads] or null
+  void* out;                   // [num_q, num_qo_heads, head_dim] contiguous, dtype
+  float* lse;                  // [num_q, num_qo_heads]
+  float* part_out;             // [num_parts, num_qo_heads, head_dim], normalised within the part
+  float* part_lse;             // [num_parts, num_qo_heads]; -inf: the part saw no key and its part_out is not written
+  int64_t num_rows;
+  int64_t num_qo_heads;
+  int64_t num_kv_heads;
+  int64_t head_dim;
+  int64_t page_size;
+  int64_t page_table_stride;
+  int64_t q_stride[2];  // token, head; in elements, as all strides
+  int64_t k_stride[3];  // page, token, head
+  int64_t v_stride[3];
+  float sm_scale;
+  float soft_cap;       // <= 0: none
+  int64_t window_left;  // < 0: unlimited
+  DType dtype;
+};
+
+// Keys are packed and multiplied kTile tokens at a time; at most kBlockRows packed query rows share one pass over the
+// keys of a chunk, kStripRows of them one buffer of scores.
+constexpr int64_t kTile = 128;
+constexpr int64_t kBlockRows = 256;
+constexpr int64_t kStripRows = 48;
+
+// Keys [begin, end) that query token t of row b sees, before clipping to a chunk.
+struct Visible {
+  int64_t begin, end;
+};
+static inline Visible visible_keys(const TreeAttentionParams& p, int64_t b, int64_t t) {
+  const int64_t position = static_cast<int64_t>(p.seq_lens[b]) - (p.q_indptr[b + 1] - p.q_indptr[b]) + t;
+  const int64_t begin = p.window_left < 0 || position < p.window_left ? 0 : position - p.window_left;
+  return {begin, position + 1};
+}
+
+static inline int64_t num_parts(const TreeAttentionParams& p, int64_t b) {
+  const int64_t q_len = p.q_indptr[b + 1] - p.q_indptr[b];
+  return q_len ? (p.part_indptr[b + 1] - p.part_indptr[b]) / q_len : 0;
+}
+
+// Bytes of scratch one thread needs, enough for every ISA's layout: queries, output, keys, values, scores, row state.
+static inline int64_t tree_attention_scratch(int64_t head_dim) {
+  const int64_t wide = (head_dim + 63) / 64 * 64;
+  return 4 * (2 * kBlockRows * wide + 2 * kTile * wide + kStripRows * (kTile + 16) + 6 * kBlockRows) + 4 * 8 * kTile;
+}
+
+}  // namespace treedecode::cpu
+
+// Packed rows [row_begin, row_end) of one chunk and kv head. Packed row r is query token
+// q_indptr[chunk.row_begin] + r / group, query head kv_head * group + r % group. Writes `out`/`lse` where the branch has
+// one part, its partial otherwise. A row's result does not depend on which rows are computed with it.
+TD_DECLARE_KERNEL(tree_attention, void tree_attention(const TreeAttentionParams& p, int64_t chunk, int64_t kv_head,
+                                                      int64_t row_begin, int64_t row_end, void* scratch))
+
+// Merges the parts of rows (branches) [row_begin, row_end) along their paths; branches of one part are left alone.
+TD_DECLARE_KERNEL(tree_attention_merge,
+                  void tree_attention_merge(const TreeAttentionParams& p, int64_t row_begin, int64_t row_end))

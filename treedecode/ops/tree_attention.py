@@ -1,0 +1,85 @@
+"""tree_attention: attention of many branches over the pages of a tree, each shared page read once."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from treedecode import reference
+from treedecode.ops._native import USE_REFERENCE, call
+from treedecode.ops.plan_tree import TreePlan
+
+
+def tree_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    plan: TreePlan,
+    *,
+    sm_scale: float | None = None,
+    window_left: int = -1,
+    logits_soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of every branch's newest tokens over all of the branch's tokens in the paged cache.
+
+    Query token t (0-based) of branch b is at position `seq_lens[b] - q_len(b) + t` and sees the keys at or before its
+    position. Each chunk of pages in `plan` is read once for all the branches below it; partial results are fp32 and
+    are merged along the branch's path in token order, so results are bitwise repeatable for any number of threads.
+
+    Args:
+        q: `[num_q, num_qo_heads, head_dim]`, fp32, bf16 or fp16, the branches' query tokens in row order; unit stride
+            in the last dimension, head_dim a multiple of 8 up to 256.
+        k_pages, v_pages: `[num_pages, page_size, num_kv_heads, head_dim]`, dtype of q, any strides with unit head_dim
+            stride; num_qo_heads is a multiple of num_kv_heads.
+        page_table: `[num_branches, max_pages]` int32, unit stride in the last dimension.
+        seq_lens: `[num_branches]` int32, tokens in the cache including the query tokens.
+        plan: made by `plan_tree` for this page_table, seq_lens and the step's q_lens.
+        sm_scale: factor of q k^T, positive; 1 / sqrt(head_dim) by default.
+        window_left: a query also does not see keys more than this many tokens before it; -1 = no limit.
+        logits_soft_cap: cap * tanh(score / cap) replaces the scaled score; 0 = off.
+        sinks: `[num_qo_heads]` fp32, logits that join each head's denominator without a value.
+
+    Returns:
+        out: `[num_q, num_qo_heads, head_dim]` in q's dtype, 0 where a query sees no key.
+        lse: `[num_q, num_qo_heads]` fp32, natural log of the sum of exp(score), sinks included; -inf for an empty sum.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype, stride or value is wrong, the plan is not of this batch, or
+            a page id is out of range.
+
+    Sources: online softmax, https://arxiv.org/abs/1805.02867; merging by lse, https://arxiv.org/abs/2501.01005.
+    """
+    scale = 1.0 / math.sqrt(q.shape[-1]) if sm_scale is None else sm_scale
+    if USE_REFERENCE:
+        out, lse = reference.tree_attention(
+            q, k_pages, v_pages, page_table, seq_lens, plan, sm_scale=scale, window_left=window_left,
+            logits_soft_cap=logits_soft_cap, sinks=sinks,
+        )  # fmt: skip
+        return out.to(q.dtype), lse.float()
+    return call(
+        torch.ops.treedecode.tree_attention.default,
+        q, k_pages, v_pages, page_table, seq_lens, plan.q_indptr, plan.part_indptr, plan.chunks, plan.counts,
+        scale, window_left, logits_soft_cap, sinks,
+    )  # fmt: skip
+
+
+@torch.library.register_fake("treedecode::tree_attention")
+def _(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    q_indptr: Tensor,
+    part_indptr: Tensor,
+    chunks: Tensor,
+    counts: Tensor,
+    sm_scale: float,
+    window_left: int,
+    logits_soft_cap: float,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
