@@ -39,6 +39,15 @@ def beam_prune(monkeypatch):
         monkeypatch.setattr(ops, "beam_prune", prune_in_float64, raising=False)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny products: waking a second thread costs more than they do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def make_model(seed, eos=(), eos_bias=0.0):
     """A model whose next-token distribution is peaked enough that beams diverge, and likes `eos` as much as told."""
     torch.manual_seed(seed)
@@ -206,6 +215,8 @@ def test_backpointers_give_the_text_of_reordered_beams():
     assert len(third.parent) == 0
     assert texts(beams) == [([5, 8, 2], -1.25), ([5, 7, 1], -1.3333)]
     assert [hyp.beams.tolist() for hyp in beams.results(0)] == [[0, 1, 1], [0, 1, 0]]
+    logprobs = [hyp.logprobs.tolist() for hyp in beams.results(0)]
+    assert logprobs == [pytest.approx([-2.0, -1.5, -0.25], abs=1e-6), pytest.approx([-2.0, -1.0, -1.0], abs=1e-6)]
 
 
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])

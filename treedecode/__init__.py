@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from treedecode import ops as ops
     from treedecode.completions import Completion as Completion
     from treedecode.decoder import Decoder as Decoder
+    from treedecode.integrations.transformers import generate as generate
     from treedecode.sampling import Sampling as Sampling
     from treedecode.tree import Frontier as Frontier
 
@@ -19,6 +20,7 @@ _EXPORTS: dict[str, str] = {
     "Decoder": "treedecode.decoder",
     "Frontier": "treedecode.tree",
     "Sampling": "treedecode.sampling",
+    "generate": "treedecode.integrations.transformers",
 }
 
 __all__ = ["__version__", "ops", *_EXPORTS]

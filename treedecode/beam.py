@@ -77,11 +77,13 @@ class Hypothesis(NamedTuple):
     token_ids: `[length]` int64 generated tokens, the end-of-sequence token included.
     score: cumulative log-prob (nats) / length ** length_penalty.
     beams: `[length]` int64, for each token the beam of its group that it continued.
+    logprobs: `[length]` float64, nats, as the search added them up in fp32.
     """
 
     token_ids: np.ndarray
     score: float
     beams: np.ndarray
+    logprobs: np.ndarray
 
 
 class Beams:
@@ -125,6 +127,7 @@ class Beams:
         self._eos = torch.tensor(settings.eos_token_ids, dtype=torch.int32, device=device)
         self._parents: list[Tensor] = []  # per step [num_slots] int32, beam of the group that the slot's beam continued
         self._tokens: list[Tensor] = []  # per step [num_slots] int32
+        self._past_scores: list[Tensor] = []  # per step [num_slots] fp32, cumulative
         self._results: dict[int, list[Hypothesis]] = {}
 
     @property
@@ -216,8 +219,9 @@ class Beams:
         return torch.full((len(self.groups),), value, dtype=torch.int32, device=self._device)
 
     def _remember(self, parent: Tensor, token: Tensor) -> None:
-        for history, values in ((self._parents, parent), (self._tokens, token)):
-            row = torch.zeros(int(self._first_slot[-1]), dtype=torch.int32, device=self._device)
+        histories = (self._parents, parent), (self._tokens, token), (self._past_scores, self._scores)
+        for history, values in histories:
+            row = values.new_zeros(int(self._first_slot[-1]))
             row[self._slots] = values
             history.append(row)
 
@@ -246,20 +250,27 @@ class Beams:
             column[pool].cpu().numpy()
             for column in (self._pool_scores, self._pool_lens, self._pool_parents, self._pool_tokens)
         )
-        past_parents, past_tokens = (
-            torch.stack([row[first:end] for row in history]).cpu().numpy() for history in (self._parents, self._tokens)
+        past_parents, past_tokens, past_scores = (
+            torch.stack([row[first:end] for row in history]).cpu().numpy()
+            for history in (self._parents, self._tokens, self._past_scores)
         )
         text = np.zeros((len(lens), self.num_steps), dtype=np.int64)
         beams = np.zeros_like(text)
-        used = lens > 0
+        sums = np.zeros((len(lens), self.num_steps + 1))  # cumulative log-prob after each number of tokens
+        used = np.flatnonzero(lens)
         last = lens[used] - 1
         text[used, last], beams[used, last] = tokens[used], parents[used]
+        sums[used, last + 1] = scores[used] * lens[used].astype(np.float64) ** self.settings.length_penalty
         for position in range(self.num_steps - 2, -1, -1):
-            inside = np.nonzero(position < lens - 1)[0]
+            inside = np.flatnonzero(position < lens - 1)
             beam = beams[inside, position + 1]
             text[inside, position] = past_tokens[position, beam]
             beams[inside, position] = past_parents[position, beam]
-        return [Hypothesis(text[i, : lens[i]], float(scores[i]), beams[i, : lens[i]]) for i in np.nonzero(used)[0]]
+            sums[inside, position + 1] = past_scores[position, beam]
+        return [
+            Hypothesis(text[i, :n], float(scores[i]), beams[i, :n], np.diff(sums[i, : n + 1]))
+            for i, n in zip(used, lens[used], strict=True)
+        ]
 
 
 def _without(token_mask: Tensor | None, tokens: Tensor, logits: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 
-from treedecode import completions
+from treedecode import beam_search, completions
 from treedecode.branches import Ints, child_seeds
 from treedecode.completions import Completion
 from treedecode.engine import Engine
@@ -241,6 +241,57 @@ class Decoder:
             stops=self.parse_stop(stop),
             callback=callback,
         )
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        num_beams: int = 4,
+        num_return_sequences: int | None = None,
+        max_new_tokens: int = 256,
+        min_new_tokens: int = 0,
+        length_penalty: float = 1.0,
+        early_stopping: bool | str = False,
+        repetition_penalty: float = 1.0,
+        stop: StopLike = None,
+        ignore_eos: bool = False,
+    ) -> list[list[Completion]]:
+        """The most likely completions of every prompt that a search with `num_beams` beams finds, best first.
+
+        Token for token what `generate(num_beams=...)` of Transformers finds; `treedecode.beam.BeamSearch` says what the
+        settings mean. Finished beams are ranked by cum_logprob / len(token_ids) ** length_penalty.
+
+        Args:
+            num_return_sequences: completions per prompt, at most `num_beams`; None = all of them.
+            repetition_penalty: multiplies the log-probs of tokens already in the branch, prompt included.
+            stop: strings or token ids that end a beam.
+            ignore_eos: the model's end-of-sequence tokens end nothing.
+
+        Returns:
+            `[len(prompts)][num_return_sequences]` completions.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong (named); nothing has been started then.
+            OutOfBranches: frontiers or other calls hold the branches.
+        """
+        work = self.beam_search_async(
+            prompts,
+            num_beams=num_beams,
+            num_return_sequences=num_return_sequences,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            repetition_penalty=repetition_penalty,
+            stop=stop,
+            ignore_eos=ignore_eos,
+        )
+        return self.run(work)
+
+    async def beam_search_async(self, prompts: Prompt | Sequence[Prompt], **settings: Any) -> list[list[Completion]]:
+        """`beam_search` for coroutines: decodes together with whatever else runs on this decoder."""
+        stops = self.parse_stop(settings.pop("stop", None))
+        return await beam_search.complete(self.engine, self._prompts(prompts), stops, **settings)
 
     async def roots(self, prompts: Prompt | Sequence[Prompt], *, sampling: Sampling | None = None) -> Frontier:
         """One branch per prompt, computed up to its last token: where a search begins.

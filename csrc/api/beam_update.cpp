@@ -26,8 +26,9 @@ void check_candidates(const Tensor& t, const char* name, const Tensor& scores, S
 void check_indptr(const int32_t* indptr, const char* name, int64_t num_groups) {
   STD_TORCH_CHECK(indptr[0] == 0, "[ValueError] ", name, ": expected to start at 0, got ", indptr[0]);
   for (int64_t g = 0; g < num_groups; ++g) {
-    STD_TORCH_CHECK(indptr[g] < indptr[g + 1], "[ValueError] ", name, ": expected at least one row in every group, got ",
-                    indptr[g], " to ", indptr[g + 1], " for group ", g);
+    STD_TORCH_CHECK(indptr[g] < indptr[g + 1], "[ValueError] ", name,
+                    ": expected at least one row in every group, got ", indptr[g], " to ", indptr[g + 1], " for group ",
+                    g);
   }
 }
 
@@ -39,8 +40,9 @@ void check_groups(const cpu::BeamUpdateParams& p, int64_t num_groups, int64_t nu
   for (int64_t g = 0; g < num_groups; ++g) {
     if (p.done[g]) continue;
     const int64_t need = cpu::beam_candidates(p.beam_indptr[g + 1] - p.beam_indptr[g], p.num_eos);
-    STD_TORCH_CHECK(need <= p.num_candidates, "[ValueError] scores: expected at least max(2, 1 + num_eos) * num_beams = ",
-                    need, " candidates for group ", g, ", got ", p.num_candidates);
+    STD_TORCH_CHECK(need <= p.num_candidates,
+                    "[ValueError] scores: expected at least max(2, 1 + num_eos) * num_beams = ", need,
+                    " candidates for group ", g, ", got ", p.num_candidates);
     STD_TORCH_CHECK(p.gen_lens[g] >= 0 && p.gen_lens[g] < p.max_new_tokens[g],
                     "[ValueError] gen_lens: expected 0 <= gen_lens < max_new_tokens = ", p.max_new_tokens[g], ", got ",
                     p.gen_lens[g], " for group ", g);
@@ -48,21 +50,24 @@ void check_groups(const cpu::BeamUpdateParams& p, int64_t num_groups, int64_t nu
     const int32_t* parent = p.parent + g * p.num_candidates;
     for (int64_t i = 0; i < need; ++i) {
       STD_TORCH_CHECK(i == 0 ? scores[i] == scores[i] : scores[i - 1] >= scores[i],
-                      "[ValueError] scores: expected descending numbers, got ", i ? scores[i - 1] : scores[i], " before ",
-                      scores[i], " in group ", g);
+                      "[ValueError] scores: expected descending numbers, got ", i ? scores[i - 1] : scores[i],
+                      " before ", scores[i], " in group ", g);
       STD_TORCH_CHECK(parent[i] == -1 || (p.row_indptr[g] <= parent[i] && parent[i] < p.row_indptr[g + 1]),
                       "[ValueError] parent: expected -1 or a row of group ", g, ", ", p.row_indptr[g], " to ",
                       p.row_indptr[g + 1] - 1, ", got ", parent[i]);
       STD_TORCH_CHECK(i == 0 || parent[i - 1] >= 0 || parent[i] < 0,
-                      "[ValueError] parent: expected absent candidates (-1) last, got ", parent[i], " after one in group ", g);
+                      "[ValueError] parent: expected absent candidates (-1) last, got ", parent[i],
+                      " after one in group ", g);
     }
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> beam_update_cpu(
-    Tensor scores, Tensor parent, Tensor token, Tensor row_indptr, Tensor beam_indptr, Tensor pool_scores, Tensor pool_lens,
-    Tensor pool_parents, Tensor pool_tokens, Tensor done, Tensor gen_lens, Tensor max_new_tokens, Tensor eos_ids,
-    double length_penalty, int64_t early_stopping, std::optional<Tensor> stop) {
+std::tuple<Tensor, Tensor, Tensor> beam_update_cpu(Tensor scores, Tensor parent, Tensor token, Tensor row_indptr,
+                                                   Tensor beam_indptr, Tensor pool_scores, Tensor pool_lens,
+                                                   Tensor pool_parents, Tensor pool_tokens, Tensor done,
+                                                   Tensor gen_lens, Tensor max_new_tokens, Tensor eos_ids,
+                                                   double length_penalty, int64_t early_stopping,
+                                                   std::optional<Tensor> stop) {
   check_shape(scores, "scores", "[num_groups, num_candidates]", {-1, -1});
   check_dtype(scores, "scores", ScalarType::Float);
   check_contiguous(scores, "scores");
@@ -81,7 +86,8 @@ std::tuple<Tensor, Tensor, Tensor> beam_update_cpu(
   check_vector(gen_lens, "gen_lens", "[num_groups]", num_groups, ScalarType::Int);
   check_vector(max_new_tokens, "max_new_tokens", "[num_groups]", num_groups, ScalarType::Int);
   check_vector(eos_ids, "eos_ids", "[num_eos]", -1, ScalarType::Int);
-  check_value(early_stopping >= 0 && early_stopping <= 2, "early_stopping", "0, 1 or 2", static_cast<double>(early_stopping));
+  check_value(early_stopping >= 0 && early_stopping <= 2, "early_stopping", "0, 1 or 2",
+              static_cast<double>(early_stopping));
   check_value(length_penalty - length_penalty == 0.0, "length_penalty", "a finite number", length_penalty);
 
   Tensor running_scores = torch::stable::new_empty(pool_scores, {num_pool});

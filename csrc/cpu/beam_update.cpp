@@ -33,7 +33,8 @@ int64_t next_rank(const BeamUpdateParams& p, const Group& g, int64_t rank, bool 
 }
 
 // Merges two descending sequences, candidates that go on and candidates that hit an end with the ban added.
-void choose_running(const BeamUpdateParams& p, const Group& g, int64_t row_begin, int64_t beam_begin, int64_t num_beams) {
+void choose_running(const BeamUpdateParams& p, const Group& g, int64_t row_begin, int64_t beam_begin,
+                    int64_t num_beams) {
   int64_t open = next_rank(p, g, 0, false);
   int64_t ended = next_rank(p, g, 0, true);
   for (int64_t i = beam_begin; i < beam_begin + num_beams; ++i) {
@@ -45,8 +46,9 @@ void choose_running(const BeamUpdateParams& p, const Group& g, int64_t row_begin
     }
     const float open_score = open < g.limit ? g.scores[open] : 0.0f;
     const float ended_score = ended < g.limit ? g.scores[ended] + kBanned : 0.0f;
-    const bool take_open = ended == g.limit ||
-                           (open < g.limit && (open_score > ended_score || (open_score == ended_score && open < ended)));
+    const bool take_open =
+        ended == g.limit ||
+        (open < g.limit && (open_score > ended_score || (open_score == ended_score && open < ended)));
     const int64_t rank = take_open ? open : ended;
     p.running_scores[i] = take_open ? open_score : ended_score;
     p.running_parent[i] = g.parent[rank];
@@ -58,8 +60,8 @@ void choose_running(const BeamUpdateParams& p, const Group& g, int64_t row_begin
 
 // Only hits among the first num_beams candidates may finish. Both lists are descending, old entries win ties; the
 // merge runs backwards, so that the pool can be its own output.
-void merge_into_pool(const BeamUpdateParams& p, const Group& g, int64_t row_begin, int64_t beam_begin, int64_t num_beams,
-                     int32_t new_len) {
+void merge_into_pool(const BeamUpdateParams& p, const Group& g, int64_t row_begin, int64_t beam_begin,
+                     int64_t num_beams, int32_t new_len) {
   const float divisor = static_cast<float>(std::pow(static_cast<double>(new_len), p.length_penalty));
   float* scores = p.pool_scores + beam_begin;
   const int64_t top = g.limit < num_beams ? g.limit : num_beams;

@@ -1,0 +1,180 @@
+"""Beam search on a decoder's pages: the loop between `Beams` and the engine's shared forward."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from treedecode.beam import Beams, BeamSearch, Hypothesis
+from treedecode.completions import Completion
+from treedecode.stops import StopMatcher, StopSet
+
+if TYPE_CHECKING:
+    from treedecode.engine import Engine
+
+Stop = Callable[[np.ndarray], bool]  # whether a beam's generated tokens, the new one last, have come to an end
+
+
+async def complete(
+    engine: "Engine",
+    prompts: Sequence[np.ndarray],
+    stops: StopSet,
+    *,
+    num_return_sequences: int | None = None,
+    repetition_penalty: float = 1.0,
+    ignore_eos: bool = False,
+    **options: Any,
+) -> list[list[Completion]]:
+    """`Decoder.beam_search` on checked prompts and stops; `options` are those of `BeamSearch`."""
+    ends = (*(() if ignore_eos else engine.model.eos_token_ids), *stops.token_ids)
+    options = {"num_beams": 4, "max_new_tokens": 256} | options
+    settings = BeamSearch(eos_token_ids=tuple(dict.fromkeys(ends)), **options)
+    count = settings.num_beams if num_return_sequences is None else num_return_sequences
+    if not 1 <= count <= settings.num_beams:
+        raise ValueError(f"num_return_sequences: expected 1 to num_beams = {settings.num_beams}, got {count}")
+    if not (isinstance(repetition_penalty, (int, float)) and 0 < repetition_penalty < math.inf):
+        raise ValueError(f"repetition_penalty: expected a finite number > 0, got {repetition_penalty!r}")
+    matcher = engine.matcher
+    stop_id = matcher.register(stops)
+    asked = _stop_string(matcher, stop_id, settings.min_new_tokens) if stops.strings else None
+    found = await search(engine, prompts, settings, repetition_penalty=repetition_penalty, stop=asked)
+
+    def completion(hypothesis: Hypothesis) -> Completion:
+        tokens = hypothesis.token_ids
+        at_string = asked is not None and asked(tokens)
+        return Completion(
+            text=matcher.text(stop_id, tokens, cut=at_string),
+            token_ids=tokens.tolist(),
+            logprobs=hypothesis.logprobs.tolist(),
+            cum_logprob=float(hypothesis.logprobs.sum()),
+            finish_reason="stop" if at_string or int(tokens[-1]) in settings.eos_token_ids else "length",
+        )
+
+    return [[completion(hypothesis) for hypothesis in hypotheses[:count]] for hypotheses in found]
+
+
+def _stop_string(matcher: StopMatcher, stop_id: int, min_new_tokens: int) -> Stop:
+    possible = matcher.mask(stop_id)
+
+    def stop(tokens: np.ndarray) -> bool:
+        return len(tokens) >= min_new_tokens and bool(possible[tokens[-1]]) and matcher.stopped(stop_id, tokens)
+
+    return stop
+
+
+async def search(
+    engine: "Engine",
+    prompts: Sequence[np.ndarray],
+    settings: BeamSearch,
+    *,
+    repetition_penalty: float = 1.0,
+    stop: Stop | None = None,
+) -> list[list[Hypothesis]]:
+    """Searches all prompts in lock step, as many at once as there are branches for; one forward a step.
+
+    A beam is a branch: prompts are computed once, beams of a prompt share its pages, and reordering them moves page
+    ids. All branches come back when it ends, in whichever way.
+
+    Args:
+        engine: of the decoder to search on.
+        prompts: token ids of each prompt, int32.
+        repetition_penalty: multiplies the log-probs of tokens already in the branch, prompt included.
+        stop: finishes further beams, beside `settings.eos_token_ids`.
+
+    Returns:
+        for each prompt its `settings.num_beams` finished beams, best first.
+
+    Raises:
+        ValueError: the beams of a prompt are more than the decoder's branches, or would be longer than it can hold.
+        OutOfBranches: other work holds the branches.
+    """
+    max_branches = engine.pool.max_branches
+    size = max_branches // settings.num_beams
+    if size == 0:
+        raise ValueError(f"num_beams: expected at most the decoder's {max_branches} branches, got {settings.num_beams}")
+    longest = max(len(prompt) for prompt in prompts) + settings.max_new_tokens - 1  # the last token is never computed
+    if longest > engine.table.max_tokens:
+        raise ValueError(
+            f"max_new_tokens: the longest prompt and {settings.max_new_tokens} new tokens are {longest + 1} tokens, "
+            f"but model and pages hold {engine.table.max_tokens + 1}"
+        )
+    results: list[list[Hypothesis]] = []
+    for at in range(0, len(prompts), size):
+        results += await _search(engine, prompts[at : at + size], settings, repetition_penalty, stop)
+    return results
+
+
+async def _search(
+    engine: "Engine",
+    prompts: Sequence[np.ndarray],
+    settings: BeamSearch,
+    repetition_penalty: float,
+    stop: Stop | None,
+) -> list[list[Hypothesis]]:
+    beams = Beams(settings, len(prompts), device=engine.pool.device)
+    rows = engine.open(prompts, np.zeros(len(prompts), np.int64))
+    try:
+        tokens = None
+        while True:
+            logits = await engine.logits(rows, tokens)
+            if repetition_penalty != 1.0:
+                logits = _penalise(logits, engine, rows, repetition_penalty)
+            step = beams.step(
+                logits,
+                is_logprobs=repetition_penalty != 1.0,
+                stop=None if stop is None else _asks(engine, rows, beams, stop),
+            )
+            rows = _move(engine, rows, step.parent.numpy(force=True), step.row.numpy(force=True))
+            tokens = step.token.numpy(force=True)
+            if beams.num_rows == 0:
+                return [beams.results(group) for group in range(len(prompts))]
+    finally:
+        engine.release(rows)
+
+
+def _move(engine: "Engine", rows: np.ndarray, parent: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """The branches of the next beams: they take the places of old ones, and those nobody takes are released.
+
+    On an error `rows` is what the caller still has to release.
+    """
+    fresh = place < 0
+    new = np.where(fresh, -1, rows[place])
+    if fresh.any():  # the first step: all parents are prompts, which stay where they are
+        new[fresh] = engine.fork(rows[parent[fresh]])
+    try:
+        moved = ~fresh & (new != rows[parent])
+        engine.reorder(new[moved], rows[parent[moved]])
+        engine.release(np.setdiff1d(rows, new))
+    except BaseException:
+        engine.release(new[fresh])
+        raise
+    return new
+
+
+def _penalise(logits: Tensor, engine: "Engine", rows: np.ndarray, penalty: float) -> Tensor:
+    """Log-probs in fp32, those of tokens already in each row times `penalty` (1909.05858, applied to log-probs)."""
+    lens = engine.table.num_tokens[rows]
+    seen = engine.table.tokens[rows, : int(lens.max())].astype(np.int64)
+    seen = np.where(np.arange(seen.shape[1]) < lens[:, None], seen, seen[:, :1])  # padded with a token that is there
+    at = torch.from_numpy(seen).to(logits.device)
+    logprobs = logits.float().log_softmax(dim=-1)
+    # log-probs are never positive, so there is nothing to divide
+    return logprobs.scatter(1, at, logprobs.gather(1, at) * penalty)
+
+
+def _asks(engine: "Engine", rows: np.ndarray, beams: Beams, stop: Stop) -> Callable[[Tensor, Tensor], Tensor]:
+    def ask(parent: Tensor, token: Tensor) -> Tensor:
+        table, count = engine.table, beams.num_steps
+        hits = np.zeros(tuple(parent.shape), bool)
+        for where in np.ndindex(hits.shape):
+            beam = int(parent[where])
+            if beam >= 0:
+                end = table.num_tokens[rows[beam]]
+                text = np.append(table.tokens[rows[beam], end - count : end], int(token[where]))
+                hits[where] = stop(text)
+        return torch.from_numpy(hits).to(parent.device)
+
+    return ask

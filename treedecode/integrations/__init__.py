@@ -1,0 +1,1 @@
+"""treedecode inside other libraries."""

@@ -1,0 +1,300 @@
+"""`treedecode.generate`: the decoding loop for `model.generate(..., custom_generate=treedecode.generate)`."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import LongTensor, Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateBeamDecoderOnlyOutput,
+    GenerateDecoderOnlyOutput,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from treedecode import beam_search
+from treedecode.beam import BeamSearch, Hypothesis
+from treedecode.decoder import Decoder
+from treedecode.sampling import Sampling
+
+# What this module reads.
+_HONOURED = {
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_length", "max_new_tokens",
+    "min_length", "min_new_tokens", "eos_token_id", "pad_token_id", "num_beams", "num_return_sequences",
+    "length_penalty", "early_stopping", "output_scores", "return_dict_in_generate",
+}  # fmt: skip
+# What changes how generate computes, but not what comes out, and says nothing to us.
+_IRRELEVANT = {
+    "bos_token_id", "use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size",
+    "compile_config", "disable_compile", "decoder_start_token_id", "transformers_version",
+    "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind",
+    "target_lookbehind", "max_matching_ngram_size",
+}  # fmt: skip
+# Values that mean "off"; for what is not listed, None and False do.
+_OFF: dict[str, tuple[Any, ...]] = {
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "guidance_scale": (1, 1.0),
+    "num_beam_groups": (1,),
+    "diversity_penalty": (0.0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+}
+# Processors that generate makes from the settings above, and the attribute that holds the setting.
+_PROCESSORS: dict[type, tuple[str, str]] = {
+    RepetitionPenaltyLogitsProcessor: ("penalty", "repetition_penalty"),
+    MinLengthLogitsProcessor: ("min_length", "min_length"),
+    MinNewTokensLengthLogitsProcessor: ("min_new_tokens", "min_new_tokens"),
+    TemperatureLogitsWarper: ("temperature", "temperature"),
+    TopKLogitsWarper: ("top_k", "top_k"),
+    TopPLogitsWarper: ("top_p", "top_p"),
+    MinPLogitsWarper: ("min_p", "min_p"),
+}
+# Ignored by generate itself where it does not sample.
+_SAMPLING_ONLY = {"typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"}
+_MODEL_ARGUMENTS = {"attention_mask", "position_ids", "logits_to_keep", "past_key_values", "use_cache"}
+_SLOT = "_treedecode"
+
+
+def generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    kv_memory: int | str | None = None,
+    **model_kwargs: Any,
+) -> Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
+    """Runs a `generate` of Transformers on treedecode: `model.generate(**inputs, custom_generate=treedecode.generate)`.
+
+    Prompts are computed once, whatever `num_return_sequences` or `num_beams`, and all branches decode together over
+    shared pages. Greedy and beam search give the tokens `generate` gives; sampling draws from the same distribution,
+    its seed taken from torch's default generator (`torch.manual_seed`). The model is left as it was; a decoder is kept
+    with it, so later calls start at once and find the beginnings of earlier prompts. It is made anew when weights
+    change.
+
+    Honoured: do_sample, temperature, top_k, top_p, min_p, repetition_penalty, min and max length, min and max new
+    tokens, eos_token_id, pad_token_id, num_return_sequences, num_beams, length_penalty, early_stopping,
+    return_dict_in_generate (`sequences`, of beam search also `beam_indices`) and output_scores (of beam search:
+    `sequences_scores`, without the per-step `scores`). `generate` hands a callable neither streamer nor tokenizer nor
+    assistant model, so those have no effect.
+
+    Args:
+        model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs: as `generate` prepares
+            them: `input_ids` is `[batch * max(num_beams, num_return_sequences), prompt_len]` int64, padded on the left
+            where `attention_mask` is 0.
+        kv_memory: bytes for keys and values (see `Decoder`); pass it to `model.generate`.
+
+    Returns:
+        `[batch * num_return_sequences, length]` int64, prompts included, padded on the right; or a `ModelOutput`.
+
+    Raises:
+        ValueError: something is set that is not supported (named), or the model or a prompt is not.
+    """
+    config = generation_config
+    _refuse_settings(config)
+    _refuse_hooks(config, logits_processor, stopping_criteria)
+    width = max(config.num_beams, config.num_return_sequences)
+    prompts = _prompts(input_ids, model_kwargs, width)
+    prompt_len = input_ids.shape[1]
+    max_new_tokens = config.max_length - prompt_len
+    eos = [] if config._eos_token_tensor is None else config._eos_token_tensor.tolist()
+    min_new_tokens = max((config.min_length or 0) - prompt_len, config.min_new_tokens or 0, 0) if eos else 0
+    decoder = _decoder_of(model, kv_memory)
+    longest = max(map(len, prompts))
+    if longest + max_new_tokens > decoder.model.max_position:
+        raise ValueError(
+            f"max_new_tokens: {max_new_tokens} after a prompt of {longest} tokens is more than the model's "
+            f"{decoder.model.max_position} positions"
+        )
+    if config.num_beams > 1:
+        settings = BeamSearch(
+            num_beams=config.num_beams,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=tuple(eos),
+            length_penalty=config.length_penalty,
+            early_stopping=config.early_stopping,
+            min_new_tokens=min_new_tokens,
+        )
+        penalty = config.repetition_penalty or 1.0
+        search = beam_search.search(decoder.engine, prompts, settings, repetition_penalty=penalty)
+        return _beam_output(decoder.run(search), input_ids, config, eos)
+    sampling, stop = _sampling(config, decoder, eos, min_new_tokens)
+    completions = decoder.generate(
+        [prompt.tolist() for prompt in prompts],
+        num_branches=config.num_return_sequences,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+    )
+    texts = [completion.token_ids for branches in completions for completion in branches]
+    pad = config._pad_token_tensor
+    sequences = _assemble(input_ids, texts, 0 if pad is None else int(pad))
+    return (
+        GenerateDecoderOnlyOutput(sequences=cast(LongTensor, sequences))
+        if config.return_dict_in_generate
+        else sequences
+    )
+
+
+def _sampling(
+    config: GenerationConfig, decoder: Decoder, eos: list[int], min_new_tokens: int
+) -> tuple[Sampling, list[int] | None]:
+    """The branches' settings, and end tokens that are not the decoder's own."""
+    own = set(eos) == set(decoder.model.eos_token_ids)
+    filters: dict[str, Any] = {"temperature": 0.0}
+    if config.do_sample:
+        filters = {
+            "temperature": 1.0 if config.temperature is None else float(config.temperature),
+            "top_k": config.top_k or 0,
+            # 0 keeps one token, and so does the smallest positive number
+            "top_p": 1.0 if config.top_p is None else max(float(config.top_p), 1e-9),
+            "min_p": float(config.min_p or 0.0),
+        }
+    sampling = Sampling(
+        **filters,
+        repetition_penalty=float(config.repetition_penalty or 1.0),
+        ignore_eos=not own,
+        min_new_tokens=min_new_tokens,
+    )
+    return sampling, None if own or not eos else sorted(set(eos))
+
+
+def _refuse_settings(config: GenerationConfig) -> None:
+    ignored = _HONOURED | _IRRELEVANT | (set() if config.do_sample else _SAMPLING_ONLY)
+    for name in vars(GenerationConfig()):  # a checkpoint's config may hold more, which means nothing to generate either
+        value = getattr(config, name, None)
+        if name.startswith("_") or name in ignored or value is None or value is False:
+            continue
+        if value not in _OFF.get(name, ()):
+            raise ValueError(f"{name}: {value!r} is not supported by treedecode.generate; use generate without it")
+    if config.do_sample and config.num_beams > 1:
+        raise ValueError("do_sample: sampling with num_beams > 1 is not supported by treedecode.generate")
+    if config.return_dict_in_generate and config.output_scores and config.num_beams == 1:
+        raise ValueError("output_scores: supported by treedecode.generate for beam search only (sequences_scores)")
+
+
+def _refuse_hooks(
+    config: GenerationConfig, logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList
+) -> None:
+    """Lets through only what `generate` itself made from settings we honour."""
+    for processor in logits_processor:
+        attribute, setting = _PROCESSORS.get(type(processor), ("", ""))
+        own = bool(setting) and getattr(processor, attribute) == getattr(config, setting)
+        if not own or isinstance(getattr(processor, "prompt_ignore_length", None), int):
+            raise ValueError(f"logits_processor: {type(processor).__name__} is not supported by treedecode.generate")
+    for criterion in stopping_criteria:
+        if type(criterion) is MaxLengthCriteria and criterion.max_length == config.max_length:
+            continue
+        if type(criterion) is EosTokenCriteria and criterion.eos_token_id is config._eos_token_tensor:
+            continue
+        raise ValueError(f"stopping_criteria: {type(criterion).__name__} is not supported by treedecode.generate")
+
+
+def _prompts(input_ids: Tensor, model_kwargs: dict[str, Any], width: int) -> list[np.ndarray]:
+    """Token ids of each prompt without padding; `generate` has repeated every one `width` times."""
+    for name, value in model_kwargs.items():
+        if name not in _MODEL_ARGUMENTS and value is not None:
+            raise ValueError(f"{name}: is not supported by treedecode.generate")
+    past = model_kwargs.get("past_key_values")
+    if past is not None and past.get_seq_length() > 0:
+        raise ValueError("past_key_values: a filled cache is not supported; treedecode keeps prefixes by itself")
+    ids = input_ids[::width].cpu()
+    if ids.shape[1] == 0:
+        raise ValueError("input_ids: expected at least one token per prompt (inputs_embeds are not supported)")
+    mask = model_kwargs.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask[::width].cpu()
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask: expected shape {list(ids.shape)}, got {list(mask.shape)}")
+    mask = mask != 0
+    if (mask[:, :-1] & ~mask[:, 1:]).any() or not mask[:, -1].all():
+        raise ValueError("attention_mask: expected padding on the left only (padding_side='left'), and no empty prompt")
+    positions = model_kwargs.get("position_ids")
+    if positions is not None:
+        expected = (mask.cumsum(1) - 1)[mask]
+        if positions.dim() != 2 or not torch.equal(positions[::width].cpu()[mask], expected):
+            raise ValueError("position_ids: expected those of the attention mask; others are not supported")
+    return [row[keep].numpy().astype(np.int32) for row, keep in zip(ids, mask, strict=True)]
+
+
+def _assemble(prompts: Tensor, texts: Sequence[Sequence[int]], pad: int) -> Tensor:
+    """`[n, prompt_len + longest]`: prompts as they were, then the texts, then padding."""
+    new = torch.full((len(texts), max(map(len, texts))), pad, dtype=torch.int64)
+    for row, text in zip(new, texts, strict=True):
+        row[: len(text)] = torch.as_tensor(text)
+    return torch.cat([prompts.long(), new.to(prompts.device)], dim=1)
+
+
+def _beam_output(
+    results: list[list[Hypothesis]], input_ids: Tensor, config: GenerationConfig, eos: list[int]
+) -> Tensor | GenerateBeamDecoderOnlyOutput:
+    count, width = config.num_return_sequences, config.num_beams
+    best = [hypothesis for hypotheses in results for hypothesis in hypotheses[:count]]
+    pad = config._pad_token_tensor
+    # Transformers fills with the first end token where the padding token's id is 0.
+    fill = -1 if not eos else int(pad) if pad is not None and int(pad) else eos[0]
+    prompts = input_ids[::width].repeat_interleave(count, dim=0)
+    sequences = _assemble(prompts, [hypothesis.token_ids.tolist() for hypothesis in best], fill)
+    if not config.return_dict_in_generate:
+        return sequences
+    indices = torch.full((len(best), sequences.shape[1] - input_ids.shape[1]), -1, dtype=torch.int32)
+    for i, hypothesis in enumerate(best):
+        indices[i, : len(hypothesis.beams)] = torch.from_numpy(hypothesis.beams) + i // count * width
+    scores = torch.tensor([hypothesis.score for hypothesis in best], device=input_ids.device)
+    return GenerateBeamDecoderOnlyOutput(
+        sequences=cast(LongTensor, sequences),
+        sequences_scores=scores if config.output_scores else None,
+        beam_indices=cast(LongTensor, indices.to(input_ids.device)),
+    )
+
+
+class _Slot:
+    """Keeps a decoder on the model it decodes, so that it lives exactly as long; not copied or saved with the model."""
+
+    def __init__(self, decoder: Decoder, key: tuple[Any, ...]) -> None:
+        self.decoder = decoder
+        self.key = key
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+def _decoder_of(model: PreTrainedModel, kv_memory: int | str | None) -> Decoder:
+    """The model's decoder: one per model, made anew when weights, dtype, device or `kv_memory` have changed."""
+    key = (kv_memory, model.device, model.dtype, _fingerprint(model))
+    slot: _Slot | None = model.__dict__.get(_SLOT)
+    if slot is not None and slot.key == key:
+        return slot.decoder
+    model.__dict__.pop(_SLOT, None)  # not closed: another thread may still decode on it
+    del slot
+    decoder = Decoder(model, kv_memory=kv_memory)
+    model.__dict__[_SLOT] = _Slot(decoder, key)
+    return decoder
+
+
+def _fingerprint(model: PreTrainedModel) -> tuple[Any, ...]:
+    """Changes when weights do: kept prefixes were computed with them, and the decoder may hold them repacked.
+
+    In-place changes count up a tensor's version, except through `.data`: one element of each tensor catches those.
+    """
+    with torch.no_grad():
+        tensors = list(model.state_dict(keep_vars=True).values())
+        where = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+        sample = [tensor.reshape(-1)[tensor.numel() // 2].float() for tensor in tensors if tensor.numel()]
+        return (*where, *torch.stack(sample).tolist())
