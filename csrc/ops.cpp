@@ -11,6 +11,8 @@ STABLE_TORCH_LIBRARY(treedecode, m) {
   m.def("adopt_pages(Tensor(a!) refcount, Tensor(b!) page_table, Tensor(c!) seq_lens, Tensor status, Tensor pages, "
         "int row, int num_tokens, int page_size) -> ()");
   m.def("copy_pages(Tensor(a!) kv, Tensor src, Tensor dst, Tensor? num_tokens) -> ()");
+  m.def("sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor position, "
+        "Tensor? token_mask) -> (Tensor, Tensor, Tensor)");
   m.def("_cpu_isa(int isa) -> (int, int, int)");
   m.def(
       "plan_tree(Tensor page_table, Tensor seq_lens, Tensor? q_lens, int page_size, int num_qo_heads, int num_kv_heads, "

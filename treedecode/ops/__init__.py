@@ -6,6 +6,7 @@ from treedecode.ops.beam_update import beam_candidates, beam_update
 from treedecode.ops.merge_states import merge_states
 from treedecode.ops.pages import PageState, adopt_pages, append_slots, copy_pages, fork_branches, hold_pages
 from treedecode.ops.plan_tree import TreePlan, plan_tree
+from treedecode.ops.sample import sample
 from treedecode.ops.tree_attention import tree_attention
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "merge_states",
     "names",
     "plan_tree",
+    "sample",
     "set_cpu_isa",
     "tree_attention",
 ]

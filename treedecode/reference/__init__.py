@@ -5,6 +5,7 @@ from treedecode.reference.beam_update import beam_update
 from treedecode.reference.merge_states import merge_states
 from treedecode.reference.pages import adopt_pages, append_slots, copy_pages, fork_branches, hold_pages
 from treedecode.reference.plan_tree import plan_tree
+from treedecode.reference.sample import sample
 from treedecode.reference.tree_attention import tree_attention
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "hold_pages",
     "merge_states",
     "plan_tree",
+    "sample",
     "tree_attention",
 ]

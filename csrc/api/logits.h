@@ -1,0 +1,31 @@
+// Checks shared by the ops that read logits: beam_prune and sample.
+#pragma once
+
+#include "../check.h"
+#include "../cpu/dtypes.h"
+
+namespace treedecode {
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::BFloat16: return DType::BF16;
+    case ScalarType::Half: return DType::F16;
+    default: return DType::F32;
+  }
+}
+
+inline void check_logits(const Tensor& logits) {
+  check_shape(logits, "logits", "[rows, vocab]", {-1, -1});
+  check_float_dtype(logits, "logits");
+  check_unit_stride(logits, "logits");
+  STD_TORCH_CHECK(logits.size(1) > 0 && logits.size(1) < INT32_MAX, "[ValueError] logits: expected shape [rows, vocab] with 1 to 2^31 - 2 tokens, got ",
+                  shape_of(logits));
+}
+
+inline void check_token_mask(const Tensor& mask, const Tensor& logits) {
+  check_shape(mask, "token_mask", "[rows, ceil(vocab / 32)]", {logits.size(0), (logits.size(1) + 31) / 32});
+  check_dtype(mask, "token_mask", ScalarType::Int);
+  check_unit_stride(mask, "token_mask");
+}
+
+}  // namespace treedecode

@@ -1,0 +1,319 @@
+import math
+
+import pytest
+import torch
+from transformers.generation import logits_process as warpers
+
+from treedecode import ops
+from treedecode.reference import sample as reference_sample
+from treedecode.reference.sample import kept_tokens, philox4x32, uniform
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 1, "position": 0}
+
+
+def make_logits(kind, rows, vocab):
+    generator = torch.Generator().manual_seed(rows * 1000003 + vocab)
+    x = torch.randn(rows, vocab, generator=generator)
+    if kind == "peaked":
+        return 4 * x
+    if kind == "flat":
+        return 0.01 * x
+    if kind == "equal":
+        return torch.full_like(x, -3.25)
+    if kind == "ascending":
+        return (3 * x).sort(dim=1).values
+    if kind == "descending":
+        return (3 * x).sort(dim=1, descending=True).values
+    if kind == "one":
+        x[:, vocab // 3] = 300.0
+        return x
+    if kind == "impossible":
+        return x.masked_fill(torch.rand(x.shape, generator=generator) < 0.9, -math.inf)
+    if kind == "few":
+        y = torch.full_like(x, -math.inf)
+        y[:, :: max(1, vocab // 5)] = x[:, :: max(1, vocab // 5)]
+        return y
+    return x
+
+
+KINDS = ["normal", "peaked", "flat", "equal", "ascending", "descending", "one", "impossible", "few"]
+
+
+def pack(allowed):
+    rows, vocab = allowed.shape
+    bits = torch.zeros(rows, (vocab + 31) // 32 * 32, dtype=torch.int64)
+    bits[:, :vocab] = allowed
+    words = (bits.view(rows, -1, 32) << torch.arange(32)).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def per_row(rows, **settings):
+    dtypes = {"top_k": torch.int32, "seed": torch.int64, "position": torch.int64}
+    return {
+        name: torch.as_tensor(value, dtype=dtypes.get(name, torch.float32)).expand(rows)
+        for name, value in (OFF | settings).items()
+    }
+
+
+def assert_drawn_right(logits, got, settings, token_mask=None):
+    """The token is the reference's; where the uniform number falls within rounding of a border, its neighbour's."""
+    token, logprob, entropy = got
+    want_token, want_logprob, want_entropy = reference_sample(logits, **settings, token_mask=token_mask)
+    x = logits.double()
+    if token_mask is not None:
+        words = token_mask.long() % 2**32
+        allowed = (words[:, :, None] >> torch.arange(32) & 1).bool().flatten(1)[:, : x.shape[1]]
+        x = x.masked_fill(~allowed, -math.inf)
+    for row in (token != want_token).nonzero().flatten().tolist():
+        one = {name: settings[name][row].item() for name in settings}
+        # Rounding may move a border of the filters by one token or the draw by its own error, nothing else.
+        slack = 4e-6
+        chances = []
+        for top_p in (one["top_p"] - slack, one["top_p"], one["top_p"] + slack):
+            p = min(max(top_p, 0.0), 1.0) if one["top_p"] < 1 else 1.0
+            kept, weights = kept_tokens(x[row], one["temperature"], one["top_k"], p, one["min_p"])
+            cdf = weights.cumsum(0) / weights.sum()
+            here = (kept == token[row]).nonzero().flatten()
+            if len(here):
+                low = cdf[here[0] - 1].item() if here[0] > 0 else 0.0
+                u = uniform(one["seed"], one["position"])
+                chances.append(low - slack <= u <= cdf[here[0]].item() + slack)
+        assert any(chances), (row, token[row], want_token[row])
+    want_logprob = (x - x.logsumexp(1, keepdim=True)).gather(1, token.long()[:, None])[:, 0]
+    eps = 2.0**-23
+    top = x.amax(1)
+    scale = top.abs() + want_logprob.abs() + math.log(x.shape[1])
+    assert ((logprob.double() - want_logprob).abs() <= 2 * eps * scale).all()
+    assert ((entropy.double() - want_entropy).abs() <= 4 * eps * math.log(x.shape[1]) + 2 * eps * want_entropy).all()
+
+
+FILTERS = [
+    {},
+    {"temperature": 0.7},
+    {"temperature": 0.0, "top_p": 0.5},
+    {"top_p": 0.95},
+    {"top_p": 0.5, "temperature": 1.3},
+    {"top_k": 50},
+    {"top_k": 1},
+    {"top_k": 10**6, "top_p": 0.9},
+    {"top_k": 1500, "top_p": 0.8},
+    {"min_p": 0.05},
+    {"top_k": 200, "top_p": 0.9, "min_p": 0.02, "temperature": 0.8},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("filters", FILTERS, ids=lambda f: "-".join(f"{k}{v}" for k, v in f.items()) or "plain")
+def test_matches_reference(filters, kind, isa):
+    rows, vocab = 7, 5003
+    for dtype in DTYPES:
+        logits = make_logits(kind, rows, vocab).to(dtype)
+        settings = per_row(rows, **filters, seed=torch.arange(rows), position=77)
+        assert_drawn_right(logits, ops.sample(logits, **settings), settings)
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 15, 16, 17, 31, 33, 1023, 1025, 4097])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_vocab(dtype, vocab, isa):
+    rows = 5
+    storage = torch.full((rows, vocab + 3), math.nan, dtype=dtype)
+    logits = storage[:, :vocab]
+    logits.copy_(make_logits("peaked", rows, vocab))
+    settings = per_row(rows, top_p=0.9, top_k=[0, 1, 5, 0, 2000], temperature=[1, 0.5, 1, 2, 0], seed=9)
+    assert_drawn_right(logits, ops.sample(logits, **settings), settings)
+
+
+@pytest.mark.parametrize("filters", FILTERS[:6], ids=str)
+def test_masks(filters, isa):
+    rows, vocab = 6, 3001
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(rows, vocab, generator=generator)
+    allowed = torch.rand(rows, vocab, generator=generator) < torch.tensor([0.5, 0.01, 0.001, 1.0, 0.9, 0.0])[:, None]
+    allowed[5, 2999] = True
+    logits[~allowed] += 50
+    logits[0, (~allowed[0]).nonzero()[0]] = math.nan  # what is forbidden is not even looked at
+    mask = pack(allowed)
+    settings = per_row(rows, **filters, seed=torch.arange(rows))
+    got = ops.sample(logits, **settings, token_mask=mask)
+    assert allowed.gather(1, got[0].long()[:, None]).all()
+    assert_drawn_right(logits.masked_fill(~allowed, -math.inf), got, settings)
+
+
+def transformers_kept(logits, temperature, top_k, top_p, min_p):
+    scores = warpers.TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k:
+        scores = warpers.TopKLogitsWarper(top_k)(None, scores)
+    if top_p < 1:
+        scores = warpers.TopPLogitsWarper(top_p)(None, scores)
+    if min_p:
+        scores = warpers.MinPLogitsWarper(min_p)(None, scores)
+    return (scores > -math.inf).nonzero()[:, 1]
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_reference_keeps_what_transformers_keeps(filters):
+    f = {name: (OFF | filters)[name] for name in ("temperature", "top_k", "top_p", "min_p")}
+    if f["temperature"] == 0:
+        pytest.skip("transformers has no temperature 0")
+    for seed in range(5):
+        logits = 3 * torch.randn(1, 2003, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        assert torch.equal(kept_tokens(logits[0], **f)[0], transformers_kept(logits, **f))
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {},
+        {"top_p": 0.8},
+        {"top_k": 7, "temperature": 1.7},
+        {"min_p": 0.1, "temperature": 0.6},
+        {"top_p": 0.9, "top_k": 30},
+    ],
+    ids=str,
+)
+def test_draws_follow_the_distribution(filters):
+    """Chi-square of 20,000 draws over the kept tokens of one row, each with its own position."""
+    draws, vocab = 20000, 300
+    logits = 2 * torch.randn(vocab, generator=torch.Generator().manual_seed(3))
+    settings = {name: (OFF | filters)[name] for name in ("temperature", "top_k", "top_p", "min_p")}
+    token = ops.sample(logits.expand(draws, vocab), **settings, seed=11, position=torch.arange(draws))[0]
+    kept, weights = kept_tokens(logits.double(), **settings)
+    counts = torch.bincount(token, minlength=vocab)
+    assert counts[kept].sum() == draws
+    expected = draws * weights / weights.sum()
+    often = expected >= 5
+    chi = ((counts[kept] - expected) ** 2 / expected)[often].sum().item()
+    rest, rest_expected = counts[kept][~often].sum().item(), expected[~often].sum().item()
+    chi += (rest - rest_expected) ** 2 / max(rest_expected, 1.0)
+    freedom = int(often.sum())
+    assert chi < freedom + 4 * math.sqrt(2 * freedom) + 8  # about one in 10^5; the draws are fixed, so never by chance
+
+
+def test_philox_known_answers():
+    """The Random123 distribution's own vectors for philox4x32-10."""
+    ones = 0xFFFFFFFF
+    assert philox4x32((0, 0, 0, 0), (0, 0)) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
+    assert philox4x32((ones,) * 4, (ones,) * 2) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
+    pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+    assert philox4x32(pi, (0xA4093822, 0x299F31D0)) == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
+
+
+def test_the_kernel_draws_with_philox():
+    """Equal logits turn the token into floor(uniform * vocab)."""
+    vocab, rows = 4096, 64
+    seed = torch.arange(rows) * 0x123456789ABCD - 2**62
+    position = torch.arange(rows) * 2**33 + 5
+    token = ops.sample(torch.zeros(rows, vocab), **OFF | {"seed": seed, "position": position})[0]
+    want = [math.floor(uniform(s, p) * vocab) for s, p in zip(seed.tolist(), position.tolist(), strict=True)]
+    assert token.tolist() == want
+    assert len(set(want)) > rows - 8
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_depends_on_nothing_but_itself(dtype, isa):
+    rows, vocab = 12, 9001
+    logits = make_logits("normal", rows, vocab).to(dtype)
+    settings = per_row(
+        rows,
+        top_p=torch.linspace(0.1, 1, rows),
+        temperature=torch.linspace(0, 2, rows),
+        top_k=[0, 0, 0, 40, 0, 0, 3, 0, 0, 2000, 0, 0],
+        seed=torch.arange(rows),
+        position=torch.arange(rows),
+    )
+    whole = ops.sample(logits, **settings)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        for got, want in zip(ops.sample(logits, **settings), whole, strict=True):
+            assert torch.equal(got, want)
+    finally:
+        torch.set_num_threads(threads)
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(1))
+    shuffled = ops.sample(logits[order], **{name: value[order] for name, value in settings.items()})
+    for got, want in zip(shuffled, whole, strict=True):
+        assert torch.equal(got, want[order])
+    for row in range(rows):
+        alone = ops.sample(logits[row : row + 1], **{name: value[row : row + 1] for name, value in settings.items()})
+        for got, want in zip(alone, whole, strict=True):
+            assert torch.equal(got, want[row : row + 1])
+
+
+def test_ties(isa):
+    logits = torch.tensor([[1.0, 2.0, 2.0, 0.0, 2.0, 1.0] + [-5.0] * 100])
+    assert ops.sample(logits, **OFF | {"temperature": 0})[0].tolist() == [1]
+    for top_k, top_p, want in [
+        (1, 1.0, {1}),
+        (2, 1.0, {1, 2}),
+        (4, 1.0, {0, 1, 2, 4}),
+        (0, 0.35, {1, 2}),
+        (3, 0.34, {1, 2}),
+    ]:
+        settings = OFF | {"top_k": top_k, "top_p": top_p, "temperature": 4.0 if top_k else 0.5}
+        tokens = ops.sample(logits.expand(400, -1), **settings | {"position": torch.arange(400)})[0]
+        assert set(tokens.tolist()) == want
+
+
+def test_scalars_equal_tensors():
+    logits = make_logits("normal", 4, 500)
+    scalars = OFF | {"temperature": 0.8, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "seed": 2**40, "position": 12}
+    for got, want in zip(ops.sample(logits, **scalars), ops.sample(logits, **per_row(4, **scalars)), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_no_rows():
+    token, logprob, entropy = ops.sample(torch.empty(0, 50), **OFF)
+    assert token.shape == logprob.shape == entropy.shape == (0,)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("column", [0, 700, 5002])
+def test_bad_row_is_named(column, bad, isa):
+    logits = make_logits("normal", 5, 5003)
+    logits[3, column] = bad
+    for filters in ({}, {"temperature": 0}, {"top_k": 20}, {"top_p": 0.9, "temperature": 0.5}):
+        with pytest.raises(ValueError, match=r"logits: expected numbers below .inf, got NaN or .inf in row 3"):
+            ops.sample(logits, **OFF | filters)
+
+
+def test_row_without_a_token_is_named(isa):
+    logits = make_logits("normal", 3, 1000)
+    logits[1] = -math.inf
+    with pytest.raises(ValueError, match=r"logits: expected at least one token .* got none in row 1"):
+        ops.sample(logits, **OFF)
+    with pytest.raises(ValueError, match=r"logits: expected at least one token .* got none in row 2"):
+        ops.sample(torch.zeros(3, 1000), **OFF, token_mask=pack(torch.tensor([[1], [1], [0]]).expand(3, 1000)))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"logits": torch.zeros(5)}, ValueError, r"logits: expected shape \[rows, vocab\]"),
+        ({"logits": torch.zeros(5, 9, dtype=torch.float64)}, TypeError, "logits: expected dtype float32, bfloat16"),
+        ({"temperature": -1.0}, ValueError, "temperature: expected 0 or a positive finite number, got -1"),
+        (
+            {"temperature": torch.ones(4)},
+            ValueError,
+            r"temperature: expected shape \[rows\] = \[5\] or \[1\], got \[4\]",
+        ),
+        ({"temperature": math.nan}, ValueError, "temperature: expected 0 or a positive"),
+        ({"top_k": -1}, ValueError, "top_k: expected 0"),
+        ({"top_k": torch.ones(5)}, TypeError, "top_k: expected dtype int32, got float32"),
+        ({"top_p": 1.5}, ValueError, r"top_p: expected a number in \[0, 1\], got 1.5"),
+        ({"min_p": -0.5}, ValueError, "min_p: expected a number"),
+        ({"seed": torch.ones(5)}, TypeError, "seed: expected dtype int64, got float32"),
+        ({"token_mask": torch.ones(5, 2, dtype=torch.int32)}, ValueError, r"token_mask: expected shape .* \[5, 1\]"),
+        ({"token_mask": torch.ones(5, 1)}, TypeError, "token_mask: expected dtype int32, got float32"),
+    ],
+)
+def test_bad_arguments(change, error, message):
+    with pytest.raises(error, match=message):
+        ops.sample(**{"logits": torch.zeros(5, 9)} | OFF | change)
+
+
+def test_opcheck():
+    settings = per_row(3)
+    args = (torch.randn(3, 40), *(settings[name].clone() for name in OFF))
+    torch.library.opcheck(torch.ops.treedecode.sample, (*args, None))
+    torch.library.opcheck(torch.ops.treedecode.sample, (*args, torch.full((3, 2), -1, dtype=torch.int32)))
