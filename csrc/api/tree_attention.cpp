@@ -110,15 +110,23 @@ void run_between(const cpu::TreeAttentionParams& p, const std::vector<Cell>& cel
   thread_local Workspace workspace;
   void* scratch = workspace.get(cpu::tree_attention_scratch(p.head_dim));
   const auto kernel = TD_DISPATCH(tree_attention);
+  cpu::TreeAttentionItem previous{-1, 0, 0, 0};
+  const auto run = [&](const cpu::TreeAttentionItem* next) {
+    if (previous.chunk >= 0) kernel(p, previous, next, scratch);
+  };
   for (size_t i = from.cell; i <= to.cell && i < cells.size(); ++i) {
     const int64_t head_begin = i == from.cell ? from.head : 0;
     const int64_t head_end = i == to.cell ? to.head + 1 : p.num_kv_heads;
     for (int64_t head = head_begin; head < head_end; ++head) {
       const int64_t begin = i == from.cell && head == from.head ? from.row : cells[i].row_begin;
       const int64_t end = i == to.cell && head == to.head ? to.row : cells[i].row_end;
-      if (begin < end) kernel(p, cells[i].chunk, head, begin, end, scratch);
+      if (begin >= end) continue;
+      const cpu::TreeAttentionItem item{cells[i].chunk, head, begin, end};
+      run(&item);
+      previous = item;
     }
   }
+  run(nullptr);
 }
 
 void check_pages(const Tensor& pages, const char* name, const Tensor& q) {

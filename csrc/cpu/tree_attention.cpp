@@ -163,9 +163,27 @@ void finish_row(const TreeAttentionParams& p, int64_t token, int64_t b, int64_t 
   }
 }
 
+// The first (at most kTile) tokens' rows from `begin` on, up to `end`, of a chunk's pages; how many there are.
+template <typename T>
+int64_t find_rows(const TreeAttentionParams& p, const int32_t* chunk, int64_t kv_head, int64_t begin, int64_t end,
+                  const void** k_rows, const void** v_rows) {
+  const int64_t count = end - begin < kTile ? end - begin : kTile;
+  const int32_t* pages = p.page_table + chunk[0] * p.page_table_stride;
+  int64_t page = begin / p.page_size, offset = begin % p.page_size;
+  for (int64_t i = 0; i < count; ++page, offset = 0) {
+    const T* k = static_cast<const T*>(p.k_pages) + pages[page] * p.k_stride[0] + kv_head * p.k_stride[2];
+    const T* v = static_cast<const T*>(p.v_pages) + pages[page] * p.v_stride[0] + kv_head * p.v_stride[2];
+    for (; i < count && offset < p.page_size; ++i, ++offset) {
+      k_rows[i] = k + offset * p.k_stride[1];
+      v_rows[i] = v + offset * p.v_stride[1];
+    }
+  }
+  return count > 0 ? count : 0;
+}
+
 template <bool Pairs, typename T>
 void attend_block(const TreeAttentionParams& p, const int32_t* chunk, int64_t kv_head, int64_t row_begin, int64_t row_end,
-                  const Scratch& x) {
+                  const int32_t* next_chunk, int64_t next_head, const Scratch& x) {
   const int64_t group = p.num_qo_heads / p.num_kv_heads;
   const int64_t units = Pairs ? p.head_dim / 2 : p.head_dim;
   const int64_t o_stride = (p.head_dim + kPanel - 1) / kPanel * kPanel;
@@ -194,28 +212,20 @@ void attend_block(const TreeAttentionParams& p, const int32_t* chunk, int64_t kv
     pack_row<Pairs>(static_cast<const T*>(p.q) + token * p.q_stride[0] + head * p.q_stride[1], units, x.q + r * units);
   }
 
-  const auto find_rows = [&](int64_t tile, const void** k_rows, const void** v_rows) {
-    const int64_t count = seen_end - tile < kTile ? seen_end - tile : kTile;
-    const int32_t* pages = p.page_table + chunk[0] * p.page_table_stride;
-    int64_t page = (chunk_begin + tile) / p.page_size, offset = (chunk_begin + tile) % p.page_size;
-    for (int64_t i = 0; i < count; ++page, offset = 0) {
-      const T* k = static_cast<const T*>(p.k_pages) + pages[page] * p.k_stride[0] + kv_head * p.k_stride[2];
-      const T* v = static_cast<const T*>(p.v_pages) + pages[page] * p.v_stride[0] + kv_head * p.v_stride[2];
-      for (; i < count && offset < p.page_size; ++i, ++offset) {
-        k_rows[i] = k + offset * p.k_stride[1];
-        v_rows[i] = v + offset * p.v_stride[1];
-      }
-    }
-    return count > 0 ? count : 0;
-  };
-
   // Strips of rows whose output buffer holds something yet.
   uint64_t started = 0;
   int current = 0;
   const int64_t first_tile = seen_begin / kTile * kTile;
-  int64_t count = find_rows(first_tile, x.rows[0], x.rows[1]);
+  const auto find = [&](int64_t tile, const void** k_rows, const void** v_rows) {
+    return find_rows<T>(p, chunk, kv_head, chunk_begin + tile, chunk_begin + seen_end, k_rows, v_rows);
+  };
+  int64_t count = find(first_tile, x.rows[0], x.rows[1]);
   for (int64_t tile = first_tile; tile < seen_end; tile += kTile) {
-    const int64_t next_count = find_rows(tile + kTile, x.rows[2 - current], x.rows[3 - current]);
+    // What to prefetch while this tile is worked on: the next one, be it of this item or of the next.
+    int64_t next_count = find(tile + kTile, x.rows[2 - current], x.rows[3 - current]);
+    if (next_count == 0 && next_chunk) {
+      next_count = find_rows<T>(p, next_chunk, next_head, next_chunk[2], next_chunk[3], x.rows[2 - current], x.rows[3 - current]);
+    }
     pack_keys<Pairs>(reinterpret_cast<const T* const*>(x.rows[current]), reinterpret_cast<const T* const*>(x.rows[2 - current]),
                      count, next_count, units, x.k);
     pack_values<Pairs>(reinterpret_cast<const T* const*>(x.rows[current + 1]),
@@ -308,21 +318,19 @@ void merge_token(const TreeAttentionParams& p, int64_t token, int64_t first_part
 }
 
 template <bool Pairs, typename T>
-void attend(const TreeAttentionParams& p, int64_t chunk, int64_t kv_head, int64_t row_begin, int64_t row_end, void* scratch) {
+void attend(const TreeAttentionParams& p, const TreeAttentionItem& item, const TreeAttentionItem* next, void* scratch) {
   const Scratch buffers = carve(p, scratch);
-  for (int64_t r = row_begin; r < row_end; r += kBlockRows) {
-    attend_block<Pairs, T>(p, p.chunks + 6 * chunk, kv_head, r, r + kBlockRows < row_end ? r + kBlockRows : row_end, buffers);
-  }
+  attend_block<Pairs, T>(p, p.chunks + 6 * item.chunk, item.kv_head, item.row_begin, item.row_end,
+                         next ? p.chunks + 6 * next->chunk : nullptr, next ? next->kv_head : 0, buffers);
 }
 
 }  // namespace
 
-void tree_attention(const TreeAttentionParams& p, int64_t chunk, int64_t kv_head, int64_t row_begin, int64_t row_end,
-                    void* scratch) {
+void tree_attention(const TreeAttentionParams& p, const TreeAttentionItem& item, const TreeAttentionItem* next, void* scratch) {
   switch (p.dtype) {
-    case DType::F32: return attend<false, float>(p, chunk, kv_head, row_begin, row_end, scratch);
-    case DType::BF16: return attend<kHavePairs, bf16>(p, chunk, kv_head, row_begin, row_end, scratch);
-    case DType::F16: return attend<false, fp16>(p, chunk, kv_head, row_begin, row_end, scratch);
+    case DType::F32: return attend<false, float>(p, item, next, scratch);
+    case DType::BF16: return attend<kHavePairs, bf16>(p, item, next, scratch);
+    case DType::F16: return attend<false, fp16>(p, item, next, scratch);
   }
 }
 

@@ -43,6 +43,15 @@ constexpr int64_t kTile = 128;
 constexpr int64_t kBlockRows = 256;
 constexpr int64_t kStripRows = 48;
 
+// Packed rows [row_begin, row_end), at most kBlockRows of them, of one chunk and kv head. Packed row r is query token
+// q_indptr[chunk's row_begin] + r / group, query head kv_head * group + r % group.
+struct TreeAttentionItem {
+  int64_t chunk;
+  int64_t kv_head;
+  int64_t row_begin;
+  int64_t row_end;
+};
+
 // Keys [begin, end) that query token t of row b sees, before clipping to a chunk.
 struct Visible {
   int64_t begin, end;
@@ -66,11 +75,11 @@ static inline int64_t tree_attention_scratch(int64_t head_dim) {
 
 }  // namespace treedecode::cpu
 
-// Packed rows [row_begin, row_end) of one chunk and kv head. Packed row r is query token
-// q_indptr[chunk.row_begin] + r / group, query head kv_head * group + r % group. Writes `out`/`lse` where the branch has
+// Computes one item; the pages of `next`, if not null, are prefetched meanwhile. Writes `out`/`lse` where the branch has
 // one part, its partial otherwise. A row's result does not depend on which rows are computed with it.
-TD_DECLARE_KERNEL(tree_attention, void tree_attention(const TreeAttentionParams& p, int64_t chunk, int64_t kv_head,
-                                                      int64_t row_begin, int64_t row_end, void* scratch))
+TD_DECLARE_KERNEL(tree_attention,
+                  void tree_attention(const TreeAttentionParams& p, const TreeAttentionItem& item,
+                                      const TreeAttentionItem* next, void* scratch))
 
 // Merges the parts of rows (branches) [row_begin, row_end) along their paths; branches of one part are left alone.
 TD_DECLARE_KERNEL(tree_attention_merge,
