@@ -165,17 +165,18 @@ def test_truncate_into_a_shared_page_copies_on_append():
     pool.check_integrity()
 
 
-def test_copy_on_write_leaves_unused_slots_alone():
+def test_copy_on_write_copies_the_tokens_in_use_only():
     pool = make_pool()
     pool.kv.fill_(float("nan"))
     writer = Writer(pool)
     rows = pool.allocate_rows(2)
-    writer.append(rows[:1], [6])
-    pool.fork(rows[:1], rows[1:])
-    writer.append(rows, [1, 1])
+    (prompt,) = writer.append(rows[:1], [8])
+    pool.fork(rows[:1], rows[1:], [6])
+    (tail,) = writer.append(rows[1:], [1])
+    writer.assert_holds(rows[0], prompt)
+    writer.assert_holds(rows[1], prompt[:6] + tail)
     k_pages, _ = pool.layer(0)
-    for row in rows:
-        assert k_pages[pool.pages(row)[1], 3].isnan().all()
+    assert k_pages[pool.pages(rows[1])[1], 3].isnan().all()
 
 
 def test_page_order_is_the_documented_one():
