@@ -56,7 +56,7 @@ def dense():
 
 
 def bench_fork_branches(compare, dense):
-    """One root becomes 64 branches, which hold nothing before."""
+    """fork_branches: one root becomes 64 branches, which hold nothing before."""
     pool = make_pool()
     rows = pool.allocate_rows(NUM_BRANCHES)
     pool.append(rows[:1], [NUM_TOKENS])
@@ -137,7 +137,7 @@ def bench_append_slots(compare, borders):
 
 
 def bench_hold_pages(compare):
-    """Retain and drop the 128 pages of a prompt."""
+    """hold_pages: retain and drop the 129 pages of a prompt."""
     pool = make_pool()
     (row,) = pool.allocate_rows(1)
     pool.append([row], [NUM_TOKENS])
@@ -151,7 +151,7 @@ def bench_hold_pages(compare):
 
 
 def bench_match_and_adopt_pages(compare):
-    """A 2000-token prompt that the prefix index knows: find its pages, and start a row on them."""
+    """adopt_pages: find the pages of a 2000-token prompt that the prefix index knows, and start a row on them."""
     rng = np.random.default_rng(0)
     pool = make_pool()
     index = PrefixIndex(PAGE_SIZE)
