@@ -123,7 +123,7 @@ def bench_append_slots(compare, borders):
     pool = make_pool()
     rows = pool.allocate_rows(NUM_BRANCHES)
     ones = np.ones(NUM_BRANCHES, np.int32)
-    lens = np.full(NUM_BRANCHES, 256 if borders else 257, np.int32)
+    lens = np.full(NUM_BRANCHES, 128 if borders else 129, np.int32)
     pool.append(rows, lens)
     state = pool.state
     slots, ids = torch.empty(NUM_BRANCHES, dtype=torch.int64), torch.from_numpy(rows)
