@@ -1,0 +1,340 @@
+"""`treedecode.generate` in `model.generate(custom_generate=...)`, against `generate` itself on tiny random models."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from test_beam import beam_prune, one_thread  # noqa: F401 (autouse)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.generation import LogitsProcessor, RepetitionPenaltyLogitsProcessor
+
+import treedecode
+from treedecode.integrations import transformers as integration
+
+VOCAB = 97
+EXTRA = {"llama": {}, "qwen2": {}, "gemma2": {"sliding_window": 5, "final_logit_softcapping": 9.0}}
+
+
+def make_model(name="llama", seed=0, eos=(), eos_bias=0.0):
+    """Peaked enough that rounding decides nothing; `eos` tokens as likely as told."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        name,
+        vocab_size=VOCAB,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        **EXTRA[name],
+    )
+    config.tie_word_embeddings = False
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.lm_head = torch.nn.Linear(48, VOCAB)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(0, 0.25)
+        model.lm_head.bias.zero_()
+        model.lm_head.bias[list(eos)] = eos_bias
+    model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return model
+
+
+def make_inputs(batch=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (batch, 7), generator=generator)
+    mask = torch.ones_like(ids)
+    for i in range(1, batch):
+        ids[i, : 2 * i] = 0
+        mask[i, : 2 * i] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def same(model, inputs, **options):
+    """Both results, which must be equal; the decoder has leaked nothing."""
+    want = model.generate(**inputs, **options)
+    got = model.generate(**inputs, **options, custom_generate=treedecode.generate)
+    if isinstance(want, torch.Tensor):
+        assert got.dtype == want.dtype
+        assert got.tolist() == want.tolist()
+    else:
+        assert got.sequences.tolist() == want.sequences.tolist()
+    decoder = vars(model)["_treedecode"].decoder
+    decoder.check_integrity()
+    assert decoder.num_branches == 0
+    return got, want
+
+
+@pytest.mark.parametrize("name", EXTRA)
+@pytest.mark.parametrize("eos", [None, 2, [2, 5]], ids=str)
+def test_greedy(name, eos):
+    for seed in range(3):
+        model = make_model(name, seed, eos=(2, 5), eos_bias=1.5)
+        same(model, make_inputs(1 + seed, seed), max_new_tokens=12, do_sample=False, eos_token_id=eos)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.3},
+        {"repetition_penalty": 0.8},
+        {"min_new_tokens": 5},
+        {"min_length": 11},
+        {"max_length": 15},
+        {"min_new_tokens": 4, "eos_token_id": [5, 9]},
+        {"repetition_penalty": 1.5, "min_new_tokens": 3, "eos_token_id": [2, 7], "pad_token_id": 7},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_processors(options, num_beams):
+    model = make_model("llama", 1, eos=(2, 5, 7, 9), eos_bias=2.0)
+    for seed in range(3):
+        limit = {} if "max_length" in options else {"max_new_tokens": 10}
+        same(model, make_inputs(3, seed), do_sample=False, num_beams=num_beams, **limit, **options)
+
+
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+@pytest.mark.parametrize("length_penalty", [0.0, 0.5, 1.0, 2.0, -1.0])
+@pytest.mark.parametrize("num_beams", [2, 3, 4, 8])
+def test_beam_search(num_beams, length_penalty, early_stopping):
+    cell = num_beams + int(10 * length_penalty)
+    eos = [2, [2, 5], [2, 5, 11]][cell % 3]
+    model = make_model(["llama", "qwen2"][cell % 2], cell, eos=(2, 5, 11), eos_bias=2.0)
+    got, want = same(
+        model,
+        make_inputs(1 + cell % 3, cell),
+        num_beams=num_beams,
+        num_return_sequences=1 + cell % num_beams,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+        eos_token_id=eos,
+        max_new_tokens=10,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    # Two forwards that round differently, ten log-probs added up.
+    torch.testing.assert_close(got.sequences_scores, want.sequences_scores, rtol=1e-5, atol=1e-5)
+    assert got.beam_indices.tolist() == want.beam_indices.tolist()
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2])
+@pytest.mark.parametrize("num_beams", [1, 2, 5])
+def test_few_tokens(num_beams, max_new_tokens):
+    model = make_model(eos=(2,), eos_bias=2.0)
+    same(model, make_inputs(), num_beams=num_beams, max_new_tokens=max_new_tokens, do_sample=False)
+
+
+def test_padding_of_beams_when_the_padding_token_is_not_0():
+    model = make_model(seed=4, eos=(2,), eos_bias=4.0)
+    for pad in (0, 13):
+        same(model, make_inputs(), num_beams=3, max_new_tokens=9, do_sample=False, pad_token_id=pad)
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"top_k": 0},
+        {"top_k": 0, "temperature": 0.6},
+        {"top_k": 12, "temperature": 1.5},
+        {"top_k": 0, "top_p": 0.8},
+        {"top_k": 0, "min_p": 0.08},
+        {"top_k": 40, "top_p": 0.9, "min_p": 0.02, "temperature": 1.2},
+        {"repetition_penalty": 1.4},
+    ],
+    ids=str,
+)
+def test_sampling_draws_from_the_same_distribution(filters):
+    model = make_model(seed=2)
+    inputs = make_inputs(1)
+    options = {"do_sample": True, "max_new_tokens": 1, **filters}
+    scores = model.generate(**inputs, **options, return_dict_in_generate=True, output_scores=True).scores[0][0]
+    expected = scores.double().softmax(0)
+    torch.manual_seed(11)
+    drawn = model.generate(**inputs, **options, num_return_sequences=4000, custom_generate=treedecode.generate)[:, -1]
+    observed = torch.bincount(drawn, minlength=VOCAB).double()
+    assert observed[expected == 0].sum() == 0
+    often = expected * 4000 >= 5  # the rule for when the statistic is chi-square; the others count as one
+    bins = [
+        (observed[often], 4000 * expected[often]),
+        (observed[~often].sum()[None], 4000 * expected[~often].sum()[None]),
+    ]
+    seen, mean = (torch.cat(parts) for parts in zip(*bins, strict=True))
+    chi_square = ((seen - mean)[mean > 0] ** 2 / mean[mean > 0]).sum()
+    degrees = int((mean > 0).sum()) - 1
+    assert chi_square < degrees + 4 * (2 * degrees) ** 0.5
+
+
+def test_sampling_repeats_under_manual_seed():
+    model = make_model(seed=2)
+    inputs = make_inputs(2)
+
+    def draw(seed):
+        torch.manual_seed(seed)
+        return model.generate(
+            **inputs, do_sample=True, num_return_sequences=4, max_new_tokens=8, custom_generate=treedecode.generate
+        ).tolist()
+
+    first = draw(0)
+    assert draw(0) == first
+    assert draw(1) != first
+    assert len({tuple(row) for row in first[:4]}) == 4
+    for i, row in enumerate(first):
+        assert row[:7] == inputs["input_ids"][i // 4].tolist()
+
+
+def test_sampling_ends_at_eos_and_pads():
+    model = make_model(seed=2, eos=(2, 5), eos_bias=3.0)
+    for eos in (2, [5], [2, 5]):
+        ends = {eos} if isinstance(eos, int) else set(eos)
+        options = {"do_sample": True, "num_return_sequences": 20, "max_new_tokens": 9, "eos_token_id": eos}
+        out = model.generate(**make_inputs(2), **options, pad_token_id=0, custom_generate=treedecode.generate)
+        ended = 0
+        for new in out[:, 7:].tolist():
+            at = next((i for i, token in enumerate(new) if token in ends), len(new))
+            assert new[at + 1 :] == [0] * len(new[at + 1 :])
+            ended += at < len(new)
+        assert ended > 10
+
+
+def test_model_is_left_as_it_was():
+    model = make_model()
+    before = model.config._attn_implementation
+    names, inputs = list(model.state_dict()), make_inputs()
+    want = model(**inputs).logits
+    same(model, inputs, max_new_tokens=3, do_sample=False)
+    assert model.config._attn_implementation == before
+    assert list(model.state_dict()) == names
+    assert torch.equal(model(**inputs).logits, want)
+    assert "_treedecode" not in vars(pickle.loads(pickle.dumps(model))) or not vars(copy.deepcopy(model))["_treedecode"]
+    same(copy.deepcopy(model), inputs, max_new_tokens=3, do_sample=False)
+
+
+def test_one_decoder_per_model_that_dies_with_it():
+    model = make_model()
+    inputs = make_inputs()
+    same(model, inputs, max_new_tokens=3, do_sample=False)
+    decoder = vars(model)["_treedecode"].decoder
+    same(model, inputs, max_new_tokens=5, num_beams=2, do_sample=False)
+    assert vars(model)["_treedecode"].decoder is decoder
+    gone = weakref.ref(decoder)
+    del model, decoder
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("through_data", [False, True])
+def test_changed_weights_are_seen(through_data):
+    """Neither pages of earlier prompts nor repacked weights may survive a training step."""
+    model = make_model(seed=3)
+    inputs = make_inputs()
+    before = same(model, inputs, max_new_tokens=8, do_sample=False)[0]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            (parameter.data if through_data else parameter).mul_(1.2).add_(0.01)
+    after = same(model, inputs, max_new_tokens=8, do_sample=False)[0]
+    assert after.tolist() != before.tolist()
+
+
+class Halve(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores / 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha: 0.6 is not supported"),
+        ({"num_beam_groups": 2, "num_beams": 4}, "num_beam_groups: 2 is not supported"),
+        ({"constraints": [object()], "num_beams": 2}, "constraints: .* is not supported"),
+        ({"force_words_ids": [[3]], "num_beams": 2}, "force_words_ids: .* is not supported"),
+        ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size: 2 is not supported"),
+        ({"bad_words_ids": [[4]]}, r"bad_words_ids: \[\[4\]\] is not supported"),
+        ({"suppress_tokens": [4]}, r"suppress_tokens: \[4\] is not supported"),
+        ({"sequence_bias": [[[4], 1.0]]}, "sequence_bias: .* is not supported"),
+        ({"guidance_scale": 1.5}, "guidance_scale: 1.5 is not supported"),
+        ({"typical_p": 0.5, "do_sample": True}, "typical_p: 0.5 is not supported"),
+        ({"epsilon_cutoff": 0.01, "do_sample": True}, "epsilon_cutoff: 0.01 is not supported"),
+        ({"renormalize_logits": True}, "renormalize_logits: True is not supported"),
+        ({"forced_eos_token_id": 2}, "forced_eos_token_id: 2 is not supported"),
+        ({"exponential_decay_length_penalty": (3, 1.1)}, "exponential_decay_length_penalty: .* is not supported"),
+        ({"max_time": 5.0}, "max_time: 5.0 is not supported"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens: 3 is not supported"),
+        ({"output_logits": True, "return_dict_in_generate": True}, "output_logits: True is not supported"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states: True is"),
+        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores: .* for beam search only"),
+        ({"do_sample": True, "num_beams": 2}, "do_sample: sampling with num_beams > 1"),
+        ({"logits_processor": LogitsProcessorList([Halve()])}, "logits_processor: Halve is not supported"),
+        (
+            {"logits_processor": LogitsProcessorList([RepetitionPenaltyLogitsProcessor(2.0)])},
+            "logits_processor: RepetitionPenaltyLogitsProcessor is not supported",
+        ),
+        (
+            {"stopping_criteria": StoppingCriteriaList([MaxTimeCriteria(5.0)])},
+            "stopping_criteria: MaxTimeCriteria is not supported",
+        ),
+        (
+            {"prefix_allowed_tokens_fn": lambda batch, ids: [3, 4]},
+            "logits_processor: PrefixConstrainedLogitsProcessor is not supported",
+        ),
+        ({"max_new_tokens": 200}, "max_new_tokens: 200 after a prompt of 7 tokens is more than the model's 128"),
+        ({"inputs_embeds": torch.zeros(2, 3, 48), "input_ids": None}, "inputs_embeds: is not|input_ids: expected"),
+        ({"position_ids": torch.arange(7).expand(2, 7) + 1}, "position_ids: expected those of the attention mask"),
+        ({"attention_mask": torch.tensor([[1] * 7, [1] * 5 + [0] * 2])}, "attention_mask: expected padding"),
+        ({"attention_mask": torch.tensor([[1] * 7, [0] * 7])}, "attention_mask: expected padding on the left"),
+        ({"token_type_ids": torch.zeros(2, 7, dtype=torch.int64)}, "token_type_ids"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_refuses_by_name(options, message):
+    model = make_model()
+    inputs = make_inputs(2) | {"max_new_tokens": 4} | options
+    if inputs["input_ids"] is None:
+        inputs |= {"input_ids": None, "attention_mask": None}
+    with pytest.raises(ValueError, match=message):
+        model.generate(**inputs, custom_generate=treedecode.generate)
+
+
+def test_refuses_models():
+    model = make_model().train()
+    with pytest.raises(ValueError, match="training mode"):
+        model.generate(**make_inputs(), max_new_tokens=2, custom_generate=treedecode.generate)
+    config = T5Config(
+        vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    t5 = T5ForConditionalGeneration(config).eval()
+    with pytest.raises(ValueError, match="encoder"):
+        t5.generate(torch.ones(1, 3, dtype=torch.int64), max_new_tokens=2, custom_generate=treedecode.generate)
+
+
+def test_kv_memory_is_passed_on():
+    model = make_model()
+    inputs = make_inputs()
+    with pytest.raises(ValueError, match="kv_memory"):
+        model.generate(**inputs, max_new_tokens=2, kv_memory=10, custom_generate=treedecode.generate)
+    want = model.generate(**inputs, max_new_tokens=20, num_beams=6)
+    got = model.generate(
+        **inputs, max_new_tokens=20, num_beams=6, kv_memory="400kb", custom_generate=treedecode.generate
+    )
+    assert got.tolist() == want.tolist()
+    assert vars(model)["_treedecode"].decoder.engine.pool.kv.nbytes <= 400_000
+
+
+def test_public_name():
+    assert treedecode.generate is integration.generate
+    assert treedecode.generate is integration.generate  # the second look-up must not find a module of that name
