@@ -54,7 +54,8 @@ def choose(
         x, penalty = logits[i, seen], float(table.penalty[row])
         logits[i, seen] = torch.where(x < 0, x * penalty, x / penalty)
     for i in np.flatnonzero(table.num_tokens[chosen] < table.min_tokens[chosen]):
-        logits[i, eos_ids] = -torch.inf
+        if not table.ignore_eos[chosen[i]]:  # else they end nothing, and are tokens like others
+            logits[i, eos_ids] = -torch.inf
         logits[i, list(matcher[int(table.stop[chosen[i]])].token_ids)] = -torch.inf
     inputs = batch.inputs
     token, logprob, _ = ops.sample(
