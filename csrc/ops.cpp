@@ -11,6 +11,8 @@ STABLE_TORCH_LIBRARY(treedecode, m) {
   m.def("adopt_pages(Tensor(a!) refcount, Tensor(b!) page_table, Tensor(c!) seq_lens, Tensor status, Tensor pages, "
         "int row, int num_tokens, int page_size) -> ()");
   m.def("copy_pages(Tensor(a!) kv, Tensor src, Tensor dst, Tensor? num_tokens) -> ()");
+  m.def("beam_prune(Tensor logits, Tensor cum_logprobs, Tensor group_indptr, int num_candidates, Tensor? token_mask, "
+        "bool is_logprobs) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor position, "
         "Tensor? token_mask) -> (Tensor, Tensor, Tensor)");
   m.def("_cpu_isa(int isa) -> (int, int, int)");

@@ -2,50 +2,14 @@ import math
 
 import pytest
 import torch
+from logits_cases import DTYPES, KINDS, make_logits, pack
 from transformers.generation import logits_process as warpers
 
 from treedecode import ops
 from treedecode.reference import sample as reference_sample
 from treedecode.reference.sample import kept_tokens, philox4x32, uniform
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 1, "position": 0}
-
-
-def make_logits(kind, rows, vocab):
-    generator = torch.Generator().manual_seed(rows * 1000003 + vocab)
-    x = torch.randn(rows, vocab, generator=generator)
-    if kind == "peaked":
-        return 4 * x
-    if kind == "flat":
-        return 0.01 * x
-    if kind == "equal":
-        return torch.full_like(x, -3.25)
-    if kind == "ascending":
-        return (3 * x).sort(dim=1).values
-    if kind == "descending":
-        return (3 * x).sort(dim=1, descending=True).values
-    if kind == "one":
-        x[:, vocab // 3] = 300.0
-        return x
-    if kind == "impossible":
-        return x.masked_fill(torch.rand(x.shape, generator=generator) < 0.9, -math.inf)
-    if kind == "few":
-        y = torch.full_like(x, -math.inf)
-        y[:, :: max(1, vocab // 5)] = x[:, :: max(1, vocab // 5)]
-        return y
-    return x
-
-
-KINDS = ["normal", "peaked", "flat", "equal", "ascending", "descending", "one", "impossible", "few"]
-
-
-def pack(allowed):
-    rows, vocab = allowed.shape
-    bits = torch.zeros(rows, (vocab + 31) // 32 * 32, dtype=torch.int64)
-    bits[:, :vocab] = allowed
-    words = (bits.view(rows, -1, 32) << torch.arange(32)).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
 def per_row(rows, **settings):

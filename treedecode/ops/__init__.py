@@ -2,6 +2,7 @@
 
 from treedecode.ops._native import Choice, compiled_isas, cpu_isa, explain, names, set_cpu_isa
 from treedecode.ops.append_kv import append_kv
+from treedecode.ops.beam_prune import beam_prune
 from treedecode.ops.beam_update import beam_candidates, beam_update
 from treedecode.ops.merge_states import merge_states
 from treedecode.ops.pages import PageState, adopt_pages, append_slots, copy_pages, fork_branches, hold_pages
@@ -17,6 +18,7 @@ __all__ = [
     "append_kv",
     "append_slots",
     "beam_candidates",
+    "beam_prune",
     "beam_update",
     "compiled_isas",
     "copy_pages",

@@ -1,6 +1,7 @@
 """Ground truth of every op: plain loops in float64 that import nothing else of treedecode."""
 
 from treedecode.reference.append_kv import append_kv
+from treedecode.reference.beam_prune import beam_prune
 from treedecode.reference.beam_update import beam_update
 from treedecode.reference.merge_states import merge_states
 from treedecode.reference.pages import adopt_pages, append_slots, copy_pages, fork_branches, hold_pages
@@ -12,6 +13,7 @@ __all__ = [
     "adopt_pages",
     "append_kv",
     "append_slots",
+    "beam_prune",
     "beam_update",
     "copy_pages",
     "fork_branches",

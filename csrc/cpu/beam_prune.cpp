@@ -1,0 +1,180 @@
+#include "beam_prune.h"
+
+#include <cmath>
+#include <limits>
+
+#include "exp2.h"
+#include "select.h"
+
+namespace treedecode::cpu::TD_ISA {
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+struct Candidates {
+  uint64_t* keys;  // [cap]
+  int64_t n;
+  int64_t cap;
+  int64_t k;
+  float threshold;  // a new candidate must be above it; at a tie the earlier token, which is already here, wins
+  bool compacted;
+
+  void compact() {
+    if (n < k) return;
+    const float kth = key_value(n == k ? keep_largest(keys, n, k) : keep_largest(keys, n, k));
+    n = k;
+    threshold = kth > threshold ? kth : threshold;
+    compacted = true;
+  }
+  __attribute__((noinline)) void insert(Vec x, uint32_t lanes, int64_t token) {
+    float value[Vec::N];
+    x.store(value);
+    for (; lanes; lanes &= lanes - 1) {
+      const int lane = __builtin_ctz(lanes);
+      if (!(value[lane] > threshold)) continue;
+      keys[n++] = make_key(value[lane], static_cast<uint32_t>(token + lane));
+      if (n == cap) compact();
+    }
+  }
+};
+
+template <typename T, bool Masked>
+static inline Vec candidate_values(Vec x, const int32_t* mask, int64_t i) {
+  if constexpr (Masked) return select(allowed_lanes(mask, i), x, Vec::set(-kInf));
+  return x;
+}
+
+template <typename T>
+float block_max(const T* x, int64_t begin, int64_t end) {
+  Vec m = Vec::set(-kInf);
+  int64_t i = begin;
+  for (; i + Vec::N <= end; i += Vec::N) m = max(Vec::load(x + i), m);
+  if (i < end) m = max(Vec::load_n(x + i, static_cast<int>(end - i), -kInf), m);
+  return m.max();
+}
+
+// Raises the threshold to what at least k allowed tokens of the block reach: the k-th largest of at least k maxima over
+// disjoint sets of lanes. Without this a row sorted upwards would make every element a candidate.
+template <typename T, bool Masked>
+void seed_threshold(const T* x, const int32_t* mask, int64_t begin, int64_t end, Candidates& c, uint64_t* seeds) {
+  constexpr int64_t kMaxSets = 2048 / Vec::N;
+  const int64_t sets = (c.k + Vec::N - 1) / Vec::N;
+  if (sets > kMaxSets || end - begin < 2 * sets * Vec::N) return;
+  alignas(64) float maxima[2048];
+  for (int64_t s = 0; s < sets; ++s) {
+    Vec m = Vec::set(-kInf);
+    for (int64_t i = begin + s * Vec::N; i + Vec::N <= end; i += sets * Vec::N) {
+      m = max(candidate_values<T, Masked>(Vec::load(x + i), mask, i), m);
+    }
+    m.store(maxima + s * Vec::N);
+  }
+  const int64_t n = sets * Vec::N;
+  for (int64_t s = 0; s < n; ++s) seeds[s] = make_key(maxima[s], static_cast<uint32_t>(s));
+  const float kth = key_value(keep_largest(seeds, n, c.k));
+  if (kth > c.threshold) c.threshold = std::nextafter(kth, -kInf);  // the tokens that reach it are still to come
+}
+
+template <typename T, bool Masked, bool WithSum>
+void scan_chunk(const BeamPruneParams& p, int64_t item, uint64_t* buffer, uint64_t* seeds) {
+  const int64_t row = item / p.num_chunks;
+  const int64_t first = (item % p.num_chunks) * p.chunk_len;
+  const int64_t last = first + p.chunk_len < p.vocab ? first + p.chunk_len : p.vocab;
+  const T* x = static_cast<const T*>(p.logits) + row * p.logits_stride;
+  const int32_t* mask = Masked ? p.token_mask + row * p.mask_stride : nullptr;
+  Candidates c{buffer, 0, p.buffer_len(), p.k, -kInf, true};
+  float ref = -kInf;
+  double total = 0.0;
+  bool bad = false;
+  const int64_t block_len = p.block_len();
+  for (int64_t begin = first; begin < last; begin += block_len) {
+    const int64_t end = begin + block_len < last ? begin + block_len : last;
+    if (c.compacted) {
+      c.compacted = false;
+      seed_threshold<T, Masked>(x, mask, begin, end, c, seeds);
+    }
+    if (WithSum && ref == -kInf) {
+      ref = block_max(x, begin, end);
+      if (!(ref < kInf)) bad = true;
+    }
+    const Vec scale = Vec::set(kLog2E);
+    for (int attempt = 0; attempt < 2; ++attempt) {
+      const Vec base = Vec::set(ref == -kInf ? 0.0f : ref);
+      Vec a0 = Vec::zero(), a1 = Vec::zero(), a2 = Vec::zero(), a3 = Vec::zero();
+      const auto add = [&](Vec& a, Vec v) {
+        if constexpr (WithSum) a += exp2((v - base) * scale);
+        // Without a sum to betray them: 0 * inf and NaN both turn the accumulator into NaN; -inf is legal.
+        else a = select(v < Vec::set(kInf), a, Vec::set(std::numeric_limits<float>::quiet_NaN()));
+      };
+      int64_t i = begin;
+      for (; i + 4 * Vec::N <= end; i += 4 * Vec::N) {
+        const Vec v0 = Vec::load(x + i), v1 = Vec::load(x + i + Vec::N);
+        const Vec v2 = Vec::load(x + i + 2 * Vec::N), v3 = Vec::load(x + i + 3 * Vec::N);
+        add(a0, v0);
+        add(a1, v1);
+        add(a2, v2);
+        add(a3, v3);
+        const Vec bar = Vec::set(c.threshold);
+        const Mask m0 = v0 > bar, m1 = v1 > bar, m2 = v2 > bar, m3 = v3 > bar;
+        if (__builtin_expect((m0 | m1 | m2 | m3).any(), 0) && attempt == 0) {
+          const Vec v[4] = {v0, v1, v2, v3};
+          for (int j = 0; j < 4; ++j) {
+            const Vec w = candidate_values<T, Masked>(v[j], mask, i + j * Vec::N);
+            const uint32_t lanes = (w > bar).bits();
+            if (lanes) c.insert(w, lanes, i + j * Vec::N);
+          }
+        }
+      }
+      for (; i < end; i += Vec::N) {
+        const int n = end - i < Vec::N ? static_cast<int>(end - i) : Vec::N;
+        const Vec v = Vec::load_n(x + i, n, -kInf);
+        add(a0, v);
+        const Vec w = candidate_values<T, Masked>(v, mask, i);
+        const uint32_t lanes = attempt == 0 ? (w > Vec::set(c.threshold)).bits() : 0;
+        if (lanes) c.insert(w, lanes, i);
+      }
+      const float sum = ((a0 + a1) + (a2 + a3)).sum();
+      if (sum < 0x1p60f) {
+        total += sum;
+        break;
+      }
+      // The block is far above what came before (or has NaN): make it the reference and sum it again, it is in L1.
+      const float top = block_max(x, begin, end);
+      if (!WithSum || attempt == 1 || !(top < kInf) || !(top > ref)) {
+        bad = true;
+        break;
+      }
+      total *= std::exp(static_cast<double>(ref) - top);
+      ref = top;
+    }
+    if (bad) break;
+  }
+  if (c.n > p.k) c.compact();
+  uint64_t* out = p.chunk_keys + item * p.k;
+  for (int64_t j = 0; j < c.n; ++j) out[j] = c.keys[j];
+  p.chunk_counts[item] = bad ? -1 : c.n;
+  p.chunk_refs[item] = ref;
+  p.chunk_sums[item] = total;
+}
+
+template <typename T>
+void scan(const BeamPruneParams& p, int64_t begin, int64_t end, uint64_t* buffer, uint64_t* seeds) {
+  for (int64_t item = begin; item < end; ++item) {
+    if (p.token_mask) {
+      p.is_logprobs ? scan_chunk<T, true, false>(p, item, buffer, seeds) : scan_chunk<T, true, true>(p, item, buffer, seeds);
+    } else {
+      p.is_logprobs ? scan_chunk<T, false, false>(p, item, buffer, seeds) : scan_chunk<T, false, true>(p, item, buffer, seeds);
+    }
+  }
+}
+
+}  // namespace
+
+void beam_prune_scan(const BeamPruneParams& p, int64_t begin, int64_t end, uint64_t* buffer, uint64_t* seeds) {
+  switch (p.dtype) {
+    case DType::F32: return scan<float>(p, begin, end, buffer, seeds);
+    case DType::BF16: return scan<bf16>(p, begin, end, buffer, seeds);
+    case DType::F16: return scan<fp16>(p, begin, end, buffer, seeds);
+  }
+}
+
+}  // namespace treedecode::cpu::TD_ISA

@@ -1,0 +1,56 @@
+// beam_prune: log-softmax and the best candidates of every group of rows, in one read of the logits.
+//
+// scan   per (row, chunk of the vocabulary): sum of exponentials and the chunk's best candidates
+// rank   per row: lse, scores, the row's candidates in order
+// merge  per group: the best of its rows
+// The chunks depend on the shapes alone, so results do not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "dtypes.h"
+#include "isa.h"
+
+namespace treedecode::cpu {
+
+struct BeamPruneParams {
+  const void* logits;           // [rows, vocab], unit stride along vocab
+  const int32_t* token_mask;    // [rows, ceil(vocab / 32)] bit set = allowed, or nullptr
+  const float* cum_logprobs;    // [rows]
+  const int32_t* group_indptr;  // [num_groups + 1]
+  float* scores;                // [num_groups, k] out
+  int32_t* parent;              // [num_groups, k] out
+  int32_t* token;               // [num_groups, k] out
+  float* lse;                   // [rows] out
+  uint64_t* chunk_keys;         // [rows, num_chunks, k] scratch: (logit, token) keys of each chunk's best
+  int64_t* chunk_counts;        // [rows, num_chunks] scratch: how many of them; -1 = a bad logit
+  float* chunk_refs;            // [rows, num_chunks] scratch: what the exponentials are relative to
+  double* chunk_sums;           // [rows, num_chunks] scratch: sum of exp(x - ref)
+  uint64_t* row_keys;           // [rows, k] scratch: (score, rank in the group) keys
+  int32_t* row_tokens;          // [rows, k] scratch
+  int64_t* row_counts;          // [rows] scratch
+  int64_t rows;
+  int64_t vocab;
+  int64_t num_groups;
+  int64_t k;
+  int64_t num_chunks;
+  int64_t chunk_len;  // a multiple of 64
+  int64_t logits_stride;
+  int64_t mask_stride;
+  DType dtype;
+  bool is_logprobs;
+
+  // Candidates waiting for a decision, per worker: below this the threshold stays.
+  int64_t buffer_len() const { return 2 * k + 128; }
+  // Elements between looks at the sum and the threshold. Room for k candidates to be a minority.
+  int64_t block_len() const { return k <= 64 ? 1024 : k <= 256 ? 4096 : 16384; }
+};
+
+void beam_prune_rank(const BeamPruneParams& p, int64_t row_begin, int64_t row_end);
+void beam_prune_merge(const BeamPruneParams& p, int64_t group_begin, int64_t group_end, uint64_t* keys /* scratch */);
+
+}  // namespace treedecode::cpu
+
+// Scans work items [begin, end) of rows * num_chunks; buffer [buffer_len + block maxima] is the worker's own.
+TD_DECLARE_KERNEL(beam_prune_scan, void beam_prune_scan(const BeamPruneParams& p, int64_t begin, int64_t end,
+                                                        uint64_t* buffer, uint64_t* seeds))
