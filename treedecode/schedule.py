@@ -146,9 +146,9 @@ class Scheduler:
             return
         table = self.table
         holders = np.setdiff1d(np.flatnonzero((table.num_cached > 0) & (table.handles > 0)), keep)
-        refcount = self.pool.refcount.numpy(force=True)
         before = self.pool.num_free_pages
-        own = np.array([np.count_nonzero(refcount[self.pool.pages(int(row))] == 1) for row in holders], np.int64)
+        pages, used = self._pages(holders)
+        own = np.count_nonzero((self.pool.refcount.numpy(force=True)[pages] == 1) & used, axis=1)
         resting = table.work[holders] == Work.NONE
         # Branches at rest may never be needed again; a page shared by several comes free only with the last of them.
         queue = np.lexsort((-table.order[holders], own == 0, ~resting))
@@ -193,9 +193,14 @@ class Scheduler:
 
     def _depth_first(self, rows: Ints) -> list[int]:
         """Order of rows in which equal leading pages are adjacent: any fixed order of the page-table rows will do."""
-        used = -(-self.table.num_cached[rows] // self.pool.page_size)
-        width = int(used.max(initial=0))
-        pages = self.pool.page_table[torch.from_numpy(rows).to(self.pool.device), :width].numpy(force=True).copy()
-        pages[np.arange(width) >= used[:, None]] = -1
-        keys = [line.tobytes() for line in pages]
+        pages, used = self._pages(rows)
+        keys = [line.tobytes() for line in np.where(used, pages, -1)]
         return sorted(range(len(rows)), key=lambda i: (keys[i], rows[i]))
+
+    def _pages(self, rows: Ints) -> tuple[Ints, np.ndarray]:
+        """(page ids, which of them the row has), `[n, most pages of a row]`; 0 where it has none."""
+        num_pages = -(-self.table.num_cached[rows] // self.pool.page_size)
+        width = int(num_pages.max(initial=0))
+        used = np.arange(width) < num_pages[:, None]
+        table = self.pool.page_table[torch.from_numpy(rows).to(self.pool.device), :width]
+        return np.where(used, table.numpy(force=True), 0), used
