@@ -1,5 +1,7 @@
 """Shared fixtures: every CPU instruction set this machine runs, and NaN in uninitialised memory."""
 
+import gc
+
 import pytest
 import torch
 
@@ -24,3 +26,28 @@ def poison_uninitialised_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def make_decoder():
+    """Makes decoders; at the end of the test each is whole and has leaked nothing."""
+    from fakes import FakeModel, FakeTokenizer
+
+    import treedecode as td
+
+    made = []
+
+    def make(model=None, *, num_pages=200, tokenizer=True, **options):
+        model = model or FakeModel()
+        page_size = options.setdefault("page_size", 4)
+        kv_memory = num_pages * page_size * 2 * model.num_layers * model.num_kv_heads * model.head_dim * 4
+        made.append(td.Decoder(model, FakeTokenizer() if tokenizer else None, kv_memory=kv_memory, **options))
+        return made[-1]
+
+    yield make
+    gc.collect()
+    for decoder in made:
+        decoder.check_integrity()
+        assert decoder.num_branches == 0, "branches leaked"
+        pool = decoder.engine.pool
+        assert pool.num_free_pages + len(decoder.engine.index.pages()) == pool.num_pages, "pages leaked"

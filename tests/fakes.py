@@ -7,8 +7,6 @@ exact, texts can be compared for equality whatever the batch looked like.
 import numpy as np
 import torch
 
-from treedecode import ops
-
 EOS = 1
 _PIECES: list[bytes] = [
     b"",
@@ -115,19 +113,3 @@ class FakeModel:
             assert seen[:, 1].tolist() == list(range(length)), "a page holds another position"
             logits[i] = next_logits(seen[:, 0].long().tolist(), self.vocab_size, self.eos_logit)
         return torch.from_numpy(logits)
-
-
-def _sample(logits, *, temperature, top_k, top_p, min_p, seed, position, token_mask=None):
-    logprobs = torch.log_softmax(logits.float(), -1)
-    tokens = []
-    for i in range(len(logits)):
-        generator = torch.Generator().manual_seed(int(seed[i]) ^ int(position[i]) << 20)
-        noise = torch.rand(logits.shape[1], generator=generator)
-        scores = logprobs[i] / max(float(temperature[i]), 1e-9) - (temperature[i] > 0) * (-noise.log()).log()
-        tokens.append(int(scores.argmax()))
-    token = torch.tensor(tokens, dtype=torch.int32)
-    return token, logprobs.gather(1, token.long()[:, None])[:, 0], torch.zeros(len(tokens))
-
-
-if not hasattr(ops, "sample"):  # until it is there
-    ops.sample = _sample

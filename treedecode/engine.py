@@ -153,7 +153,8 @@ class Engine(Forest):
                         self._step(batch, slots)
             except BaseException as error:
                 self._batch = None
-                self._end_work(rows, error)
+                # a row whose logits are NaN ends its own call; the others' step is taken again without it
+                self._end_work(error.rows if isinstance(error, step.BadLogits) else rows, error)
                 if not isinstance(error, Exception):
                     raise
 

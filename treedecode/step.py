@@ -14,6 +14,15 @@ from treedecode.schedule import Batch
 from treedecode.stops import StopMatcher
 
 
+class BadLogits(ValueError):
+    """The model's logits for `rows` are not numbers to sample from."""
+
+    def __init__(self, rows: Ints, positions: Ints) -> None:
+        where = ", ".join(f"branch {row} at position {at}" for row, at in zip(rows, positions, strict=True))
+        super().__init__(f"the model gave logits that are NaN, infinite or all -inf for {where}")
+        self.rows = rows
+
+
 def forward(model: Any, pool: PagePool, table: BranchTable, batch: Batch, slots: Tensor) -> Tensor:
     """Runs the batch's tokens through the model; logits `[len(batch.wanted), vocab_size]`."""
     ids, positions = table.packed(batch.rows, batch.q_lens)
@@ -42,6 +51,9 @@ def choose(
 
     Repetition penalty and the minimum length change the logits first, of the rows that ask for them alone; the
     log-probabilities are of the distribution after that, before temperature and filters.
+
+    Raises:
+        BadLogits: rows from whose logits no token can be drawn.
     """
     if len(batch.sampled) == 0:
         return np.zeros(0, np.int32), np.zeros(0, np.float32)
@@ -58,13 +70,20 @@ def choose(
             logits[i, eos_ids] = -torch.inf
         logits[i, list(matcher[int(table.stop[chosen[i]])].token_ids)] = -torch.inf
     inputs = batch.inputs
-    token, logprob, _ = ops.sample(
-        logits,
-        temperature=inputs.temperature,
-        top_k=inputs.top_k,
-        top_p=inputs.top_p,
-        min_p=inputs.min_p,
-        seed=inputs.seed,
-        position=torch.from_numpy(table.num_tokens[chosen]).to(logits.device),
-    )
+    try:
+        token, logprob, _ = ops.sample(
+            logits,
+            temperature=inputs.temperature,
+            top_k=inputs.top_k,
+            top_p=inputs.top_p,
+            min_p=inputs.min_p,
+            seed=inputs.seed,
+            position=torch.from_numpy(table.num_tokens[chosen]).to(logits.device),
+        )
+    except ValueError:
+        best = logits.amax(dim=-1)  # NaN where the row has one
+        bad = chosen[(~best.isfinite()).numpy(force=True)]
+        if len(bad) == 0:
+            raise
+        raise BadLogits(bad, table.num_tokens[bad]) from None
     return token.numpy(force=True), logprob.numpy(force=True)
