@@ -29,4 +29,7 @@ STABLE_TORCH_LIBRARY(treedecode, m) {
       "tree_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, Tensor q_indptr, "
       "Tensor part_indptr, Tensor chunks, Tensor counts, float sm_scale, int window_left, float logits_soft_cap, "
       "Tensor? sinks) -> (Tensor out, Tensor lse)");
+  m.def("packed_linear(Tensor x, Tensor weight, int out_features, Tensor? bias, Tensor? residual, str gate) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, bool unit_offset) -> Tensor");
+  m.def("rotary_embed(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin) -> ()");
 }

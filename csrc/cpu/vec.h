@@ -45,6 +45,13 @@ struct Vec {
     return {_mm512_mask_blend_ps(head(n), _mm512_set1_ps(fill), _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(head(n), p)))};
   }
 
+  // 2 N values, of which every second goes to `even` and the others to `odd`.
+  static void load_pairs(const bf16* p, Vec& even, Vec& odd) {
+    const __m512i pairs = _mm512_loadu_si512(p);
+    even.v = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    odd.v = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(bf16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow()); }
   void store(fp16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half()); }
@@ -122,6 +129,12 @@ struct Vec {
     alignas(32) float tmp[N];
     for (int i = 0; i < N; ++i) tmp[i] = i < n ? to_float(p[i]) : fill;
     return {_mm256_load_ps(tmp)};
+  }
+
+  static void load_pairs(const bf16* p, Vec& even, Vec& odd) {
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    even.v = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    odd.v = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
   }
 
   void store(float* p) const { _mm256_storeu_ps(p, v); }
@@ -216,6 +229,12 @@ struct Vec {
     Vec r = set(fill);
     for (int i = 0; i < N && i < n; ++i) r.v[i] = to_float(p[i]);
     return r;
+  }
+  static void load_pairs(const bf16* p, Vec& even, Vec& odd) {
+    for (int i = 0; i < N; ++i) {
+      even.v[i] = to_float(p[2 * i]);
+      odd.v[i] = to_float(p[2 * i + 1]);
+    }
   }
   template <typename T>
   void store(T* p) const {

@@ -5,10 +5,13 @@ from treedecode.ops.append_kv import append_kv
 from treedecode.ops.beam_prune import beam_prune
 from treedecode.ops.beam_update import beam_candidates, beam_update
 from treedecode.ops.merge_states import merge_states
+from treedecode.ops.packed_linear import pack_bias, pack_weight, packed_linear
 from treedecode.ops.pages import PageState, adopt_pages, append_slots, copy_pages, fork_branches, hold_pages
 from treedecode.ops.plan_tree import TreePlan, plan_tree
 from treedecode.ops.sample import sample
 from treedecode.ops.tree_attention import tree_attention
+from treedecode.ops.rms_norm import rms_norm
+from treedecode.ops.rotary_embed import rotary_embed
 
 __all__ = [
     "Choice",
@@ -28,8 +31,13 @@ __all__ = [
     "hold_pages",
     "merge_states",
     "names",
+    "pack_bias",
+    "pack_weight",
+    "packed_linear",
     "plan_tree",
     "sample",
+    "rms_norm",
+    "rotary_embed",
     "set_cpu_isa",
     "tree_attention",
 ]

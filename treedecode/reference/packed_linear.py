@@ -1,0 +1,36 @@
+import torch
+from torch import Tensor
+
+
+def packed_linear(
+    x: Tensor,
+    weight: Tensor,
+    out_features: int,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    gate: str = "",
+) -> Tensor:
+    """See `treedecode.ops.packed_linear`."""
+    num_panels, in_features, _ = weight.shape
+    columns = torch.zeros(num_panels, 16, in_features, dtype=torch.float64)
+    flat = weight.reshape(num_panels, -1).double()
+    for k in range(in_features):
+        for n in range(16):
+            at = (k // 2 * 16 + n) * 2 + k % 2 if weight.dtype == torch.bfloat16 else k * 16 + n
+            columns[:, n, k] = flat[:, at]
+    y = torch.einsum("tk,pnk->tpn", x.double(), columns)
+    if bias is not None:
+        y = y + bias.double().view(num_panels, 16)
+    if gate:
+        first, up = y[:, 0::2], y[:, 1::2]
+        act = {"silu": torch.nn.functional.silu, "gelu_tanh": _gelu_tanh}[gate]
+        y = act(first) * up
+    y = y.flatten(1)[:, :out_features]
+    if residual is not None:
+        y = y + residual.double()
+    return y.to(x.dtype)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return torch.nn.functional.gelu(x, approximate="tanh")
