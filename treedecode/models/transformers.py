@@ -6,15 +6,17 @@ their cache slots, and `ops.tree_attention` reads every shared page once. Betwee
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from treedecode import ops
 from treedecode.models.context import StepContext
+from treedecode.models.fused import FastForward
+
+__all__ = ["StepContext", "TransformersModel"]
 
 ATTENTION = "treedecode"
 # Layer types whose attention is what tree_attention computes. Anything else keeps state outside of K and V pages
@@ -22,39 +24,27 @@ ATTENTION = "treedecode"
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
-def attend(
-    context: StepContext,
-    layer_index: int,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scaling: float | None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Attention of one layer: stores `k` and `v`, returns `[num_tokens, num_qo_heads, head_dim]`.
+class _Observer:
+    """Takes the place of a StepContext once, to see what attention layers a model really has.
 
-    Args:
-        q: `[num_tokens, num_qo_heads, head_dim]`, rotated; k, v: `[num_tokens, num_kv_heads, head_dim]`.
-        sliding_window: keys a query sees, itself included (Transformers' meaning); None = all.
+    Its attention needs no cache but answers to all of q, k, v and the scaling, so that layers can be compared.
     """
-    k_pages, v_pages = context.layer(layer_index)
-    ops.append_kv(k, v, k_pages, v_pages, context.slots)
-    out, _ = ops.tree_attention(
-        q,
-        k_pages,
-        v_pages,
-        context.page_table,
-        context.seq_lens,
-        context.plan,
-        sm_scale=scaling if scaling is not None else q.shape[-1] ** -0.5,
-        window_left=-1 if sliding_window is None else sliding_window - 1,
-        logits_soft_cap=softcap or 0.0,
-        sinks=sinks,
-    )
-    return out
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, dict[str, Any]]] = []
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def attend(self, layer_index: int, q: Tensor, k: Tensor, v: Tensor, **describe: Any) -> Tensor:
+        self.calls.append((layer_index, describe))
+        self.shapes.add((q.shape[1], k.shape[1], q.shape[2], k.shape[2], v.shape[2]))
+        if v.shape[2] != q.shape[2] or k.shape != v.shape:
+            return torch.zeros_like(q)
+        group = q.shape[1] // k.shape[1]
+        score = (q.float() * k.repeat_interleave(group, 1).float()).sum(-1, keepdim=True) * (describe["scaling"] or 1.0)
+        return (v.repeat_interleave(group, 1) * score.sigmoid()).to(q.dtype)
+
+
+Context = StepContext | _Observer
 
 
 def _attention_function(
@@ -68,7 +58,7 @@ def _attention_function(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    treedecode_context: "StepContext | _Probe | None" = None,
+    treedecode_context: Context | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function behind `attn_implementation="treedecode"`: `query` is `[1, num_qo_heads, num_tokens, head_dim]`."""
@@ -81,11 +71,7 @@ def _attention_function(
         raise ValueError(f"{type(module).__name__} asks for an attention mask; tree attention is causal and takes none")
     if kwargs.get("position_bias") is not None:
         raise ValueError(f"{type(module).__name__} adds a position bias to the scores; tree attention has none")
-    if isinstance(treedecode_context, _Probe):
-        treedecode_context.seen.append((module, query.shape, key.shape, value.shape))
-        return torch.zeros_like(query).transpose(1, 2), None
-    out = attend(
-        treedecode_context,
+    out = treedecode_context.attend(
         module.layer_idx,  # type: ignore[arg-type]
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -99,13 +85,6 @@ def _attention_function(
 
 
 AttentionInterface.register(ATTENTION, _attention_function)
-
-
-class _Probe:
-    """Takes the place of a StepContext once, to see which attention layers a model really has."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[nn.Module, torch.Size, torch.Size, torch.Size]] = []
 
 
 class TransformersModel:
@@ -134,30 +113,42 @@ class TransformersModel:
         self.device: torch.device = model.device
         self.max_position: int = config.max_position_embeddings
         self.eos_token_ids: tuple[int, ...] = _eos_token_ids(model)
-        self._check_layers(config)
+        self._fast: FastForward | None = None
+        self._check_layers(config, self._observe())
+        self._optimize = optimize
+        if optimize:
+            self._fast = FastForward(model, lambda: dict(self._observe().calls))
 
-    def _check_layers(self, config: Any) -> None:
-        probe = _Probe()
-        zero = torch.zeros(1, dtype=torch.int64, device=self.device)
-        logits = self._run(zero, zero, probe, zero)
+    @property
+    def optimizations(self) -> list[str]:
+        """What the faster forward replaces, and what it leaves alone and why; empty with `optimize=False`."""
+        return self._fast.report if self._fast is not None else []
+
+    def _observe(self) -> _Observer:
+        observer, count = _Observer(), 5
+        ids = torch.arange(1, count + 1, device=self.device)
+        positions = torch.arange(count, device=self.device) * 3 % self.max_position
+        logits = self._run(ids, positions, observer, ids[:1])
+        self.vocab_size: int = logits.shape[-1]
+        return observer
+
+    def _check_layers(self, config: Any, seen: _Observer) -> None:
         name = type(self.model).__name__
-        layers = [getattr(module, "layer_idx", None) for module, *_ in probe.seen]
+        layers = [index for index, _ in seen.calls]
         if layers != list(range(config.num_hidden_layers)):
             raise ValueError(
                 f"model: {name} has {config.num_hidden_layers} layers, but attention was called for layers {layers}: "
                 "layers without keys and values, or that share those of others, are not supported"
             )
-        shapes = {(q[1], k[1], q[3], k[3], v[3]) for _, q, k, v in probe.seen}
-        if len(shapes) > 1:
+        if len(seen.shapes) > 1:
             raise ValueError(f"model: {name} has layers that differ in head number or size, which is not supported")
-        self.num_qo_heads, self.num_kv_heads, self.head_dim, k_dim, v_dim = shapes.pop()
+        ((self.num_qo_heads, self.num_kv_heads, self.head_dim, k_dim, v_dim),) = seen.shapes
         if not self.head_dim == k_dim == v_dim:
             raise ValueError(
                 f"model: {name} has head sizes {self.head_dim} (query), {k_dim} (key) and {v_dim} (value); "
                 "tree attention needs one size"
             )
         self.num_layers: int = len(layers)
-        self.vocab_size: int = logits.shape[-1]
 
     @contextmanager
     def _tree_attention(self) -> Iterator[None]:
@@ -171,10 +162,12 @@ class TransformersModel:
             for config, implementation in zip(self._configs, before, strict=True):
                 config._attn_implementation = implementation
 
-    def _run(
-        self, input_ids: Tensor, position_ids: Tensor, context: "StepContext | _Probe", logit_rows: Tensor
-    ) -> Tensor:
-        with torch.inference_mode(), self._tree_attention():
+    def _run(self, input_ids: Tensor, position_ids: Tensor, context: Context, logit_rows: Tensor) -> Tensor:
+        if self._fast is not None and not self._fast.is_current():
+            self._fast = None  # weights changed since they were packed
+            self._fast = FastForward(self.model, lambda: dict(self._observe().calls))
+        fast = self._fast.active() if self._fast is not None else nullcontext()
+        with torch.inference_mode(), self._tree_attention(), fast:
             out = self.model(
                 input_ids=input_ids.unsqueeze(0),
                 position_ids=position_ids.unsqueeze(0),
