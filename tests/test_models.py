@@ -39,7 +39,6 @@ MODELS = {
     "gpt_oss": {"sliding_window": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 PAGE_SIZE = 4
-pytestmark = pytest.mark.skipif(not hasattr(ops, "tree_attention"), reason="this build has no tree_attention")
 
 
 @pytest.fixture(autouse=True)

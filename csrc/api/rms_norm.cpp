@@ -19,8 +19,9 @@ Tensor rms_norm_cpu(Tensor x, Tensor weight, double eps, bool unit_offset) {
   check_value(eps >= 0, "eps", "a non-negative number", eps);
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
   const cpu::RmsNormParams p{
-      x.const_data_ptr(), weight.const_data_ptr(),    out.mutable_data_ptr(), x.size(1),       x.size(2),
-      {x.stride(0), x.stride(1)}, static_cast<float>(eps), unit_offset, kernel_dtype(x),
+      x.const_data_ptr(), weight.const_data_ptr(),    out.mutable_data_ptr(),  x.size(1),
+      x.size(2),          {x.stride(0), x.stride(1)}, static_cast<float>(eps), unit_offset,
+      kernel_dtype(x),
   };
   const int64_t grain = 32768 / (x.size(1) * x.size(2) + 1) + 1;
   torch::stable::parallel_for(0, x.size(0), grain,

@@ -26,8 +26,18 @@ void rotary_embed_cpu(Tensor q, Tensor k, Tensor cos, Tensor sin) {
   check_angles(cos, "cos", q);
   check_angles(sin, "sin", q);
   const cpu::RotaryEmbedParams p{
-      q.mutable_data_ptr(), k.mutable_data_ptr(), cos.const_data_ptr(), sin.const_data_ptr(), q.size(1), k.size(1),
-      q.size(2), {q.stride(0), q.stride(1)}, {k.stride(0), k.stride(1)}, cos.stride(0), sin.stride(0), kernel_dtype(q),
+      q.mutable_data_ptr(),
+      k.mutable_data_ptr(),
+      cos.const_data_ptr(),
+      sin.const_data_ptr(),
+      q.size(1),
+      k.size(1),
+      q.size(2),
+      {q.stride(0), q.stride(1)},
+      {k.stride(0), k.stride(1)},
+      cos.stride(0),
+      sin.stride(0),
+      kernel_dtype(q),
   };
   const int64_t grain = 32768 / ((q.size(1) + k.size(1)) * q.size(2) + 1) + 1;
   torch::stable::parallel_for(0, q.size(0), grain,

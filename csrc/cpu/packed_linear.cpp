@@ -92,8 +92,8 @@ void multiply(const bf16* x, const bf16* w, int64_t k_size, int row, Tile& tile)
 template <typename T>
 using PackedX = std::conditional_t<kBf16Dot && std::is_same_v<T, bf16>, bf16, float>;
 
-// Sums of `rows` rows and PANELS panels into `tile`. Rows go in register tiles of a few fixed heights; the spare rows of
-// the last one are zeros of the packing.
+// Sums of `rows` rows and PANELS panels into `tile`. Rows go in register tiles of a few fixed heights; the spare rows
+// of the last one are zeros of the packing.
 template <typename T, int PANELS>
 void block(const PackedX<T>* x, const T* w, int64_t k_size, int rows, Tile& tile) {
   constexpr int LIMIT = kAccumulators / (PANELS * kVecs);
@@ -237,7 +237,8 @@ void pack(const PackedLinearParams& p, int64_t begin, int64_t end) {
     } else {
       float* out = static_cast<float*>(p.packed_x) + row_begin * p.in_features;
       for (int64_t r = 0; r < kRowBlock; ++r) {
-        for (int64_t k = 0; k < p.in_features; ++k) out[k * kRowBlock + r] = r < rows ? to_float(x[r * p.x_stride + k]) : 0.0f;
+        for (int64_t k = 0; k < p.in_features; ++k)
+          out[k * kRowBlock + r] = r < rows ? to_float(x[r * p.x_stride + k]) : 0.0f;
       }
     }
   }

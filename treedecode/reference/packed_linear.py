@@ -24,8 +24,7 @@ def packed_linear(
         y = y + bias.double().view(num_panels, 16)
     if gate:
         first, up = y[:, 0::2], y[:, 1::2]
-        act = {"silu": torch.nn.functional.silu, "gelu_tanh": _gelu_tanh}[gate]
-        y = act(first) * up
+        y = (torch.nn.functional.silu(first) if gate == "silu" else _gelu_tanh(first)) * up
     y = y.flatten(1)[:, :out_features]
     if residual is not None:
         y = y + residual.double()
