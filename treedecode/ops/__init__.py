@@ -8,10 +8,10 @@ from treedecode.ops.merge_states import merge_states
 from treedecode.ops.packed_linear import pack_bias, pack_weight, packed_linear
 from treedecode.ops.pages import PageState, adopt_pages, append_slots, copy_pages, fork_branches, hold_pages
 from treedecode.ops.plan_tree import TreePlan, plan_tree
-from treedecode.ops.sample import sample
-from treedecode.ops.tree_attention import tree_attention
 from treedecode.ops.rms_norm import rms_norm
 from treedecode.ops.rotary_embed import rotary_embed
+from treedecode.ops.sample import sample
+from treedecode.ops.tree_attention import tree_attention
 
 __all__ = [
     "Choice",
@@ -35,9 +35,9 @@ __all__ = [
     "pack_weight",
     "packed_linear",
     "plan_tree",
-    "sample",
     "rms_norm",
     "rotary_embed",
+    "sample",
     "set_cpu_isa",
     "tree_attention",
 ]

@@ -7,9 +7,9 @@ from treedecode.reference.merge_states import merge_states
 from treedecode.reference.packed_linear import packed_linear
 from treedecode.reference.pages import adopt_pages, append_slots, copy_pages, fork_branches, hold_pages
 from treedecode.reference.plan_tree import plan_tree
-from treedecode.reference.sample import sample
 from treedecode.reference.rms_norm import rms_norm
 from treedecode.reference.rotary_embed import rotary_embed
+from treedecode.reference.sample import sample
 from treedecode.reference.tree_attention import tree_attention
 
 __all__ = [
@@ -24,8 +24,8 @@ __all__ = [
     "merge_states",
     "packed_linear",
     "plan_tree",
-    "sample",
     "rms_norm",
     "rotary_embed",
+    "sample",
     "tree_attention",
 ]
