@@ -24,6 +24,15 @@ SHAPES = [  # num_qo_heads, num_kv_heads, head_dim, page_size
 ]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On operators this small threads only wait for each other; the test of threads sets its own number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def two_trees_and_loners(page_size):
     """Three levels, two levels, single rows, forks in the middle of what others share, an empty row."""
     unit = max(1, 32 // page_size)
@@ -108,7 +117,7 @@ def test_any_forest(forest, heads, window_left):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_many_branches_on_a_long_prefix(isa, dtype):
-    forest = ragged(tree_rows([70], [40, 1]), 16)
+    forest = ragged(tree_rows([70], [64, 1]), 16)
     case = make_case(forest, num_qo_heads=8, num_kv_heads=1, head_dim=16, dtype=dtype)
     assert case.plan.counts[0] > 71  # the prefix is cut
     assert_within_budget(case, case.run())
@@ -117,8 +126,8 @@ def test_many_branches_on_a_long_prefix(isa, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equal_rows_and_rows_that_end_in_a_shared_page(isa, dtype):
     pages = list(range(20))
-    case = make_case(as_tables([pages, pages, pages, pages[:9], pages], 16, [3, 16, 3, 5, 1]), dtype=dtype)
-    assert case.plan.counts[2] <= 20 * 16
+    case = make_case(as_tables([pages[:9], pages, pages, pages, pages], 16, [5, 3, 16, 3, 1]), dtype=dtype)
+    assert case.plan.counts[2] == 20 * 16
     assert_within_budget(case, case.run())
 
 
