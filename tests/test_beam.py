@@ -7,36 +7,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
-from treedecode import ops
 from treedecode.beam import Beams, BeamSearch
 
 VOCAB = 67
-
-
-def prune_in_float64(logits, cum_logprobs, group_indptr, num_candidates, *, token_mask=None, is_logprobs=False):
-    """beam_prune by sorting everything."""
-    x = logits.double()
-    lse = torch.zeros(len(x)).double() if is_logprobs else x.logsumexp(1)
-    total = cum_logprobs.double()[:, None] + (x - lse[:, None])
-    if token_mask is not None:
-        token = torch.arange(x.shape[1])
-        total[(token_mask[:, token // 32] >> (token % 32).int()) & 1 == 0] = -math.inf
-    scores, parent, token = [], [], []
-    for first, end in group_indptr.unfold(0, 2, 1).tolist():
-        flat = total[first:end].flatten().float()
-        order = flat.sort(descending=True, stable=True)[1][:num_candidates]
-        absent = flat[order] == -math.inf
-        pad = (0, num_candidates - len(order))
-        scores.append(torch.nn.functional.pad(flat[order], pad, value=-math.inf))
-        for out, values in ((parent, first + order // x.shape[1]), (token, order % x.shape[1])):
-            out.append(torch.nn.functional.pad(values.masked_fill(absent, -1), pad, value=-1).int())
-    return torch.stack(scores), torch.stack(parent), torch.stack(token), lse.float()
-
-
-@pytest.fixture(autouse=True)
-def beam_prune(monkeypatch):
-    if not hasattr(ops, "beam_prune"):
-        monkeypatch.setattr(ops, "beam_prune", prune_in_float64, raising=False)
 
 
 @pytest.fixture(autouse=True)

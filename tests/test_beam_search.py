@@ -6,7 +6,6 @@ import gc
 import pytest
 import torch
 from fakes import EOS, FakeModel, FakeTokenizer, next_logits
-from test_beam import beam_prune  # noqa: F401 (autouse)
 
 import treedecode as td
 from treedecode.beam import Beams, BeamSearch

@@ -6,15 +6,17 @@ import pickle
 import weakref
 
 import pytest
+import tokenizers
 import torch
-from test_beam import beam_prune, one_thread  # noqa: F401 (autouse)
+from test_beam import one_thread  # noqa: F401 (autouse)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     LogitsProcessorList,
-    MaxTimeCriteria,
-    StoppingCriteriaList,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StopStringCriteria,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -252,6 +254,60 @@ def test_changed_weights_are_seen(through_data):
     assert after.tolist() != before.tolist()
 
 
+class EndsAfter(StoppingCriteria):
+    """Stops a branch whose last two tokens, prompt included, add up to a multiple of five."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -2:].sum(1) % 5 == 0
+
+
+@pytest.mark.parametrize("eos", [None, 2, [2, 5]])
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_stopping_criteria(num_beams, eos):
+    model = make_model(seed=3, eos=(2, 5), eos_bias=1.5)
+    options = {"max_new_tokens": 10, "num_beams": num_beams, "do_sample": False, "eos_token_id": eos}
+    for seed in range(3):
+        for more in ({}, {"min_new_tokens": 4}, {"repetition_penalty": 1.3, "pad_token_id": 7}):
+            same(model, make_inputs(3, seed), stopping_criteria=[EndsAfter()], **options, **more)
+
+
+def test_stopping_criteria_when_sampling():
+    """The texts are those without the criterion, cut where it says."""
+    model = make_model(seed=3)
+    options = {"do_sample": True, "num_return_sequences": 5, "max_new_tokens": 12, "pad_token_id": 0}
+    drawn = []
+    for criteria in ([], [EndsAfter()]):
+        torch.manual_seed(5)
+        drawn.append(
+            model.generate(
+                **make_inputs(2), **options, stopping_criteria=criteria, custom_generate=treedecode.generate
+            ).tolist()
+        )
+    for free, cut in zip(*drawn, strict=True):
+        ended = [i for i in range(7, len(free)) if sum(free[i - 1 : i + 1]) % 5 == 0 or free[i] == 2]
+        until = ended[0] + 1 if ended else len(free)
+        assert cut[:until] == free[:until]
+        assert not any(cut[until:])
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_stop_strings(num_beams):
+    vocab = {chr(97 + i % 26) + (chr(97 + i // 26) if i >= 26 else ""): i for i in range(VOCAB)}  # a letter or two
+    letters = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    letters.decoder = tokenizers.decoders.Fuse()
+    criteria = [StopStringCriteria(PreTrainedTokenizerFast(tokenizer_object=letters), ["b", "za", "xc"])]
+    for seed in range(3):
+        model = make_model(seed=seed)
+        same(model, make_inputs(2, seed), stopping_criteria=criteria, max_new_tokens=9, num_beams=num_beams)
+
+
+def test_max_time():
+    model = make_model()
+    for num_beams in (1, 3):
+        out = same(model, make_inputs(), num_beams=num_beams, max_new_tokens=20, max_time=0.0, do_sample=False)[0]
+        assert out.shape[1] == 8
+
+
 class Halve(LogitsProcessor):
     def __call__(self, input_ids, scores):
         return scores / 2
@@ -274,7 +330,6 @@ class Halve(LogitsProcessor):
         ({"renormalize_logits": True}, "renormalize_logits: True is not supported"),
         ({"forced_eos_token_id": 2}, "forced_eos_token_id: 2 is not supported"),
         ({"exponential_decay_length_penalty": (3, 1.1)}, "exponential_decay_length_penalty: .* is not supported"),
-        ({"max_time": 5.0}, "max_time: 5.0 is not supported"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens: 3 is not supported"),
         ({"output_logits": True, "return_dict_in_generate": True}, "output_logits: True is not supported"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states: True is"),
@@ -284,10 +339,6 @@ class Halve(LogitsProcessor):
         (
             {"logits_processor": LogitsProcessorList([RepetitionPenaltyLogitsProcessor(2.0)])},
             "logits_processor: RepetitionPenaltyLogitsProcessor is not supported",
-        ),
-        (
-            {"stopping_criteria": StoppingCriteriaList([MaxTimeCriteria(5.0)])},
-            "stopping_criteria: MaxTimeCriteria is not supported",
         ),
         (
             {"prefix_allowed_tokens_fn": lambda batch, ids: [3, 4]},

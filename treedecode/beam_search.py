@@ -15,7 +15,8 @@ from treedecode.stops import StopMatcher, StopSet
 if TYPE_CHECKING:
     from treedecode.engine import Engine
 
-Stop = Callable[[np.ndarray], bool]  # whether a beam's generated tokens, the new one last, have come to an end
+# (prompt [n] int64, tokens [n, length] int32) -> [n] bool: whether generated tokens, the new one last, are at an end
+Stop = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 async def complete(
@@ -44,7 +45,7 @@ async def complete(
 
     def completion(hypothesis: Hypothesis) -> Completion:
         tokens = hypothesis.token_ids
-        at_string = asked is not None and asked(tokens)
+        at_string = asked is not None and bool(asked(np.zeros(1, np.int64), tokens[None])[0])
         return Completion(
             text=matcher.text(stop_id, tokens, cut=at_string),
             token_ids=tokens.tolist(),
@@ -59,8 +60,11 @@ async def complete(
 def _stop_string(matcher: StopMatcher, stop_id: int, min_new_tokens: int) -> Stop:
     possible = matcher.mask(stop_id)
 
-    def stop(tokens: np.ndarray) -> bool:
-        return len(tokens) >= min_new_tokens and bool(possible[tokens[-1]]) and matcher.stopped(stop_id, tokens)
+    def stop(prompt: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        hits = possible[tokens[:, -1]] & (tokens.shape[1] >= min_new_tokens)
+        for i in np.flatnonzero(hits):
+            hits[i] = matcher.stopped(stop_id, tokens[i])
+        return hits
 
     return stop
 
@@ -103,7 +107,9 @@ async def search(
         )
     results: list[list[Hypothesis]] = []
     for at in range(0, len(prompts), size):
-        results += await _search(engine, prompts[at : at + size], settings, repetition_penalty, stop)
+        part = prompts[at : at + size]
+        asked = None if stop is None else lambda prompt, tokens, at=at: stop(prompt + at, tokens)
+        results += await _search(engine, part, settings, repetition_penalty, asked)
     return results
 
 
@@ -167,14 +173,13 @@ def _penalise(logits: Tensor, engine: "Engine", rows: np.ndarray, penalty: float
 
 def _asks(engine: "Engine", rows: np.ndarray, beams: Beams, stop: Stop) -> Callable[[Tensor, Tensor], Tensor]:
     def ask(parent: Tensor, token: Tensor) -> Tensor:
-        table, count = engine.table, beams.num_steps
-        hits = np.zeros(tuple(parent.shape), bool)
-        for where in np.ndindex(hits.shape):
-            beam = int(parent[where])
-            if beam >= 0:
-                end = table.num_tokens[rows[beam]]
-                text = np.append(table.tokens[rows[beam], end - count : end], int(token[where]))
-                hits[where] = stop(text)
+        parents, tokens, table = parent.numpy(force=True), token.numpy(force=True), engine.table
+        hits = np.zeros(parents.shape, bool)
+        group, rank = np.nonzero(parents >= 0)
+        beam = rows[parents[group, rank]]
+        past = table.num_tokens[beam][:, None] - np.arange(beams.num_steps, 0, -1)
+        texts = np.concatenate([table.tokens[beam[:, None], past], tokens[group, rank][:, None]], axis=1)
+        hits[group, rank] = stop(beams.groups[group], texts)
         return torch.from_numpy(hits).to(parent.device)
 
     return ask

@@ -1,6 +1,7 @@
 """`treedecode.generate`: the decoding loop for `model.generate(..., custom_generate=treedecode.generate)`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -32,7 +33,7 @@ from treedecode.sampling import Sampling
 _HONOURED = {
     "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_length", "max_new_tokens",
     "min_length", "min_new_tokens", "eos_token_id", "pad_token_id", "num_beams", "num_return_sequences",
-    "length_penalty", "early_stopping", "output_scores", "return_dict_in_generate",
+    "length_penalty", "early_stopping", "output_scores", "return_dict_in_generate", "max_time", "stop_strings",
 }  # fmt: skip
 # What changes how generate computes, but not what comes out, and says nothing to us.
 _IRRELEVANT = {
@@ -87,10 +88,11 @@ def generate(
     change.
 
     Honoured: do_sample, temperature, top_k, top_p, min_p, repetition_penalty, min and max length, min and max new
-    tokens, eos_token_id, pad_token_id, num_return_sequences, num_beams, length_penalty, early_stopping,
-    return_dict_in_generate (`sequences`, of beam search also `beam_indices`) and output_scores (of beam search:
-    `sequences_scores`, without the per-step `scores`). `generate` hands a callable neither streamer nor tokenizer nor
-    assistant model, so those have no effect.
+    tokens, eos_token_id, pad_token_id, num_return_sequences, num_beams, length_penalty, early_stopping, max_time,
+    stopping_criteria (asked about every new token of a branch, which is slower), return_dict_in_generate (`sequences`,
+    of beam search also `beam_indices`) and output_scores (of beam search: `sequences_scores`, without the per-step
+    `scores`). `generate` hands a callable neither streamer nor assistant model, so those have no effect, and no
+    tokenizer: in place of `stop_strings` pass `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`.
 
     Args:
         model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs: as `generate` prepares
@@ -106,7 +108,8 @@ def generate(
     """
     config = generation_config
     _refuse_settings(config)
-    _refuse_hooks(config, logits_processor, stopping_criteria)
+    _refuse_processors(config, logits_processor)
+    criteria = _further_criteria(config, stopping_criteria)
     width = max(config.num_beams, config.num_return_sequences)
     prompts = _prompts(input_ids, model_kwargs, width)
     prompt_len = input_ids.shape[1]
@@ -130,19 +133,20 @@ def generate(
             min_new_tokens=min_new_tokens,
         )
         penalty = config.repetition_penalty or 1.0
-        search = beam_search.search(decoder.engine, prompts, settings, repetition_penalty=penalty)
+        stop = _beam_stop(criteria, input_ids[::width]) if criteria else None
+        search = beam_search.search(decoder.engine, prompts, settings, repetition_penalty=penalty, stop=stop)
         return _beam_output(decoder.run(search), input_ids, config, eos)
-    sampling, stop = _sampling(config, decoder, eos, min_new_tokens)
-    completions = decoder.generate(
-        [prompt.tolist() for prompt in prompts],
-        num_branches=config.num_return_sequences,
-        sampling=sampling,
-        max_new_tokens=max_new_tokens,
-        stop=stop,
-    )
-    texts = [completion.token_ids for branches in completions for completion in branches]
-    pad = config._pad_token_tensor
-    sequences = _assemble(input_ids, texts, 0 if pad is None else int(pad))
+    sampling, ends = _sampling(config, decoder, eos, min_new_tokens)
+    pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
+    count = config.num_return_sequences
+    if criteria:
+        work = _step_by_step(decoder, prompts, input_ids, sampling, ends, max_new_tokens, criteria, eos, pad)
+        texts = decoder.run(work)
+    else:
+        ids = [prompt.tolist() for prompt in prompts]
+        options = {"num_branches": count, "sampling": sampling, "max_new_tokens": max_new_tokens, "stop": ends}
+        texts = [branch.token_ids for branches in decoder.generate(ids, **options) for branch in branches]
+    sequences = _assemble(input_ids, texts, pad)
     return (
         GenerateDecoderOnlyOutput(sequences=cast(LongTensor, sequences))
         if config.return_dict_in_generate
@@ -187,21 +191,63 @@ def _refuse_settings(config: GenerationConfig) -> None:
         raise ValueError("output_scores: supported by treedecode.generate for beam search only (sequences_scores)")
 
 
-def _refuse_hooks(
-    config: GenerationConfig, logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList
-) -> None:
+def _refuse_processors(config: GenerationConfig, logits_processor: LogitsProcessorList) -> None:
     """Lets through only what `generate` itself made from settings we honour."""
     for processor in logits_processor:
         attribute, setting = _PROCESSORS.get(type(processor), ("", ""))
         own = bool(setting) and getattr(processor, attribute) == getattr(config, setting)
         if not own or isinstance(getattr(processor, "prompt_ignore_length", None), int):
             raise ValueError(f"logits_processor: {type(processor).__name__} is not supported by treedecode.generate")
-    for criterion in stopping_criteria:
-        if type(criterion) is MaxLengthCriteria and criterion.max_length == config.max_length:
-            continue
-        if type(criterion) is EosTokenCriteria and criterion.eos_token_id is config._eos_token_tensor:
-            continue
-        raise ValueError(f"stopping_criteria: {type(criterion).__name__} is not supported by treedecode.generate")
+
+
+def _further_criteria(config: GenerationConfig, criteria: StoppingCriteriaList) -> StoppingCriteriaList:
+    """Those that are more than the length limit and the end tokens, which the decoder knows itself."""
+    return StoppingCriteriaList(
+        criterion
+        for criterion in criteria
+        if not (type(criterion) is MaxLengthCriteria and criterion.max_length == config.max_length)
+        and not (type(criterion) is EosTokenCriteria and criterion.eos_token_id is config._eos_token_tensor)
+    )
+
+
+def _beam_stop(criteria: StoppingCriteriaList, prompts: Tensor) -> beam_search.Stop:
+    def stop(prompt: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        texts = torch.from_numpy(tokens.astype(np.int64)).to(prompts.device)
+        ids = torch.cat([prompts[torch.from_numpy(prompt).to(prompts.device)], texts], dim=1)
+        return criteria(cast(LongTensor, ids), None).numpy(force=True)
+
+    return stop
+
+
+async def _step_by_step(
+    decoder: Decoder,
+    prompts: list[np.ndarray],
+    input_ids: Tensor,
+    sampling: Sampling,
+    ends: list[int] | None,
+    max_new_tokens: int,
+    criteria: StoppingCriteriaList,
+    eos: list[int],
+    pad: int,
+) -> list[list[int]]:
+    """Generates a token at a time and asks `criteria` about all of `input_ids` with it, as `generate` does."""
+    count = len(input_ids) // len(prompts)
+    done = np.zeros(len(input_ids), bool)
+    with (
+        await decoder.roots([prompt.tolist() for prompt in prompts], sampling=sampling) as roots,
+        roots.fork(count) as every,
+    ):
+        for step in range(max_new_tokens):
+            here = replace(sampling, seed=None, min_new_tokens=max(0, sampling.min_new_tokens - step))
+            # Without end tokens `generate` has nothing to fill ended texts with: they go on until all have ended.
+            with every.select(~done if eos else np.ones_like(done)) as live:
+                await live.extend(stop=ends, max_new_tokens=1, sampling=here)
+            texts = every.token_ids()
+            ids = _assemble(input_ids, texts, pad)
+            done |= np.isin(ids[:, -1].numpy(force=True), eos) | criteria(cast(LongTensor, ids), None).numpy(force=True)
+            if done.all():
+                break
+    return texts
 
 
 def _prompts(input_ids: Tensor, model_kwargs: dict[str, Any], width: int) -> list[np.ndarray]:
