@@ -1,0 +1,94 @@
+"""The fused forward: what it replaces, what it refuses to and why, and that it follows the model's weights."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.test_models import make_model, plain, search
+from treedecode.models.transformers import TransformersModel
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def last_error(adapter, model):
+    tokens, logits = list(search(adapter))[-1]
+    return (logits - plain(model, tokens)[-len(logits) :]).abs().max()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_common_layers_become_one_function(name, dtype):
+    report = TransformersModel(make_model(name, dtype)).optimizations
+    kind = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}[name]
+    assert report == [
+        f"3 x {kind}DecoderLayer: one function",
+        f"1 x {kind}RMSNorm: one op",
+        "1 x Linear: packed weights",
+    ]
+
+
+def test_other_layers_are_replaced_in_parts():
+    report = TransformersModel(make_model("gemma2")).optimizations
+    assert report[0].startswith("3 x Gemma2DecoderLayer: kept (consists of input_layernorm, mlp, ")
+    assert set(report[1:]) == {
+        "13 x Linear: packed weights",
+        "3 x Gemma2MLP: gate and up in one product",
+        "13 x Gemma2RMSNorm: one op",
+    }
+
+
+def test_optimize_false_replaces_nothing():
+    assert TransformersModel(make_model("llama"), optimize=False).optimizations == []
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def test_subclasses_and_hooks_keep_their_forward():
+    model = make_model("llama")
+    down = model.model.layers[1].mlp.down_proj
+    scaled = Scaled(down.in_features, down.out_features)
+    scaled.load_state_dict(down.state_dict())
+    model.model.layers[1].mlp.down_proj = scaled
+    model.model.layers[2].self_attn.o_proj.register_forward_hook(lambda module, args, output: output + 1)
+    adapter = TransformersModel(model)
+    report = "\n".join(adapter.optimizations)
+    assert "1 x LlamaDecoderLayer: one function" in report
+    assert "1 x LlamaDecoderLayer: kept (Scaled is not nn.Linear)" in report
+    assert "1 x LlamaDecoderLayer: kept (it has forward hooks, which would not run)" in report
+    assert last_error(adapter, model) < 1e-3
+
+
+def test_a_layer_that_computes_something_else_is_noticed():
+    model = make_model("llama")
+    layer = model.model.layers[1]
+
+    class Doubled(type(layer)):
+        def forward(self, hidden_states, **kwargs):
+            return super().forward(hidden_states * 1.01, **kwargs)
+
+    layer.__class__ = Doubled
+    adapter = TransformersModel(model)
+    assert "1 x Doubled: kept (its result differs)" in adapter.optimizations
+    assert last_error(adapter, model) < 1e-3
+
+
+@pytest.mark.parametrize("change", ["in place", "replaced"])
+def test_changed_weights_are_packed_again(change):
+    model = make_model("llama")
+    adapter = TransformersModel(model)
+    norm = model.model.layers[1].mlp.up_proj
+    with torch.no_grad():
+        if change == "in place":
+            norm.weight.mul_(-1.5)
+        else:
+            norm.weight = nn.Parameter(norm.weight * -1.5)
+    assert last_error(adapter, model) < 1e-3
