@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
 #include <optional>
 #include <tuple>
 
@@ -13,11 +12,6 @@
 
 namespace treedecode {
 namespace {
-
-template <typename T>
-std::unique_ptr<T[]> scratch(int64_t n) {
-  return std::unique_ptr<T[]>(new T[static_cast<size_t>(std::max<int64_t>(n, 1))]);
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> beam_prune_cpu(Tensor logits, Tensor cum_logprobs, Tensor group_indptr,
                                                           int64_t num_candidates, std::optional<Tensor> token_mask,

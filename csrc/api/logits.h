@@ -1,10 +1,18 @@
 // Checks shared by the ops that read logits: beam_prune and sample.
 #pragma once
 
+#include <memory>
+
 #include "../check.h"
 #include "../cpu/dtypes.h"
 
 namespace treedecode {
+
+// Not initialised.
+template <typename T>
+std::unique_ptr<T[]> scratch(int64_t n) {
+  return std::unique_ptr<T[]>(new T[static_cast<size_t>(n > 0 ? n : 1)]);
+}
 
 inline DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {

@@ -1,5 +1,7 @@
 #include "../cpu/sample.h"
 
+#include <algorithm>
+#include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -68,7 +70,15 @@ std::tuple<Tensor, Tensor, Tensor> sample_cpu(Tensor logits, Tensor temperature,
       token_mask ? token_mask->stride(0) : 0,
       dtype_of(logits),
   };
-  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) { cpu::sample(p, begin, end); });
+  const auto kernel = TD_DISPATCH(sample);
+  // Below 16384 logits a second thread costs more to wake than it saves.
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 16384 / p.vocab), [&](int64_t begin, int64_t end) {
+    const auto band = scratch<float>(p.vocab + 64);
+    const auto masses = scratch<double>((p.vocab + 2047) / 2048);
+    const auto keys = scratch<uint64_t>(cpu::SampleScratch::kKeys);
+    const auto seeds = scratch<uint64_t>(cpu::SampleScratch::kSeeds);
+    kernel(p, begin, end, {band.get(), masses.get(), keys.get(), seeds.get()});
+  });
   for (int64_t r = 0; r < rows; ++r) {
     STD_TORCH_CHECK(status[static_cast<size_t>(r)] != cpu::kNotFinite, "[ValueError] logits: expected numbers below +inf, got NaN or +inf in row ", r);
     STD_TORCH_CHECK(status[static_cast<size_t>(r)] != cpu::kNoToken, "[ValueError] logits: expected at least one token above -inf that token_mask allows, got none in row ", r);

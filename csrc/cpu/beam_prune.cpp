@@ -3,40 +3,12 @@
 #include <cmath>
 #include <limits>
 
-#include "exp2.h"
-#include "select.h"
+#include "candidates.h"
 
 namespace treedecode::cpu::TD_ISA {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-
-struct Candidates {
-  uint64_t* keys;  // [cap]
-  int64_t n;
-  int64_t cap;
-  int64_t k;
-  float threshold;  // a new candidate must be above it; at a tie the earlier token, which is already here, wins
-  bool compacted;
-
-  void compact() {
-    if (n < k) return;
-    const float kth = key_value(n == k ? keep_largest(keys, n, k) : keep_largest(keys, n, k));
-    n = k;
-    threshold = kth > threshold ? kth : threshold;
-    compacted = true;
-  }
-  __attribute__((noinline)) void insert(Vec x, uint32_t lanes, int64_t token) {
-    float value[Vec::N];
-    x.store(value);
-    for (; lanes; lanes &= lanes - 1) {
-      const int lane = __builtin_ctz(lanes);
-      if (!(value[lane] > threshold)) continue;
-      keys[n++] = make_key(value[lane], static_cast<uint32_t>(token + lane));
-      if (n == cap) compact();
-    }
-  }
-};
 
 template <typename T, bool Masked>
 static inline Vec candidate_values(Vec x, const int32_t* mask, int64_t i) {
@@ -53,27 +25,6 @@ float block_max(const T* x, int64_t begin, int64_t end) {
   return m.max();
 }
 
-// Raises the threshold to what at least k allowed tokens of the block reach: the k-th largest of at least k maxima over
-// disjoint sets of lanes. Without this a row sorted upwards would make every element a candidate.
-template <typename T, bool Masked>
-void seed_threshold(const T* x, const int32_t* mask, int64_t begin, int64_t end, Candidates& c, uint64_t* seeds) {
-  constexpr int64_t kMaxSets = 2048 / Vec::N;
-  const int64_t sets = (c.k + Vec::N - 1) / Vec::N;
-  if (sets > kMaxSets || end - begin < 2 * sets * Vec::N) return;
-  alignas(64) float maxima[2048];
-  for (int64_t s = 0; s < sets; ++s) {
-    Vec m = Vec::set(-kInf);
-    for (int64_t i = begin + s * Vec::N; i + Vec::N <= end; i += sets * Vec::N) {
-      m = max(candidate_values<T, Masked>(Vec::load(x + i), mask, i), m);
-    }
-    m.store(maxima + s * Vec::N);
-  }
-  const int64_t n = sets * Vec::N;
-  for (int64_t s = 0; s < n; ++s) seeds[s] = make_key(maxima[s], static_cast<uint32_t>(s));
-  const float kth = key_value(keep_largest(seeds, n, c.k));
-  if (kth > c.threshold) c.threshold = std::nextafter(kth, -kInf);  // the tokens that reach it are still to come
-}
-
 template <typename T, bool Masked, bool WithSum>
 void scan_chunk(const BeamPruneParams& p, int64_t item, uint64_t* buffer, uint64_t* seeds) {
   const int64_t row = item / p.num_chunks;
@@ -81,17 +32,14 @@ void scan_chunk(const BeamPruneParams& p, int64_t item, uint64_t* buffer, uint64
   const int64_t last = first + p.chunk_len < p.vocab ? first + p.chunk_len : p.vocab;
   const T* x = static_cast<const T*>(p.logits) + row * p.logits_stride;
   const int32_t* mask = Masked ? p.token_mask + row * p.mask_stride : nullptr;
-  Candidates c{buffer, 0, p.buffer_len(), p.k, -kInf, true};
+  Candidates c{buffer, seeds, p.k};
   float ref = -kInf;
   double total = 0.0;
   bool bad = false;
-  const int64_t block_len = p.block_len();
+  const int64_t block_len = Candidates::block_len(p.k);
   for (int64_t begin = first; begin < last; begin += block_len) {
     const int64_t end = begin + block_len < last ? begin + block_len : last;
-    if (c.compacted) {
-      c.compacted = false;
-      seed_threshold<T, Masked>(x, mask, begin, end, c, seeds);
-    }
+    c.begin_block(begin, end, [&](int64_t i) { return candidate_values<T, Masked>(Vec::load(x + i), mask, i); });
     if (WithSum && ref == -kInf) {
       ref = block_max(x, begin, end);
       if (!(ref < kInf)) bad = true;

@@ -40,10 +40,8 @@ struct BeamPruneParams {
   DType dtype;
   bool is_logprobs;
 
-  // Candidates waiting for a decision, per worker: below this the threshold stays.
+  // Keys waiting for a decision, per worker (Candidates::buffer_len).
   int64_t buffer_len() const { return 2 * k + 128; }
-  // Elements between looks at the sum and the threshold. Room for k candidates to be a minority.
-  int64_t block_len() const { return k <= 64 ? 1024 : k <= 256 ? 4096 : 16384; }
 };
 
 void beam_prune_rank(const BeamPruneParams& p, int64_t row_begin, int64_t row_end);
@@ -51,6 +49,6 @@ void beam_prune_merge(const BeamPruneParams& p, int64_t group_begin, int64_t gro
 
 }  // namespace treedecode::cpu
 
-// Scans work items [begin, end) of rows * num_chunks; buffer [buffer_len + block maxima] is the worker's own.
+// Scans work items [begin, end) of rows * num_chunks; buffer [buffer_len] and seeds [2048] are the worker's own.
 TD_DECLARE_KERNEL(beam_prune_scan, void beam_prune_scan(const BeamPruneParams& p, int64_t begin, int64_t end,
                                                         uint64_t* buffer, uint64_t* seeds))

@@ -1,84 +1,424 @@
 #include "sample.h"
 
-#include <algorithm>
 #include <cmath>
 #include <limits>
-#include <vector>
 
-namespace treedecode::cpu {
+#include "border.h"
+#include "candidates.h"
+
+namespace treedecode::cpu::TD_ISA {
 namespace {
 
-template <typename T>
-void sample_row(const SampleParams& p, int64_t row) {
-  const T* x = static_cast<const T*>(p.logits) + row * p.logits_stride;
-  const int32_t* mask = p.token_mask ? p.token_mask + row * p.mask_stride : nullptr;
-  const SampleSettings& s = p.settings[row];
-  struct Entry {
-    float x;
-    int32_t token;
-  };
-  std::vector<Entry> kept;
-  p.token[row] = -1;
-  p.logprob[row] = p.entropy[row] = std::numeric_limits<float>::quiet_NaN();
-  for (int64_t v = 0; v < p.vocab; ++v) {
-    if (mask && !((static_cast<uint32_t>(mask[v >> 5]) >> (v & 31)) & 1u)) continue;
-    const float value = to_float(x[v]);
-    if (!(value < std::numeric_limits<float>::infinity())) {
-      p.status[row] = kNotFinite;
-      return;
+constexpr double kLn2 = 0.693147180559945309417;
+constexpr int64_t kBlock = 2048;
+constexpr int kBars = 4;
+
+template <typename T, bool Masked>
+struct Row {
+  const T* x;           // [vocab]
+  const int32_t* mask;  // [ceil(vocab / 32)] or nullptr
+  int64_t vocab;
+
+  Vec allowed(Vec v, int64_t i) const {
+    if constexpr (Masked) return select(allowed_lanes(mask, i), v, Vec::set(-kInf));
+    return v;
+  }
+  Vec load(int64_t i) const { return allowed(Vec::load(x + i), i); }
+  // visit(v, i) for all lanes of [begin, end), begin a multiple of Vec::N; lanes past the end are -inf.
+  template <typename Visit>
+  inline __attribute__((always_inline)) void each(int64_t begin, int64_t end, const Visit& visit) const {
+    int64_t i = begin;
+    for (; i + Vec::N <= end; i += Vec::N) visit(load(i), i);
+    if (i < end) visit(allowed(Vec::load_n(x + i, static_cast<int>(end - i), -kInf), i), i);
+  }
+};
+
+struct Sums {
+  double sum = 0;      // of exp(x - ref)
+  double log_sum = 0;  // of exp(x - ref) * (x - ref) / ln 2
+  double mass = 0;     // of exp((x - ref) / temperature)
+  double above[kBars] = {};  // the part of mass from tokens above each bar
+  float top = -kInf;
+};
+
+enum class Collect { kNothing, kBars, kCandidates };
+
+// The pass that reads the row from memory.
+template <Collect C, bool Tempered, typename R>
+Sums sum_row(const R& row, float ref, float inv_temperature, const float* bars, Candidates* candidates) {
+  Sums out;
+  Vec top = Vec::set(-kInf);
+  const Vec base = Vec::set(ref), scale = Vec::set(kLog2E), inverse = Vec::set(inv_temperature);
+  const int64_t len = C == Collect::kCandidates ? Candidates::block_len(candidates->k) : kBlock;
+  for (int64_t begin = 0; begin < row.vocab; begin += len) {
+    const int64_t end = begin + len < row.vocab ? begin + len : row.vocab;
+    if constexpr (C == Collect::kCandidates) candidates->begin_block(begin, end, [&](int64_t i) { return row.load(i); });
+    Vec s = Vec::zero(), e = Vec::zero(), z = Vec::zero();
+    Vec a0 = Vec::zero(), a1 = Vec::zero(), a2 = Vec::zero(), a3 = Vec::zero();
+    row.each(begin, end, [&](Vec v, int64_t i) __attribute__((always_inline)) {
+      top = max(v, top);
+      const Vec t = (v - base) * scale;
+      const Vec w = exp2(t);
+      s += w;
+      e = fma(w, max(Vec::set(-200.0f), t), e);  // 0 * -inf would be NaN
+      Vec u = w;
+      if constexpr (Tempered) {
+        u = exp2(t * inverse);
+        z += u;
+      }
+      if constexpr (C == Collect::kBars) {
+        a0 = add_if(v > Vec::set(bars[0]), a0, u);
+        a1 = add_if(v > Vec::set(bars[1]), a1, u);
+        a2 = add_if(v > Vec::set(bars[2]), a2, u);
+        a3 = add_if(v > Vec::set(bars[3]), a3, u);
+      }
+      if constexpr (C == Collect::kCandidates) {
+        const Mask m = v > Vec::set(candidates->threshold);
+        if (__builtin_expect(m.any(), 0)) candidates->insert(v, m.bits(), i);
+      }
+    });
+    const double sum = s.sum();
+    out.sum += sum;
+    out.log_sum += e.sum();
+    out.mass += Tempered ? static_cast<double>(z.sum()) : sum;
+    if constexpr (C == Collect::kBars) {
+      out.above[0] += a0.sum();
+      out.above[1] += a1.sum();
+      out.above[2] += a2.sum();
+      out.above[3] += a3.sum();
     }
-    if (value > -std::numeric_limits<float>::infinity()) kept.push_back({value, static_cast<int32_t>(v)});
   }
-  if (kept.empty()) {
-    p.status[row] = kNoToken;
-    return;
-  }
-  p.status[row] = kSampled;
-  std::sort(kept.begin(), kept.end(), [](const Entry& a, const Entry& b) { return a.x != b.x ? a.x > b.x : a.token < b.token; });
-  const double top = kept[0].x;
-  double sum = 0, weighted = 0;
-  for (const Entry& e : kept) {
-    const double w = std::exp(e.x - top);
-    sum += w;
-    weighted += w * (e.x - top);
-  }
-  Entry drawn = kept[0];
-  if (s.temperature > 0) {
-    if (s.top_k > 0 && static_cast<size_t>(s.top_k) < kept.size()) kept.resize(static_cast<size_t>(s.top_k));
-    double z = 0;
-    for (const Entry& e : kept) z += std::exp((e.x - top) / s.temperature);
-    double before = 0;
-    size_t n = 0;
-    for (; n < kept.size(); ++n) {
-      const double w = std::exp((kept[n].x - top) / s.temperature);
-      if (n > 0 && ((s.top_p < 1 && before >= s.top_p * z) || w < s.min_p)) break;
-      before += w;
+  out.top = top.max();
+  return out;
+}
+
+// A few cache lines of the row, evenly spread: enough to guess where its maximum and the nucleus' border are. The
+// guess decides what the passes cost, never what comes out.
+struct Probe {
+  static constexpr int64_t kRuns = 64, kRunLen = 32;
+  float x[kRuns * kRunLen];
+  int64_t n = 0;
+  float top = -kInf;
+
+  template <typename R>
+  explicit Probe(const R& row) {
+    Vec m = Vec::set(-kInf);
+    const auto take = [&](Vec v, int64_t) {
+      m = max(v, m);
+      v.store(x + n);
+      n += Vec::N;
+    };
+    if (row.vocab <= kRuns * kRunLen) {
+      row.each(0, row.vocab, take);
+    } else {
+      for (int64_t r = 0; r < kRuns; ++r) {
+        const int64_t begin = row.vocab / kRunLen * r / kRuns * kRunLen;
+        row.each(begin, begin + kRunLen, take);
+      }
     }
-    kept.resize(n);
-    std::sort(kept.begin(), kept.end(), [](const Entry& a, const Entry& b) { return a.token < b.token; });
-    const double target = uniform(s.seed, s.position) * before;
-    double cum = 0;
-    for (const Entry& e : kept) {
-      drawn = e;
-      cum += std::exp((e.x - top) / s.temperature);
+    top = m.max();
+  }
+
+  // Four bars around the value below which `tail` of the probe's mass lies.
+  void bars(double tail, float inv_temperature, float out[kBars]) const {
+    constexpr int kBins = 1024, kBinsPerBit = 32;
+    float mass[kBins] = {};
+    double total = 0;
+    const float scale = kLog2E * inv_temperature;
+    for (int64_t i = 0; i < n; i += Vec::N) {
+      float bits[Vec::N], weight[Vec::N];
+      const Vec t = (Vec::load(x + i) - Vec::set(top)) * Vec::set(scale);
+      exp2(t).store(weight);
+      // NaN and -inf end up in the last bin.
+      min(Vec::set(kBins - 1.0f), t * Vec::set(-1.0f * kBinsPerBit)).store(bits);
+      for (int lane = 0; lane < Vec::N; ++lane) {
+        const float bin = bits[lane];
+        mass[bin >= 0.0f ? static_cast<int>(bin) : kBins - 1] += weight[lane];
+        total += weight[lane];
+      }
+    }
+    static constexpr double kShare[kBars] = {2.5, 1.2, 0.85, 0.4};
+    double below = 0;
+    int bin = kBins - 1;
+    for (int bar = kBars - 1; bar >= 0; --bar) {
+      for (; bin > 0 && below + mass[bin] <= kShare[bar] * tail * total; --bin) below += mass[bin];
+      out[bar] = top - static_cast<float>(bin + (bar < 2 ? 0 : 1)) / (kBinsPerBit * scale);
+    }
+  }
+};
+
+constexpr int64_t kMaxCandidates = 1024;  // a top_k up to this is found on the way, in the one pass
+
+template <typename T, bool Masked>
+struct RowSampler {
+  Row<T, Masked> row;
+  SampleSettings s;
+  SampleScratch scratch;
+  float ref;              // what exponentials are relative to: at most the row's maximum, and not far below it
+  float inv_temperature;
+  float scale;            // log2(e) / temperature
+  Sums sums;
+  Candidates candidates;
+
+  bool tempered() const { return s.temperature != 1.0f; }
+
+  template <Collect C>
+  Sums pass(const float* bars) {
+    if (C == Collect::kCandidates) candidates = Candidates{scratch.keys, scratch.seeds, s.top_k};
+    // Candidates are weighed later, alone.
+    return tempered() && C != Collect::kCandidates
+               ? sum_row<C, true>(row, ref, inv_temperature, bars, &candidates)
+               : sum_row<C, false>(row, ref, 1.0f, bars, &candidates);
+  }
+
+  template <Collect C>
+  void read(const float* bars) {
+    sums = pass<C>(bars);
+    const bool usable = sums.sum < 0x1p40 && sums.mass < 0x1p40 && sums.sum >= 0.5;
+    if (usable || !(sums.top < kInf) || sums.top == -kInf) return;
+    ref = sums.top;  // the probe missed tokens far above all others
+    sums = pass<C>(bars);
+  }
+
+  double weight(float x) const { return std::exp(static_cast<double>(x - ref) * scale * kLn2); }
+
+  // All tokens in (lo, hi], in token order.
+  int64_t collect(float lo, float hi) {
+    int64_t n = 0;
+    row.each(0, row.vocab, [&](Vec v, int64_t) __attribute__((always_inline)) {
+      n += compress(scratch.band + n, v, (v > Vec::set(lo)) & (Vec::set(hi) >= v));
+    });
+    return n;
+  }
+
+  Border top_p_border(const float* bars) {
+    const double target = static_cast<double>(s.top_p) * sums.mass;
+    int bar = 0;
+    while (bar < kBars && sums.above[bar] < target) ++bar;
+    const int64_t n = collect(bar < kBars ? bars[bar] : -kInf, bar > 0 ? bars[bar - 1] : kInf);
+    if (n == 0) return {};  // top_p so near 1 that rounding has eaten the rest
+    return find_border<true>(scratch.band, n, bar > 0 ? sums.above[bar - 1] : 0.0, target, ref, scale);
+  }
+
+  // A top_k too large for candidates, and top_p within it.
+  Border top_k_border() {
+    int64_t n = collect(-kInf, kInf);
+    Border border;
+    if (s.top_k < n) {
+      border = find_border<false>(scratch.band, n, 0.0, s.top_k, ref, scale);
+      border.kept = -1;
+      n = collect(border.value, kInf);
+      for (int64_t i = 0; i < border.ties; ++i) scratch.band[n++] = border.value;
+    }
+    if (s.top_p >= 1.0f) return border;
+    double mass = 0;
+    for (int64_t i = 0; i < n; ++i) mass += weight(scratch.band[i]);
+    return find_border<true>(scratch.band, n, 0.0, static_cast<double>(s.top_p) * mass, ref, scale);
+  }
+
+  float least_allowed_by_min_p() const {
+    const double bound = sums.top + static_cast<double>(s.temperature) * std::log(static_cast<double>(s.min_p));
+    const float least = static_cast<float>(bound);
+    return static_cast<double>(least) < bound ? std::nextafter(least, kInf) : least;
+  }
+
+  // Weights of what the border keeps of a block; `ties` = how many equal to its value may still be kept.
+  template <bool Ties, typename Use>
+  void kept_weights(int64_t begin, int64_t end, float value, int64_t& ties, const Use& use) const {
+    const Vec base = Vec::set(ref), factor = Vec::set(scale), bar = Vec::set(value);
+    row.each(begin, end, [&](Vec v, int64_t i) __attribute__((always_inline)) {
+      Mask kept = v > bar;
+      if constexpr (Ties) {
+        uint32_t equal = (v >= bar).bits() & ~kept.bits();
+        if (equal) {
+          uint32_t bits = kept.bits();
+          for (; equal && ties > 0; equal &= equal - 1, --ties) bits |= equal & (0u - equal);
+          kept = mask_from_bits(bits);
+        }
+      }
+      use(kept, exp2((v - base) * factor), i);
+    });
+  }
+
+  // The first token at which the kept weights, added up in token order, exceed `uniform` of their sum.
+  template <bool Ties>
+  int64_t draw(const Border& border, double uniform) {
+    double* masses = scratch.masses;
+    int64_t ties = border.ties, block = 0, ties_before = ties;
+    const int64_t num_blocks = (row.vocab + kBlock - 1) / kBlock;
+    double target = uniform * border.kept, before = 0, cum = 0;
+    int64_t last = -1;  // the last block that keeps anything
+    double last_before = 0;
+    int64_t last_ties = ties;
+    for (; block < num_blocks; ++block) {
+      ties_before = ties;
+      before = cum;
+      const int64_t begin = block * kBlock, end = begin + kBlock < row.vocab ? begin + kBlock : row.vocab;
+      Vec sum = Vec::zero();
+      kept_weights<Ties>(begin, end, border.value, ties, [&](Mask kept, Vec w, int64_t) __attribute__((always_inline)) {
+        sum = add_if(kept, sum, w);
+      });
+      masses[block] = sum.sum();
+      cum += masses[block];
+      if (masses[block] > 0) {
+        last = block;
+        last_before = before;
+        last_ties = ties_before;
+      }
+      if (border.kept >= 0 && cum > target) break;
+    }
+    if (border.kept < 0) {
+      target = uniform * cum;
+      cum = 0;
+      ties = border.ties;
+      for (block = 0; block < num_blocks; ++block) {
+        if (cum + masses[block] > target) break;
+        cum += masses[block];
+      }
+      before = cum;
+      ties_before = ties;
+      if (Ties) {
+        for (int64_t b = 0; b < block && b < num_blocks; ++b) {
+          kept_weights<Ties>(b * kBlock, b * kBlock + kBlock < row.vocab ? b * kBlock + kBlock : row.vocab, border.value,
+                             ties_before, [](Mask, Vec, int64_t) {});
+        }
+      }
+    }
+    if (block == num_blocks) {  // the sums round differently: the last kept token it is
+      block = last;
+      before = last_before;
+      ties_before = last_ties;
+    }
+    const int64_t begin = block * kBlock, end = begin + kBlock < row.vocab ? begin + kBlock : row.vocab;
+    float weights[kBlock + Vec::N];
+    kept_weights<Ties>(begin, end, border.value, ties_before, [&](Mask kept, Vec w, int64_t i) {
+      select(kept, w, Vec::zero()).store(weights + (i - begin));
+    });
+    int64_t drawn = -1;
+    cum = before;
+    for (int64_t i = 0; i < end - begin; ++i) {
+      if (!(weights[i] > 0)) continue;
+      drawn = begin + i;
+      cum += weights[i];
       if (cum > target) break;
     }
+    return drawn;
   }
-  p.token[row] = drawn.token;
-  p.logprob[row] = static_cast<float>(drawn.x - top - std::log(sum));
-  p.entropy[row] = static_cast<float>(std::log(sum) - weighted / sum);
+
+  int64_t first_of(float value) const {
+    for (int64_t begin = 0; begin < row.vocab; begin += Vec::N) {
+      const int64_t left = row.vocab - begin;
+      const Vec v = row.allowed(Vec::load_n(row.x + begin, left < Vec::N ? static_cast<int>(left) : Vec::N, -kInf), begin);
+      const uint32_t lanes = (v >= Vec::set(value)).bits();
+      if (lanes) return begin + __builtin_ctz(lanes);
+    }
+    return -1;
+  }
+
+  int64_t draw_from_candidates(double uniform) {
+    uint64_t* keys = candidates.keys;
+    if (candidates.n > s.top_k) candidates.compact();
+    int64_t n = candidates.n;
+    sort_descending(keys, n);
+    const auto weight_above = [&](float x) { return std::exp((static_cast<double>(x) - sums.top) * inv_temperature); };
+    double mass = 0, kept = 0;
+    for (int64_t i = 0; i < n; ++i) mass += weight_above(key_value(keys[i]));
+    const double target = s.top_p < 1.0f ? s.top_p * mass : std::numeric_limits<double>::infinity();
+    const float least = s.min_p > 0 ? least_allowed_by_min_p() : -kInf;
+    int64_t count = 0;
+    for (; count < n; ++count) {
+      const float x = key_value(keys[count]);
+      if (count > 0 && (kept >= target || x < least)) break;
+      kept += weight_above(x);
+    }
+    // Back into token order: the token in the upper half of the key, and the logit below.
+    for (int64_t i = 0; i < count; ++i) keys[i] = (keys[i] << 32) | (keys[i] >> 32);
+    sort_descending(keys, count);  // upper half: 2^32 - 1 - token
+    double cum = 0;
+    int64_t drawn = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      drawn = 0xffffffff - static_cast<int64_t>(keys[i] >> 32);
+      cum += weight_above(from_ordered_bits(static_cast<uint32_t>(keys[i])));
+      if (cum > uniform * kept) break;
+    }
+    return drawn;
+  }
+
+  SampleStatus run(int64_t& token, float& logprob, float& entropy) {
+    const Probe probe(row);
+    ref = probe.top > -kInf && probe.top < kInf ? probe.top : 0.0f;
+    const bool greedy = s.temperature == 0.0f || s.top_k == 1;
+    if (greedy) s.temperature = 1.0f;
+    if (s.top_k >= row.vocab) s.top_k = 0;
+    inv_temperature = 1.0f / s.temperature;
+    scale = kLog2E * inv_temperature;
+    const bool few = !greedy && s.top_k > 0 && s.top_k <= kMaxCandidates;
+    const bool nucleus = !greedy && s.top_k == 0 && s.top_p < 1.0f;
+    float bars[kBars] = {};
+    if (nucleus) {
+      probe.bars(1.0 - s.top_p, inv_temperature, bars);
+      read<Collect::kBars>(bars);
+    } else if (few) {
+      read<Collect::kCandidates>(bars);
+    } else {
+      read<Collect::kNothing>(bars);
+    }
+    if (!(sums.sum < std::numeric_limits<double>::infinity()) || !(sums.top < kInf)) return kNotFinite;
+    if (sums.top == -kInf) return kNoToken;
+
+    if (greedy) {
+      token = first_of(sums.top);
+    } else if (few) {
+      token = draw_from_candidates(uniform(s.seed, s.position));
+    } else {
+      Border border;
+      border.kept = sums.mass;
+      if (nucleus) border = top_p_border(bars);
+      if (s.top_k > 0) border = top_k_border();
+      if (s.min_p > 0) {
+        const float least = least_allowed_by_min_p();
+        if (least > border.value) border = {std::nextafter(least, -kInf), 0, -1};
+      }
+      const double u = uniform(s.seed, s.position);
+      token = border.value > -kInf && border.ties > 0 ? draw<true>(border, u) : draw<false>(border, u);
+    }
+    const double log_sum = std::log(sums.sum);
+    const double drawn = to_float(row.x[token]);
+    const double nats = log_sum - sums.log_sum / sums.sum * kLn2;
+    logprob = static_cast<float>(drawn - ref - log_sum);
+    entropy = nats > 0 ? static_cast<float>(nats) : 0.0f;
+    return kSampled;
+  }
+};
+
+template <typename T, bool Masked>
+void sample_rows(const SampleParams& p, int64_t begin, int64_t end, const SampleScratch& scratch) {
+  for (int64_t r = begin; r < end; ++r) {
+    const Row<T, Masked> row{static_cast<const T*>(p.logits) + r * p.logits_stride,
+                             Masked ? p.token_mask + r * p.mask_stride : nullptr, p.vocab};
+    RowSampler<T, Masked> sampler{row, p.settings[r], scratch, 0.0f, 0.0f, 0.0f, {}, {}};
+    int64_t token = -1;
+    float logprob = std::numeric_limits<float>::quiet_NaN(), entropy = logprob;
+    p.status[r] = sampler.run(token, logprob, entropy);
+    p.token[r] = static_cast<int32_t>(token);
+    p.logprob[r] = logprob;
+    p.entropy[r] = entropy;
+  }
+}
+
+template <typename T>
+void sample_masked(const SampleParams& p, int64_t begin, int64_t end, const SampleScratch& scratch) {
+  p.token_mask ? sample_rows<T, true>(p, begin, end, scratch) : sample_rows<T, false>(p, begin, end, scratch);
 }
 
 }  // namespace
 
-void sample(const SampleParams& p, int64_t row_begin, int64_t row_end) {
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    switch (p.dtype) {
-      case DType::F32: sample_row<float>(p, row); break;
-      case DType::BF16: sample_row<bf16>(p, row); break;
-      case DType::F16: sample_row<fp16>(p, row); break;
-    }
+void sample(const SampleParams& p, int64_t begin, int64_t end, const SampleScratch& scratch) {
+  switch (p.dtype) {
+    case DType::F32: return sample_masked<float>(p, begin, end, scratch);
+    case DType::BF16: return sample_masked<bf16>(p, begin, end, scratch);
+    case DType::F16: return sample_masked<fp16>(p, begin, end, scratch);
   }
 }
 
-}  // namespace treedecode::cpu
+}  // namespace treedecode::cpu::TD_ISA

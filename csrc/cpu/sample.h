@@ -64,6 +64,16 @@ static inline double uniform(uint64_t seed, uint64_t position) {
   return static_cast<double>(bits >> 11) * 0x1p-53;
 }
 
-void sample(const SampleParams& p, int64_t row_begin, int64_t row_end);
+// Buffers of one worker.
+struct SampleScratch {
+  float* band;      // [vocab + 64] logits around a filter's border
+  double* masses;   // [ceil(vocab / 2048)]
+  uint64_t* keys;   // [kKeys]
+  uint64_t* seeds;  // [kSeeds]
+  static constexpr int64_t kKeys = 2 * 1024 + 128, kSeeds = 2048;
+};
 
 }  // namespace treedecode::cpu
+
+TD_DECLARE_KERNEL(sample, void sample(const SampleParams& p, int64_t row_begin, int64_t row_end,
+                                      const SampleScratch& scratch))

@@ -1,0 +1,117 @@
+// Finding where top-k and top-p cut a row's ranking, without sorting it.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "exp2.h"
+#include "select.h"
+
+namespace treedecode::cpu::TD_ISA {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr int64_t kBorderBlock = 2048;  // elements summed in fp32 before the sum goes into a double
+constexpr int kSplits = 7;
+
+static inline Vec add_if(Mask m, Vec sum, Vec x) {
+#if defined(TD_ISA_AVX512)
+  return {_mm512_mask_add_ps(sum.v, m.m, sum.v, x.v)};
+#else
+  return sum + select(m, x, Vec::zero());
+#endif
+}
+
+// Writes the chosen lanes side by side; may scribble on Vec::N floats from `to` on. Returns how many there are.
+static inline int compress(float* to, Vec x, Mask m) {
+#if defined(TD_ISA_AVX512)
+  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(m.m, x.v));
+  return __builtin_popcount(m.m);
+#else
+  float value[Vec::N];
+  x.store(value);
+  int n = 0;
+  for (uint32_t lanes = m.bits(); lanes; lanes &= lanes - 1) to[n++] = value[__builtin_ctz(lanes)];
+  return n;
+#endif
+}
+
+// Where a filter cuts the ranking: it keeps every token above `value` and the first `ties` of those equal to it.
+struct Border {
+  float value = -kInf;
+  int64_t ties = std::numeric_limits<int64_t>::max();
+  double kept = -1;  // what it keeps, mass or number; negative = not known
+};
+
+// The border of the shortest prefix of the ranking that holds `target`. x are the tokens the border can be at, n > 0, in
+// any order; `base` is what the tokens above them hold. Tokens count their mass 2^((x - ref) * scale), or one each.
+// Eight-way search by value: each round keeps the eighth of the range the border is in.
+template <bool Mass>
+Border find_border(float* x /* [n], overwritten */, int64_t n, double base, double target, float ref, float scale) {
+  constexpr int64_t kFew = 48;
+  uint64_t keys[kFew];
+  const auto weight_of = [&](float v) -> double {
+    if constexpr (!Mass) return 1.0;
+    return std::exp2(static_cast<double>((v - ref) * scale));
+  };
+  const auto at = [&](float value, int64_t count) {
+    const double weight = weight_of(value);
+    const double wanted = std::ceil((target - base) / weight);
+    const int64_t ties = wanted >= 1 ? (wanted < static_cast<double>(count) ? static_cast<int64_t>(wanted) : count) : 1;
+    return Border{value, ties, base + static_cast<double>(ties) * weight};
+  };
+  while (n > kFew) {
+    Vec low = Vec::set(kInf), high = Vec::set(-kInf);
+    for (int64_t i = 0; i < n; i += Vec::N) {
+      const int lanes = n - i < Vec::N ? static_cast<int>(n - i) : Vec::N;
+      low = min(Vec::load_n(x + i, lanes, kInf), low);
+      high = max(Vec::load_n(x + i, lanes, -kInf), high);
+    }
+    const float least = -(Vec::zero() - low).max(), most = high.max();
+    if (least == most) return at(least, n);
+    float split[kSplits];
+    // Halves first: the difference of two large finite numbers may overflow.
+    for (int j = 0; j < kSplits; ++j) {
+      const float share = static_cast<float>(kSplits - j) / (kSplits + 1);
+      split[j] = least * (1 - share) + most * share;
+      if (!(split[j] < most)) split[j] = least;  // rounded up to the top: nothing would be above it
+    }
+    double above[kSplits] = {};
+    for (int64_t begin = 0; begin < n; begin += kBorderBlock) {
+      const int64_t end = begin + kBorderBlock < n ? begin + kBorderBlock : n;
+      Vec a[kSplits];
+      for (int j = 0; j < kSplits; ++j) a[j] = Vec::zero();
+      for (int64_t i = begin; i < end; i += Vec::N) {
+        const Vec v = Vec::load_n(x + i, end - i < Vec::N ? static_cast<int>(end - i) : Vec::N, -kInf);
+        const Vec w = Mass ? exp2((v - Vec::set(ref)) * Vec::set(scale)) : Vec::set(1.0f);
+        for (int j = 0; j < kSplits; ++j) a[j] = add_if(v > Vec::set(split[j]), a[j], w);
+      }
+      for (int j = 0; j < kSplits; ++j) above[j] += a[j].sum();
+    }
+    int j = 0;
+    while (j < kSplits && base + above[j] < target) ++j;
+    const float hi = j > 0 ? split[j - 1] : kInf, lo = j < kSplits ? split[j] : -kInf;
+    if (j > 0) base += above[j - 1];
+    int64_t m = 0;
+    for (int64_t i = 0; i < n; i += Vec::N) {  // in place: what is written lies before what is read next
+      const Vec v = Vec::load_n(x + i, n - i < Vec::N ? static_cast<int>(n - i) : Vec::N, -kInf);
+      float chosen[Vec::N];
+      const int count = compress(chosen, v, (v > Vec::set(lo)) & (Vec::set(hi) >= v));
+      for (int lane = 0; lane < count; ++lane) x[m + lane] = chosen[lane];
+      m += count;
+    }
+    n = m;
+  }
+  for (int64_t i = 0; i < n; ++i) keys[i] = make_key(x[i], static_cast<uint32_t>(i));
+  sort_descending(keys, n);
+  for (int64_t i = 0;;) {
+    const float value = key_value(keys[i]);
+    int64_t count = 1;
+    while (i + count < n && key_value(keys[i + count]) == value) ++count;
+    const double weight = static_cast<double>(count) * weight_of(value);
+    if (base + weight >= target || i + count == n) return at(value, count);
+    base += weight;
+    i += count;
+  }
+}
+
+}  // namespace treedecode::cpu::TD_ISA

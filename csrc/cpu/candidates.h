@@ -1,0 +1,73 @@
+// The best k of a stream of logits: a running threshold in front of a small buffer of keys.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "exp2.h"
+#include "select.h"
+
+namespace treedecode::cpu::TD_ISA {
+
+struct Candidates {
+  static constexpr int64_t kMaxSeeds = 2048;
+  static int64_t buffer_len(int64_t k) { return 2 * k + 128; }
+  // Elements between two looks at the threshold: so many that k candidates are a minority.
+  static int64_t block_len(int64_t k) { return k <= 64 ? 1024 : k <= 256 ? 4096 : 16384; }
+
+  uint64_t* keys;   // [buffer_len(k)]
+  uint64_t* seeds;  // [kMaxSeeds] scratch
+  int64_t k;
+  int64_t n = 0;
+  // A new candidate must be above it; at a tie the earlier token, which is already here, wins.
+  float threshold = -std::numeric_limits<float>::infinity();
+  bool compacted = true;
+  float seed = 0.0f;      // at least k tokens of this block reach it,
+  int64_t seed_left = 0;  // and once this many of them are here, later ones must be above it
+
+  void raise(float value) { threshold = value > threshold ? value : threshold; }
+
+  void compact() {
+    const float kth = key_value(keep_largest(keys, n, k));
+    n = k;
+    raise(kth);
+    compacted = true;
+  }
+
+  __attribute__((noinline)) void insert(Vec x, uint32_t lanes, int64_t token) {
+    float value[Vec::N];
+    x.store(value);
+    for (; lanes; lanes &= lanes - 1) {
+      const int lane = __builtin_ctz(lanes);
+      if (!(value[lane] > threshold)) continue;
+      keys[n++] = make_key(value[lane], static_cast<uint32_t>(token + lane));
+      if (--seed_left == 0) raise(seed);
+      if (n == buffer_len(k)) compact();
+    }
+  }
+
+  // Where the last block brought many candidates, raises the threshold to what at least k tokens of the next one reach:
+  // the k-th largest of at least k maxima over disjoint sets of lanes. Without this a row sorted upwards would make
+  // every element a candidate. load(i) gives lanes i to i + Vec::N.
+  template <typename Load>
+  void begin_block(int64_t begin, int64_t end, const Load& load) {
+    if (!compacted) return;
+    compacted = false;
+    const int64_t num = (k + Vec::N - 1) / Vec::N * Vec::N;
+    if (num > kMaxSeeds || end - begin < 2 * num) return;
+    alignas(64) float maxima[kMaxSeeds];
+    for (int64_t s = 0; s < num; s += Vec::N) {
+      Vec m = Vec::set(-std::numeric_limits<float>::infinity());
+      for (int64_t i = begin + s; i + Vec::N <= end; i += num) m = max(load(i), m);
+      m.store(maxima + s);
+    }
+    for (int64_t s = 0; s < num; ++s) seeds[s] = make_key(maxima[s], static_cast<uint32_t>(s));
+    const float kth = key_value(keep_largest(seeds, num, k));
+    if (!(kth > threshold)) return;
+    threshold = std::nextafter(kth, -std::numeric_limits<float>::infinity());  // the tokens that reach it are to come
+    seed = kth;
+    seed_left = k;
+  }
+};
+
+}  // namespace treedecode::cpu::TD_ISA
