@@ -116,8 +116,7 @@ class Beams:
         self._first_slot = np.concatenate([[0], np.cumsum(self._num_beams)])
         num_slots = int(self._first_slot[-1])
         self._slots = torch.arange(num_slots, device=device)  # of the running beams, in the columns of the history
-        self._row_indptr = torch.arange(num_groups + 1, dtype=torch.int32, device=device)
-        self._beam_indptr = torch.from_numpy(self._first_slot).to(device, torch.int32)
+        self._lay_out(np.ones(num_groups, np.int64))
         self._scores = torch.zeros(num_groups, device=device)
         self._pool_scores = torch.full((num_slots,), _FREE_SCORE, device=device)
         self._pool_lens = torch.zeros(num_slots, dtype=torch.int32, device=device)
@@ -167,19 +166,17 @@ class Beams:
             raise ValueError(
                 f"logits: expected shape [num_rows, vocab_size] = [{self.num_rows}, *], got {list(logits.shape)}"
             )
-        num_beams = self._num_beams[self.groups]
-        num_candidates = ops.beam_candidates(int(num_beams.max()), len(self._eos))
+        num_candidates = ops.beam_candidates(int(self._num_beams[self.groups].max()), len(self._eos))
         if self.num_steps < self.settings.min_new_tokens and len(self._eos):
             token_mask = _without(token_mask, self._eos, logits)
         scores, parent, token, _ = ops.beam_prune(
             logits, self._scores, self._row_indptr, num_candidates, token_mask=token_mask, is_logprobs=is_logprobs
         )
-        old_rows = self._row_indptr
         self._scores, running_parent, running_token = ops.beam_update(
             scores,
             parent,
             token,
-            old_rows,
+            self._row_indptr,
             self._beam_indptr,
             self._pool_scores,
             self._pool_lens,
@@ -193,17 +190,11 @@ class Beams:
             early_stopping=self.settings.early_stopping,
             stop=stop(parent, token) if stop is not None else None,
         )
-        counts = torch.from_numpy(num_beams).to(self._device)
-        first_row = old_rows[:-1].repeat_interleave(counts)
-        rows_of_group = (old_rows[1:] - old_rows[:-1]).repeat_interleave(counts)
-        beam = torch.arange(len(first_row), device=self._device) - self._beam_indptr[:-1].repeat_interleave(counts)
-        self._remember(running_parent - first_row, running_token)
-        row = torch.where(beam < rows_of_group, first_row + beam, -1).long()
-        step = BeamStep(running_parent.long(), running_token.long(), row, [])
-        self._row_indptr = self._beam_indptr
-        if not bool(self._done.any()):
-            return step
-        return self._drop_finished(step, counts)
+        self._remember(running_parent - self._first_row, running_token)
+        step = BeamStep(running_parent.long(), running_token.long(), self._place, [])
+        if self.num_steps == 1:
+            self._lay_out(self._num_beams)
+        return self._drop_finished(step) if bool(self._done.any()) else step
 
     def results(self, group: int) -> list[Hypothesis]:
         """A finished group's beams, best first; `num_beams` of them, fewer only if the vocabulary had no more.
@@ -215,30 +206,47 @@ class Beams:
             raise ValueError(f"group: {group} is still running or does not exist")
         return self._results[group]
 
+    def _lay_out(self, num_rows: np.ndarray) -> None:
+        """Sets where groups have their beams, and their rows of logits: `num_rows` each, 1 or as many as beams."""
+        num_beams = self._num_beams[self.groups]
+        rows, beams = (np.concatenate([[0], np.cumsum(counts)]) for counts in (num_rows, num_beams))
+        first_row = np.repeat(rows[:-1], num_beams)
+        within = np.arange(beams[-1]) - np.repeat(beams[:-1], num_beams)
+        place = np.where(within < np.repeat(num_rows, num_beams), first_row + within, -1)
+        self._row_indptr, self._beam_indptr, self._first_row, self._place = (
+            torch.from_numpy(array).to(self._device, dtype)
+            for array, dtype in (
+                (rows, torch.int32),
+                (beams, torch.int32),
+                (first_row, torch.int32),
+                (place, torch.int64),
+            )
+        )
+
     def _per_group(self, value: int) -> Tensor:
         return torch.full((len(self.groups),), value, dtype=torch.int32, device=self._device)
 
     def _remember(self, parent: Tensor, token: Tensor) -> None:
         histories = (self._parents, parent), (self._tokens, token), (self._past_scores, self._scores)
         for history, values in histories:
-            row = values.new_zeros(int(self._first_slot[-1]))
-            row[self._slots] = values
+            row = values
+            if len(values) < self._first_slot[-1]:
+                row = values.new_zeros(int(self._first_slot[-1]))
+                row[self._slots] = values
             history.append(row)
 
-    def _drop_finished(self, step: BeamStep, counts: Tensor) -> BeamStep:
-        done = self._done
-        finished: list[int] = self.groups[done.cpu().numpy()].tolist()
-        beam_done = done.repeat_interleave(counts)
+    def _drop_finished(self, step: BeamStep) -> BeamStep:
+        done = self._done.cpu().numpy()
+        finished: list[int] = self.groups[done].tolist()
         for group in finished:
             self._results[group] = self._trace(group)
-        self.groups = self.groups[(~done).cpu().numpy()]
-        keep = torch.nonzero(~beam_done).squeeze(1)
+        keep = torch.from_numpy(np.flatnonzero(np.repeat(~done, self._num_beams[self.groups]))).to(self._device)
+        self.groups = self.groups[~done]
         self._scores, self._slots = self._scores[keep], self._slots[keep]
         self._pool_scores, self._pool_lens = self._pool_scores[keep], self._pool_lens[keep]
         self._pool_parents, self._pool_tokens = self._pool_parents[keep], self._pool_tokens[keep]
-        indptr = np.concatenate([[0], np.cumsum(self._num_beams[self.groups])])
-        self._row_indptr = self._beam_indptr = torch.from_numpy(indptr).to(self._device, torch.int32)
         self._done = torch.zeros(len(self.groups), dtype=torch.bool, device=self._device)
+        self._lay_out(self._num_beams[self.groups])
         return BeamStep(step.parent[keep], step.token[keep], step.row[keep], finished)
 
     def _trace(self, group: int) -> list[Hypothesis]:

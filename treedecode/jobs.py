@@ -49,7 +49,10 @@ class Job:
             return None
         found = [self.logits[int(row)] for row in self.rows]
         if all(logits is found[0][0] for logits, _ in found):
-            return found[0][0][torch.tensor([i for _, i in found], device=found[0][0].device)]
+            logits, order = found[0][0], [i for _, i in found]
+            if order == list(range(len(logits))):
+                return logits
+            return logits.index_select(0, torch.tensor(order, device=logits.device))
         return torch.stack([logits[i] for logits, i in found])
 
     def _settle(self, result: Tensor | None, error: BaseException | None) -> None:
