@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from test_models import make_model, plain, search
 from torch import nn
 
-from tests.test_models import make_model, plain, search
 from treedecode.models.transformers import TransformersModel
 
 

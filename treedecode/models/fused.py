@@ -220,10 +220,10 @@ class FastForward:
 
     def is_current(self) -> bool:
         """Whether the parameters are still those that were packed."""
-        return all(
-            parameters.get(name) is parameter and _version(parameter) == version
-            for parameters, name, parameter, version in self._sources
-        )
+        for parameters, name, parameter, version in self._sources:
+            if parameters.get(name) is not parameter or (version >= 0 and parameter._version != version):
+                return False
+        return True
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -238,7 +238,8 @@ class FastForward:
 
 
 def _version(parameter: Tensor) -> int:
-    return 0 if parameter.is_inference() else parameter._version
+    """Counts changes in place; tensors made in inference mode do not count, and get -1."""
+    return -1 if parameter.is_inference() else parameter._version
 
 
 def _require_untouched(module: nn.Module) -> None:
