@@ -65,7 +65,7 @@ def test_a_prompt_is_computed_once(make_decoder):
     dec.generate(prompts, num_branches=3, sampling=GREEDY, max_new_tokens=2)
     # five full pages are shared; the first to come computes them, the last prompt of all is a fork of the first
     assert dec.stats.num_prefix_tokens == 2 * 20
-    assert dec.stats.num_prefill_tokens == 22 + 4
+    assert dec.stats.num_prefill_tokens == 23 + 5
     before = dec.stats.num_prefill_tokens
     dec.generate([*shared, 30, 31, 32, 49, 50, 51], sampling=GREEDY, max_new_tokens=2)
     assert dec.stats.num_prefix_tokens == 2 * 20 + 20
@@ -286,3 +286,13 @@ def test_closed_decoder(make_decoder):
     with pytest.raises(RuntimeError, match="the decoder is closed"):
         dec.generate("the")
     dec.close()
+
+
+def test_branches_draw_their_first_token_from_the_prompts_own_forward(make_decoder):
+    dec = make_decoder()
+    outs = dec.generate([[2, 3, 4, 5]], num_branches=6, sampling=td.Sampling(seed=0, ignore_eos=True), max_new_tokens=3)
+    assert dec.model.forwards == [[4], [1] * 6, [1] * 6]
+    assert len({out.token_ids[0] for out in outs[0]}) > 1
+    [[done, *_]] = dec.generate([[2, 3, 4, 5]], num_branches=3, sampling=GREEDY, max_new_tokens=1)
+    assert len(dec.model.forwards) == 4
+    assert (done.token_ids, done.finish_reason) == (greedy([2, 3, 4, 5], 1), "length")

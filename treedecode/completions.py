@@ -94,11 +94,12 @@ async def generate(
     async def complete(prompt: Ints, wanted: list[int], seeds: Ints) -> None:
         rows = engine.open([prompt] * len(wanted), seeds)
         try:
+            first = None
             if len(rows) > 1:
-                await engine.prefill(rows[:1])
+                [first] = await engine.logits(rows[:1])
                 engine.reorder(rows[1:], np.repeat(rows[:1], len(rows) - 1))
             tell = None if callback is None else lambda i, token, text: callback(wanted[i], token, text)
-            await engine.sample(rows, sampling, stops, limit, tell)
+            await engine.sample(rows, sampling, stops, limit, tell, first)
             results.update(zip(wanted, completions_of(engine, rows), strict=True))
         finally:
             engine.release(rows)

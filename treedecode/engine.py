@@ -57,13 +57,15 @@ class Engine(Forest):
         stops: StopSet,
         max_new_tokens: int,
         callback: Callback | None = None,
+        first: Tensor | None = None,
     ) -> None:
         """Extends rows until a stop; a row that is at its end of sequence or full stays as it is.
 
         Args:
+            first: `[vocab_size]` logits of the first new token of all rows, which all end alike and had them computed.
             callback: called as `callback(i, token_id, text)` for `rows[i]` with every new token.
         """
-        await self._run(Work.SAMPLE, rows, sampling, stops, max_new_tokens, callback)
+        await self._run(Work.SAMPLE, rows, sampling, stops, max_new_tokens, callback, first)
 
     async def logits(self, rows: Ints, tokens: Ints | None = None) -> Tensor:
         """Appends `tokens` (`[n]`, None: nothing) and computes rows up to their last token, in the shared forward.
@@ -84,6 +86,7 @@ class Engine(Forest):
         stops: StopSet | None = None,
         max_new_tokens: int = 0,
         callback: Callback | None = None,
+        first: Tensor | None = None,
     ) -> Any:
         loop = asyncio.get_running_loop()
         table = self.table
@@ -107,7 +110,7 @@ class Engine(Forest):
                 table.finish[live] = Finish.NONE
                 table.finish[full] = Finish.LENGTH
                 live = live[table.num_tokens[live] < table.limit[live]]
-            if work != Work.PREFILL:
+            if work != Work.PREFILL and first is None:
                 self._uncache_last(live)
             if len(live) == 0:
                 return torch.empty(0, self.model.vocab_size) if work == Work.LOGITS else None
@@ -118,6 +121,8 @@ class Engine(Forest):
             table.job[live] = job_id
             table.order[live] = (job_id << 24) + np.arange(len(live))
             self._batch = None
+            if first is not None:
+                self._take_first(live, first)
             if loop not in self._drivers:
                 self._drivers[loop] = loop.create_task(self._drive())
         try:
@@ -157,6 +162,17 @@ class Engine(Forest):
                 self._end_work(error.rows if isinstance(error, step.BadLogits) else rows, error)
                 if not isinstance(error, Exception):
                     raise
+
+    def _take_first(self, rows: Ints, logits: Tensor) -> None:
+        """Samples a token for each of rows from the same logits, without a forward."""
+        try:
+            with torch.inference_mode():
+                batch = self.scheduler.batch(rows, np.zeros(len(rows), np.int32), complete=True)
+                every = logits.expand(len(rows), -1).contiguous()
+                self._record(batch, batch.rows, *step.choose(self.table, self.matcher, self._eos_ids, batch, every))
+                self._stats.num_sampled_tokens += len(rows)
+        except Exception as error:
+            self._end_work(rows, error)
 
     def _prepare(self) -> tuple[Batch | None, Tensor]:
         """The batch of this tick and the cache slots of its tokens."""

@@ -82,7 +82,7 @@ class Scheduler:
         rows, lens = self._admit(busy[(todo > 0) & ~one], busy[one])
         if len(rows) == 0 and len(done) == 0 and len(busy):
             return self.next_batch()  # the index had all of what the first in line needs
-        return (self._batch(rows, lens) if len(rows) else None), done
+        return (self.batch(rows, lens) if len(rows) else None), done
 
     def _admit(self, waiting: Ints, decoding: Ints) -> tuple[Ints, Ints]:
         table, page = self.table, self.pool.page_size
@@ -93,20 +93,23 @@ class Scheduler:
         for row in waiting:
             if budget <= 0:
                 break
-            if table.num_cached[row] == 0 and not self._adopt(int(row), ahead):
+            empty = table.num_cached[row] == 0
+            if empty and not self._adopt(int(row), ahead):
                 continue
             cached = int(table.num_cached[row])
             todo = int(table.num_tokens[row] - cached - (table.work[row] == Work.PREFILL))
             if todo <= 0:
+                self.num_prefix_tokens += cached
                 continue  # the index had all of it; the next call reports it
             need = -(-int(table.num_tokens[row] + 1) // page) - cached // page
             lacking = need + promised - self.pool.num_free_pages
             if lacking > 0:
                 lacking -= self.free_held_pages(lacking)
-            if lacking > 0:
-                if rows:
-                    break
-                self.make_room(np.array([row]), lacking)
+            if lacking > 0 and rows:
+                if empty:
+                    self._clear(int(row))
+                break  # only the first in line may go on regardless: others make room for it, page by page
+            self.num_prefix_tokens += cached if empty else 0
             promised += need
             take = min(todo, budget)
             budget -= take
@@ -129,11 +132,14 @@ class Scheduler:
         if found:
             self.pool.adopt(row, pages, found)
             table.num_cached[row] = found
-            self.num_prefix_tokens += found
         return True
 
+    def _clear(self, row: int) -> None:
+        self.pool.clear([row])
+        self.table.num_cached[row] = 0
+
     def make_room(self, keep: Ints, lacking: int) -> None:
-        """Frees at least one page: from the prefix index, else from branches at rest, else from the latest comer.
+        """Lets the next batch have more pages or need fewer, at the cost of the least valuable cached tokens.
 
         Args:
             keep: rows that must not be preempted.
@@ -153,20 +159,20 @@ class Scheduler:
         # Branches at rest may never be needed again; a page shared by several comes free only with the last of them.
         queue = np.lexsort((-table.order[holders], own == 0, ~resting))
         for row in holders[queue]:
-            self.pool.clear([int(row)])
-            table.num_cached[row] = 0
+            self._clear(int(row))
             self.num_preemptions += 1
-            if self.pool.num_free_pages > before:
+            # even where it frees no page, the next batch needs fewer without a row that works
+            if self.pool.num_free_pages > before or table.work[row] != Work.NONE:
                 return
-        if not self.free_held_pages(max(lacking, 1)):
+        if not self.free_held_pages(max(lacking, 1)) and len(holders) == 0:
             raise RuntimeError("out of pages: nothing is left to preempt; give the decoder more kv_memory")
 
-    def _batch(self, rows: Ints, lens: Ints) -> Batch:
+    def batch(self, rows: Ints, lens: Ints, *, complete: bool = False) -> Batch:
+        """The batch that takes the next `lens` tokens of `rows`; `complete`: logits are wanted of all of them."""
         table = self.table
         order = self._depth_first(rows)
         rows, lens = rows[order], lens[order]
-        complete = table.num_cached[rows] + lens == table.num_tokens[rows]
-        wanted = np.flatnonzero(complete)
+        wanted = np.flatnonzero((table.num_cached[rows] + lens == table.num_tokens[rows]) | complete)
         out = rows[wanted]
         sampled = np.flatnonzero(table.work[out] == Work.SAMPLE)
         chosen = out[sampled]
