@@ -56,6 +56,7 @@ def searches(draw):
         "max_new_tokens": draw(st.integers(1, 6)),
         "use_stop": draw(st.booleans()),
         "vocab": draw(st.sampled_from([3, 6, 40])),
+        "scale": draw(st.sampled_from([1 / 16, 8.0])),  # rounding of -1e9 + score hides small scores only
         "seed": draw(st.integers(0, 2**31)),
     }
 
@@ -77,8 +78,9 @@ def test_matches_reference(search):
     want["pool_scores"] = want["pool_scores"].double()
     for step in range(min(search["num_steps"], search["max_new_tokens"])):
         row_indptr = torch.arange(num_groups + 1, dtype=torch.int32) if step == 0 else beam_indptr
-        # Sums of sixteenths: exact in fp32, and full of ties.
-        scores = -torch.randint(0, 300, (num_groups, width), generator=generator).div(16).sort(dim=1)[0] - step
+        # Exact in fp32, and full of ties.
+        draws = torch.randint(0, 300, (num_groups, width), generator=generator)
+        scores = -draws.mul(search["scale"]).sort(dim=1)[0] - step
         parent = torch.stack(
             [torch.randint(int(a), int(b), (width,), generator=generator) for a, b in row_indptr.unfold(0, 2, 1)]
         ).int()
@@ -183,6 +185,15 @@ def test_hit_at_rank_k_does_not_finish():
     assert finished(args) == []
 
 
+def test_equal_scores_keep_their_order():
+    """At equal scores an old finished beam goes before a new one, and candidates keep their order, ended or not."""
+    args = make_args(1, [(-2.0, 0, 5), (-3.0, 0, 7)], eos=[5], pool=[(-2.0, 1, 0, 9)], length_penalty=0.0)
+    ops.beam_update(**args)
+    assert finished(args) == [(-2.0, 1, 0, 9)]
+    args = make_args(2, [(-1.0, 0, 5), (-1e9, 1, 7), (-1e9, 0, 8), (-1e9, 0, 9)], eos=[5])
+    assert running(ops.beam_update(**args)) == [(-1e9, 0, 5), (-1e9, 1, 7)]
+
+
 def test_reordering_keeps_finished_beams_finished():
     args = make_args(
         2,
@@ -211,6 +222,7 @@ def test_length_counts_generated_tokens_and_eos_only():
         ("never", 1.0, -0.5, -3.0, False),  # -3 / 10 could still beat it
         ("never", 1.0, -0.2, -3.0, True),
         ("never", -1.0, -11.0, -3.0, True),  # a longer text only scores worse: judged at the current length
+        ("never", -1.0, -20.0, -3.0, False),  # -3 * 4 beats -20, which -3 * 10 would not
         (False, 0.0, -3.0, -3.0, True),  # equal is not better
     ],
 )
