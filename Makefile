@@ -34,7 +34,7 @@ bench: build
 
 # The op and host tests with the native code under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the
 # package. libstdc++ is preloaded too: the sanitizer looks for __cxa_throw once, when it starts.
-SANITIZE_TESTS ?= $(wildcard tests/test_append_kv.py tests/test_pages.py tests/test_prefix_index.py)
+SANITIZE_TESTS ?= $(wildcard $(patsubst csrc/api/%.cpp,tests/test_%.py,$(wildcard csrc/api/*.cpp)) tests/test_prefix_index.py)
 SANITIZE_LIBS  := libasan.so libubsan.so libstdc++.so
 sanitize: build
 	mkdir -p build/sanitized
@@ -44,7 +44,7 @@ sanitize: build
 	cd build/sanitized && \
 	  LD_PRELOAD="$(foreach lib,$(SANITIZE_LIBS),$(shell c++ -print-file-name=$(lib)))" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
-	  $(abspath $(BIN))/python -m pytest -p no:cacheprovider -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
+	  $(abspath $(BIN))/python -m pytest -p no:cacheprovider --capture=sys -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
 	  $(addprefix $(CURDIR)/,$(SANITIZE_TESTS)) $(PYTEST_ARGS)
 
 build: $(VENV)/.installed
