@@ -15,7 +15,7 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 .DEFAULT_GOAL := test
 
 demo: build
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.demo
 
 test: build
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
