@@ -296,3 +296,13 @@ def test_branches_draw_their_first_token_from_the_prompts_own_forward(make_decod
     [[done, *_]] = dec.generate([[2, 3, 4, 5]], num_branches=3, sampling=GREEDY, max_new_tokens=1)
     assert len(dec.model.forwards) == 4
     assert (done.token_ids, done.finish_reason) == (greedy([2, 3, 4, 5], 1), "length")
+
+
+def test_prompts_that_wait_for_a_prefix_start_on_whole_pages_of_it(make_decoder):
+    shared = list(range(2, 32))
+    prompts = [[*shared, 40, 41], [*shared[:17], 42], [*shared, 43], [*shared, 40, 41, 44, 45, 46]]
+    for prefill_tokens in (1, 3, 6, 7):
+        dec = make_decoder(page_size=4, prefill_tokens=prefill_tokens)
+        outs = dec.generate(prompts, sampling=GREEDY, max_new_tokens=5)
+        assert [out.token_ids for [out] in outs] == [greedy(prompt, 5) for prompt in prompts]
+        assert dec.stats.num_prefix_tokens == 16 + 28 + 32

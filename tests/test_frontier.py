@@ -299,6 +299,15 @@ def test_branches_come_back_whatever_happens(make_decoder):
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(dec.generate_async("the", num_branches=4, max_new_tokens=480), 0.02)
         assert dec.num_branches == 0
+        with await dec.roots("the") as frontier:
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(frontier.extend(max_new_tokens=400, sampling=GREEDY), 0.02)
+            so_far, forwards = frontier.token_ids()[0], len(dec.model.forwards)
+            for _ in range(9):
+                await asyncio.sleep(0)
+            assert len(dec.model.forwards) == forwards, "nobody waits for it"
+            await frontier.extend(max_new_tokens=3, sampling=GREEDY)
+            assert len(frontier.token_ids()[0]) == len(so_far) + 3
 
     asyncio.run(forgotten())
     assert asyncio.run(cancelled()) == dec.run(search(make_decoder(), ["the cat"]))

@@ -204,8 +204,7 @@ class Engine(Forest):
             raise
         table.num_cached[batch.rows] = cached + batch.q_lens
         self._count(batch)
-        if not batch.decode_only:
-            self.scheduler.remember(batch.rows[batch.q_lens > 1])
+        self.scheduler.remember(batch.rows[(batch.q_lens > 1) | (cached < table.prompt_len[batch.rows])])
         out = batch.rows[batch.wanted]
         if len(batch.sampled) < len(out):
             given = np.setdiff1d(np.arange(len(out)), batch.sampled)

@@ -124,7 +124,7 @@ class Scheduler:
         known = np.ascontiguousarray(table.tokens[row, : table.num_tokens[row] - 1])
         pages, found = self.index.match(known)
         for other in ahead:
-            both = min(len(known), int(table.num_tokens[other]) - 1)
+            both = min(len(known), int(table.num_tokens[other] - (table.work[other] == Work.PREFILL)))
             differ = np.flatnonzero(known[:both] != table.tokens[other, :both])
             common = int(differ[0]) if len(differ) else both
             if common // page * page > found:
