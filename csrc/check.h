@@ -38,7 +38,8 @@ inline std::string shape_of(const Tensor& t) {
   return s.str();
 }
 
-// "-1" in `expected` matches any size; `text` is how the shape reads to the user, e.g. "[num_q, num_qo_heads, head_dim]".
+// "-1" in `expected` matches any size; `text` is how the shape reads to the user, e.g. "[num_q, num_qo_heads,
+// head_dim]".
 inline void check_shape(const Tensor& t, const char* name, const char* text, std::initializer_list<int64_t> expected) {
   bool ok = t.dim() == static_cast<int64_t>(expected.size());
   int64_t i = 0;
@@ -61,8 +62,8 @@ inline void check_shape(const Tensor& t, const char* name, const char* text, std
 }
 
 inline void check_dtype(const Tensor& t, const char* name, ScalarType expected) {
-  STD_TORCH_CHECK(t.scalar_type() == expected, "[TypeError] ", name, ": expected dtype ", dtype_name(expected), ", got ",
-                  dtype_name(t.scalar_type()));
+  STD_TORCH_CHECK(t.scalar_type() == expected, "[TypeError] ", name, ": expected dtype ", dtype_name(expected),
+                  ", got ", dtype_name(t.scalar_type()));
 }
 
 inline void check_float_dtype(const Tensor& t, const char* name) {

@@ -3,21 +3,28 @@
 
 STABLE_TORCH_LIBRARY(treedecode, m) {
   m.def("append_kv(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slots) -> ()");
-  m.def("fork_branches(Tensor(a!) refcount, Tensor(b!) free_pages, Tensor(c!) page_table, Tensor(d!) seq_lens, "
-        "Tensor(e!) status, Tensor src, Tensor dst, Tensor? lens, int page_size) -> ()");
-  m.def("append_slots(Tensor(a!) refcount, Tensor(b!) free_pages, Tensor(c!) page_table, Tensor(d!) seq_lens, "
-        "Tensor(e!) status, Tensor(f!) kv, Tensor(g!) slots, Tensor rows, Tensor? q_lens, int page_size) -> ()");
+  m.def(
+      "fork_branches(Tensor(a!) refcount, Tensor(b!) free_pages, Tensor(c!) page_table, Tensor(d!) seq_lens, "
+      "Tensor(e!) status, Tensor src, Tensor dst, Tensor? lens, int page_size) -> ()");
+  m.def(
+      "append_slots(Tensor(a!) refcount, Tensor(b!) free_pages, Tensor(c!) page_table, Tensor(d!) seq_lens, "
+      "Tensor(e!) status, Tensor(f!) kv, Tensor(g!) slots, Tensor rows, Tensor? q_lens, int page_size) -> ()");
   m.def("hold_pages(Tensor(a!) refcount, Tensor(b!) free_pages, Tensor(c!) status, Tensor pages, bool hold) -> ()");
-  m.def("adopt_pages(Tensor(a!) refcount, Tensor(b!) page_table, Tensor(c!) seq_lens, Tensor status, Tensor pages, "
-        "int row, int num_tokens, int page_size) -> ()");
+  m.def(
+      "adopt_pages(Tensor(a!) refcount, Tensor(b!) page_table, Tensor(c!) seq_lens, Tensor status, Tensor pages, "
+      "int row, int num_tokens, int page_size) -> ()");
   m.def("copy_pages(Tensor(a!) kv, Tensor src, Tensor dst, Tensor? num_tokens) -> ()");
-  m.def("beam_prune(Tensor logits, Tensor cum_logprobs, Tensor group_indptr, int num_candidates, Tensor? token_mask, "
-        "bool is_logprobs) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor position, "
-        "Tensor? token_mask) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "beam_prune(Tensor logits, Tensor cum_logprobs, Tensor group_indptr, int num_candidates, Tensor? token_mask, "
+      "bool is_logprobs) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor "
+      "position, "
+      "Tensor? token_mask) -> (Tensor, Tensor, Tensor)");
   m.def("_cpu_isa(int isa) -> (int, int, int)");
   m.def(
-      "plan_tree(Tensor page_table, Tensor seq_lens, Tensor? q_lens, int page_size, int num_qo_heads, int num_kv_heads, "
+      "plan_tree(Tensor page_table, Tensor seq_lens, Tensor? q_lens, int page_size, int num_qo_heads, int "
+      "num_kv_heads, "
       "int head_dim) -> (Tensor q_indptr, Tensor part_indptr, Tensor chunks, Tensor counts)");
   m.def("merge_states(Tensor part_out, Tensor part_lse, Tensor merge_indptr) -> (Tensor out, Tensor lse)");
   m.def(

@@ -41,7 +41,11 @@ def test_opcheck():
         ({"v": torch.zeros(5, 2, 9)}, ValueError, r"v: expected shape the shape of k = \[5, 2, 8\], got \[5, 2, 9\]"),
         ({"k": torch.zeros(5, 2, 8, dtype=torch.float64)}, TypeError, "k: expected dtype float32, bfloat16 or float16"),
         ({"slots": torch.arange(5, dtype=torch.int32)}, TypeError, "slots: expected dtype int64, got int32"),
-        ({"slots": torch.tensor([0, 1, 2, 3, 16])}, ValueError, "slots: expected values below .* = 16, got 16 at index 4"),
+        (
+            {"slots": torch.tensor([0, 1, 2, 3, 16])},
+            ValueError,
+            "slots: expected values below .* = 16, got 16 at index 4",
+        ),
         ({"k_pages": torch.zeros(4, 4, 3, 8)}, ValueError, "k_pages: expected shape"),
     ],
 )

@@ -32,13 +32,21 @@ void append_kv_cpu(Tensor k, Tensor v, Tensor k_pages, Tensor v_pages, Tensor sl
   const int64_t num_slots = k_pages.size(0) * k_pages.size(1);
   const int64_t* slot = slots.const_data_ptr<int64_t>();
   for (int64_t t = 0; t < k.size(0); ++t) {
-    STD_TORCH_CHECK(slot[t] < num_slots, "[ValueError] slots: expected values below num_pages * page_size = ", num_slots,
-                    ", got ", slot[t], " at index ", t);
+    STD_TORCH_CHECK(slot[t] < num_slots,
+                    "[ValueError] slots: expected values below num_pages * page_size = ", num_slots, ", got ", slot[t],
+                    " at index ", t);
   }
 
   const cpu::AppendKvParams p{
-      k.const_data_ptr(), v.const_data_ptr(), k_pages.mutable_data_ptr(), v_pages.mutable_data_ptr(), slot,
-      k.size(0), k.size(1), k.size(2), k_pages.size(1),
+      k.const_data_ptr(),
+      v.const_data_ptr(),
+      k_pages.mutable_data_ptr(),
+      v_pages.mutable_data_ptr(),
+      slot,
+      k.size(0),
+      k.size(1),
+      k.size(2),
+      k_pages.size(1),
       static_cast<int64_t>(k.element_size()),
       {k.stride(0), k.stride(1)},
       {v.stride(0), v.stride(1)},

@@ -31,11 +31,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_prune_cpu(Tensor logits, Tensor 
                   "[ValueError] group_indptr: expected offsets from 0 to rows = ", rows);
   int64_t largest_group = 0;
   for (int64_t g = 0; g < num_groups; ++g) {
-    STD_TORCH_CHECK(indptr[g] <= indptr[g + 1], "[ValueError] group_indptr: expected offsets that do not decrease, got ",
-                    indptr[g + 1], " after ", indptr[g], " at index ", g + 1);
+    STD_TORCH_CHECK(indptr[g] <= indptr[g + 1],
+                    "[ValueError] group_indptr: expected offsets that do not decrease, got ", indptr[g + 1], " after ",
+                    indptr[g], " at index ", g + 1);
     largest_group = std::max<int64_t>(largest_group, indptr[g + 1] - indptr[g]);
   }
-  STD_TORCH_CHECK(largest_group * k <= INT32_MAX, "[ValueError] num_candidates: expected rows of a group * num_candidates below 2^31, got ",
+  STD_TORCH_CHECK(largest_group * k <= INT32_MAX,
+                  "[ValueError] num_candidates: expected rows of a group * num_candidates below 2^31, got ",
                   largest_group * k);
   if (token_mask) check_token_mask(*token_mask, logits);
 
@@ -88,16 +90,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_prune_cpu(Tensor logits, Tensor 
     const auto seeds = scratch<uint64_t>(2048);
     scan(p, begin, end, buffer.get(), seeds.get());
   });
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 2048 / k), [&](int64_t begin, int64_t end) {
-    cpu::beam_prune_rank(p, begin, end);
-  });
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 2048 / k),
+                              [&](int64_t begin, int64_t end) { cpu::beam_prune_rank(p, begin, end); });
   torch::stable::parallel_for(0, num_groups, std::max<int64_t>(1, 4096 / (k * std::max<int64_t>(largest_group, 1))),
                               [&](int64_t begin, int64_t end) {
                                 const auto keys = scratch<uint64_t>(largest_group * k);
                                 cpu::beam_prune_merge(p, begin, end, keys.get());
                               });
   for (int64_t r = 0; r < rows; ++r) {
-    STD_TORCH_CHECK(!std::isnan(p.lse[r]), "[ValueError] logits: expected numbers below +inf, got NaN or +inf in row ", r);
+    STD_TORCH_CHECK(!std::isnan(p.lse[r]), "[ValueError] logits: expected numbers below +inf, got NaN or +inf in row ",
+                    r);
   }
   return {scores, parent, token, lse};
 }

@@ -26,7 +26,8 @@ inline void check_logits(const Tensor& logits) {
   check_shape(logits, "logits", "[rows, vocab]", {-1, -1});
   check_float_dtype(logits, "logits");
   check_unit_stride(logits, "logits");
-  STD_TORCH_CHECK(logits.size(1) > 0 && logits.size(1) < INT32_MAX, "[ValueError] logits: expected shape [rows, vocab] with 1 to 2^31 - 2 tokens, got ",
+  STD_TORCH_CHECK(logits.size(1) > 0 && logits.size(1) < INT32_MAX,
+                  "[ValueError] logits: expected shape [rows, vocab] with 1 to 2^31 - 2 tokens, got ",
                   shape_of(logits));
 }
 

@@ -23,7 +23,9 @@ cpu::MergeStatesParams params_of(const Tensor& part_out, const Tensor& part_lse,
       part_out.size(1),
       part_out.size(2),
       {part_out.stride(0), part_out.stride(1)},
-      dtype == ScalarType::Float ? DType::F32 : dtype == ScalarType::BFloat16 ? DType::BF16 : DType::F16,
+      dtype == ScalarType::Float      ? DType::F32
+      : dtype == ScalarType::BFloat16 ? DType::BF16
+                                      : DType::F16,
   };
 }
 
@@ -43,8 +45,8 @@ std::tuple<Tensor, Tensor> merge_states_cpu(Tensor part_out, Tensor part_lse, Te
   for (int64_t i = 0; i <= num_states; ++i) {
     const int64_t least = i ? indptr[i - 1] : 0;
     STD_TORCH_CHECK(indptr[i] >= least && indptr[i] <= part_out.size(0),
-                    "[ValueError] merge_indptr: expected offsets that do not decrease, up to num_parts = ", part_out.size(0),
-                    ", got ", indptr[i], " at index ", i);
+                    "[ValueError] merge_indptr: expected offsets that do not decrease, up to num_parts = ",
+                    part_out.size(0), ", got ", indptr[i], " at index ", i);
   }
 
   Tensor out = torch::stable::new_empty(part_out, {num_states, part_out.size(1), part_out.size(2)});

@@ -60,7 +60,8 @@ void check_kv(const Tensor& kv, int64_t page_size) {
               {-1, 2, -1, -1, page_size, -1});
   const bool page_contiguous =
       kv.stride(5) == 1 && kv.stride(4) == kv.size(5) && kv.stride(3) == kv.size(4) * kv.size(5);
-  STD_TORCH_CHECK(page_contiguous || kv.numel() == 0, "[ValueError] kv: expected each page's [num_kv_heads, page_size, "
+  STD_TORCH_CHECK(page_contiguous || kv.numel() == 0,
+                  "[ValueError] kv: expected each page's [num_kv_heads, page_size, "
                   "head_dim] to be contiguous");
 }
 
@@ -68,18 +69,26 @@ void run_copies(const Tensor& kv, const int32_t* src, const int32_t* dst, const 
   if (n == 0 || kv.numel() == 0) return;
   const auto size = static_cast<int64_t>(kv.element_size());
   const cpu::CopyPagesParams p{
-      static_cast<char*>(kv.mutable_data_ptr()), src, dst, num_tokens, n,
-      kv.size(0) * 2, kv.size(3), kv.size(4) * kv.size(5) * size, kv.size(5) * size,
+      static_cast<char*>(kv.mutable_data_ptr()),
+      src,
+      dst,
+      num_tokens,
+      n,
+      kv.size(0) * 2,
+      kv.size(3),
+      kv.size(4) * kv.size(5) * size,
+      kv.size(5) * size,
       {kv.stride(0) * size, kv.stride(1) * size, kv.stride(2) * size},
   };
   const int64_t page_bytes = p.num_kv_heads * p.head_bytes;
-  const int64_t grain = std::max<int64_t>(1, (512 << 10) / std::max<int64_t>(1, page_bytes));  // 512 KiB a task: below, waking a thread costs more
+  const int64_t grain = std::max<int64_t>(
+      1, (512 << 10) / std::max<int64_t>(1, page_bytes));  // 512 KiB a task: below, waking a thread costs more
   torch::stable::parallel_for(0, p.num_planes * n, grain,
                               [&](int64_t begin, int64_t end) { cpu::copy_pages(p, begin, end); });
 }
 
-void fork_branches_cpu(Tensor refcount, Tensor free_pages, Tensor page_table, Tensor seq_lens, Tensor status, Tensor src,
-                       Tensor dst, std::optional<Tensor> lens, int64_t page_size) {
+void fork_branches_cpu(Tensor refcount, Tensor free_pages, Tensor page_table, Tensor seq_lens, Tensor status,
+                       Tensor src, Tensor dst, std::optional<Tensor> lens, int64_t page_size) {
   const cpu::PageState s = page_state(refcount, &free_pages, &page_table, &seq_lens, status, page_size);
   const int32_t* from = indices(src, "src", "[n]", -1);
   const int64_t n = src.size(0);
@@ -91,16 +100,20 @@ void append_slots_cpu(Tensor refcount, Tensor free_pages, Tensor page_table, Ten
                       Tensor slots, Tensor rows, std::optional<Tensor> q_lens, int64_t page_size) {
   const cpu::PageState s = page_state(refcount, &free_pages, &page_table, &seq_lens, status, page_size);
   check_kv(kv, page_size);
-  STD_TORCH_CHECK(kv.size(2) == s.num_pages, "[ValueError] kv: expected num_pages = ", s.num_pages, ", got ", kv.size(2));
+  STD_TORCH_CHECK(kv.size(2) == s.num_pages, "[ValueError] kv: expected num_pages = ", s.num_pages, ", got ",
+                  kv.size(2));
   check_shape(slots, "slots", "[sum of q_lens]", {-1});
   check_dtype(slots, "slots", ScalarType::Long);
   check_contiguous(slots, "slots");
   const int32_t* row = indices(rows, "rows", "[n]", -1);
   const int64_t n = rows.size(0);
   thread_local cpu::PageCopies copies;
-  raise(cpu::append_slots(s, {row, q_lens ? indices(*q_lens, "q_lens", "the shape of rows", n) : nullptr,
-                              slots.mutable_data_ptr<int64_t>(), n, slots.size(0)}, copies));
-  run_copies(kv, copies.src.data(), copies.dst.data(), copies.num_tokens.data(), static_cast<int64_t>(copies.src.size()));
+  raise(cpu::append_slots(s,
+                          {row, q_lens ? indices(*q_lens, "q_lens", "the shape of rows", n) : nullptr,
+                           slots.mutable_data_ptr<int64_t>(), n, slots.size(0)},
+                          copies));
+  run_copies(kv, copies.src.data(), copies.dst.data(), copies.num_tokens.data(),
+             static_cast<int64_t>(copies.src.size()));
 }
 
 void hold_pages_cpu(Tensor refcount, Tensor free_pages, Tensor status, Tensor pages, bool hold) {

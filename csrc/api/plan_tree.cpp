@@ -19,9 +19,9 @@ const int32_t* check_lens(const Tensor& lens, const char* name, int64_t num_rows
   return lens.const_data_ptr<int32_t>();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> plan_tree_cpu(Tensor page_table, Tensor seq_lens, std::optional<Tensor> q_lens,
-                                                         int64_t page_size, int64_t num_qo_heads, int64_t num_kv_heads,
-                                                         int64_t head_dim) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> plan_tree_cpu(Tensor page_table, Tensor seq_lens,
+                                                         std::optional<Tensor> q_lens, int64_t page_size,
+                                                         int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim) {
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
   check_shape(page_table, "page_table", "[num_branches, max_pages]", {-1, -1});
   check_dtype(page_table, "page_table", ScalarType::Int);
@@ -36,12 +36,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_tree_cpu(Tensor page_table, Tens
   check_value(head_dim > 0, "head_dim", "a positive number", head_dim);
   const int64_t capacity = page_table.size(1) * page_size;
   for (int64_t row = 0; row < num_rows; ++row) {
-    STD_TORCH_CHECK(lens[row] >= 0 && lens[row] <= capacity, "[ValueError] seq_lens: expected values from 0 to max_pages * page_size = ",
-                    capacity, ", got ", lens[row], " at index ", row);
+    STD_TORCH_CHECK(lens[row] >= 0 && lens[row] <= capacity,
+                    "[ValueError] seq_lens: expected values from 0 to max_pages * page_size = ", capacity, ", got ",
+                    lens[row], " at index ", row);
     if (!queries) continue;
     STD_TORCH_CHECK(queries[row] >= 0 && (queries[row] <= lens[row] || lens[row] == 0),
-                    "[ValueError] q_lens: expected values from 0 to the branch's seq_len ", lens[row], ", got ", queries[row],
-                    " at index ", row);
+                    "[ValueError] q_lens: expected values from 0 to the branch's seq_len ", lens[row], ", got ",
+                    queries[row], " at index ", row);
   }
 
   Tensor q_indptr = torch::stable::new_empty(seq_lens, {num_rows + 1});

@@ -36,7 +36,7 @@ class Workspace {
   int64_t size_ = 0;
 };
 
-struct Cell {       // one row block of one chunk; its kv heads all cost the same
+struct Cell {  // one row block of one chunk; its kv heads all cost the same
   int64_t chunk, row_begin, row_end;
   double begin;     // where it starts on the line of costs
   double per_head;  // cycles, roughly
@@ -87,7 +87,8 @@ std::vector<Cell> cells_of(const cpu::TreeAttentionParams& p, int64_t num_chunks
 Position cut(const std::vector<Cell>& cells, int64_t num_kv_heads, double share) {
   const double total = cells.back().begin + cells.back().per_head * static_cast<double>(num_kv_heads);
   const double target = total * share;
-  const auto after = std::upper_bound(cells.begin(), cells.end(), target, [](double x, const Cell& c) { return x < c.begin; });
+  const auto after =
+      std::upper_bound(cells.begin(), cells.end(), target, [](double x, const Cell& c) { return x < c.begin; });
   const size_t i = static_cast<size_t>(after - cells.begin()) - 1;
   const Cell& cell = cells[i];
   const double heads = (target - cell.begin) / cell.per_head;
@@ -142,11 +143,11 @@ void check_index(const Tensor& t, const char* name, const char* text, std::initi
 }
 
 // Everything the kernel will use as an address: one pass over the plan and the page ids of its chunks.
-void check_plan(const cpu::TreeAttentionParams& p, int64_t num_q, int64_t num_pages, int64_t max_pages, int64_t num_chunks,
-                int64_t num_parts) {
+void check_plan(const cpu::TreeAttentionParams& p, int64_t num_q, int64_t num_pages, int64_t max_pages,
+                int64_t num_chunks, int64_t num_parts) {
   STD_TORCH_CHECK(p.q_indptr[0] == 0 && p.q_indptr[p.num_rows] == num_q,
-                  "[ValueError] plan: expected q_indptr from 0 to the number of query tokens ", num_q, ", got ", p.q_indptr[0],
-                  " to ", p.q_indptr[p.num_rows], " (was the plan made for this batch?)");
+                  "[ValueError] plan: expected q_indptr from 0 to the number of query tokens ", num_q, ", got ",
+                  p.q_indptr[0], " to ", p.q_indptr[p.num_rows], " (was the plan made for this batch?)");
   STD_TORCH_CHECK(p.part_indptr[0] == 0 && p.part_indptr[p.num_rows] == num_parts,
                   "[ValueError] plan: expected part_indptr from 0 to ", num_parts, ", got ", p.part_indptr[0], " to ",
                   p.part_indptr[p.num_rows]);
@@ -156,26 +157,28 @@ void check_plan(const cpu::TreeAttentionParams& p, int64_t num_q, int64_t num_pa
   }
   for (int64_t c = 0; c < num_chunks; ++c) {
     const int32_t* chunk = p.chunks + 6 * c;
-    const bool ok = 0 <= chunk[0] && chunk[0] < chunk[1] && chunk[1] <= p.num_rows && 0 <= chunk[2] && chunk[2] <= chunk[3] &&
-                    chunk[3] <= max_pages * p.page_size && chunk[4] >= 0;
-    STD_TORCH_CHECK(ok, "[ValueError] plan: chunk ", c, " covers rows [", chunk[0], ", ", chunk[1], ") and tokens [", chunk[2],
-                    ", ", chunk[3], "), outside of this batch of ", p.num_rows, " rows and ", max_pages * p.page_size, " tokens");
+    const bool ok = 0 <= chunk[0] && chunk[0] < chunk[1] && chunk[1] <= p.num_rows && 0 <= chunk[2] &&
+                    chunk[2] <= chunk[3] && chunk[3] <= max_pages * p.page_size && chunk[4] >= 0;
+    STD_TORCH_CHECK(ok, "[ValueError] plan: chunk ", c, " covers rows [", chunk[0], ", ", chunk[1], ") and tokens [",
+                    chunk[2], ", ", chunk[3], "), outside of this batch of ", p.num_rows, " rows and ",
+                    max_pages * p.page_size, " tokens");
     for (int64_t b = chunk[0]; b < chunk[1]; ++b) {
-      STD_TORCH_CHECK(p.q_indptr[b] == p.q_indptr[b + 1] || chunk[4] < cpu::num_parts(p, b), "[ValueError] plan: chunk ", c,
-                      " is part ", chunk[4], " of row ", b, ", which has ", cpu::num_parts(p, b));
+      STD_TORCH_CHECK(p.q_indptr[b] == p.q_indptr[b + 1] || chunk[4] < cpu::num_parts(p, b),
+                      "[ValueError] plan: chunk ", c, " is part ", chunk[4], " of row ", b, ", which has ",
+                      cpu::num_parts(p, b));
     }
     const int32_t* pages = p.page_table + chunk[0] * p.page_table_stride;
     for (int64_t i = chunk[2] / p.page_size; i * p.page_size < chunk[3]; ++i) {
-      STD_TORCH_CHECK(pages[i] >= 0 && pages[i] < num_pages, "[ValueError] page_table: expected page ids below ", num_pages,
-                      ", got ", pages[i], " at [", chunk[0], ", ", i, "]");
+      STD_TORCH_CHECK(pages[i] >= 0 && pages[i] < num_pages, "[ValueError] page_table: expected page ids below ",
+                      num_pages, ", got ", pages[i], " at [", chunk[0], ", ", i, "]");
     }
   }
 }
 
-std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens,
-                                              Tensor q_indptr, Tensor part_indptr, Tensor chunks, Tensor counts,
-                                              double sm_scale, int64_t window_left, double logits_soft_cap,
-                                              std::optional<Tensor> sinks) {
+std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table,
+                                              Tensor seq_lens, Tensor q_indptr, Tensor part_indptr, Tensor chunks,
+                                              Tensor counts, double sm_scale, int64_t window_left,
+                                              double logits_soft_cap, std::optional<Tensor> sinks) {
   check_shape(q, "q", "[num_q, num_qo_heads, head_dim]", {-1, -1, -1});
   check_float_dtype(q, "q");
   check_unit_stride(q, "q");
@@ -188,7 +191,8 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
               {k_pages.size(0), k_pages.size(1), k_pages.size(2), k_pages.size(3)});
   const int64_t num_kv_heads = k_pages.size(2);
   STD_TORCH_CHECK(num_kv_heads > 0 && num_qo_heads % num_kv_heads == 0,
-                  "[ValueError] q: expected num_qo_heads a multiple of num_kv_heads = ", num_kv_heads, ", got ", num_qo_heads);
+                  "[ValueError] q: expected num_qo_heads a multiple of num_kv_heads = ", num_kv_heads, ", got ",
+                  num_qo_heads);
   STD_TORCH_CHECK(k_pages.size(1) > 0, "[ValueError] k_pages: expected page_size above 0, got 0");
   check_shape(page_table, "page_table", "[num_branches, max_pages]", {-1, -1});
   check_dtype(page_table, "page_table", ScalarType::Int);
@@ -200,8 +204,8 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
   check_index(chunks, "plan.chunks", "[max_chunks, 6]", {-1, 6});
   check_index(counts, "plan.counts", "[4]", {4});
   check_value(std::isfinite(sm_scale) && sm_scale > 0, "sm_scale", "a positive finite number", sm_scale);
-  check_value(std::isfinite(logits_soft_cap) && logits_soft_cap >= 0, "logits_soft_cap", "0 (off) or a positive finite number",
-              logits_soft_cap);
+  check_value(std::isfinite(logits_soft_cap) && logits_soft_cap >= 0, "logits_soft_cap",
+              "0 (off) or a positive finite number", logits_soft_cap);
   if (sinks) {
     check_shape(*sinks, "sinks", "[num_qo_heads]", {num_qo_heads});
     check_dtype(*sinks, "sinks", ScalarType::Float);
@@ -211,8 +215,8 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
   const int32_t* count = counts.const_data_ptr<int32_t>();
   const int64_t num_chunks = count[0], num_parts = count[1];
   STD_TORCH_CHECK(num_chunks >= 0 && num_chunks <= chunks.size(0) && num_parts >= 0,
-                  "[ValueError] plan.counts: expected at most ", chunks.size(0), " chunks, got ", num_chunks, " and ", num_parts,
-                  " parts");
+                  "[ValueError] plan.counts: expected at most ", chunks.size(0), " chunks, got ", num_chunks, " and ",
+                  num_parts, " parts");
   const ScalarType dtype = q.scalar_type();
   cpu::TreeAttentionParams p{
       .q = q.const_data_ptr(),
@@ -240,7 +244,9 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
       .sm_scale = static_cast<float>(sm_scale),
       .soft_cap = static_cast<float>(logits_soft_cap),
       .window_left = window_left,
-      .dtype = dtype == ScalarType::Float ? DType::F32 : dtype == ScalarType::BFloat16 ? DType::BF16 : DType::F16,
+      .dtype = dtype == ScalarType::Float      ? DType::F32
+               : dtype == ScalarType::BFloat16 ? DType::BF16
+                                               : DType::F16,
   };
   check_plan(p, num_q, k_pages.size(0), page_table.size(1), num_chunks, num_parts);
 
@@ -261,7 +267,8 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
   if (const std::vector<Cell> cells = cells_of(p, num_chunks, q.element_size()); !cells.empty()) {
     const double total = cells.back().begin + cells.back().per_head * static_cast<double>(num_kv_heads);
     // Waking a thread costs about as much as 20,000 cycles of work.
-    const int64_t threads = std::clamp<int64_t>(static_cast<int64_t>(total / 20000.0), 1, torch::stable::get_num_threads());
+    const int64_t threads =
+        std::clamp<int64_t>(static_cast<int64_t>(total / 20000.0), 1, torch::stable::get_num_threads());
     const auto position = [&](int64_t i) {
       return i == threads ? Position{cells.size(), 0, 0}
                           : cut(cells, num_kv_heads, static_cast<double>(i) / static_cast<double>(threads));

@@ -18,8 +18,8 @@ struct AppendKvParams {
   int64_t num_kv_heads;
   int64_t head_dim;
   int64_t page_size;
-  int64_t element_size;      // bytes
-  int64_t k_stride[2];       // token, head; in elements, as all strides
+  int64_t element_size;  // bytes
+  int64_t k_stride[2];   // token, head; in elements, as all strides
   int64_t v_stride[2];
   int64_t k_page_stride[3];  // page, token, head
   int64_t v_page_stride[3];

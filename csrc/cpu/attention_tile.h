@@ -33,7 +33,8 @@ static inline void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 template <bool Pairs>
 static inline Vec multiply_add(Vec a, Vec b, Vec c) {
 #if defined(TD_ISA_AVX512_BF16)
-  if constexpr (Pairs) return {_mm512_dpbf16_ps(c.v, (__m512bh)_mm512_castps_si512(a.v), (__m512bh)_mm512_castps_si512(b.v))};
+  if constexpr (Pairs)
+    return {_mm512_dpbf16_ps(c.v, (__m512bh)_mm512_castps_si512(a.v), (__m512bh)_mm512_castps_si512(b.v))};
 #endif
   return fma(a, b, c);
 }
@@ -126,8 +127,10 @@ static inline void transpose(Vec (&r)[Vec::N]) {
   }
   // u[4i + j], 128-bit lane l: column 4l + j of rows 4i .. 4i+3.
   for (int j = 0; j < 4; ++j) {
-    const __m512 even01 = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88), even23 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88);
-    const __m512 odd01 = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xdd), odd23 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
+    const __m512 even01 = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88),
+                 even23 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88);
+    const __m512 odd01 = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xdd),
+                 odd23 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
     r[j].v = _mm512_shuffle_f32x4(even01, even23, 0x88);
     r[8 + j].v = _mm512_shuffle_f32x4(even01, even23, 0xdd);
     r[4 + j].v = _mm512_shuffle_f32x4(odd01, odd23, 0x88);
@@ -209,7 +212,8 @@ static void pack_keys(const T* const* rows,  // [num_tokens] each [head_dim]
 // Values with lanes over dimensions; a unit holds one token's value, or (Pairs) those of tokens 2u and 2u+1.
 // Tokens past num_tokens, up to a multiple of N, become 0; so do dimensions past head_dim up to a whole register.
 template <bool Pairs, typename T>
-static void pack_values(const T* const* rows, const T* const* next, int64_t num_tokens, int64_t num_next, int64_t head_dim,
+static void pack_values(const T* const* rows, const T* const* next, int64_t num_tokens, int64_t num_next,
+                        int64_t head_dim,
                         int64_t panel_stride,  // units between panels
                         float* out) {          // [ceil(head_dim / kPanel), tokens, kPanel]
   const int64_t padded = (num_tokens + Vec::N - 1) / Vec::N * Vec::N;

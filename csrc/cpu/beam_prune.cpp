@@ -108,9 +108,11 @@ template <typename T>
 void scan(const BeamPruneParams& p, int64_t begin, int64_t end, uint64_t* buffer, uint64_t* seeds) {
   for (int64_t item = begin; item < end; ++item) {
     if (p.token_mask) {
-      p.is_logprobs ? scan_chunk<T, true, false>(p, item, buffer, seeds) : scan_chunk<T, true, true>(p, item, buffer, seeds);
+      p.is_logprobs ? scan_chunk<T, true, false>(p, item, buffer, seeds)
+                    : scan_chunk<T, true, true>(p, item, buffer, seeds);
     } else {
-      p.is_logprobs ? scan_chunk<T, false, false>(p, item, buffer, seeds) : scan_chunk<T, false, true>(p, item, buffer, seeds);
+      p.is_logprobs ? scan_chunk<T, false, false>(p, item, buffer, seeds)
+                    : scan_chunk<T, false, true>(p, item, buffer, seeds);
     }
   }
 }

@@ -66,7 +66,7 @@ inline fp16 from_float<fp16>(float x) {
   const uint32_t magnitude = u & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
   if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // rounds to >= 65536: inf
-  if (magnitude < 0x38800000u) {                                                // below 2^-14: subnormal
+  if (magnitude < 0x38800000u) {                                                 // below 2^-14: subnormal
     // Adding 0.5 lines the result's ulp up with 2^-24, so the hardware's own rounding does the work.
     const float shifted = dtypes_detail::as_float(magnitude) + 0.5f;
     return {static_cast<uint16_t>(sign | (dtypes_detail::as_bits(shifted) - 0x3f000000u))};

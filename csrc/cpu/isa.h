@@ -10,13 +10,14 @@ namespace treedecode::cpu {
 
 enum class Isa : int { Generic = 0, Avx2 = 1, Avx512 = 2, Avx512Bf16 = 3 };
 
-Isa compiled_isa();       // the best one in this build, which also holds every one below it
-Isa detected_isa();       // the best this machine can run, of those compiled in
-Isa active_isa();         // what TD_DISPATCH uses
+Isa compiled_isa();            // the best one in this build, which also holds every one below it
+Isa detected_isa();            // the best this machine can run, of those compiled in
+Isa active_isa();              // what TD_DISPATCH uses
 void set_active_isa(Isa isa);  // caller checks isa <= detected_isa()
 
 }  // namespace treedecode::cpu
 
+// clang-format off
 #if defined(TD_HAVE_X86_ISAS)
 #define TD_DECLARE_KERNEL(name, ...)                    \
   namespace treedecode::cpu::generic { __VA_ARGS__; }     \
@@ -36,3 +37,4 @@ void set_active_isa(Isa isa);  // caller checks isa <= detected_isa()
   namespace treedecode::cpu::generic { __VA_ARGS__; }
 #define TD_DISPATCH(name) (&::treedecode::cpu::generic::name)
 #endif
+// clang-format on

@@ -107,7 +107,8 @@ Fault append_slots(const PageState& s, const AppendParams& p, PageCopies& copies
   int64_t num_slots = 0;
   for (int64_t i = 0; i < p.n; ++i) {
     const int64_t q_len = p.q_lens ? p.q_lens[i] : 1, room = s.max_pages * s.page_size - s.seq_lens[p.rows[i]];
-    if (q_len < 0 || q_len > room) return {"q_lens", "lengths from 0 to the room left in the row's page table,", room, q_len, i};
+    if (q_len < 0 || q_len > room)
+      return {"q_lens", "lengths from 0 to the room left in the row's page table,", room, q_len, i};
     num_slots += q_len;
   }
   if (num_slots != p.num_slots) return {"slots", "as many as the sum of q_lens,", num_slots, p.num_slots, 0};

@@ -1,8 +1,8 @@
 // Page ops: fork, append, hold, adopt on the page state, and the copy of pages over all layers.
 //
-// Every op runs as check -> count -> commit. Check and count only read; commit cannot fail. So an op that is refused has
-// written nothing, and each phase is one loop over rows that a device kernel can take with one block.
-// The caller's thread does the bookkeeping (a few thousand integers); only page copies are spread over threads.
+// Every op runs as check -> count -> commit. Check and count only read; commit cannot fail. So an op that is refused
+// has written nothing, and each phase is one loop over rows that a device kernel can take with one block. The caller's
+// thread does the bookkeeping (a few thousand integers); only page copies are spread over threads.
 #pragma once
 
 #include <cstdint>
@@ -64,7 +64,7 @@ struct CopyPagesParams {
   const int32_t* dst;         // [n]; negative = skip
   const int32_t* num_tokens;  // [n] or nullptr: whole pages
   int64_t n;
-  int64_t num_planes;       // num_layers * 2
+  int64_t num_planes;  // num_layers * 2
   int64_t num_kv_heads;
   int64_t head_bytes;       // page_size * head_dim * element size
   int64_t token_bytes;      // head_dim * element size

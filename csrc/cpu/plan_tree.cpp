@@ -22,7 +22,8 @@ int64_t common_prefix(const int32_t* a, const int32_t* b, int64_t n) {
   return i;
 }
 
-// A run of pages shared by the rows [row_begin, row_end) and no others. A leaf is what one row has alone, maybe nothing.
+// A run of pages shared by the rows [row_begin, row_end) and no others. A leaf is what one row has alone, maybe
+// nothing.
 struct Node {
   int32_t row_begin, row_end;
   int32_t page_begin, page_end;
@@ -66,8 +67,8 @@ class Planner {
     }
   }
 
-  // Goes down from the roots. Where keeping a node costs its rows more in extra partials than its children would pay for
-  // reading its pages once each, its pages are given to the children.
+  // Goes down from the roots. Where keeping a node costs its rows more in extra partials than its children would pay
+  // for reading its pages once each, its pages are given to the children.
   void fold() {
     for (int32_t i = next_in_preorder(0); i >= 0; i = next_in_preorder(i)) {
       Node& v = nodes_[i];

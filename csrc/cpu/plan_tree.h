@@ -11,9 +11,9 @@ inline constexpr int64_t kChunkColumns = 6;
 
 // The cost model, in whole numbers so that every implementation of the op cuts alike. The unit is one packed row
 // (query token x query head of a kv head) attending to one token.
-inline constexpr int64_t kReadRows = 16;          // reading one token's K and V costs as much as this many packed rows
-inline constexpr int64_t kPartTokens = 32;        // a packed row's partial costs as much as attending to this many tokens
-inline constexpr int64_t kTargetItems = 128;      // work items (chunk x kv head) aimed at in one step
+inline constexpr int64_t kReadRows = 16;      // reading one token's K and V costs as much as this many packed rows
+inline constexpr int64_t kPartTokens = 32;    // a packed row's partial costs as much as attending to this many tokens
+inline constexpr int64_t kTargetItems = 128;  // work items (chunk x kv head) aimed at in one step
 inline constexpr int64_t kMinChunkTokens = 128;   // a node is not cut below this
 inline constexpr int64_t kMaxChunkTokens = 2048;  // nor left longer than this (or one page, if that is more)
 
@@ -33,9 +33,9 @@ struct PlanTreeParams {
   int64_t num_kv_heads;
 };
 
-// Worst case over all page tables of this shape. A forest with B leaves has at most 2B - 1 nodes that hold tokens, a node
-// of n whole pages is cut into at most 1 + n * page_size / 128 chunks of whole pages, and the nodes' pages add up to at
-// most B * max_pages.
+// Worst case over all page tables of this shape. A forest with B leaves has at most 2B - 1 nodes that hold tokens, a
+// node of n whole pages is cut into at most 1 + n * page_size / 128 chunks of whole pages, and the nodes' pages add up
+// to at most B * max_pages.
 inline int64_t max_chunks(int64_t num_rows, int64_t max_pages, int64_t page_size) {
   const int64_t pages = num_rows * max_pages;
   return std::min(pages, std::max<int64_t>(0, 2 * num_rows - 1) + pages * page_size / kMinChunkTokens);

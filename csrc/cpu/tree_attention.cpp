@@ -15,18 +15,18 @@ constexpr int64_t kScoreStride = kTile + 16;
 
 // One thread's buffers; sizes as in tree_attention_scratch.
 struct Scratch {
-  float* q;             // [kBlockRows, units]
-  float* o;             // [kBlockRows, ceil(head_dim / 64) * 64] unnormalised output
-  float* s;             // [kStripRows, kScoreStride] scores, then probabilities
-  float* k;             // [kTile / kPanel, units, kPanel]
-  float* v;             // [ceil(head_dim / kPanel), kTile, kPanel]
-  float* max;           // [kBlockRows] running maximum, log2 units
-  float* sum;           // [kBlockRows] running sum of 2^(score - max)
-  float* rescale;       // [kBlockRows] factor of this tile for the older sums
-  int32_t* begin;       // [kBlockRows] keys the row sees, relative to the chunk
-  int32_t* end;         // [kBlockRows]
-  int32_t* branch;      // [kBlockRows] row of the page table
-  const void** rows[4]; // [kTile] token rows of K and V: this tile's, the next one's
+  float* q;              // [kBlockRows, units]
+  float* o;              // [kBlockRows, ceil(head_dim / 64) * 64] unnormalised output
+  float* s;              // [kStripRows, kScoreStride] scores, then probabilities
+  float* k;              // [kTile / kPanel, units, kPanel]
+  float* v;              // [ceil(head_dim / kPanel), kTile, kPanel]
+  float* max;            // [kBlockRows] running maximum, log2 units
+  float* sum;            // [kBlockRows] running sum of 2^(score - max)
+  float* rescale;        // [kBlockRows] factor of this tile for the older sums
+  int32_t* begin;        // [kBlockRows] keys the row sees, relative to the chunk
+  int32_t* end;          // [kBlockRows]
+  int32_t* branch;       // [kBlockRows] row of the page table
+  const void** rows[4];  // [kTile] token rows of K and V: this tile's, the next one's
 };
 
 Scratch carve(const TreeAttentionParams& p, void* memory) {
@@ -91,7 +91,9 @@ void softmax_row(const TreeAttentionParams& p, float* s, int64_t begin, int64_t 
     rescale = old_max == -kInf ? 0.0f : factor[0];
   }
   const Vec base = Vec::set(row_max == -kInf ? 0.0f : row_max), factor = Vec::set(scale);
-  const auto probability = [&](int64_t i) { return exp2_nonpositive(fma(Vec::load(s + i), factor, Vec::zero() - base)); };
+  const auto probability = [&](int64_t i) {
+    return exp2_nonpositive(fma(Vec::load(s + i), factor, Vec::zero() - base));
+  };
   Vec total = Vec::zero();
 #if defined(TD_ISA_AVX512_BF16)
   if constexpr (Pairs) {
@@ -123,7 +125,8 @@ void write_row(const float* o, int64_t head_dim, float factor, T* out) {
   const Vec f = Vec::set(factor);
   int64_t d = 0;
   for (; d + Vec::N <= head_dim; d += Vec::N) (Vec::load(o + d) * f).store(out + d);
-  if (d < head_dim) (Vec::load_n(o + d, static_cast<int>(head_dim - d)) * f).store_n(out + d, static_cast<int>(head_dim - d));
+  if (d < head_dim)
+    (Vec::load_n(o + d, static_cast<int>(head_dim - d)) * f).store_n(out + d, static_cast<int>(head_dim - d));
 }
 
 // The denominator's sink: (lse, factor of out) with the sink's logit in it.
@@ -140,11 +143,12 @@ WithSink add_sink(const TreeAttentionParams& p, int64_t head, double lse) {
 }
 
 template <typename T>
-void finish_row(const TreeAttentionParams& p, int64_t token, int64_t b, int64_t path_ordinal, int64_t head, const float* o,
-                float row_max, float row_sum) {
+void finish_row(const TreeAttentionParams& p, int64_t token, int64_t b, int64_t path_ordinal, int64_t head,
+                const float* o, float row_max, float row_sum) {
   // sum == 0: no key seen, o was never written. (NaN is not 0.)
   const bool empty = row_sum == 0.0f;
-  const double lse = empty ? -std::numeric_limits<double>::infinity() : row_max * kLn2 + std::log(static_cast<double>(row_sum));
+  const double lse =
+      empty ? -std::numeric_limits<double>::infinity() : row_max * kLn2 + std::log(static_cast<double>(row_sum));
   const int64_t parts = num_parts(p, b);
   if (parts > 1) {
     const int64_t at = (p.part_indptr[b] + (token - p.q_indptr[b]) * parts + path_ordinal) * p.num_qo_heads + head;
@@ -182,8 +186,8 @@ int64_t find_rows(const TreeAttentionParams& p, const int32_t* chunk, int64_t kv
 }
 
 template <bool Pairs, typename T>
-void attend_block(const TreeAttentionParams& p, const int32_t* chunk, int64_t kv_head, int64_t row_begin, int64_t row_end,
-                  const int32_t* next_chunk, int64_t next_head, const Scratch& x) {
+void attend_block(const TreeAttentionParams& p, const int32_t* chunk, int64_t kv_head, int64_t row_begin,
+                  int64_t row_end, const int32_t* next_chunk, int64_t next_head, const Scratch& x) {
   const int64_t group = p.num_qo_heads / p.num_kv_heads;
   const int64_t units = Pairs ? p.head_dim / 2 : p.head_dim;
   const int64_t o_stride = (p.head_dim + kPanel - 1) / kPanel * kPanel;
@@ -224,12 +228,14 @@ void attend_block(const TreeAttentionParams& p, const int32_t* chunk, int64_t kv
     // What to prefetch while this tile is worked on: the next one, be it of this item or of the next.
     int64_t next_count = find(tile + kTile, x.rows[2 - current], x.rows[3 - current]);
     if (next_count == 0 && next_chunk) {
-      next_count = find_rows<T>(p, next_chunk, next_head, next_chunk[2], next_chunk[3], x.rows[2 - current], x.rows[3 - current]);
+      next_count = find_rows<T>(p, next_chunk, next_head, next_chunk[2], next_chunk[3], x.rows[2 - current],
+                                x.rows[3 - current]);
     }
-    pack_keys<Pairs>(reinterpret_cast<const T* const*>(x.rows[current]), reinterpret_cast<const T* const*>(x.rows[2 - current]),
-                     count, next_count, units, x.k);
+    pack_keys<Pairs>(reinterpret_cast<const T* const*>(x.rows[current]),
+                     reinterpret_cast<const T* const*>(x.rows[2 - current]), count, next_count, units, x.k);
     pack_values<Pairs>(reinterpret_cast<const T* const*>(x.rows[current + 1]),
-                       reinterpret_cast<const T* const*>(x.rows[3 - current]), count, next_count, p.head_dim, v_panel_stride, x.v);
+                       reinterpret_cast<const T* const*>(x.rows[3 - current]), count, next_count, p.head_dim,
+                       v_panel_stride, x.v);
     for (int64_t strip = 0; strip < n; strip += kStripRows) {
       const int64_t rows = n - strip < kStripRows ? n - strip : kStripRows;
       int64_t begin = count, end = 0;
@@ -244,8 +250,8 @@ void attend_block(const TreeAttentionParams& p, const int32_t* chunk, int64_t kv
       end = ((end < count ? end : count) + Vec::N - 1) / Vec::N * Vec::N;
       for (int64_t t = begin; t < end; t += kPanel) {
         const int64_t lanes = end - t < kPanel ? end - t : kPanel;
-        multiply_panel<Pairs>(rows, lanes / Vec::N, x.q + strip * units, units, x.k + t * units, units, nullptr, x.s + t,
-                              kScoreStride);
+        multiply_panel<Pairs>(rows, lanes / Vec::N, x.q + strip * units, units, x.k + t * units, units, nullptr,
+                              x.s + t, kScoreStride);
       }
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t from = x.begin[strip + r] - tile, to = x.end[strip + r] - tile;
@@ -257,8 +263,8 @@ void attend_block(const TreeAttentionParams& p, const int32_t* chunk, int64_t kv
       for (int64_t d = 0; d < p.head_dim; d += kPanel) {
         const int64_t lanes = p.head_dim - d < kPanel ? p.head_dim - d : kPanel;
         multiply_panel<Pairs>(rows, (lanes + Vec::N - 1) / Vec::N, x.s + skip, kScoreStride,
-                              x.v + d / kPanel * v_panel_stride + skip * kPanel, depth, started & bit ? x.rescale : nullptr,
-                              x.o + strip * o_stride + d, o_stride);
+                              x.v + d / kPanel * v_panel_stride + skip * kPanel, depth,
+                              started & bit ? x.rescale : nullptr, x.o + strip * o_stride + d, o_stride);
       }
       started |= bit;
     }
@@ -286,7 +292,8 @@ void merge_token(const TreeAttentionParams& p, int64_t token, int64_t first_part
     }
     if (high == -kInf && !nan) {
       for (int64_t d = 0; d < p.head_dim; ++d) out[d] = from_float<T>(0.0f);
-      p.lse[token * p.num_qo_heads + head] = static_cast<float>(add_sink(p, head, -std::numeric_limits<double>::infinity()).lse);
+      p.lse[token * p.num_qo_heads + head] =
+          static_cast<float>(add_sink(p, head, -std::numeric_limits<double>::infinity()).lse);
       continue;
     }
     double total = 0.0;
@@ -305,13 +312,15 @@ void merge_token(const TreeAttentionParams& p, int64_t token, int64_t first_part
         const float* part = p.part_out + part_of(i, head) * p.head_dim + d;
         for (int64_t j = 0; j * Vec::N < width; ++j) {
           const int64_t left = width - j * Vec::N;
-          const Vec value = left >= Vec::N ? Vec::load(part + j * Vec::N) : Vec::load_n(part + j * Vec::N, static_cast<int>(left));
+          const Vec value =
+              left >= Vec::N ? Vec::load(part + j * Vec::N) : Vec::load_n(part + j * Vec::N, static_cast<int>(left));
           acc[j] = fma(weight, value, acc[j]);
         }
       }
       for (int64_t j = 0; j * Vec::N < width; ++j) {
         const int64_t left = width - j * Vec::N;
-        left >= Vec::N ? acc[j].store(out + d + j * Vec::N) : acc[j].store_n(out + d + j * Vec::N, static_cast<int>(left));
+        left >= Vec::N ? acc[j].store(out + d + j * Vec::N)
+                       : acc[j].store_n(out + d + j * Vec::N, static_cast<int>(left));
       }
     }
   }
@@ -326,7 +335,8 @@ void attend(const TreeAttentionParams& p, const TreeAttentionItem& item, const T
 
 }  // namespace
 
-void tree_attention(const TreeAttentionParams& p, const TreeAttentionItem& item, const TreeAttentionItem* next, void* scratch) {
+void tree_attention(const TreeAttentionParams& p, const TreeAttentionItem& item, const TreeAttentionItem* next,
+                    void* scratch) {
   switch (p.dtype) {
     case DType::F32: return attend<false, float>(p, item, next, scratch);
     case DType::BF16: return attend<kHavePairs, bf16>(p, item, next, scratch);

@@ -75,11 +75,10 @@ static inline int64_t tree_attention_scratch(int64_t head_dim) {
 
 }  // namespace treedecode::cpu
 
-// Computes one item; the pages of `next`, if not null, are prefetched meanwhile. Writes `out`/`lse` where the branch has
-// one part, its partial otherwise. A row's result does not depend on which rows are computed with it.
-TD_DECLARE_KERNEL(tree_attention,
-                  void tree_attention(const TreeAttentionParams& p, const TreeAttentionItem& item,
-                                      const TreeAttentionItem* next, void* scratch))
+// Computes one item; the pages of `next`, if not null, are prefetched meanwhile. Writes `out`/`lse` where the branch
+// has one part, its partial otherwise. A row's result does not depend on which rows are computed with it.
+TD_DECLARE_KERNEL(tree_attention, void tree_attention(const TreeAttentionParams& p, const TreeAttentionItem& item,
+                                                      const TreeAttentionItem* next, void* scratch))
 
 // Merges the parts of rows (branches) [row_begin, row_end) along their paths; branches of one part are left alone.
 TD_DECLARE_KERNEL(tree_attention_merge,

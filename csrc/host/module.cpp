@@ -19,11 +19,12 @@ struct Int32Array {
 
   Int32Array(const py::array& array, const char* name) {
     if (!array.dtype().equal(py::dtype::of<int32_t>())) {
-      throw py::type_error(std::string(name) + ": expected dtype int32, got " + py::str(array.dtype()).cast<std::string>());
+      throw py::type_error(std::string(name) + ": expected dtype int32, got " +
+                           py::str(array.dtype()).cast<std::string>());
     }
     if (array.ndim() != 1 || !(array.flags() & py::array::c_style)) {
-      throw py::value_error(std::string(name) + ": expected a contiguous 1-d array, got " + std::to_string(array.ndim()) +
-                            " dimensions");
+      throw py::value_error(std::string(name) + ": expected a contiguous 1-d array, got " +
+                            std::to_string(array.ndim()) + " dimensions");
     }
     data = static_cast<const int32_t*>(array.data());
     size = array.size();
@@ -110,10 +111,12 @@ Args:
 
 Returns:
     int32 array of the pages it let go, in order.)")
-      .def("pages", [](PrefixIndex& index) { return to_array(without_gil([&] { return index.pages(); })); },
-           "All pages held, ascending, int32.")
-      .def("clear", [](PrefixIndex& index) { return to_array(without_gil([&] { return index.clear(); })); },
-           "Lets go of everything; returns those pages, int32.")
+      .def(
+          "pages", [](PrefixIndex& index) { return to_array(without_gil([&] { return index.pages(); })); },
+          "All pages held, ascending, int32.")
+      .def(
+          "clear", [](PrefixIndex& index) { return to_array(without_gil([&] { return index.clear(); })); },
+          "Lets go of everything; returns those pages, int32.")
       .def("check_integrity", &PrefixIndex::check_integrity, py::call_guard<py::gil_scoped_release>(),
            "Raises RuntimeError naming the invariant that is broken.");
 }

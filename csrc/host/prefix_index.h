@@ -31,10 +31,10 @@ class PrefixIndex {
   std::vector<int32_t> match(const int32_t* tokens /* [num_tokens] */, int64_t num_tokens);
 
   // Makes the whole pages of `tokens` known; returns those pages the index did not hold before. Where the tokens are
-  // known already the index keeps its own pages. Throws std::invalid_argument, with nothing changed, when a page it would
-  // take is negative, appears twice or is held already.
-  std::vector<int32_t> insert(const int32_t* tokens /* [num_pages * page_size] */, const int32_t* pages /* [num_pages] */,
-                              int64_t num_pages);
+  // known already the index keeps its own pages. Throws std::invalid_argument, with nothing changed, when a page it
+  // would take is negative, appears twice or is held already.
+  std::vector<int32_t> insert(const int32_t* tokens /* [num_pages * page_size] */,
+                              const int32_t* pages /* [num_pages] */, int64_t num_pages);
 
   // Lets go of up to `max_pages` pages that nothing else refers to (refcount 1), least recently used leaves first.
   std::vector<int32_t> evict(int64_t max_pages, const int32_t* refcount /* [num_refcounts] */, int64_t num_refcounts);
@@ -48,8 +48,8 @@ class PrefixIndex {
  private:
   struct Node;
   struct Path {
-    Node* node;          // where the known prefix ends; the root when nothing is known
-    int64_t num_known;   // pages
+    Node* node;         // where the known prefix ends; the root when nothing is known
+    int64_t num_known;  // pages
   };
 
   Path walk(const int32_t* tokens, int64_t num_pages);

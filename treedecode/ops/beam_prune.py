@@ -45,7 +45,7 @@ def beam_prune(
         )
         return scores.float(), parent, token, lse.float()
     op = torch.ops.treedecode.beam_prune.default
-    return call(op, logits, cum_logprobs, group_indptr, num_candidates, token_mask, is_logprobs)  # type: ignore[no-any-return]
+    return call(op, logits, cum_logprobs, group_indptr, num_candidates, token_mask, is_logprobs)
 
 
 @torch.library.register_fake("treedecode::beam_prune")

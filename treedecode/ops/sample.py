@@ -62,7 +62,7 @@ def sample(
         rows = {name: value.expand(logits.shape[0]) for name, value in zip(names, settings, strict=True)}
         token, logprob, entropy = reference.sample(logits, **rows, token_mask=token_mask)
         return token, logprob.float(), entropy.float()
-    return call(torch.ops.treedecode.sample.default, logits, *settings, token_mask)  # type: ignore[no-any-return]
+    return call(torch.ops.treedecode.sample.default, logits, *settings, token_mask)
 
 
 def _per_row(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
