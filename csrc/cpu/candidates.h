@@ -11,6 +11,7 @@ namespace treedecode::cpu::TD_ISA {
 
 struct Candidates {
   static constexpr int64_t kMaxSeeds = 2048;
+  static constexpr int64_t kMaxSorted = 64;
   static int64_t buffer_len(int64_t k) { return 2 * k + 128; }
   // Elements between two looks at the threshold: so many that k candidates are a minority.
   static int64_t block_len(int64_t k) { return k <= 64 ? 1024 : k <= 256 ? 4096 : 16384; }
@@ -21,9 +22,10 @@ struct Candidates {
   int64_t n = 0;
   // A new candidate must be above it; at a tie the earlier token, which is already here, wins.
   float threshold = -std::numeric_limits<float>::infinity();
-  bool compacted = true;
+  bool busy = true;       // the last block brought many candidates
   float seed = 0.0f;      // at least k tokens of this block reach it,
   int64_t seed_left = 0;  // and once this many of them are here, later ones must be above it
+  int64_t num_inserted = 0, num_before = 0;  // in all; before the block
 
   void raise(float value) { threshold = value > threshold ? value : threshold; }
 
@@ -31,7 +33,6 @@ struct Candidates {
     const float kth = key_value(keep_largest(keys, n, k));
     n = k;
     raise(kth);
-    compacted = true;
   }
 
   __attribute__((noinline)) void insert(Vec x, uint32_t lanes, int64_t token) {
@@ -40,10 +41,23 @@ struct Candidates {
     for (; lanes; lanes &= lanes - 1) {
       const int lane = __builtin_ctz(lanes);
       if (!(value[lane] > threshold)) continue;
-      keys[n++] = make_key(value[lane], static_cast<uint32_t>(token + lane));
+      put(make_key(value[lane], static_cast<uint32_t>(token + lane)));
+      ++num_inserted;
       if (--seed_left == 0) raise(seed);
-      if (n == buffer_len(k)) compact();
     }
+  }
+
+  void put(uint64_t key) {
+    if (k > kMaxSorted) {
+      keys[n++] = key;
+      if (n == buffer_len(k)) compact();
+      return;
+    }
+    // Few: always the best so far in order, so that the threshold is as high as it can be.
+    int64_t j = n < k ? n++ : k - 1;
+    for (; j > 0 && keys[j - 1] < key; --j) keys[j] = keys[j - 1];
+    keys[j] = key;
+    if (n == k) raise(key_value(keys[k - 1]));
   }
 
   // Where the last block brought many candidates, raises the threshold to what at least k tokens of the next one reach:
@@ -51,8 +65,10 @@ struct Candidates {
   // every element a candidate. load(i) gives lanes i to i + Vec::N.
   template <typename Load>
   void begin_block(int64_t begin, int64_t end, const Load& load) {
-    if (!compacted) return;
-    compacted = false;
+    busy |= 2 * (num_inserted - num_before) >= k;
+    num_before = num_inserted;
+    if (!busy) return;
+    busy = false;
     const int64_t num = (k + Vec::N - 1) / Vec::N * Vec::N;
     if (num > kMaxSeeds || end - begin < 2 * num) return;
     alignas(64) float maxima[kMaxSeeds];

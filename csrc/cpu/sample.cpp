@@ -38,6 +38,7 @@ struct Sums {
   double log_sum = 0;  // of exp(x - ref) * (x - ref) / ln 2
   double mass = 0;     // of exp((x - ref) / temperature)
   double above[kBars] = {};  // the part of mass from tokens above each bar
+  int64_t num_in_band = 0;   // tokens in (bars[2], bars[1]]
   float top = -kInf;
 };
 
@@ -45,7 +46,7 @@ enum class Collect { kNothing, kBars, kCandidates };
 
 // The pass that reads the row from memory.
 template <Collect C, bool Tempered, typename R>
-Sums sum_row(const R& row, float ref, float inv_temperature, const float* bars, Candidates* candidates) {
+Sums sum_row(const R& row, float ref, float inv_temperature, const float* bars, float* band, Candidates* candidates) {
   Sums out;
   Vec top = Vec::set(-kInf);
   const Vec base = Vec::set(ref), scale = Vec::set(kLog2E), inverse = Vec::set(inv_temperature);
@@ -68,8 +69,10 @@ Sums sum_row(const R& row, float ref, float inv_temperature, const float* bars, 
       }
       if constexpr (C == Collect::kBars) {
         a0 = add_if(v > Vec::set(bars[0]), a0, u);
-        a1 = add_if(v > Vec::set(bars[1]), a1, u);
-        a2 = add_if(v > Vec::set(bars[2]), a2, u);
+        const Mask upper = v > Vec::set(bars[1]), lower = v > Vec::set(bars[2]);
+        a1 = add_if(upper, a1, u);
+        a2 = add_if(lower, a2, u);
+        out.num_in_band += compress(band + out.num_in_band, v, lower & !upper);
         a3 = add_if(v > Vec::set(bars[3]), a3, u);
       }
       if constexpr (C == Collect::kCandidates) {
@@ -167,8 +170,8 @@ struct RowSampler {
     if (C == Collect::kCandidates) candidates = Candidates{scratch.keys, scratch.seeds, s.top_k};
     // Candidates are weighed later, alone.
     return tempered() && C != Collect::kCandidates
-               ? sum_row<C, true>(row, ref, inv_temperature, bars, &candidates)
-               : sum_row<C, false>(row, ref, 1.0f, bars, &candidates);
+               ? sum_row<C, true>(row, ref, inv_temperature, bars, scratch.band, &candidates)
+               : sum_row<C, false>(row, ref, 1.0f, bars, scratch.band, &candidates);
   }
 
   template <Collect C>
@@ -195,7 +198,8 @@ struct RowSampler {
     const double target = static_cast<double>(s.top_p) * sums.mass;
     int bar = 0;
     while (bar < kBars && sums.above[bar] < target) ++bar;
-    const int64_t n = collect(bar < kBars ? bars[bar] : -kInf, bar > 0 ? bars[bar - 1] : kInf);
+    const int64_t n = bar == 2 ? sums.num_in_band  // as a rule: the probe's guess was right
+                               : collect(bar < kBars ? bars[bar] : -kInf, bar > 0 ? bars[bar - 1] : kInf);
     if (n == 0) return {};  // top_p so near 1 that rounding has eaten the rest
     return find_border<true>(scratch.band, n, bar > 0 ? sums.above[bar - 1] : 0.0, target, ref, scale);
   }

@@ -93,6 +93,7 @@ static inline Mask operator<(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v
 static inline Mask is_nan(Vec a) { return {_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q)}; }
 static inline Mask operator&(Mask a, Mask b) { return {static_cast<__mmask16>(a.m & b.m)}; }
 static inline Mask operator|(Mask a, Mask b) { return {static_cast<__mmask16>(a.m | b.m)}; }
+static inline Mask operator!(Mask a) { return {static_cast<__mmask16>(~a.m)}; }
 static inline Mask mask_from_bits(uint32_t bits) { return {static_cast<__mmask16>(bits)}; }
 static inline Vec select(Mask m, Vec yes, Vec no) { return {_mm512_mask_blend_ps(m.m, no.v, yes.v)}; }
 
@@ -184,6 +185,7 @@ static inline Mask operator<(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CM
 static inline Mask is_nan(Vec a) { return {_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)}; }
 static inline Mask operator&(Mask a, Mask b) { return {_mm256_and_ps(a.m, b.m)}; }
 static inline Mask operator|(Mask a, Mask b) { return {_mm256_or_ps(a.m, b.m)}; }
+static inline Mask operator!(Mask a) { return {_mm256_xor_ps(a.m, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))}; }
 static inline Mask mask_from_bits(uint32_t bits) {
   const __m256i lane = _mm256_set_epi32(128, 64, 32, 16, 8, 4, 2, 1);
   const __m256i hit = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane);
@@ -278,6 +280,7 @@ static inline Mask operator<(Vec a, Vec b) TD_COMPARE(a.v[i] < b.v[i])
 static inline Mask is_nan(Vec a) TD_COMPARE(a.v[i] != a.v[i])
 static inline Mask operator&(Mask a, Mask b) TD_COMPARE((a.m[i] & b.m[i]) != 0)
 static inline Mask operator|(Mask a, Mask b) TD_COMPARE((a.m[i] | b.m[i]) != 0)
+static inline Mask operator!(Mask a) TD_COMPARE(a.m[i] == 0)
 static inline Mask mask_from_bits(uint32_t bits) TD_COMPARE(((bits >> i) & 1u) != 0)
 static inline Vec select(Mask m, Vec yes, Vec no) TD_LANEWISE(m.m[i] ? yes.v[i] : no.v[i])
 static inline Vec scale_by_pow2(Vec x, Vec n) TD_LANEWISE(std::ldexp(x.v[i], static_cast<int>(n.v[i])))
