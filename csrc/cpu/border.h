@@ -39,14 +39,14 @@ static inline int compress(float* to, Vec x, Mask m) {
 struct Border {
   float value = -kInf;
   int64_t ties = std::numeric_limits<int64_t>::max();
-  double kept = -1;  // what it keeps, mass or number; negative = not known
 };
 
 // The border of the shortest prefix of the ranking that holds `target`. x are the tokens the border can be at, n > 0, in
 // any order; `base` is what the tokens above them hold. Tokens count their mass 2^((x - ref) * scale), or one each.
 // Eight-way search by value: each round keeps the eighth of the range the border is in.
 template <bool Mass>
-Border find_border(float* x /* [n], overwritten */, int64_t n, double base, double target, float ref, float scale) {
+Border find_border(const float* x /* [n] */, float* work /* [n], may be x */, int64_t n, double base, double target,
+                   float ref, float scale) {
   constexpr int64_t kFew = 48;
   uint64_t keys[kFew];
   const auto weight_of = [&](float v) -> double {
@@ -57,7 +57,7 @@ Border find_border(float* x /* [n], overwritten */, int64_t n, double base, doub
     const double weight = weight_of(value);
     const double wanted = std::ceil((target - base) / weight);
     const int64_t ties = wanted >= 1 ? (wanted < static_cast<double>(count) ? static_cast<int64_t>(wanted) : count) : 1;
-    return Border{value, ties, base + static_cast<double>(ties) * weight};
+    return Border{value, ties};
   };
   while (n > kFew) {
     Vec low = Vec::set(kInf), high = Vec::set(-kInf);
@@ -92,13 +92,14 @@ Border find_border(float* x /* [n], overwritten */, int64_t n, double base, doub
     const float hi = j > 0 ? split[j - 1] : kInf, lo = j < kSplits ? split[j] : -kInf;
     if (j > 0) base += above[j - 1];
     int64_t m = 0;
-    for (int64_t i = 0; i < n; i += Vec::N) {  // in place: what is written lies before what is read next
+    for (int64_t i = 0; i < n; i += Vec::N) {  // work may be x: what is written lies before what is read next
       const Vec v = Vec::load_n(x + i, n - i < Vec::N ? static_cast<int>(n - i) : Vec::N, -kInf);
       float chosen[Vec::N];
       const int count = compress(chosen, v, (v > Vec::set(lo)) & (Vec::set(hi) >= v));
-      for (int lane = 0; lane < count; ++lane) x[m + lane] = chosen[lane];
+      for (int lane = 0; lane < count; ++lane) work[m + lane] = chosen[lane];
       m += count;
     }
+    x = work;
     n = m;
   }
   for (int64_t i = 0; i < n; ++i) keys[i] = make_key(x[i], static_cast<uint32_t>(i));

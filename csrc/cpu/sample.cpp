@@ -10,7 +10,7 @@ namespace treedecode::cpu::TD_ISA {
 namespace {
 
 constexpr double kLn2 = 0.693147180559945309417;
-constexpr int64_t kBlock = 2048;
+constexpr int64_t kBlock = SampleScratch::kBlock;
 constexpr int kBars = 4;
 
 template <typename T, bool Masked>
@@ -46,8 +46,11 @@ enum class Collect { kNothing, kBars, kCandidates };
 
 // The pass that reads the row from memory.
 template <Collect C, bool Tempered, typename R>
-Sums sum_row(const R& row, float ref, float inv_temperature, const float* bars, float* band, Candidates* candidates) {
+Sums sum_row(const R& row, float ref, float inv_temperature, const float* bars, const SampleScratch& scratch,
+             Candidates* candidates) {
   Sums out;
+  const Vec bar0 = Vec::set(bars[0]), bar1 = Vec::set(bars[1]), bar2 = Vec::set(bars[2]), bar3 = Vec::set(bars[3]);
+  float* band = scratch.band;
   Vec top = Vec::set(-kInf);
   const Vec base = Vec::set(ref), scale = Vec::set(kLog2E), inverse = Vec::set(inv_temperature);
   const int64_t len = C == Collect::kCandidates ? Candidates::block_len(candidates->k) : kBlock;
@@ -68,12 +71,12 @@ Sums sum_row(const R& row, float ref, float inv_temperature, const float* bars, 
         z += u;
       }
       if constexpr (C == Collect::kBars) {
-        a0 = add_if(v > Vec::set(bars[0]), a0, u);
-        const Mask upper = v > Vec::set(bars[1]), lower = v > Vec::set(bars[2]);
+        const Mask upper = v > bar1, lower = v > bar2;
+        a0 = add_if(v > bar0, a0, u);
         a1 = add_if(upper, a1, u);
         a2 = add_if(lower, a2, u);
-        out.num_in_band += compress(band + out.num_in_band, v, lower & !upper);
-        a3 = add_if(v > Vec::set(bars[3]), a3, u);
+        a3 = add_if(v > bar3, a3, u);
+        band += compress(band, v, lower & !upper);
       }
       if constexpr (C == Collect::kCandidates) {
         const Mask m = v > Vec::set(candidates->threshold);
@@ -83,15 +86,21 @@ Sums sum_row(const R& row, float ref, float inv_temperature, const float* bars, 
     const double sum = s.sum();
     out.sum += sum;
     out.log_sum += e.sum();
-    out.mass += Tempered ? static_cast<double>(z.sum()) : sum;
+    const double mass = Tempered ? static_cast<double>(z.sum()) : sum;
+    out.mass += mass;
+    if constexpr (C == Collect::kNothing) scratch.masses[begin / kBlock] = mass;
     if constexpr (C == Collect::kBars) {
       out.above[0] += a0.sum();
-      out.above[1] += a1.sum();
+      const double above = a1.sum();
+      scratch.masses[begin / kBlock] = above;
+      scratch.ends[begin / kBlock] = band - scratch.band;
+      out.above[1] += above;
       out.above[2] += a2.sum();
       out.above[3] += a3.sum();
     }
   }
   out.top = top.max();
+  out.num_in_band = band - scratch.band;
   return out;
 }
 
@@ -126,25 +135,28 @@ struct Probe {
   void bars(double tail, float inv_temperature, float out[kBars]) const {
     constexpr int kBins = 1024, kBinsPerBit = 32;
     float mass[kBins] = {};
-    double total = 0;
+    Vec sum = Vec::zero();
     const float scale = kLog2E * inv_temperature;
     for (int64_t i = 0; i < n; i += Vec::N) {
       float bits[Vec::N], weight[Vec::N];
       const Vec t = (Vec::load(x + i) - Vec::set(top)) * Vec::set(scale);
-      exp2(t).store(weight);
+      const Vec w = exp2(t);
+      sum += w;
+      w.store(weight);
       // NaN and -inf end up in the last bin.
       min(Vec::set(kBins - 1.0f), t * Vec::set(-1.0f * kBinsPerBit)).store(bits);
       for (int lane = 0; lane < Vec::N; ++lane) {
         const float bin = bits[lane];
         mass[bin >= 0.0f ? static_cast<int>(bin) : kBins - 1] += weight[lane];
-        total += weight[lane];
       }
     }
     static constexpr double kShare[kBars] = {2.5, 1.2, 0.85, 0.4};
-    double below = 0;
+    const float total = sum.sum();
+    float below = 0;
     int bin = kBins - 1;
     for (int bar = kBars - 1; bar >= 0; --bar) {
-      for (; bin > 0 && below + mass[bin] <= kShare[bar] * tail * total; --bin) below += mass[bin];
+      const float share = static_cast<float>(kShare[bar] * tail) * total;
+      for (; bin > 0 && below + mass[bin] <= share; --bin) below += mass[bin];
       out[bar] = top - static_cast<float>(bin + (bar < 2 ? 0 : 1)) / (kBinsPerBit * scale);
     }
   }
@@ -162,7 +174,9 @@ struct RowSampler {
   float scale;            // log2(e) / temperature
   Sums sums;
   Candidates candidates;
+  bool weighed = false;  // scratch.masses (and ties) are what the filters keep
 
+  int64_t num_blocks() const { return (row.vocab + kBlock - 1) / kBlock; }
   bool tempered() const { return s.temperature != 1.0f; }
 
   template <Collect C>
@@ -170,8 +184,8 @@ struct RowSampler {
     if (C == Collect::kCandidates) candidates = Candidates{scratch.keys, scratch.seeds, s.top_k};
     // Candidates are weighed later, alone.
     return tempered() && C != Collect::kCandidates
-               ? sum_row<C, true>(row, ref, inv_temperature, bars, scratch.band, &candidates)
-               : sum_row<C, false>(row, ref, 1.0f, bars, scratch.band, &candidates);
+               ? sum_row<C, true>(row, ref, inv_temperature, bars, scratch, &candidates)
+               : sum_row<C, false>(row, ref, 1.0f, bars, scratch, &candidates);
   }
 
   template <Collect C>
@@ -198,10 +212,32 @@ struct RowSampler {
     const double target = static_cast<double>(s.top_p) * sums.mass;
     int bar = 0;
     while (bar < kBars && sums.above[bar] < target) ++bar;
-    const int64_t n = bar == 2 ? sums.num_in_band  // as a rule: the probe's guess was right
-                               : collect(bar < kBars ? bars[bar] : -kInf, bar > 0 ? bars[bar - 1] : kInf);
+    const bool guessed = bar == 2;
+    const int64_t n = guessed ? sums.num_in_band
+                              : collect(bar < kBars ? bars[bar] : -kInf, bar > 0 ? bars[bar - 1] : kInf);
     if (n == 0) return {};  // top_p so near 1 that rounding has eaten the rest
-    return find_border<true>(scratch.band, n, bar > 0 ? sums.above[bar - 1] : 0.0, target, ref, scale);
+    const double above = bar > 0 ? sums.above[bar - 1] : 0.0;
+    const Border border = find_border<true>(scratch.band, scratch.work, n, above, target, ref, scale);
+    if (guessed) weigh_band(border);
+    return border;
+  }
+
+  // The first pass left what each block keeps above the band; adds what it keeps of the band.
+  void weigh_band(const Border& border) {
+    int64_t ties = border.ties, i = 0;
+    const Vec bar = Vec::set(border.value);
+    for (int64_t block = 0; block < num_blocks(); ++block) {
+      scratch.ties[block] = ties;
+      Vec sum = Vec::zero();
+      for (; i < scratch.ends[block]; i += Vec::N) {
+        const int64_t left = scratch.ends[block] - i;
+        const Vec v = Vec::load_n(scratch.band + i, left < Vec::N ? static_cast<int>(left) : Vec::N, -kInf);
+        sum = add_if(kept_lanes<true>(v, bar, ties), sum, exp2((v - Vec::set(ref)) * Vec::set(scale)));
+      }
+      i = scratch.ends[block];
+      scratch.masses[block] += sum.sum();
+    }
+    weighed = true;
   }
 
   // A top_k too large for candidates, and top_p within it.
@@ -209,15 +245,14 @@ struct RowSampler {
     int64_t n = collect(-kInf, kInf);
     Border border;
     if (s.top_k < n) {
-      border = find_border<false>(scratch.band, n, 0.0, s.top_k, ref, scale);
-      border.kept = -1;
+      border = find_border<false>(scratch.band, scratch.work, n, 0.0, s.top_k, ref, scale);
       n = collect(border.value, kInf);
       for (int64_t i = 0; i < border.ties; ++i) scratch.band[n++] = border.value;
     }
     if (s.top_p >= 1.0f) return border;
     double mass = 0;
     for (int64_t i = 0; i < n; ++i) mass += weight(scratch.band[i]);
-    return find_border<true>(scratch.band, n, 0.0, static_cast<double>(s.top_p) * mass, ref, scale);
+    return find_border<true>(scratch.band, scratch.work, n, 0.0, static_cast<double>(s.top_p) * mass, ref, scale);
   }
 
   float least_allowed_by_min_p() const {
@@ -226,83 +261,64 @@ struct RowSampler {
     return static_cast<double>(least) < bound ? std::nextafter(least, kInf) : least;
   }
 
-  // Weights of what the border keeps of a block; `ties` = how many equal to its value may still be kept.
+  // Lanes above the border's value, and of those equal to it the first `ties`, which counts down.
+  template <bool Ties>
+  static inline Mask kept_lanes(Vec v, Vec value, int64_t& ties) {
+    const Mask above = v > value;
+    if constexpr (!Ties) return above;
+    uint32_t equal = (v >= value).bits() & ~above.bits();
+    if (!equal) return above;
+    uint32_t kept = above.bits();
+    for (; equal && ties > 0; equal &= equal - 1, --ties) kept |= equal & (0u - equal);
+    return mask_from_bits(kept);
+  }
+
   template <bool Ties, typename Use>
-  void kept_weights(int64_t begin, int64_t end, float value, int64_t& ties, const Use& use) const {
+  void kept_weights(int64_t block, float value, int64_t& ties, const Use& use) const {
     const Vec base = Vec::set(ref), factor = Vec::set(scale), bar = Vec::set(value);
+    const int64_t begin = block * kBlock, end = begin + kBlock < row.vocab ? begin + kBlock : row.vocab;
     row.each(begin, end, [&](Vec v, int64_t i) __attribute__((always_inline)) {
-      Mask kept = v > bar;
-      if constexpr (Ties) {
-        uint32_t equal = (v >= bar).bits() & ~kept.bits();
-        if (equal) {
-          uint32_t bits = kept.bits();
-          for (; equal && ties > 0; equal &= equal - 1, --ties) bits |= equal & (0u - equal);
-          kept = mask_from_bits(bits);
-        }
-      }
-      use(kept, exp2((v - base) * factor), i);
+      use(kept_lanes<Ties>(v, bar, ties), exp2((v - base) * factor), i - begin);
     });
+  }
+
+  template <bool Ties>
+  void weigh(const Border& border) {
+    int64_t ties = border.ties;
+    for (int64_t block = 0; block < num_blocks(); ++block) {
+      scratch.ties[block] = ties;
+      Vec sum = Vec::zero();
+      kept_weights<Ties>(block, border.value, ties, [&](Mask kept, Vec w, int64_t) __attribute__((always_inline)) {
+        sum = add_if(kept, sum, w);
+      });
+      scratch.masses[block] = sum.sum();
+    }
   }
 
   // The first token at which the kept weights, added up in token order, exceed `uniform` of their sum.
   template <bool Ties>
   int64_t draw(const Border& border, double uniform) {
-    double* masses = scratch.masses;
-    int64_t ties = border.ties, block = 0, ties_before = ties;
-    const int64_t num_blocks = (row.vocab + kBlock - 1) / kBlock;
-    double target = uniform * border.kept, before = 0, cum = 0;
-    int64_t last = -1;  // the last block that keeps anything
-    double last_before = 0;
-    int64_t last_ties = ties;
-    for (; block < num_blocks; ++block) {
-      ties_before = ties;
-      before = cum;
-      const int64_t begin = block * kBlock, end = begin + kBlock < row.vocab ? begin + kBlock : row.vocab;
-      Vec sum = Vec::zero();
-      kept_weights<Ties>(begin, end, border.value, ties, [&](Mask kept, Vec w, int64_t) __attribute__((always_inline)) {
-        sum = add_if(kept, sum, w);
-      });
-      masses[block] = sum.sum();
-      cum += masses[block];
-      if (masses[block] > 0) {
-        last = block;
-        last_before = before;
-        last_ties = ties_before;
-      }
-      if (border.kept >= 0 && cum > target) break;
+    if (!weighed) weigh<Ties>(border);
+    double total = 0;
+    for (int64_t block = 0; block < num_blocks(); ++block) total += scratch.masses[block];
+    const double target = uniform * total;
+    double cum = 0;
+    int64_t block = 0, last = 0;
+    for (; block < num_blocks(); ++block) {
+      if (scratch.masses[block] > 0) last = block;
+      if (cum + scratch.masses[block] > target) break;
+      cum += scratch.masses[block];
     }
-    if (border.kept < 0) {
-      target = uniform * cum;
-      cum = 0;
-      ties = border.ties;
-      for (block = 0; block < num_blocks; ++block) {
-        if (cum + masses[block] > target) break;
-        cum += masses[block];
-      }
-      before = cum;
-      ties_before = ties;
-      if (Ties) {
-        for (int64_t b = 0; b < block && b < num_blocks; ++b) {
-          kept_weights<Ties>(b * kBlock, b * kBlock + kBlock < row.vocab ? b * kBlock + kBlock : row.vocab, border.value,
-                             ties_before, [](Mask, Vec, int64_t) {});
-        }
-      }
-    }
-    if (block == num_blocks) {  // the sums round differently: the last kept token it is
-      block = last;
-      before = last_before;
-      ties_before = last_ties;
-    }
-    const int64_t begin = block * kBlock, end = begin + kBlock < row.vocab ? begin + kBlock : row.vocab;
+    if (block == num_blocks()) block = last;  // uniform < 1, but the product may round up to the total
     float weights[kBlock + Vec::N];
-    kept_weights<Ties>(begin, end, border.value, ties_before, [&](Mask kept, Vec w, int64_t i) {
-      select(kept, w, Vec::zero()).store(weights + (i - begin));
+    int64_t ties = Ties ? scratch.ties[block] : 0;
+    kept_weights<Ties>(block, border.value, ties, [&](Mask kept, Vec w, int64_t i) {
+      select(kept, w, Vec::zero()).store(weights + i);
     });
     int64_t drawn = -1;
-    cum = before;
-    for (int64_t i = 0; i < end - begin; ++i) {
+    for (int64_t i = 0; i < kBlock && block * kBlock + i < row.vocab; ++i) {
       if (!(weights[i] > 0)) continue;
-      drawn = begin + i;
+      drawn = block * kBlock + i;
       cum += weights[i];
       if (cum > target) break;
     }
@@ -376,12 +392,15 @@ struct RowSampler {
       token = draw_from_candidates(uniform(s.seed, s.position));
     } else {
       Border border;
-      border.kept = sums.mass;
+      weighed = s.top_k == 0 && !nucleus && s.min_p == 0;
       if (nucleus) border = top_p_border(bars);
       if (s.top_k > 0) border = top_k_border();
       if (s.min_p > 0) {
         const float least = least_allowed_by_min_p();
-        if (least > border.value) border = {std::nextafter(least, -kInf), 0, -1};
+        if (least > border.value) {
+          border = {std::nextafter(least, -kInf), 0};
+          weighed = false;
+        }
       }
       const double u = uniform(s.seed, s.position);
       token = border.value > -kInf && border.ties > 0 ? draw<true>(border, u) : draw<false>(border, u);

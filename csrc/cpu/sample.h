@@ -67,10 +67,13 @@ static inline double uniform(uint64_t seed, uint64_t position) {
 // Buffers of one worker.
 struct SampleScratch {
   float* band;      // [vocab + 64] logits around a filter's border
-  double* masses;   // [ceil(vocab / 2048)]
+  float* work;      // [vocab + 64]
+  double* masses;   // [num_blocks] what each block of kBlock tokens keeps
+  int64_t* ends;    // [num_blocks] where each block's part of the band ends
+  int64_t* ties;    // [num_blocks] how many tokens at the border's value may still be kept where the block begins
   uint64_t* keys;   // [kKeys]
   uint64_t* seeds;  // [kSeeds]
-  static constexpr int64_t kKeys = 2 * 1024 + 128, kSeeds = 2048;
+  static constexpr int64_t kKeys = 2 * 1024 + 128, kSeeds = 2048, kBlock = 2048;
 };
 
 }  // namespace treedecode::cpu
