@@ -75,10 +75,10 @@ std::tuple<Tensor, Tensor, Tensor> sample_cpu(Tensor logits, Tensor temperature,
   torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 16384 / p.vocab), [&](int64_t begin, int64_t end) {
     const int64_t num_blocks = (p.vocab + cpu::SampleScratch::kBlock - 1) / cpu::SampleScratch::kBlock;
     const auto band = scratch<float>(p.vocab + 64), work = scratch<float>(p.vocab + 64);
-    const auto masses = scratch<double>(num_blocks);
+    const auto masses = scratch<double>(num_blocks), above = scratch<double>(num_blocks * cpu::SampleScratch::kBars);
     const auto ends = scratch<int64_t>(num_blocks), ties = scratch<int64_t>(num_blocks);
     const auto keys = scratch<uint64_t>(cpu::SampleScratch::kKeys), seeds = scratch<uint64_t>(cpu::SampleScratch::kSeeds);
-    kernel(p, begin, end, {band.get(), work.get(), masses.get(), ends.get(), ties.get(), keys.get(), seeds.get()});
+    kernel(p, begin, end, {band.get(), work.get(), masses.get(), above.get(), ends.get(), ties.get(), keys.get(), seeds.get()});
   });
   for (int64_t r = 0; r < rows; ++r) {
     STD_TORCH_CHECK(status[static_cast<size_t>(r)] != cpu::kNotFinite, "[ValueError] logits: expected numbers below +inf, got NaN or +inf in row ", r);

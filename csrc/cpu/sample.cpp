@@ -11,7 +11,7 @@ namespace {
 
 constexpr double kLn2 = 0.693147180559945309417;
 constexpr int64_t kBlock = SampleScratch::kBlock;
-constexpr int kBars = 4;
+constexpr int kBars = SampleScratch::kBars;
 
 template <typename T, bool Masked>
 struct Row {
@@ -90,13 +90,12 @@ Sums sum_row(const R& row, float ref, float inv_temperature, const float* bars, 
     out.mass += mass;
     if constexpr (C == Collect::kNothing) scratch.masses[begin / kBlock] = mass;
     if constexpr (C == Collect::kBars) {
-      out.above[0] += a0.sum();
-      const double above = a1.sum();
-      scratch.masses[begin / kBlock] = above;
+      const double above[kBars] = {a0.sum(), a1.sum(), a2.sum(), a3.sum()};
+      for (int bar = 0; bar < kBars; ++bar) {
+        scratch.above[begin / kBlock * kBars + bar] = above[bar];
+        out.above[bar] += above[bar];
+      }
       scratch.ends[begin / kBlock] = band - scratch.band;
-      out.above[1] += above;
-      out.above[2] += a2.sum();
-      out.above[3] += a3.sum();
     }
   }
   out.top = top.max();
@@ -201,29 +200,33 @@ struct RowSampler {
 
   // All tokens in (lo, hi], in token order.
   int64_t collect(float lo, float hi) {
-    int64_t n = 0;
-    row.each(0, row.vocab, [&](Vec v, int64_t) __attribute__((always_inline)) {
-      n += compress(scratch.band + n, v, (v > Vec::set(lo)) & (Vec::set(hi) >= v));
-    });
-    return n;
+    float* band = scratch.band;
+    const Vec low = Vec::set(lo), high = Vec::set(hi);
+    for (int64_t block = 0; block < num_blocks(); ++block) {
+      const int64_t begin = block * kBlock, end = begin + kBlock < row.vocab ? begin + kBlock : row.vocab;
+      row.each(begin, end, [&](Vec v, int64_t) __attribute__((always_inline)) {
+        band += compress(band, v, (v > low) & (high >= v));
+      });
+      scratch.ends[block] = band - scratch.band;
+    }
+    return band - scratch.band;
   }
 
   Border top_p_border(const float* bars) {
     const double target = static_cast<double>(s.top_p) * sums.mass;
     int bar = 0;
     while (bar < kBars && sums.above[bar] < target) ++bar;
-    const bool guessed = bar == 2;
-    const int64_t n = guessed ? sums.num_in_band
-                              : collect(bar < kBars ? bars[bar] : -kInf, bar > 0 ? bars[bar - 1] : kInf);
+    const int64_t n = bar == 2 ? sums.num_in_band  // as a rule: the probe's guess was right
+                               : collect(bar < kBars ? bars[bar] : -kInf, bar > 0 ? bars[bar - 1] : kInf);
     if (n == 0) return {};  // top_p so near 1 that rounding has eaten the rest
     const double above = bar > 0 ? sums.above[bar - 1] : 0.0;
     const Border border = find_border<true>(scratch.band, scratch.work, n, above, target, ref, scale);
-    if (guessed) weigh_band(border);
+    weigh_band(border, bar);
     return border;
   }
 
-  // The first pass left what each block keeps above the band; adds what it keeps of the band.
-  void weigh_band(const Border& border) {
+  // What each block keeps: what the first pass found above the band, and the kept part of the band.
+  void weigh_band(const Border& border, int bars_above) {
     int64_t ties = border.ties, i = 0;
     const Vec bar = Vec::set(border.value);
     for (int64_t block = 0; block < num_blocks(); ++block) {
@@ -235,7 +238,7 @@ struct RowSampler {
         sum = add_if(kept_lanes<true>(v, bar, ties), sum, exp2((v - Vec::set(ref)) * Vec::set(scale)));
       }
       i = scratch.ends[block];
-      scratch.masses[block] += sum.sum();
+      scratch.masses[block] = sum.sum() + (bars_above > 0 ? scratch.above[block * kBars + bars_above - 1] : 0.0);
     }
     weighed = true;
   }
