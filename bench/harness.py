@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 Function = Callable[[], object]
+GEMM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BUFFER_BYTES = 256 << 20  # well above any last-level cache
 
 
@@ -51,20 +52,28 @@ def best_seconds(function: Function, rounds: int = 7) -> float:
 
 @functools.cache
 def measure_peaks() -> Peaks:
-    """Measures the peaks, once per process (about two seconds)."""
+    """Measures the peaks, once per process (some seconds): the best of three passes, for a machine is seldom quiet."""
     source = torch.ones(_BUFFER_BYTES // 4)
     target = torch.empty_like(source)
-    read = min(best_seconds(source.sum), best_seconds(source.max), best_seconds(lambda: torch.dot(source, source[:])))
-    copy = best_seconds(lambda: target.copy_(source))
-    rates = {}
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for size in (256, 512, 1024, 2048):
-            a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-            duration = best_seconds(lambda a=a, b=b: a.mm(b), rounds=7 if size == 2048 else 1)
-            rates[dtype_name(dtype)] = 2.0 * size**3 / duration / 1e9
-            if duration > 0.02 and size < 2048:  # emulated: the large product would take minutes and tell no more
-                break
-    return Peaks(_BUFFER_BYTES / read / 1e9, 2 * _BUFFER_BYTES / copy / 1e9, rates)
+    read, copy, rates = 0.0, 0.0, dict.fromkeys(map(dtype_name, GEMM_DTYPES), 0.0)
+    for _ in range(3):
+        for function in (source.sum, source.max, lambda: torch.dot(source, source)):
+            read = max(read, _BUFFER_BYTES / best_seconds(function, rounds=3) / 1e9)
+        copy = max(copy, 2 * _BUFFER_BYTES / best_seconds(lambda: target.copy_(source), rounds=3) / 1e9)
+        for dtype in GEMM_DTYPES:
+            rates[dtype_name(dtype)] = max(rates[dtype_name(dtype)], _gemm_gflops(dtype))
+    return Peaks(read, copy, rates)
+
+
+def _gemm_gflops(dtype: torch.dtype) -> float:
+    rate = 0.0
+    for size in (512, 2048):
+        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+        duration = best_seconds(lambda a=a, b=b: a.mm(b), rounds=3)
+        rate = max(rate, 2.0 * size**3 / duration / 1e9)
+        if duration > 0.1:  # emulated: a larger product would take minutes and tell no more
+            break
+    return rate
 
 
 def compare(
