@@ -68,11 +68,7 @@ def test_text_survives_preemption(smollm2):
     """Two thirds of the pages it needs: branches are dropped and computed again, and say the same."""
     model, tokenizer = smollm2
     prompt = " ".join(PROMPTS * 3)
-    options = {
-        "num_branches": 6,
-        "max_new_tokens": 24,
-        "sampling": td.Sampling(temperature=0.7, seed=3, ignore_eos=True),
-    }
+    sampling = td.Sampling(temperature=0.7, seed=3, ignore_eos=True)
     texts = []
     for kv_tokens in (4096, 160):
         bytes_per_token = 2 * 30 * 3 * 64 * 4
