@@ -30,8 +30,9 @@ PerRow<T> per_row(const Tensor& t, const char* name, ScalarType dtype, int64_t r
   return {t.const_data_ptr<T>(), t.size(0) == 1 ? 0 : t.stride(0)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> sample_cpu(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p,
-                                              Tensor seed, Tensor position, std::optional<Tensor> token_mask) {
+std::tuple<Tensor, Tensor, Tensor> sample_cpu(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p,
+                                              Tensor min_p, Tensor seed, Tensor position,
+                                              std::optional<Tensor> token_mask) {
   check_logits(logits);
   const int64_t rows = logits.size(0);
   const auto temperatures = per_row<float>(temperature, "temperature", ScalarType::Float, rows);
@@ -44,11 +45,16 @@ std::tuple<Tensor, Tensor, Tensor> sample_cpu(Tensor logits, Tensor temperature,
 
   std::vector<cpu::SampleSettings> settings(static_cast<size_t>(rows));
   for (int64_t r = 0; r < rows; ++r) {
-    check_value(temperatures[r] >= 0 && temperatures[r] < INFINITY, "temperature", "0 or a positive finite number", temperatures[r]);
+    check_value(temperatures[r] >= 0 && temperatures[r] < INFINITY, "temperature", "0 or a positive finite number",
+                temperatures[r]);
     check_value(top_ks[r] >= 0, "top_k", "0 (off) or more", top_ks[r]);
     check_value(top_ps[r] >= 0 && top_ps[r] <= 1, "top_p", "a number in [0, 1]", top_ps[r]);
     check_value(min_ps[r] >= 0 && min_ps[r] <= 1, "min_p", "a number in [0, 1]", min_ps[r]);
-    settings[static_cast<size_t>(r)] = {temperatures[r], top_ps[r], min_ps[r], top_ks[r], static_cast<uint64_t>(seeds[r]),
+    settings[static_cast<size_t>(r)] = {temperatures[r],
+                                        top_ps[r],
+                                        min_ps[r],
+                                        top_ks[r],
+                                        static_cast<uint64_t>(seeds[r]),
                                         static_cast<uint64_t>(positions[r])};
   }
 
@@ -77,12 +83,17 @@ std::tuple<Tensor, Tensor, Tensor> sample_cpu(Tensor logits, Tensor temperature,
     const auto band = scratch<float>(p.vocab + 64), work = scratch<float>(p.vocab + 64);
     const auto masses = scratch<double>(num_blocks), above = scratch<double>(num_blocks * cpu::SampleScratch::kBars);
     const auto ends = scratch<int64_t>(num_blocks), ties = scratch<int64_t>(num_blocks);
-    const auto keys = scratch<uint64_t>(cpu::SampleScratch::kKeys), seeds = scratch<uint64_t>(cpu::SampleScratch::kSeeds);
-    kernel(p, begin, end, {band.get(), work.get(), masses.get(), above.get(), ends.get(), ties.get(), keys.get(), seeds.get()});
+    const auto keys = scratch<uint64_t>(cpu::SampleScratch::kKeys),
+               seeds = scratch<uint64_t>(cpu::SampleScratch::kSeeds);
+    kernel(p, begin, end,
+           {band.get(), work.get(), masses.get(), above.get(), ends.get(), ties.get(), keys.get(), seeds.get()});
   });
   for (int64_t r = 0; r < rows; ++r) {
-    STD_TORCH_CHECK(status[static_cast<size_t>(r)] != cpu::kNotFinite, "[ValueError] logits: expected numbers below +inf, got NaN or +inf in row ", r);
-    STD_TORCH_CHECK(status[static_cast<size_t>(r)] != cpu::kNoToken, "[ValueError] logits: expected at least one token above -inf that token_mask allows, got none in row ", r);
+    STD_TORCH_CHECK(status[static_cast<size_t>(r)] != cpu::kNotFinite,
+                    "[ValueError] logits: expected numbers below +inf, got NaN or +inf in row ", r);
+    STD_TORCH_CHECK(
+        status[static_cast<size_t>(r)] != cpu::kNoToken,
+        "[ValueError] logits: expected at least one token above -inf that token_mask allows, got none in row ", r);
   }
   return {token, logprob, entropy};
 }

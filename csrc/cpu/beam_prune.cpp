@@ -17,6 +17,12 @@ static inline Vec candidate_values(Vec x, const int32_t* mask, int64_t i) {
 }
 
 template <typename T>
+static inline Vec load_n(const T* x, int64_t i, int64_t end) {
+  if (i >= end) return Vec::set(-kInf);
+  return Vec::load_n(x + i, end - i < Vec::N ? static_cast<int>(end - i) : Vec::N, -kInf);
+}
+
+template <typename T>
 float block_max(const T* x, int64_t begin, int64_t end) {
   Vec m = Vec::set(-kInf);
   int64_t i = begin;
@@ -47,40 +53,37 @@ void scan_chunk(const BeamPruneParams& p, int64_t item, uint64_t* buffer, uint64
     const Vec scale = Vec::set(kLog2E);
     for (int attempt = 0; attempt < 2; ++attempt) {
       const Vec base = Vec::set(ref == -kInf ? 0.0f : ref);
-      Vec a0 = Vec::zero(), a1 = Vec::zero(), a2 = Vec::zero(), a3 = Vec::zero();
-      const auto add = [&](Vec& a, Vec v) {
-        if constexpr (WithSum) a += exp2((v - base) * scale);
-        // Without a sum to betray them: 0 * inf and NaN both turn the accumulator into NaN; -inf is legal.
-        else a = select(v < Vec::set(kInf), a, Vec::set(std::numeric_limits<float>::quiet_NaN()));
-      };
-      int64_t i = begin;
-      for (; i + 4 * Vec::N <= end; i += 4 * Vec::N) {
-        const Vec v0 = Vec::load(x + i), v1 = Vec::load(x + i + Vec::N);
-        const Vec v2 = Vec::load(x + i + 2 * Vec::N), v3 = Vec::load(x + i + 3 * Vec::N);
-        add(a0, v0);
-        add(a1, v1);
-        add(a2, v2);
-        add(a3, v3);
+      Vec sums[kWide];
+      for (int j = 0; j < kWide; ++j) sums[j] = Vec::zero();
+      for (int64_t i = begin; i < end; i += kWide * Vec::N) {
+        Vec v[kWide], w[kWide];
+        if (__builtin_expect(i + kWide * Vec::N <= end, 1)) {
+          for (int j = 0; j < kWide; ++j) v[j] = Vec::load(x + i + j * Vec::N);
+        } else {
+          for (int j = 0; j < kWide; ++j) v[j] = load_n(x, i + j * Vec::N, end);
+        }
+        if constexpr (WithSum) {
+          for (int j = 0; j < kWide; ++j) w[j] = (v[j] - base) * scale;
+          exp2_inplace(w);
+          for (int j = 0; j < kWide; ++j) sums[j] += w[j];
+        } else {
+          // Nothing is summed that would betray them: NaN and +inf poison the sum, -inf is legal.
+          for (int j = 0; j < kWide; ++j) sums[j] = select(v[j] < Vec::set(kInf), sums[j], v[j] - v[j]);
+        }
         const Vec bar = Vec::set(c.threshold);
-        const Mask m0 = v0 > bar, m1 = v1 > bar, m2 = v2 > bar, m3 = v3 > bar;
-        if (__builtin_expect((m0 | m1 | m2 | m3).any(), 0) && attempt == 0) {
-          const Vec v[4] = {v0, v1, v2, v3};
-          for (int j = 0; j < 4; ++j) {
-            const Vec w = candidate_values<T, Masked>(v[j], mask, i + j * Vec::N);
-            const uint32_t lanes = (w > bar).bits();
-            if (lanes) c.insert(w, lanes, i + j * Vec::N);
+        Mask any = v[0] > bar;
+        for (int j = 1; j < kWide; ++j) any = any | (v[j] > bar);
+        if (__builtin_expect(any.any(), 0) && attempt == 0) {
+          for (int j = 0; j < kWide && i + j * Vec::N < end; ++j) {
+            const Vec allowed = candidate_values<T, Masked>(v[j], mask, i + j * Vec::N);
+            const uint32_t lanes = (allowed > bar).bits();
+            if (lanes) c.insert(allowed, lanes, i + j * Vec::N);
           }
         }
       }
-      for (; i < end; i += Vec::N) {
-        const int n = end - i < Vec::N ? static_cast<int>(end - i) : Vec::N;
-        const Vec v = Vec::load_n(x + i, n, -kInf);
-        add(a0, v);
-        const Vec w = candidate_values<T, Masked>(v, mask, i);
-        const uint32_t lanes = attempt == 0 ? (w > Vec::set(c.threshold)).bits() : 0;
-        if (lanes) c.insert(w, lanes, i);
-      }
-      const float sum = ((a0 + a1) + (a2 + a3)).sum();
+      Vec all = sums[0];
+      for (int j = 1; j < kWide; ++j) all += sums[j];
+      const float sum = all.sum();
       if (sum < 0x1p60f) {
         total += sum;
         break;

@@ -41,8 +41,8 @@ struct Border {
   int64_t ties = std::numeric_limits<int64_t>::max();
 };
 
-// The border of the shortest prefix of the ranking that holds `target`. x are the tokens the border can be at, n > 0, in
-// any order; `base` is what the tokens above them hold. Tokens count their mass 2^((x - ref) * scale), or one each.
+// The border of the shortest prefix of the ranking that holds `target`. x are the tokens the border can be at, n > 0,
+// in any order; `base` is what the tokens above them hold. Tokens count their mass 2^((x - ref) * scale), or one each.
 // Eight-way search by value: each round keeps the eighth of the range the border is in.
 template <bool Mass>
 Border find_border(const float* x /* [n] */, float* work /* [n], may be x */, int64_t n, double base, double target,

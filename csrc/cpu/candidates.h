@@ -22,9 +22,9 @@ struct Candidates {
   int64_t n = 0;
   // A new candidate must be above it; at a tie the earlier token, which is already here, wins.
   float threshold = -std::numeric_limits<float>::infinity();
-  bool busy = true;       // the last block brought many candidates
-  float seed = 0.0f;      // at least k tokens of this block reach it,
-  int64_t seed_left = 0;  // and once this many of them are here, later ones must be above it
+  bool busy = true;                          // the last block brought many candidates
+  float seed = 0.0f;                         // at least k tokens of this block reach it,
+  int64_t seed_left = 0;                     // and once this many of them are here, later ones must be above it
   int64_t num_inserted = 0, num_before = 0;  // in all; before the block
 
   void raise(float value) { threshold = value > threshold ? value : threshold; }

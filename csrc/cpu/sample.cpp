@@ -3,164 +3,12 @@
 #include <cmath>
 #include <limits>
 
-#include "border.h"
-#include "candidates.h"
+#include "sample_pass.h"
 
 namespace treedecode::cpu::TD_ISA {
 namespace {
 
 constexpr double kLn2 = 0.693147180559945309417;
-constexpr int64_t kBlock = SampleScratch::kBlock;
-constexpr int kBars = SampleScratch::kBars;
-
-template <typename T, bool Masked>
-struct Row {
-  const T* x;           // [vocab]
-  const int32_t* mask;  // [ceil(vocab / 32)] or nullptr
-  int64_t vocab;
-
-  Vec allowed(Vec v, int64_t i) const {
-    if constexpr (Masked) return select(allowed_lanes(mask, i), v, Vec::set(-kInf));
-    return v;
-  }
-  Vec load(int64_t i) const { return allowed(Vec::load(x + i), i); }
-  // visit(v, i) for all lanes of [begin, end), begin a multiple of Vec::N; lanes past the end are -inf.
-  template <typename Visit>
-  inline __attribute__((always_inline)) void each(int64_t begin, int64_t end, const Visit& visit) const {
-    int64_t i = begin;
-    for (; i + Vec::N <= end; i += Vec::N) visit(load(i), i);
-    if (i < end) visit(allowed(Vec::load_n(x + i, static_cast<int>(end - i), -kInf), i), i);
-  }
-};
-
-struct Sums {
-  double sum = 0;      // of exp(x - ref)
-  double log_sum = 0;  // of exp(x - ref) * (x - ref) / ln 2
-  double mass = 0;     // of exp((x - ref) / temperature)
-  double above[kBars] = {};  // the part of mass from tokens above each bar
-  int64_t num_in_band = 0;   // tokens in (bars[2], bars[1]]
-  float top = -kInf;
-};
-
-enum class Collect { kNothing, kBars, kCandidates };
-
-// The pass that reads the row from memory.
-template <Collect C, bool Tempered, typename R>
-Sums sum_row(const R& row, float ref, float inv_temperature, const float* bars, const SampleScratch& scratch,
-             Candidates* candidates) {
-  Sums out;
-  const Vec bar0 = Vec::set(bars[0]), bar1 = Vec::set(bars[1]), bar2 = Vec::set(bars[2]), bar3 = Vec::set(bars[3]);
-  float* band = scratch.band;
-  Vec top = Vec::set(-kInf);
-  const Vec base = Vec::set(ref), scale = Vec::set(kLog2E), inverse = Vec::set(inv_temperature);
-  const int64_t len = C == Collect::kCandidates ? Candidates::block_len(candidates->k) : kBlock;
-  for (int64_t begin = 0; begin < row.vocab; begin += len) {
-    const int64_t end = begin + len < row.vocab ? begin + len : row.vocab;
-    if constexpr (C == Collect::kCandidates) candidates->begin_block(begin, end, [&](int64_t i) { return row.load(i); });
-    Vec s = Vec::zero(), e = Vec::zero(), z = Vec::zero();
-    Vec a0 = Vec::zero(), a1 = Vec::zero(), a2 = Vec::zero(), a3 = Vec::zero();
-    row.each(begin, end, [&](Vec v, int64_t i) __attribute__((always_inline)) {
-      top = max(v, top);
-      const Vec t = (v - base) * scale;
-      const Vec w = exp2(t);
-      s += w;
-      e = fma(w, max(Vec::set(-200.0f), t), e);  // 0 * -inf would be NaN
-      Vec u = w;
-      if constexpr (Tempered) {
-        u = exp2(t * inverse);
-        z += u;
-      }
-      if constexpr (C == Collect::kBars) {
-        const Mask upper = v > bar1, lower = v > bar2;
-        a0 = add_if(v > bar0, a0, u);
-        a1 = add_if(upper, a1, u);
-        a2 = add_if(lower, a2, u);
-        a3 = add_if(v > bar3, a3, u);
-        band += compress(band, v, lower & !upper);
-      }
-      if constexpr (C == Collect::kCandidates) {
-        const Mask m = v > Vec::set(candidates->threshold);
-        if (__builtin_expect(m.any(), 0)) candidates->insert(v, m.bits(), i);
-      }
-    });
-    const double sum = s.sum();
-    out.sum += sum;
-    out.log_sum += e.sum();
-    const double mass = Tempered ? static_cast<double>(z.sum()) : sum;
-    out.mass += mass;
-    if constexpr (C == Collect::kNothing) scratch.masses[begin / kBlock] = mass;
-    if constexpr (C == Collect::kBars) {
-      const double above[kBars] = {a0.sum(), a1.sum(), a2.sum(), a3.sum()};
-      for (int bar = 0; bar < kBars; ++bar) {
-        scratch.above[begin / kBlock * kBars + bar] = above[bar];
-        out.above[bar] += above[bar];
-      }
-      scratch.ends[begin / kBlock] = band - scratch.band;
-    }
-  }
-  out.top = top.max();
-  out.num_in_band = band - scratch.band;
-  return out;
-}
-
-// A few cache lines of the row, evenly spread: enough to guess where its maximum and the nucleus' border are. The
-// guess decides what the passes cost, never what comes out.
-struct Probe {
-  static constexpr int64_t kRuns = 64, kRunLen = 32;
-  float x[kRuns * kRunLen];
-  int64_t n = 0;
-  float top = -kInf;
-
-  template <typename R>
-  explicit Probe(const R& row) {
-    Vec m = Vec::set(-kInf);
-    const auto take = [&](Vec v, int64_t) {
-      m = max(v, m);
-      v.store(x + n);
-      n += Vec::N;
-    };
-    if (row.vocab <= kRuns * kRunLen) {
-      row.each(0, row.vocab, take);
-    } else {
-      for (int64_t r = 0; r < kRuns; ++r) {
-        const int64_t begin = row.vocab / kRunLen * r / kRuns * kRunLen;
-        row.each(begin, begin + kRunLen, take);
-      }
-    }
-    top = m.max();
-  }
-
-  // Four bars around the value below which `tail` of the probe's mass lies.
-  void bars(double tail, float inv_temperature, float out[kBars]) const {
-    constexpr int kBins = 1024, kBinsPerBit = 32;
-    float mass[kBins] = {};
-    Vec sum = Vec::zero();
-    const float scale = kLog2E * inv_temperature;
-    for (int64_t i = 0; i < n; i += Vec::N) {
-      float bits[Vec::N], weight[Vec::N];
-      const Vec t = (Vec::load(x + i) - Vec::set(top)) * Vec::set(scale);
-      const Vec w = exp2(t);
-      sum += w;
-      w.store(weight);
-      // NaN and -inf end up in the last bin.
-      min(Vec::set(kBins - 1.0f), t * Vec::set(-1.0f * kBinsPerBit)).store(bits);
-      for (int lane = 0; lane < Vec::N; ++lane) {
-        const float bin = bits[lane];
-        mass[bin >= 0.0f ? static_cast<int>(bin) : kBins - 1] += weight[lane];
-      }
-    }
-    static constexpr double kShare[kBars] = {2.5, 1.2, 0.85, 0.4};
-    const float total = sum.sum();
-    float below = 0;
-    int bin = kBins - 1;
-    for (int bar = kBars - 1; bar >= 0; --bar) {
-      const float share = static_cast<float>(kShare[bar] * tail) * total;
-      for (; bin > 0 && below + mass[bin] <= share; --bin) below += mass[bin];
-      out[bar] = top - static_cast<float>(bin + (bar < 2 ? 0 : 1)) / (kBinsPerBit * scale);
-    }
-  }
-};
-
 constexpr int64_t kMaxCandidates = 1024;  // a top_k up to this is found on the way, in the one pass
 
 template <typename T, bool Masked>
@@ -168,9 +16,9 @@ struct RowSampler {
   Row<T, Masked> row;
   SampleSettings s;
   SampleScratch scratch;
-  float ref;              // what exponentials are relative to: at most the row's maximum, and not far below it
+  float ref;  // what exponentials are relative to: at most the row's maximum, and not far below it
   float inv_temperature;
-  float scale;            // log2(e) / temperature
+  float scale;  // log2(e) / temperature
   Sums sums;
   Candidates candidates;
   bool weighed = false;  // scratch.masses (and ties) are what the filters keep
@@ -196,6 +44,25 @@ struct RowSampler {
     sums = pass<C>(bars);
   }
 
+  // Where the probe's total is no guide to the row's, the row is split in a second pass, which finds it in the cache.
+  void read_and_split(const Probe& probe, float bars[kBars]) {
+    const float tail = 1.0f - s.top_p;
+    Probe::Masses masses;
+    probe.weigh(scale, masses);
+    if (masses.many) {
+      probe.bars(masses, tail * masses.total, scale, bars);
+      read<Collect::kBars>(bars);
+      return;
+    }
+    read<Collect::kNothing>(bars);
+    if (!(sums.top < kInf) || sums.top == -kInf) return;
+    // The row's mass, in the probe's units and for as many tokens as it has.
+    const double total = sums.mass * std::exp(static_cast<double>(ref - probe.top) * scale * kLn2) *
+                         static_cast<double>(probe.n) / static_cast<double>(row.vocab);
+    probe.bars(masses, tail * static_cast<float>(total), scale, bars);
+    split_row(row, ref, scale, bars, scratch, sums);
+  }
+
   double weight(float x) const { return std::exp(static_cast<double>(x - ref) * scale * kLn2); }
 
   // All tokens in (lo, hi], in token order.
@@ -216,7 +83,7 @@ struct RowSampler {
     const double target = static_cast<double>(s.top_p) * sums.mass;
     int bar = 0;
     while (bar < kBars && sums.above[bar] < target) ++bar;
-    const int64_t n = bar == 2 ? sums.num_in_band  // as a rule: the probe's guess was right
+    const int64_t n = bar == 1 ? sums.num_in_band  // as a rule: the probe's guess was right
                                : collect(bar < kBars ? bars[bar] : -kInf, bar > 0 ? bars[bar - 1] : kInf);
     if (n == 0) return {};  // top_p so near 1 that rounding has eaten the rest
     const double above = bar > 0 ? sums.above[bar - 1] : 0.0;
@@ -272,7 +139,12 @@ struct RowSampler {
     uint32_t equal = (v >= value).bits() & ~above.bits();
     if (!equal) return above;
     uint32_t kept = above.bits();
-    for (; equal && ties > 0; equal &= equal - 1, --ties) kept |= equal & (0u - equal);
+    const int count = __builtin_popcount(equal);
+    if (count <= ties) {
+      ties -= count;
+      return mask_from_bits(kept | equal);
+    }
+    for (; ties > 0; equal &= equal - 1, --ties) kept |= equal & (0u - equal);
     return mask_from_bits(kept);
   }
 
@@ -291,9 +163,8 @@ struct RowSampler {
     for (int64_t block = 0; block < num_blocks(); ++block) {
       scratch.ties[block] = ties;
       Vec sum = Vec::zero();
-      kept_weights<Ties>(block, border.value, ties, [&](Mask kept, Vec w, int64_t) __attribute__((always_inline)) {
-        sum = add_if(kept, sum, w);
-      });
+      kept_weights<Ties>(block, border.value, ties,
+                         [&](Mask kept, Vec w, int64_t) __attribute__((always_inline)) { sum = add_if(kept, sum, w); });
       scratch.masses[block] = sum.sum();
     }
   }
@@ -315,9 +186,8 @@ struct RowSampler {
     if (block == num_blocks()) block = last;  // uniform < 1, but the product may round up to the total
     float weights[kBlock + Vec::N];
     int64_t ties = Ties ? scratch.ties[block] : 0;
-    kept_weights<Ties>(block, border.value, ties, [&](Mask kept, Vec w, int64_t i) {
-      select(kept, w, Vec::zero()).store(weights + i);
-    });
+    kept_weights<Ties>(block, border.value, ties,
+                       [&](Mask kept, Vec w, int64_t i) { select(kept, w, Vec::zero()).store(weights + i); });
     int64_t drawn = -1;
     for (int64_t i = 0; i < kBlock && block * kBlock + i < row.vocab; ++i) {
       if (!(weights[i] > 0)) continue;
@@ -330,9 +200,7 @@ struct RowSampler {
 
   int64_t first_of(float value) const {
     for (int64_t begin = 0; begin < row.vocab; begin += Vec::N) {
-      const int64_t left = row.vocab - begin;
-      const Vec v = row.allowed(Vec::load_n(row.x + begin, left < Vec::N ? static_cast<int>(left) : Vec::N, -kInf), begin);
-      const uint32_t lanes = (v >= Vec::set(value)).bits();
+      const uint32_t lanes = (row.load_n(begin, row.vocab - begin) >= Vec::set(value)).bits();
       if (lanes) return begin + __builtin_ctz(lanes);
     }
     return -1;
@@ -373,14 +241,13 @@ struct RowSampler {
     const bool greedy = s.temperature == 0.0f || s.top_k == 1;
     if (greedy) s.temperature = 1.0f;
     if (s.top_k >= row.vocab) s.top_k = 0;
-    inv_temperature = 1.0f / s.temperature;
+    inv_temperature = 1.0f / (s.temperature > 1e-30f ? s.temperature : 1e-30f);
     scale = kLog2E * inv_temperature;
     const bool few = !greedy && s.top_k > 0 && s.top_k <= kMaxCandidates;
     const bool nucleus = !greedy && s.top_k == 0 && s.top_p < 1.0f;
     float bars[kBars] = {};
     if (nucleus) {
-      probe.bars(1.0 - s.top_p, inv_temperature, bars);
-      read<Collect::kBars>(bars);
+      read_and_split(probe, bars);
     } else if (few) {
       read<Collect::kCandidates>(bars);
     } else {

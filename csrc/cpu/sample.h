@@ -75,10 +75,10 @@ struct SampleScratch {
   uint64_t* keys;   // [kKeys]
   uint64_t* seeds;  // [kSeeds]
   static constexpr int64_t kKeys = 2 * 1024 + 128, kSeeds = 2048, kBlock = 2048;
-  static constexpr int kBars = 4;
+  static constexpr int kBars = 2;
 };
 
 }  // namespace treedecode::cpu
 
-TD_DECLARE_KERNEL(sample, void sample(const SampleParams& p, int64_t row_begin, int64_t row_end,
-                                      const SampleScratch& scratch))
+TD_DECLARE_KERNEL(sample,
+                  void sample(const SampleParams& p, int64_t row_begin, int64_t row_end, const SampleScratch& scratch))
