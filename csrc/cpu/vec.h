@@ -69,7 +69,8 @@ struct Vec {
 #else
     const __m512i u = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __m512i rounded =
+        _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
     const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
     return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(_mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), rounded, quiet));
 #endif
@@ -142,7 +143,8 @@ struct Vec {
   void store(bf16* p) const {
     const __m256i u = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const __m256i rounded =
+        _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
     const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     const __m256i r = _mm256_blendv_epi8(rounded, quiet, nan);
@@ -203,9 +205,7 @@ static inline Vec scale_by_pow2(Vec x, Vec n) {
   const __m256 b = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
   return {_mm256_mul_ps(_mm256_mul_ps(x.v, a), b)};
 }
-static inline Vec round_nearest(Vec x) {
-  return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+static inline Vec round_nearest(Vec x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 
 #else  // generic: four lanes the compiler maps to whatever baseline SIMD there is
 
@@ -254,6 +254,7 @@ struct Vec {
   }
 };
 
+// clang-format off
 #define TD_LANEWISE(expr)                       \
   {                                             \
     Vec r;                                      \
@@ -287,6 +288,7 @@ static inline Vec scale_by_pow2(Vec x, Vec n) TD_LANEWISE(std::ldexp(x.v[i], sta
 static inline Vec round_nearest(Vec x) TD_LANEWISE(std::nearbyint(x.v[i]))
 #undef TD_LANEWISE
 #undef TD_COMPARE
+// clang-format on
 
 #endif
 
