@@ -1,11 +1,10 @@
 """Beam search on pages, with a model whose logits are a hash of what its pages hold."""
 
 import asyncio
-import gc
 
 import pytest
 import torch
-from fakes import EOS, FakeModel, FakeTokenizer, next_logits
+from fakes import EOS, FakeModel, next_logits
 
 import treedecode as td
 from treedecode.beam import Beams, BeamSearch
@@ -15,24 +14,13 @@ PROMPTS = [[5, 6, 7], [5, 6, 7, 8, 9, 10, 11, 12, 13], [9], [20, 21, 22, 23, 24]
 
 
 @pytest.fixture
-def make_decoder():
-    """Makes decoders; at the end of the test each is whole and has leaked nothing."""
-    made = []
+def make_decoder(make_decoder):
+    """Decoders of a model that ends its texts often."""
 
     def make(model=None, *, num_pages=400, **options):
-        model = model or FakeModel(eos_logit=1.7)
-        page_size = options.setdefault("page_size", 4)
-        kv_memory = num_pages * page_size * 2 * model.num_layers * model.num_kv_heads * model.head_dim * 4
-        made.append(td.Decoder(model, FakeTokenizer(), kv_memory=kv_memory, **options))
-        return made[-1]
+        return make_decoder(model or FakeModel(eos_logit=1.7), num_pages=num_pages, **options)
 
-    yield make
-    gc.collect()
-    for decoder in made:
-        decoder.check_integrity()
-        assert decoder.num_branches == 0, "branches leaked"
-        pool = decoder.engine.pool
-        assert pool.num_free_pages + len(decoder.engine.index.pages()) == pool.num_pages, "pages leaked"
+    return make
 
 
 def expected(prompts, settings, *, eos_logit=1.7, penalty=1.0, stop=None):

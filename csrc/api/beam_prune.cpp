@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_prune_cpu(Tensor logits, Tensor 
       chunk_len,
       logits.stride(0),
       token_mask ? token_mask->stride(0) : 0,
-      dtype_of(logits),
+      kernel_dtype(logits),
       is_logprobs,
   };
   const auto scan = TD_DISPATCH(beam_prune_scan);

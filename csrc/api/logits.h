@@ -4,7 +4,7 @@
 #include <memory>
 
 #include "../check.h"
-#include "../cpu/dtypes.h"
+#include "kernel_dtype.h"
 
 namespace treedecode {
 
@@ -12,14 +12,6 @@ namespace treedecode {
 template <typename T>
 std::unique_ptr<T[]> scratch(int64_t n) {
   return std::unique_ptr<T[]>(new T[static_cast<size_t>(n > 0 ? n : 1)]);
-}
-
-inline DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::BFloat16: return DType::BF16;
-    case ScalarType::Half: return DType::F16;
-    default: return DType::F32;
-  }
 }
 
 inline void check_logits(const Tensor& logits) {

@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> sample_cpu(Tensor logits, Tensor temperature,
       logits.size(1),
       logits.stride(0),
       token_mask ? token_mask->stride(0) : 0,
-      dtype_of(logits),
+      kernel_dtype(logits),
   };
   const auto kernel = TD_DISPATCH(sample);
   // Below 16384 logits a second thread costs more to wake than it saves.
