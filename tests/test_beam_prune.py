@@ -78,7 +78,7 @@ def test_any_vocab(dtype, vocab, isa):
     assert_pruned_right(logits, cum, indptr(4), 8, ops.beam_prune(logits, cum, indptr(4), 8))
 
 
-@pytest.mark.parametrize("kind", ["normal", "ascending", "equal"])
+@pytest.mark.parametrize("kind", ["normal", "ascending", "descending", "equal"])
 def test_several_chunks_and_many_candidates(kind, isa):
     logits = make_logits(kind, 2, 70001)
     cum = torch.zeros(2)

@@ -31,52 +31,48 @@ float block_max(const T* x, int64_t begin, int64_t end) {
   return m.max();
 }
 
+// Sums chunk `item` and adds its best to the candidates. Returns false for a NaN or +inf among its logits.
 template <typename T, bool Masked, bool WithSum>
-void scan_chunk(const BeamPruneParams& p, int64_t item, uint64_t* buffer, uint64_t* seeds) {
+bool scan_chunk(const BeamPruneParams& p, int64_t item, Candidates& c) {
   const int64_t row = item / p.num_chunks;
   const int64_t first = (item % p.num_chunks) * p.chunk_len;
   const int64_t last = first + p.chunk_len < p.vocab ? first + p.chunk_len : p.vocab;
   const T* x = static_cast<const T*>(p.logits) + row * p.logits_stride;
   const int32_t* mask = Masked ? p.token_mask + row * p.mask_stride : nullptr;
-  Candidates c{buffer, seeds, p.k};
   float ref = -kInf;
   double total = 0.0;
-  bool bad = false;
   const int64_t block_len = Candidates::block_len(p.k);
   for (int64_t begin = first; begin < last; begin += block_len) {
     const int64_t end = begin + block_len < last ? begin + block_len : last;
     c.begin_block(begin, end, [&](int64_t i) { return candidate_values<T, Masked>(Vec::load(x + i), mask, i); });
     if (WithSum && ref == -kInf) {
       ref = block_max(x, begin, end);
-      if (!(ref < kInf)) bad = true;
+      if (!(ref < kInf)) return false;
     }
-    const Vec scale = Vec::set(kLog2E);
     for (int attempt = 0; attempt < 2; ++attempt) {
       const Vec base = Vec::set(ref == -kInf ? 0.0f : ref);
       Vec sums[kWide];
       for (int j = 0; j < kWide; ++j) sums[j] = Vec::zero();
       for (int64_t i = begin; i < end; i += kWide * Vec::N) {
-        Vec v[kWide], w[kWide];
+        Vec v[kWide], t[kWide];
         if (__builtin_expect(i + kWide * Vec::N <= end, 1)) {
-          for (int j = 0; j < kWide; ++j) v[j] = Vec::load(x + i + j * Vec::N);
+          load_wide(x + i, v);
         } else {
           for (int j = 0; j < kWide; ++j) v[j] = load_n(x, i + j * Vec::N, end);
         }
         if constexpr (WithSum) {
-          for (int j = 0; j < kWide; ++j) w[j] = (v[j] - base) * scale;
-          exp2_inplace(w);
-          for (int j = 0; j < kWide; ++j) sums[j] += w[j];
+          for (int j = 0; j < kWide; ++j) t[j] = (v[j] - base) * Vec::set(kLog2E);
+          add_exp2(t, sums);
         } else {
           // Nothing is summed that would betray them: NaN and +inf poison the sum, -inf is legal.
           for (int j = 0; j < kWide; ++j) sums[j] = select(v[j] < Vec::set(kInf), sums[j], v[j] - v[j]);
         }
-        const Vec bar = Vec::set(c.threshold);
-        Mask any = v[0] > bar;
-        for (int j = 1; j < kWide; ++j) any = any | (v[j] > bar);
-        if (__builtin_expect(any.any(), 0) && attempt == 0) {
+        Vec top = v[0];
+        for (int j = 1; j < kWide; ++j) top = max(top, v[j]);
+        if (__builtin_expect((top > Vec::set(c.threshold)).any(), 0) && attempt == 0) {
           for (int j = 0; j < kWide && i + j * Vec::N < end; ++j) {
-            const Vec allowed = candidate_values<T, Masked>(v[j], mask, i + j * Vec::N);
-            const uint32_t lanes = (allowed > bar).bits();
+            const Vec allowed = candidate_values<T, Masked>(load_n(x, i + j * Vec::N, end), mask, i + j * Vec::N);
+            const uint32_t lanes = (allowed > Vec::set(c.threshold)).bits();
             if (lanes) c.insert(allowed, lanes, i + j * Vec::N);
           }
         }
@@ -90,33 +86,39 @@ void scan_chunk(const BeamPruneParams& p, int64_t item, uint64_t* buffer, uint64
       }
       // The block is far above what came before (or has NaN): make it the reference and sum it again, it is in L1.
       const float top = block_max(x, begin, end);
-      if (!WithSum || attempt == 1 || !(top < kInf) || !(top > ref)) {
-        bad = true;
-        break;
-      }
+      if (!WithSum || attempt == 1 || !(top < kInf) || !(top > ref)) return false;
       total *= std::exp(static_cast<double>(ref) - top);
       ref = top;
     }
-    if (bad) break;
   }
-  if (c.n > p.k) c.compact();
-  uint64_t* out = p.chunk_keys + item * p.k;
-  for (int64_t j = 0; j < c.n; ++j) out[j] = c.keys[j];
-  p.chunk_counts[item] = bad ? -1 : c.n;
   p.chunk_refs[item] = ref;
   p.chunk_sums[item] = total;
+  return true;
+}
+
+template <typename T, bool Masked, bool WithSum>
+void scan_chunks(const BeamPruneParams& p, int64_t begin, int64_t end, uint64_t* buffer, uint64_t* seeds) {
+  Candidates candidates{buffer, seeds, p.k};
+  for (int64_t item = begin; item < end; ++item) {
+    p.chunk_counts[item] = scan_chunk<T, Masked, WithSum>(p, item, candidates) ? 0 : -1;
+    // Chunks of one row that follow each other share their candidates: what beats only its own chunk is never kept.
+    if (item + 1 < end && (item + 1) % p.num_chunks) continue;
+    if (candidates.n > p.k) candidates.compact();
+    uint64_t* out = p.chunk_keys + item * p.k;
+    for (int64_t j = 0; j < candidates.n; ++j) out[j] = candidates.keys[j];
+    if (p.chunk_counts[item] == 0) p.chunk_counts[item] = candidates.n;
+    candidates = Candidates{buffer, seeds, p.k};
+  }
 }
 
 template <typename T>
 void scan(const BeamPruneParams& p, int64_t begin, int64_t end, uint64_t* buffer, uint64_t* seeds) {
-  for (int64_t item = begin; item < end; ++item) {
-    if (p.token_mask) {
-      p.is_logprobs ? scan_chunk<T, true, false>(p, item, buffer, seeds)
-                    : scan_chunk<T, true, true>(p, item, buffer, seeds);
-    } else {
-      p.is_logprobs ? scan_chunk<T, false, false>(p, item, buffer, seeds)
-                    : scan_chunk<T, false, true>(p, item, buffer, seeds);
-    }
+  if (p.token_mask) {
+    p.is_logprobs ? scan_chunks<T, true, false>(p, begin, end, buffer, seeds)
+                  : scan_chunks<T, true, true>(p, begin, end, buffer, seeds);
+  } else {
+    p.is_logprobs ? scan_chunks<T, false, false>(p, begin, end, buffer, seeds)
+                  : scan_chunks<T, false, true>(p, begin, end, buffer, seeds);
   }
 }
 

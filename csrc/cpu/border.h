@@ -35,6 +35,14 @@ static inline int compress(float* to, Vec x, Mask m) {
 #endif
 }
 
+// visit(v) for n floats; lanes past the end are `fill`.
+template <typename Visit>
+static inline __attribute__((always_inline)) void each_of(const float* x, int64_t n, float fill, const Visit& visit) {
+  int64_t i = 0;
+  for (; i + Vec::N <= n; i += Vec::N) visit(Vec::load(x + i));
+  if (i < n) visit(Vec::load_n(x + i, static_cast<int>(n - i), fill));
+}
+
 // Where a filter cuts the ranking: it keeps every token above `value` and the first `ties` of those equal to it.
 struct Border {
   float value = -kInf;
@@ -45,8 +53,8 @@ struct Border {
 // in any order; `base` is what the tokens above them hold. Tokens count their mass 2^((x - ref) * scale), or one each.
 // Eight-way search by value: each round keeps the eighth of the range the border is in.
 template <bool Mass>
-Border find_border(const float* x /* [n] */, float* work /* [n], may be x */, int64_t n, double base, double target,
-                   float ref, float scale) {
+Border find_border(const float* x /* [n] */, float* work /* [n + Vec::N], may be x */, int64_t n, double base,
+                   double target, float ref, float scale) {
   constexpr int64_t kFew = 48;
   uint64_t keys[kFew];
   const auto weight_of = [&](float v) -> double {
@@ -61,11 +69,8 @@ Border find_border(const float* x /* [n] */, float* work /* [n], may be x */, in
   };
   while (n > kFew) {
     Vec low = Vec::set(kInf), high = Vec::set(-kInf);
-    for (int64_t i = 0; i < n; i += Vec::N) {
-      const int lanes = n - i < Vec::N ? static_cast<int>(n - i) : Vec::N;
-      low = min(Vec::load_n(x + i, lanes, kInf), low);
-      high = max(Vec::load_n(x + i, lanes, -kInf), high);
-    }
+    each_of(x, n, kInf, [&](Vec v) { low = min(v, low); });
+    each_of(x, n, -kInf, [&](Vec v) { high = max(v, high); });
     const float least = -(Vec::zero() - low).max(), most = high.max();
     if (least == most) return at(least, n);
     float split[kSplits];
@@ -77,30 +82,25 @@ Border find_border(const float* x /* [n] */, float* work /* [n], may be x */, in
     }
     double above[kSplits] = {};
     for (int64_t begin = 0; begin < n; begin += kBorderBlock) {
-      const int64_t end = begin + kBorderBlock < n ? begin + kBorderBlock : n;
       Vec a[kSplits];
       for (int j = 0; j < kSplits; ++j) a[j] = Vec::zero();
-      for (int64_t i = begin; i < end; i += Vec::N) {
-        const Vec v = Vec::load_n(x + i, end - i < Vec::N ? static_cast<int>(end - i) : Vec::N, -kInf);
-        const Vec w = Mass ? exp2((v - Vec::set(ref)) * Vec::set(scale)) : Vec::set(1.0f);
-        for (int j = 0; j < kSplits; ++j) a[j] = add_if(v > Vec::set(split[j]), a[j], w);
-      }
+      each_of(x + begin, n - begin < kBorderBlock ? n - begin : kBorderBlock, -kInf,
+              [&](Vec v) __attribute__((always_inline)) {
+                const Vec w = Mass ? exp2((v - Vec::set(ref)) * Vec::set(scale)) : Vec::set(1.0f);
+                for (int j = 0; j < kSplits; ++j) a[j] = add_if(v > Vec::set(split[j]), a[j], w);
+              });
       for (int j = 0; j < kSplits; ++j) above[j] += a[j].sum();
     }
     int j = 0;
     while (j < kSplits && base + above[j] < target) ++j;
     const float hi = j > 0 ? split[j - 1] : kInf, lo = j < kSplits ? split[j] : -kInf;
     if (j > 0) base += above[j - 1];
-    int64_t m = 0;
-    for (int64_t i = 0; i < n; i += Vec::N) {  // work may be x: what is written lies before what is read next
-      const Vec v = Vec::load_n(x + i, n - i < Vec::N ? static_cast<int>(n - i) : Vec::N, -kInf);
-      float chosen[Vec::N];
-      const int count = compress(chosen, v, (v > Vec::set(lo)) & (Vec::set(hi) >= v));
-      for (int lane = 0; lane < count; ++lane) work[m + lane] = chosen[lane];
-      m += count;
-    }
+    float* to = work;  // may be x: what is written, and scribbled on, has been read before
+    each_of(x, n, -kInf, [&](Vec v) __attribute__((always_inline)) {
+      to += compress(to, v, (v > Vec::set(lo)) & (Vec::set(hi) >= v));
+    });
     x = work;
-    n = m;
+    n = to - work;
   }
   for (int64_t i = 0; i < n; ++i) keys[i] = make_key(x[i], static_cast<uint32_t>(i));
   sort_descending(keys, n);

@@ -33,13 +33,17 @@ struct Row {
     for (; i + Vec::N <= end; i += Vec::N) visit(load(i), i);
     if (i < end) visit(load_n(i, end - i), i);
   }
-  // The same with kWide registers at once.
+  // The same with kWide registers at once, whose lanes are in any order.
   template <typename Visit>
   inline __attribute__((always_inline)) void each_wide(int64_t begin, int64_t end, const Visit& visit) const {
     Vec v[kWide];
     int64_t i = begin;
     for (; i + kWide * Vec::N <= end; i += kWide * Vec::N) {
-      for (int j = 0; j < kWide; ++j) v[j] = load(i + j * Vec::N);
+      if constexpr (Masked) {
+        for (int j = 0; j < kWide; ++j) v[j] = load(i + j * Vec::N);
+      } else {
+        load_wide(x + i, v);
+      }
       visit(v, i);
     }
     if (i == end) return;
@@ -119,15 +123,17 @@ Sums sum_row(const R& row, float ref, float inv_temperature, const float* bars, 
     Vec s = Vec::zero(), e = Vec::zero(), z = Vec::zero();
     row.each_wide(begin, end, [&](const Vec(&v)[kWide], int64_t i) __attribute__((always_inline)) {
       Vec t[kWide], w[kWide], u[kWide];
+      Vec m = v[0];
+      for (int j = 1; j < kWide; ++j) m = max(m, v[j]);
+      top = max(m, top);
       for (int j = 0; j < kWide; ++j) {
-        top = max(v[j], top);
-        w[j] = t[j] = (v[j] - base) * scale;
+        w[j] = t[j] = max(Vec::set(-200.0f), (v[j] - base) * scale);  // in log_sum, 0 * -inf would be NaN
         u[j] = t[j] * inverse;
       }
       exp2_inplace(w);
       for (int j = 0; j < kWide; ++j) {
         s += w[j];
-        e = fma(w[j], max(Vec::set(-200.0f), t[j]), e);  // 0 * -inf would be NaN
+        e = fma(w[j], t[j], e);
       }
       if constexpr (Tempered) {
         exp2_inplace(u);
@@ -137,10 +143,13 @@ Sums sum_row(const R& row, float ref, float inv_temperature, const float* bars, 
       }
       if constexpr (C == Collect::kBars) split.add(v, u);
       if constexpr (C == Collect::kCandidates) {
-        const Vec bar = Vec::set(candidates->threshold);
-        for (int j = 0; j < kWide; ++j) {
-          const Mask m = v[j] > bar;
-          if (__builtin_expect(m.any(), 0)) candidates->insert(v[j], m.bits(), i + j * Vec::N);
+        if (__builtin_expect((m > Vec::set(candidates->threshold)).any(), 0)) {
+          for (int j = 0; j < kWide; ++j) {
+            const int64_t at = i + j * Vec::N;
+            const Vec x = row.load_n(at, end - at);
+            const uint32_t lanes = (x > Vec::set(candidates->threshold)).bits();
+            if (lanes) candidates->insert(x, lanes, at);
+          }
         }
       }
     });
