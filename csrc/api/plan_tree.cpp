@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_tree_cpu(Tensor page_table, Tens
   Tensor part_indptr = torch::stable::new_empty(seq_lens, {num_rows + 1});
   Tensor chunks = torch::stable::new_empty(
       seq_lens, {cpu::max_chunks(num_rows, page_table.size(1), page_size), cpu::kChunkColumns});
-  Tensor counts = torch::stable::new_empty(seq_lens, {4});
+  Tensor counts = torch::stable::new_empty(seq_lens, {5});
   const cpu::PlanTreeParams p{
       page_table.const_data_ptr<int32_t>(),
       lens,

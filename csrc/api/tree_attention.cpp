@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -21,6 +22,7 @@ class Workspace {
  public:
   void* get(int64_t bytes) {
     if (bytes > size_) {
+      size_ = 0;  // whatever happens below
       memory_.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
       STD_TORCH_CHECK(memory_ != nullptr, "tree_attention: out of memory for ", bytes, " bytes of scratch");
       size_ = bytes;
@@ -56,12 +58,13 @@ double cost_of(const cpu::TreeAttentionParams& p, int64_t tokens, int64_t rows, 
   return 500.0 + static_cast<double>(tokens) * token + static_cast<double>(rows) * width * 0.2;
 }
 
-std::vector<Cell> cells_of(const cpu::TreeAttentionParams& p, int64_t num_chunks, int64_t element_size) {
+std::vector<Cell> cells_of(const cpu::TreeAttentionParams& p, int64_t chunk_begin, int64_t chunk_end,
+                           int64_t element_size) {
   const int64_t group = p.num_qo_heads / p.num_kv_heads;
   std::vector<Cell> cells;
-  cells.reserve(static_cast<size_t>(num_chunks));
+  cells.reserve(static_cast<size_t>(chunk_end - chunk_begin));
   double at = 0.0;
-  for (int64_t c = 0; c < num_chunks; ++c) {
+  for (int64_t c = chunk_begin; c < chunk_end; ++c) {
     const int32_t* chunk = p.chunks + 6 * c;
     const int64_t first_token = p.q_indptr[chunk[0]];
     const int64_t rows = (p.q_indptr[chunk[1]] - first_token) * group;
@@ -130,6 +133,21 @@ void run_between(const cpu::TreeAttentionParams& p, const std::vector<Cell>& cel
   run(nullptr);
 }
 
+void run_round(const cpu::TreeAttentionParams& p, const std::vector<Cell>& cells) {
+  if (cells.empty()) return;
+  const double total = cells.back().begin + cells.back().per_head * static_cast<double>(p.num_kv_heads);
+  // Waking a thread costs about as much as 20,000 cycles of work.
+  const int64_t threads =
+      std::clamp<int64_t>(static_cast<int64_t>(total / 20000.0), 1, torch::stable::get_num_threads());
+  const auto position = [&](int64_t i) {
+    return i == threads ? Position{cells.size(), 0, 0}
+                        : cut(cells, p.num_kv_heads, static_cast<double>(i) / static_cast<double>(threads));
+  };
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) run_between(p, cells, position(i), position(i + 1));
+  });
+}
+
 void check_pages(const Tensor& pages, const char* name, const Tensor& q) {
   check_shape(pages, name, "[num_pages, page_size, num_kv_heads, head_dim]", {-1, -1, -1, q.size(2)});
   check_dtype(pages, name, q.scalar_type());
@@ -142,9 +160,14 @@ void check_index(const Tensor& t, const char* name, const char* text, std::initi
   check_contiguous(t, name);
 }
 
+bool is_positive_float(double x) {
+  return x >= std::numeric_limits<float>::min() && x <= std::numeric_limits<float>::max();
+}
+
 // Everything the kernel will use as an address: one pass over the plan and the page ids of its chunks.
 void check_plan(const cpu::TreeAttentionParams& p, int64_t num_q, int64_t num_pages, int64_t max_pages,
-                int64_t num_chunks, int64_t num_parts) {
+                const int32_t* count) {
+  const int64_t num_chunks = count[0], num_parts = count[1];
   STD_TORCH_CHECK(p.q_indptr[0] == 0 && p.q_indptr[p.num_rows] == num_q,
                   "[ValueError] plan: expected q_indptr from 0 to the number of query tokens ", num_q, ", got ",
                   p.q_indptr[0], " to ", p.q_indptr[p.num_rows], " (was the plan made for this batch?)");
@@ -155,17 +178,35 @@ void check_plan(const cpu::TreeAttentionParams& p, int64_t num_q, int64_t num_pa
     STD_TORCH_CHECK(p.q_indptr[b] <= p.q_indptr[b + 1] && p.part_indptr[b] <= p.part_indptr[b + 1],
                     "[ValueError] plan: q_indptr or part_indptr decreases after row ", b);
   }
+  int64_t path_tokens = 0;
+  for (int64_t b = 0; b < p.num_rows; ++b) path_tokens += p.q_indptr[b] < p.q_indptr[b + 1] ? p.seq_lens[b] : 0;
+  STD_TORCH_CHECK(path_tokens == count[3],
+                  "[ValueError] plan: was made for seq_lens of branches with queries that add up to ", count[3],
+                  " tokens, got ", path_tokens);
+  STD_TORCH_CHECK(p.page_size == count[4], "[ValueError] plan: was made for pages of ", count[4], " tokens, got ",
+                  p.page_size);
   for (int64_t c = 0; c < num_chunks; ++c) {
     const int32_t* chunk = p.chunks + 6 * c;
     const bool ok = 0 <= chunk[0] && chunk[0] < chunk[1] && chunk[1] <= p.num_rows && 0 <= chunk[2] &&
-                    chunk[2] <= chunk[3] && chunk[3] <= max_pages * p.page_size && chunk[4] >= 0;
+                    chunk[2] < chunk[3] && chunk[3] <= max_pages * p.page_size &&
+                    chunk[4] == chunk[2] / cpu::kSegment && chunk[4] == (chunk[3] - 1) / cpu::kSegment &&
+                    (c ? chunk[-1] <= chunk[5] : chunk[5] == 0);
     STD_TORCH_CHECK(ok, "[ValueError] plan: chunk ", c, " covers rows [", chunk[0], ", ", chunk[1], ") and tokens [",
-                    chunk[2], ", ", chunk[3], "), outside of this batch of ", p.num_rows, " rows and ",
-                    max_pages * p.page_size, " tokens");
+                    chunk[2], ", ", chunk[3], ") of segment ", chunk[4], " in round ", chunk[5],
+                    ", which does not fit this batch of ", p.num_rows, " rows and ", max_pages * p.page_size,
+                    " tokens");
+    const int64_t first_page = chunk[2] / p.page_size;
     for (int64_t b = chunk[0]; b < chunk[1]; ++b) {
-      STD_TORCH_CHECK(p.q_indptr[b] == p.q_indptr[b + 1] || chunk[4] < cpu::num_parts(p, b),
-                      "[ValueError] plan: chunk ", c, " is part ", chunk[4], " of row ", b, ", which has ",
-                      cpu::num_parts(p, b));
+      if (p.q_indptr[b] == p.q_indptr[b + 1]) continue;
+      STD_TORCH_CHECK(chunk[4] < cpu::num_parts(p, b), "[ValueError] plan: chunk ", c, " is in segment ", chunk[4],
+                      " of row ", b, ", which has ", cpu::num_parts(p, b));
+      const int64_t last_page = (std::min(chunk[3], p.seq_lens[b]) - 1) / p.page_size;
+      for (const int64_t page : {first_page, last_page}) {
+        const int32_t* column = p.page_table + page;
+        STD_TORCH_CHECK(column[b * p.page_table_stride] == column[chunk[0] * p.page_table_stride],
+                        "[ValueError] plan: was made for another page_table: rows ", chunk[0], " and ", b,
+                        " do not share the page at ", page);
+      }
     }
     const int32_t* pages = p.page_table + chunk[0] * p.page_table_stride;
     for (int64_t i = chunk[2] / p.page_size; i * p.page_size < chunk[3]; ++i) {
@@ -190,9 +231,9 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
   check_shape(v_pages, "v_pages", "the shape of k_pages",
               {k_pages.size(0), k_pages.size(1), k_pages.size(2), k_pages.size(3)});
   const int64_t num_kv_heads = k_pages.size(2);
-  STD_TORCH_CHECK(num_kv_heads > 0 && num_qo_heads % num_kv_heads == 0,
-                  "[ValueError] q: expected num_qo_heads a multiple of num_kv_heads = ", num_kv_heads, ", got ",
-                  num_qo_heads);
+  STD_TORCH_CHECK(num_kv_heads > 0 && num_qo_heads > 0 && num_qo_heads % num_kv_heads == 0,
+                  "[ValueError] q: expected num_qo_heads a positive multiple of num_kv_heads = ", num_kv_heads,
+                  ", got ", num_qo_heads);
   STD_TORCH_CHECK(k_pages.size(1) > 0, "[ValueError] k_pages: expected page_size above 0, got 0");
   check_shape(page_table, "page_table", "[num_branches, max_pages]", {-1, -1});
   check_dtype(page_table, "page_table", ScalarType::Int);
@@ -202,14 +243,19 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
   check_index(q_indptr, "plan.q_indptr", "[num_branches + 1]", {num_rows + 1});
   check_index(part_indptr, "plan.part_indptr", "[num_branches + 1]", {num_rows + 1});
   check_index(chunks, "plan.chunks", "[max_chunks, 6]", {-1, 6});
-  check_index(counts, "plan.counts", "[4]", {4});
-  check_value(std::isfinite(sm_scale) && sm_scale > 0, "sm_scale", "a positive finite number", sm_scale);
-  check_value(std::isfinite(logits_soft_cap) && logits_soft_cap >= 0, "logits_soft_cap",
-              "0 (off) or a positive finite number", logits_soft_cap);
+  check_index(counts, "plan.counts", "[5]", {5});
+  check_value(is_positive_float(sm_scale), "sm_scale", "a positive number of the range of fp32", sm_scale);
+  check_value(logits_soft_cap == 0 || is_positive_float(logits_soft_cap), "logits_soft_cap",
+              "0 (off) or a positive number of the range of fp32", logits_soft_cap);
+  check_value(window_left >= -1, "window_left", "-1 (no limit) or more", window_left);
   if (sinks) {
     check_shape(*sinks, "sinks", "[num_qo_heads]", {num_qo_heads});
     check_dtype(*sinks, "sinks", ScalarType::Float);
     check_contiguous(*sinks, "sinks");
+    for (int64_t h = 0; h < num_qo_heads; ++h) {
+      const float sink = sinks->const_data_ptr<float>()[h];
+      check_value(sink < std::numeric_limits<float>::infinity(), "sinks", "numbers below +inf", sink);
+    }
   }
 
   const int32_t* count = counts.const_data_ptr<int32_t>();
@@ -230,8 +276,7 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
       .sinks = sinks ? sinks->const_data_ptr<float>() : nullptr,
       .out = nullptr,
       .lse = nullptr,
-      .part_out = nullptr,
-      .part_lse = nullptr,
+      .parts = nullptr,
       .num_rows = num_rows,
       .num_qo_heads = num_qo_heads,
       .num_kv_heads = num_kv_heads,
@@ -248,7 +293,7 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
                : dtype == ScalarType::BFloat16 ? DType::BF16
                                                : DType::F16,
   };
-  check_plan(p, num_q, k_pages.size(0), page_table.size(1), num_chunks, num_parts);
+  check_plan(p, num_q, k_pages.size(0), page_table.size(1), count);
 
   Tensor out = torch::stable::new_empty(q, {num_q, num_qo_heads, head_dim});
   Tensor lse = torch::stable::new_empty(q, {num_q, num_qo_heads}, ScalarType::Float);
@@ -257,25 +302,14 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
 
   bool merge = false;
   for (int64_t b = 0; b < num_rows; ++b) merge |= p.q_indptr[b] < p.q_indptr[b + 1] && cpu::num_parts(p, b) != 1;
-  if (merge) {
-    thread_local Workspace partials;
-    const int64_t floats = num_parts * num_qo_heads;
-    p.part_out = static_cast<float*>(partials.get((floats * (head_dim + 1)) * 4 + 64));
-    p.part_lse = p.part_out + floats * head_dim;
+  const int64_t num_rounds = num_chunks ? p.chunks[6 * num_chunks - 1] + 1 : 0;
+  if (merge || num_rounds > 1) {
+    thread_local Workspace parts;
+    p.parts = static_cast<float*>(parts.get(num_parts * num_qo_heads * cpu::part_stride(head_dim) * 4));
   }
-
-  if (const std::vector<Cell> cells = cells_of(p, num_chunks, q.element_size()); !cells.empty()) {
-    const double total = cells.back().begin + cells.back().per_head * static_cast<double>(num_kv_heads);
-    // Waking a thread costs about as much as 20,000 cycles of work.
-    const int64_t threads =
-        std::clamp<int64_t>(static_cast<int64_t>(total / 20000.0), 1, torch::stable::get_num_threads());
-    const auto position = [&](int64_t i) {
-      return i == threads ? Position{cells.size(), 0, 0}
-                          : cut(cells, num_kv_heads, static_cast<double>(i) / static_cast<double>(threads));
-    };
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) run_between(p, cells, position(i), position(i + 1));
-    });
+  for (int64_t begin = 0, end; begin < num_chunks; begin = end) {
+    for (end = begin + 1; end < num_chunks && p.chunks[6 * end + 5] == p.chunks[6 * begin + 5];) ++end;
+    run_round(p, cells_of(p, begin, end, q.element_size()));
   }
   if (merge) {
     torch::stable::parallel_for(0, num_rows, std::max<int64_t>(1, 65536 / (num_qo_heads * head_dim)),

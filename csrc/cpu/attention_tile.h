@@ -184,7 +184,8 @@ static inline void pack_row(const T* row, int64_t units, float* out /* [units] *
   }
 }
 
-// Keys transposed so that lanes are tokens. Tokens past num_tokens, up to a whole register, become 0.
+// Keys transposed so that lanes are tokens. Tokens whose row is null or past num_tokens, up to a whole register, become
+// 0.
 template <bool Pairs, typename T>
 static void pack_keys(const T* const* rows,  // [num_tokens] each [head_dim]
                       const T* const* next,  // [num_next] rows to prefetch meanwhile
@@ -194,6 +195,7 @@ static void pack_keys(const T* const* rows,  // [num_tokens] each [head_dim]
   for (int64_t t = 0; t < num_tokens; t += Vec::N) {
     float* panel = out + t / kPanel * units * kPanel + t % kPanel;
     for (int64_t i = t; i < t + Vec::N && i < num_next; ++i) {
+      if (!next[i]) continue;
       for (int64_t u = 0; u < units; u += kUnitsPerLine) {
         prefetch_l2(Pairs ? static_cast<const void*>(reinterpret_cast<const float*>(next[i]) + u) : next[i] + u);
       }
@@ -201,7 +203,8 @@ static void pack_keys(const T* const* rows,  // [num_tokens] each [head_dim]
     const int64_t count = num_tokens - t < Vec::N ? num_tokens - t : Vec::N;
     for (int64_t u = 0; u < units; u += Vec::N) {
       Vec r[Vec::N];
-      for (int i = 0; i < Vec::N; ++i) r[i] = i < count ? load_units<Pairs>(rows[t + i], u, units) : Vec::zero();
+      for (int i = 0; i < Vec::N; ++i)
+        r[i] = i < count && rows[t + i] ? load_units<Pairs>(rows[t + i], u, units) : Vec::zero();
       transpose(r);
       const int n = units - u < Vec::N ? static_cast<int>(units - u) : Vec::N;
       for (int i = 0; i < n; ++i) r[i].store(panel + (u + i) * kPanel);
@@ -210,7 +213,8 @@ static void pack_keys(const T* const* rows,  // [num_tokens] each [head_dim]
 }
 
 // Values with lanes over dimensions; a unit holds one token's value, or (Pairs) those of tokens 2u and 2u+1.
-// Tokens past num_tokens, up to a multiple of N, become 0; so do dimensions past head_dim up to a whole register.
+// Tokens whose row is null or past num_tokens, up to a multiple of N, become 0; so do dimensions past head_dim up to a
+// whole register.
 template <bool Pairs, typename T>
 static void pack_values(const T* const* rows, const T* const* next, int64_t num_tokens, int64_t num_next,
                         int64_t head_dim,
@@ -221,11 +225,14 @@ static void pack_values(const T* const* rows, const T* const* next, int64_t num_
   constexpr int kStep = Pairs ? 2 : 1;
   for (int64_t t = 0; t < padded; t += kStep) {
     for (int64_t i = t; i < t + kStep && i < num_next; ++i) {
+      if (!next[i]) continue;
       for (int64_t d = 0; d < head_dim; d += kPerLine) prefetch_l2(next[i] + d);
     }
+    const T* row = t < num_tokens ? rows[t] : nullptr;
     float* line = out + t / kStep * kPanel;
 #if defined(TD_ISA_AVX512_BF16)
     if constexpr (Pairs) {
+      const T* second = t + 1 < num_tokens ? rows[t + 1] : nullptr;
       // Interleaves the tokens' 16-bit values: (x0, y0), (x1, y1), ...
       alignas(64) static const uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
@@ -234,8 +241,8 @@ static void pack_values(const T* const* rows, const T* const* next, int64_t num_
       for (int64_t d = 0; d < head_dim; d += 32) {
         const int64_t n = head_dim - d < 32 ? head_dim - d : 32;
         const __mmask32 mask = n == 32 ? 0xffffffffu : (1u << n) - 1u;
-        const __m512i x = t < num_tokens ? _mm512_maskz_loadu_epi16(mask, rows[t] + d) : _mm512_setzero_si512();
-        const __m512i y = t + 1 < num_tokens ? _mm512_maskz_loadu_epi16(mask, rows[t + 1] + d) : _mm512_setzero_si512();
+        const __m512i x = row ? _mm512_maskz_loadu_epi16(mask, row + d) : _mm512_setzero_si512();
+        const __m512i y = second ? _mm512_maskz_loadu_epi16(mask, second + d) : _mm512_setzero_si512();
         float* to = line + d / kPanel * panel_stride + d % kPanel;
         _mm512_storeu_si512(to, _mm512_permutex2var_epi16(x, low, y));
         if (n > 16) _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(x, high, y));
@@ -244,20 +251,23 @@ static void pack_values(const T* const* rows, const T* const* next, int64_t num_
     }
 #endif
     for (int64_t d = 0; d < head_dim; d += Vec::N) {
-      const Vec v = t < num_tokens ? load_units<false>(rows[t], d, head_dim) : Vec::zero();
+      const Vec v = row ? load_units<false>(row, d, head_dim) : Vec::zero();
       v.store(line + d / kPanel * panel_stride + d % kPanel);
     }
   }
 }
 
-// 2^x for x <= about 0, to 2 ulp: 2^floor(x) * p(x - floor(x)), p of degree 5 with p(0) = 1 (minimax of the relative
-// error on [0, 1], 1e-7). 0 below -126; NaN stays NaN.
-static inline Vec exp2_nonpositive(Vec x) {
+// 2^(x - base) for a whole number `base`, x <= about base, to 2 ulp: 2^(floor(x) - base) * p(x - floor(x)), p of degree
+// 5 with p(0) = 1 (minimax of the relative error on [0, 1], 1e-7). Its digits depend on x alone. 0 below 2^-126; NaN
+// stays NaN.
+static inline Vec exp2_above(Vec x, Vec base) {
 #if defined(TD_ISA_AVX512)
   const Vec r{_mm512_reduce_ps(x.v, 0x09)};
+  const Vec whole{_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
 #else
-  const Vec clamped = max(Vec::set(-126.0f), x);
-  const Vec whole = round_nearest(clamped - Vec::set(0.5f));
+  const Vec clamped = max(base + Vec::set(-126.0f), x);
+  const Vec nearest = round_nearest(clamped);
+  const Vec whole = nearest - select(nearest > clamped, Vec::set(1.0f), Vec::zero());
   const Vec r = clamped - whole;
 #endif
   Vec p = Vec::set(1.867130079e-3f);
@@ -267,9 +277,9 @@ static inline Vec exp2_nonpositive(Vec x) {
   p = fma(p, r, Vec::set(6.931513118e-1f));
   p = fma(p, r, Vec::set(1.0f));
 #if defined(TD_ISA_AVX512)
-  return {_mm512_scalef_ps(p.v, x.v)};
+  return {_mm512_scalef_ps(p.v, (whole - base).v)};
 #else
-  return select(x < Vec::set(-126.0f), Vec::zero(), scale_by_pow2(p, whole));
+  return select(x < base + Vec::set(-126.0f), Vec::zero(), scale_by_pow2(p, whole - base));
 #endif
 }
 

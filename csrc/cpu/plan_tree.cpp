@@ -30,14 +30,15 @@ struct Node {
   int32_t parent = -1, first_child = -1, last_child = -1, next_sibling = -1;
   bool is_leaf;
   bool is_folded = false;
-  int32_t parts = 0;        // chunks on the path from the root down to here, its own included
+  int32_t round = 0;        // of its last chunk, or of what it goes on from
   int64_t num_queries = 0;  // query tokens of its rows
   int64_t max_seq_len = 0;  // of its rows that have queries
 };
 
 struct Chunk {
+  int32_t round;
   int64_t cost;
-  int32_t row_begin, row_end, token_begin, token_end, ordinal;
+  int32_t row_begin, row_end, token_begin, token_end;
 };
 
 class Planner {
@@ -88,31 +89,36 @@ class Planner {
     }
   }
 
+  // Cuts every node at the borders of segments. A chunk that begins inside of a segment goes on where its parent's last
+  // one ended, so it comes one round later.
   void cut() {
-    int64_t total = 0;
-    for (int32_t i : order_) {
-      if (!nodes_[i].is_folded) total += cost(nodes_[i], nodes_[i].page_begin, nodes_[i].page_end);
-    }
-    const int64_t target = std::max<int64_t>(1, ceil_div(total * p_.num_kv_heads, kTargetItems));
     for (int32_t i : order_) {
       Node& v = nodes_[i];
-      v.parts = nodes_[v.parent].parts;
-      if (!v.is_folded && v.page_end > v.page_begin) cut_node(v, target);
+      const Node& parent = nodes_[v.parent];
+      v.round = parent.round;
+      int64_t begin = v.page_begin * p_.page_size;
+      const int64_t end = token_at(v, v.page_end);
+      if (v.is_folded || begin >= end) continue;
+      const int64_t queries = p_.group_size * v.num_queries;
+      for (int64_t next; begin < end; begin = next) {
+        next = std::min(end, (begin / kSegment + 1) * kSegment);
+        v.round = begin % kSegment ? v.round + 1 : 0;
+        chunks_.push_back({v.round, (next - begin) * (kReadRows + queries), v.row_begin, v.row_end,
+                           static_cast<int32_t>(begin), static_cast<int32_t>(next)});
+      }
     }
-    std::stable_sort(chunks_.begin(), chunks_.end(), [](const Chunk& a, const Chunk& b) { return a.cost > b.cost; });
+    std::stable_sort(chunks_.begin(), chunks_.end(), [](const Chunk& a, const Chunk& b) {
+      return a.round != b.round ? a.round < b.round : a.cost > b.cost;
+    });
   }
 
   bool write() const {
     int64_t num_queries = 0, num_parts = 0, unique_tokens = 0, path_tokens = 0;
     p_.q_indptr[0] = p_.part_indptr[0] = 0;
-    for (int64_t row = 0; row < p_.num_rows; ++row) p_.part_indptr[row + 1] = 0;
-    for (int32_t i : order_) {
-      if (nodes_[i].is_leaf) p_.part_indptr[nodes_[i].row_begin + 1] = nodes_[i].parts;
-    }
     constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
     for (int64_t row = 0; row < p_.num_rows; ++row) {
       num_queries += q_len(row);
-      num_parts += q_len(row) * p_.part_indptr[row + 1];
+      num_parts += q_len(row) * ceil_div(p_.seq_lens[row], kSegment);
       if (q_len(row) > 0) path_tokens += p_.seq_lens[row];
       if (num_queries > kMax || num_parts > kMax || path_tokens > kMax) return false;
       p_.q_indptr[row + 1] = static_cast<int32_t>(num_queries);
@@ -120,7 +126,8 @@ class Planner {
     }
     int32_t* out = p_.chunks;
     for (const Chunk& c : chunks_) {
-      const int32_t columns[kChunkColumns] = {c.row_begin, c.row_end, c.token_begin, c.token_end, c.ordinal, 0};
+      const int32_t columns[kChunkColumns] = {
+          c.row_begin, c.row_end, c.token_begin, c.token_end, static_cast<int32_t>(c.token_begin / kSegment), c.round};
       std::memcpy(out, columns, sizeof columns);
       out += kChunkColumns;
       unique_tokens += c.token_end - c.token_begin;
@@ -129,6 +136,7 @@ class Planner {
     p_.counts[1] = static_cast<int32_t>(num_parts);
     p_.counts[2] = static_cast<int32_t>(unique_tokens);  // <= path_tokens
     p_.counts[3] = static_cast<int32_t>(path_tokens);
+    p_.counts[4] = static_cast<int32_t>(p_.page_size);
     return true;
   }
 
@@ -177,63 +185,6 @@ class Planner {
 
   int64_t num_tokens(const Node& v) const { return token_at(v, v.page_end) - v.page_begin * p_.page_size; }
 
-  // Packed rows that see the tokens of a page. Causality counts where it weighs: in the row that owns the page alone.
-  int64_t packed_rows(const Node& v, int64_t page) const {
-    const int64_t queries =
-        v.row_end - v.row_begin == 1 ? std::min(v.num_queries, v.max_seq_len - page * p_.page_size) : v.num_queries;
-    return p_.group_size * queries;
-  }
-
-  bool is_even(const Node& v) const { return v.row_end - v.row_begin > 1 || v.num_queries == 1; }
-
-  int64_t page_cost(const Node& v, int64_t page) const {
-    return (token_at(v, page + 1) - page * p_.page_size) * (kReadRows + packed_rows(v, page));
-  }
-
-  int64_t cost(const Node& v, int64_t page_begin, int64_t page_end) const {
-    if (page_end <= page_begin) return 0;
-    if (is_even(v)) {
-      return (token_at(v, page_end) - page_begin * p_.page_size) * (kReadRows + p_.group_size * v.num_queries);
-    }
-    int64_t sum = 0;
-    for (int64_t page = page_begin; page < page_end; ++page) sum += page_cost(v, page);
-    return sum;
-  }
-
-  // Cuts a node into pieces of equal cost, as far as whole pages allow it.
-  void cut_node(Node& v, int64_t target) {
-    const int64_t num_pages = v.page_end - v.page_begin;
-    const int64_t max_pages = std::max<int64_t>(1, kMaxChunkTokens / p_.page_size);
-    const int64_t rows = p_.group_size * v.num_queries;
-    // Not so short that its partials would cost more than a sixteenth of it.
-    const int64_t min_tokens = std::max(kMinChunkTokens, 16 * kPartTokens * rows / (kReadRows + rows));
-    const int64_t total = cost(v, v.page_begin, v.page_end);
-    int64_t pieces = std::min(ceil_div(total, target), std::max<int64_t>(1, num_tokens(v) / min_tokens));
-    pieces = std::min(std::max(pieces, ceil_div(num_pages, max_pages)), num_pages);
-
-    int64_t page = v.page_begin;
-    int64_t done = 0;  // cost of the pages before `page`
-    for (int64_t i = 1; i <= pieces; ++i) {
-      // A piece has a page at least and max_pages at most, and leaves the pieces after it as much.
-      const int64_t left = pieces - i;
-      const int64_t first = std::max(page + 1, v.page_end - left * max_pages);
-      const int64_t last = std::min(page + max_pages, v.page_end - left);
-      int64_t end = first;
-      int64_t end_cost = done + cost(v, page, end);
-      if (is_even(v)) {
-        const int64_t share = ceil_div(num_pages * i, pieces) + v.page_begin;
-        end = std::clamp(share, first, last);
-        end_cost = done + cost(v, page, end);
-      } else {
-        while (end < last && end_cost * pieces < total * i) end_cost += page_cost(v, end++);
-      }
-      chunks_.push_back({end_cost - done, v.row_begin, v.row_end, static_cast<int32_t>(page * p_.page_size),
-                         static_cast<int32_t>(token_at(v, end)), v.parts++});
-      page = end;
-      done = end_cost;
-    }
-  }
-
   const PlanTreeParams& p_;
   std::vector<Node> nodes_;     // nodes_[0] stands above the roots and holds nothing
   std::vector<int32_t> order_;  // nodes that have queries, parents before children
@@ -250,7 +201,9 @@ void common_pages(const PlanTreeParams& p, int32_t* shared, int64_t row_begin, i
     }
     const int64_t used = ceil_div(std::min(p.seq_lens[row - 1], p.seq_lens[row]), p.page_size);
     const int32_t* table = p.page_table + row * p.table_stride;
-    shared[row] = static_cast<int32_t>(common_prefix(table - p.table_stride, table, used));
+    const int64_t common = common_prefix(table - p.table_stride, table, used);
+    // An even number of tokens, so that no pair of bf16 values that is multiplied at once is split between two chunks.
+    shared[row] = static_cast<int32_t>(common - common * p.page_size % 2);
   }
 }
 

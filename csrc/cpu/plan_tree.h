@@ -1,4 +1,4 @@
-// plan_tree: which rows share which pages, cut into chunks of comparable cost.
+// plan_tree: which rows share which pages, cut into chunks at segment borders.
 #pragma once
 
 #include <algorithm>
@@ -9,13 +9,14 @@ namespace treedecode::cpu {
 // Columns of `chunks`.
 inline constexpr int64_t kChunkColumns = 6;
 
-// The cost model, in whole numbers so that every implementation of the op cuts alike. The unit is one packed row
+// Attention adds up the keys of one segment one after the other and segments separately, so where they are cut decides
+// about rounding: at multiples of this many tokens, whatever else is in the batch. A multiple of every tile of keys.
+inline constexpr int64_t kSegment = 1024;
+
+// The cost model, in whole numbers so that every implementation of the op plans alike. The unit is one packed row
 // (query token x query head of a kv head) attending to one token.
-inline constexpr int64_t kReadRows = 16;      // reading one token's K and V costs as much as this many packed rows
-inline constexpr int64_t kPartTokens = 32;    // a packed row's partial costs as much as attending to this many tokens
-inline constexpr int64_t kTargetItems = 128;  // work items (chunk x kv head) aimed at in one step
-inline constexpr int64_t kMinChunkTokens = 128;   // a node is not cut below this
-inline constexpr int64_t kMaxChunkTokens = 2048;  // nor left longer than this (or one page, if that is more)
+inline constexpr int64_t kReadRows = 16;    // reading one token's K and V costs as much as this many packed rows
+inline constexpr int64_t kPartTokens = 32;  // a packed row's partial costs as much as attending to this many tokens
 
 struct PlanTreeParams {
   const int32_t* page_table;  // [num_rows, max_pages], row stride table_stride
@@ -23,8 +24,8 @@ struct PlanTreeParams {
   const int32_t* q_lens;      // [num_rows], or null: 1 each
   int32_t* q_indptr;          // [num_rows + 1]
   int32_t* part_indptr;       // [num_rows + 1]
-  int32_t* chunks;            // [max_chunks, 6] row_begin, row_end, token_begin, token_end, path_ordinal, 0
-  int32_t* counts;            // [4] num_chunks, num_parts, unique_tokens, path_tokens
+  int32_t* chunks;            // [max_chunks, 6] row_begin, row_end, token_begin, token_end, segment, round
+  int32_t* counts;            // [5] num_chunks, num_parts, unique_tokens, path_tokens, page_size
   int64_t num_rows;
   int64_t max_pages;
   int64_t table_stride;  // elements
@@ -33,16 +34,14 @@ struct PlanTreeParams {
   int64_t num_kv_heads;
 };
 
-// Worst case over all page tables of this shape. A forest with B leaves has at most 2B - 1 nodes that hold tokens, a
-// node of n whole pages is cut into at most 1 + n * page_size / 128 chunks of whole pages, and the nodes' pages add up
-// to at most B * max_pages.
+// Worst case over all page tables of this shape: a forest with B leaves has at most 2B - 1 nodes that hold tokens, and
+// no row's path crosses more borders of segments than it has whole segments.
 inline int64_t max_chunks(int64_t num_rows, int64_t max_pages, int64_t page_size) {
-  const int64_t pages = num_rows * max_pages;
-  return std::min(pages, std::max<int64_t>(0, 2 * num_rows - 1) + pages * page_size / kMinChunkTokens);
+  return std::max<int64_t>(0, 2 * num_rows - 1) + num_rows * (max_pages * page_size / kSegment);
 }
 
-// shared[row] = number of leading pages that rows row - 1 and row have in common, for rows in [row_begin, row_end);
-// shared[0] = 0. Rows are independent, so the ranges may be computed in parallel.
+// shared[row] = number of leading pages that rows row - 1 and row share, for rows in [row_begin, row_end); shared[0] =
+// 0. Rows are independent, so the ranges may be computed in parallel.
 void common_pages(const PlanTreeParams& p, int32_t* shared, int64_t row_begin, int64_t row_end);  // [num_rows]
 
 // Writes the plan. False, with q_indptr and so on half written, if a count does not fit an int32.

@@ -1,6 +1,7 @@
 #include "tree_attention.h"
 
 #include <cmath>
+#include <cstring>
 
 #include "attention_tile.h"
 
@@ -20,10 +21,10 @@ struct Scratch {
   float* s;              // [kStripRows, kScoreStride] scores, then probabilities
   float* k;              // [kTile / kPanel, units, kPanel]
   float* v;              // [ceil(head_dim / kPanel), kTile, kPanel]
-  float* max;            // [kBlockRows] running maximum, log2 units
-  float* sum;            // [kBlockRows] running sum of 2^(score - max)
-  float* rescale;        // [kBlockRows] factor of this tile for the older sums
-  int32_t* begin;        // [kBlockRows] keys the row sees, relative to the chunk
+  float* max;            // [kBlockRows] running maximum rounded up to a whole number, log2 units
+  float* sum;            // [kBlockRows, kSumLanes] running sums of 2^(score - max)
+  float* rescale;        // [kBlockRows] factor of this tile for the older sums, a power of two
+  int32_t* begin;        // [kBlockRows] keys the row sees, relative to the chunk's first tile
   int32_t* end;          // [kBlockRows]
   int32_t* branch;       // [kBlockRows] row of the page table
   const void** rows[4];  // [kTile] token rows of K and V: this tile's, the next one's
@@ -44,7 +45,7 @@ Scratch carve(const TreeAttentionParams& p, void* memory) {
   s.k = reinterpret_cast<float*>(take(kTile * p.head_dim * 4));
   s.v = reinterpret_cast<float*>(take(kTile * wide * 4));
   s.max = reinterpret_cast<float*>(take(kBlockRows * 4));
-  s.sum = reinterpret_cast<float*>(take(kBlockRows * 4));
+  s.sum = reinterpret_cast<float*>(take(kBlockRows * kSumLanes * 4));
   s.rescale = reinterpret_cast<float*>(take(kBlockRows * 4));
   s.begin = reinterpret_cast<int32_t*>(take(kBlockRows * 4));
   s.end = reinterpret_cast<int32_t*>(take(kBlockRows * 4));
@@ -53,15 +54,18 @@ Scratch carve(const TreeAttentionParams& p, void* memory) {
   return s;
 }
 
+// 2^n of a whole n <= 0.
+float power_of_two(float n) { return n < -149.0f ? 0.0f : __builtin_ldexpf(1.0f, static_cast<int>(n)); }
+
 // Scores [begin, end) of one row become probabilities relative to the running maximum; begin and end are multiples of
 // N, the row sees [from, to). Probabilities of unseen keys are 0. Pairs: they are stored as bf16, unit i/2 for key i.
 template <bool Pairs>
 void softmax_row(const TreeAttentionParams& p, float* s, int64_t begin, int64_t end, int64_t from, int64_t to,
-                 float& row_max, float& row_sum, float& rescale) {
+                 float& row_max, float* row_sum, float& rescale) {
   constexpr int64_t N = Vec::N;
+  rescale = 1.0f;
   if (from >= to) {
     for (int64_t i = begin; i < end; i += N) Vec::zero().store(Pairs ? s + i / 2 : s + i);
-    rescale = 1.0f;
     return;
   }
   float scale = p.sm_scale * kLog2e;
@@ -80,44 +84,48 @@ void softmax_row(const TreeAttentionParams& p, float* s, int64_t begin, int64_t 
   }
   Vec high = Vec::load(s + begin);
   for (int64_t i = begin + N; i < end; i += N) high = max(Vec::load(s + i), high);
-  const float tile_max = high.max() * scale;
-  const float old_max = row_max;
-  rescale = 1.0f;
-  if (tile_max > old_max) {
+  const float tile_max = __builtin_ceilf(high.max() * scale);
+  if (tile_max > row_max) {
+    rescale = power_of_two(row_max - tile_max);  // 0 for the first keys of the row
     row_max = tile_max;
-    // The first keys of the row: nothing to rescale, and (-inf) - (-inf) would be NaN.
-    alignas(64) float factor[N];
-    exp2_nonpositive(Vec::set(old_max - tile_max)).store(factor);
-    rescale = old_max == -kInf ? 0.0f : factor[0];
   }
   const Vec base = Vec::set(row_max == -kInf ? 0.0f : row_max), factor = Vec::set(scale);
-  const auto probability = [&](int64_t i) {
-    return exp2_nonpositive(fma(Vec::load(s + i), factor, Vec::zero() - base));
-  };
-  Vec total = Vec::zero();
+  const auto probability = [&](int64_t i) { return exp2_above(Vec::load(s + i) * factor, base); };
+  // Where keys begin in the lanes decides nothing: N divides kSumLanes, and begin is a multiple of N.
+  constexpr int64_t kSums = kSumLanes / N;
+  Vec sums[kSums];
+  for (int64_t j = 0; j < kSums; ++j) sums[j] = Vec::load(row_sum + j * N) * Vec::set(rescale);
 #if defined(TD_ISA_AVX512_BF16)
   if constexpr (Pairs) {
     int64_t i = begin;
     for (; i + 2 * N <= end; i += 2 * N) {
       const Vec x = probability(i), y = probability(i + N);
-      total += x + y;
+      sums[0] += x;
+      sums[0] += y;
       _mm512_storeu_si512(s + i / 2, (__m512i)_mm512_cvtne2ps_pbh(y.v, x.v));
     }
     if (i < end) {
       const Vec x = probability(i);
-      total += x;
+      sums[0] += x;
       x.store(reinterpret_cast<bf16*>(s + i / 2));
     }
-    row_sum = row_sum * rescale + total.sum();
+    sums[0].store(row_sum);
     return;
   }
 #endif
   for (int64_t i = begin; i < end; i += N) {
     const Vec x = probability(i);
-    total += x;
+    sums[i / N % kSums] += x;
     x.store(s + i);
   }
-  row_sum = row_sum * rescale + total.sum();
+  for (int64_t j = 0; j < kSums; ++j) sums[j].store(row_sum + j * N);
+}
+
+// A fixed order of the lanes, for every instruction set.
+float sum_of(const float* lanes /* [kSumLanes] */) {
+  float sum = 0;
+  for (int64_t j = 0; j < kSumLanes; ++j) sum += lanes[j];
+  return sum;
 }
 
 template <typename T>
@@ -143,38 +151,69 @@ WithSink add_sink(const TreeAttentionParams& p, int64_t head, double lse) {
 }
 
 template <typename T>
-void finish_row(const TreeAttentionParams& p, int64_t token, int64_t b, int64_t path_ordinal, int64_t head,
-                const float* o, float row_max, float row_sum) {
-  // sum == 0: no key seen, o was never written. (NaN is not 0.)
-  const bool empty = row_sum == 0.0f;
-  const double lse =
-      empty ? -std::numeric_limits<double>::infinity() : row_max * kLn2 + std::log(static_cast<double>(row_sum));
-  const int64_t parts = num_parts(p, b);
-  if (parts > 1) {
-    const int64_t at = (p.part_indptr[b] + (token - p.q_indptr[b]) * parts + path_ordinal) * p.num_qo_heads + head;
-    p.part_lse[at] = static_cast<float>(lse);
-    if (!empty) write_row(o, p.head_dim, 1.0f / row_sum, p.part_out + at * p.head_dim);
-    return;
-  }
+void write_empty(const TreeAttentionParams& p, int64_t token, int64_t head) {
   const int64_t at = token * p.num_qo_heads + head;
-  const WithSink sink = add_sink(p, head, lse);
-  p.lse[at] = static_cast<float>(sink.lse);
+  p.lse[at] = static_cast<float>(add_sink(p, head, -std::numeric_limits<double>::infinity()).lse);
   T* out = static_cast<T*>(p.out) + at * p.head_dim;
-  if (empty) {
-    for (int64_t d = 0; d < p.head_dim; ++d) out[d] = from_float<T>(0.0f);
+  for (int64_t d = 0; d < p.head_dim; ++d) out[d] = from_float<T>(0.0f);
+}
+
+// Sums over all of a query's keys become its result.
+template <typename T>
+void write_result(const TreeAttentionParams& p, int64_t token, int64_t head, const float* o, float max, double sum) {
+  const int64_t at = token * p.num_qo_heads + head;
+  const WithSink sink = add_sink(p, head, max * kLn2 + std::log(sum));
+  p.lse[at] = static_cast<float>(sink.lse);
+  write_row(o, p.head_dim, static_cast<float>(sink.factor / sum), static_cast<T*>(p.out) + at * p.head_dim);
+}
+
+template <typename T>
+void finish_row(const TreeAttentionParams& p, const int32_t* chunk, int64_t token, int64_t b, int64_t head,
+                const float* o, float max, const float* sums) {
+  const float sum = sum_of(sums);
+  const bool empty = sum == 0.0f;  // no key seen, o was never written (NaN is not 0)
+  const int64_t parts = num_parts(p, b);
+  const int64_t segment_end = (static_cast<int64_t>(chunk[4]) + 1) * kSegment;
+  const bool ends = chunk[3] >= p.seq_lens[b] || chunk[3] >= segment_end;
+  if (parts > 1 || !ends) {
+    const Part part = part_at(p, p.part_indptr[b] + (token - p.q_indptr[b]) * parts + chunk[4], head);
+    *part.max = max;
+    std::memcpy(part.sum, sums, kSumLanes * sizeof(float));
+    if (!empty) std::memcpy(part.out, o, static_cast<size_t>(p.head_dim) * sizeof(float));
+  } else if (empty) {
+    write_empty<T>(p, token, head);
   } else {
-    write_row(o, p.head_dim, static_cast<float>(sink.factor / row_sum), out);
+    write_result<T>(p, token, head, o, max, sum);
   }
 }
 
-// The first (at most kTile) tokens' rows from `begin` on, up to `end`, of a chunk's pages; how many there are.
+// Starts a row: with what the chunk before left in its part, or with nothing.
+void start_row(const TreeAttentionParams& p, const int32_t* chunk, int64_t token, int64_t b, int64_t head, float* o,
+               int64_t o_stride, float& max, float* sums) {
+  if (chunk[5] == 0) {
+    max = -kInf;
+    std::memset(sums, 0, kSumLanes * sizeof(float));
+    return;
+  }
+  const Part part = part_at(p, p.part_indptr[b] + (token - p.q_indptr[b]) * num_parts(p, b) + chunk[4], head);
+  max = *part.max;
+  std::memcpy(sums, part.sum, kSumLanes * sizeof(float));
+  const bool empty = sum_of(sums) == 0.0f;
+  if (!empty) std::memcpy(o, part.out, static_cast<size_t>(p.head_dim) * sizeof(float));
+  const int64_t written = empty ? 0 : p.head_dim;
+  std::memset(o + written, 0, static_cast<size_t>(o_stride - written) * sizeof(float));
+}
+
+// Rows of K and V of the tile that begins at token `tile`: null below `begin`, and none from `end` on. How many.
 template <typename T>
-int64_t find_rows(const TreeAttentionParams& p, const int32_t* chunk, int64_t kv_head, int64_t begin, int64_t end,
-                  const void** k_rows, const void** v_rows) {
-  const int64_t count = end - begin < kTile ? end - begin : kTile;
+int64_t find_rows(const TreeAttentionParams& p, const int32_t* chunk, int64_t kv_head, int64_t tile, int64_t begin,
+                  int64_t end, const void** k_rows, const void** v_rows) {
+  const int64_t count = end - tile < kTile ? end - tile : kTile;
   const int32_t* pages = p.page_table + chunk[0] * p.page_table_stride;
-  int64_t page = begin / p.page_size, offset = begin % p.page_size;
-  for (int64_t i = 0; i < count; ++page, offset = 0) {
+  int64_t i = 0;
+  for (; i < begin - tile; ++i) k_rows[i] = v_rows[i] = nullptr;
+  int64_t page = (tile + i) / p.page_size, offset = (tile + i) % p.page_size;
+  for (; i < count; ++page, offset = 0) {
     const T* k = static_cast<const T*>(p.k_pages) + pages[page] * p.k_stride[0] + kv_head * p.k_stride[2];
     const T* v = static_cast<const T*>(p.v_pages) + pages[page] * p.v_stride[0] + kv_head * p.v_stride[2];
     for (; i < count && offset < p.page_size; ++i, ++offset) {
@@ -193,17 +232,20 @@ void attend_block(const TreeAttentionParams& p, const int32_t* chunk, int64_t kv
   const int64_t o_stride = (p.head_dim + kPanel - 1) / kPanel * kPanel;
   const int64_t v_panel_stride = (Pairs ? kTile / 2 : kTile) * kPanel;
   const int64_t n = row_end - row_begin;
-  const int64_t chunk_begin = chunk[2], chunk_len = chunk[3] - chunk[2];
+  // Tiles begin at multiples of kTile, so that a key has its place in a tile whatever chunk it is in. Tokens are
+  // counted from the first one on.
+  const int64_t first = chunk[2] / kTile * kTile;
+  const int64_t chunk_begin = chunk[2] - first, chunk_end = chunk[3] - first;
   const int64_t first_token = p.q_indptr[chunk[0]];
 
-  int64_t seen_begin = chunk_len, seen_end = 0;
+  int64_t seen_begin = chunk_end, seen_end = 0;
   int64_t b = chunk[0];
   for (int64_t r = 0; r < n; ++r) {
     const int64_t token = first_token + (row_begin + r) / group, head = kv_head * group + (row_begin + r) % group;
     while (token >= p.q_indptr[b + 1]) ++b;
     const Visible seen = visible_keys(p, b, token - p.q_indptr[b]);
-    const int64_t from = seen.begin < chunk_begin ? 0 : seen.begin - chunk_begin;
-    const int64_t to = seen.end - chunk_begin < chunk_len ? seen.end - chunk_begin : chunk_len;
+    const int64_t from = seen.begin - first < chunk_begin ? chunk_begin : seen.begin - first;
+    const int64_t to = seen.end - first < chunk_end ? seen.end - first : chunk_end;
     x.branch[r] = static_cast<int32_t>(b);
     x.begin[r] = static_cast<int32_t>(from);
     x.end[r] = static_cast<int32_t>(to > from ? to : from);
@@ -211,25 +253,24 @@ void attend_block(const TreeAttentionParams& p, const int32_t* chunk, int64_t kv
       if (from < seen_begin) seen_begin = from;
       if (to > seen_end) seen_end = to;
     }
-    x.max[r] = -kInf;
-    x.sum[r] = 0.0f;
+    start_row(p, chunk, token, b, head, x.o + r * o_stride, o_stride, x.max[r], x.sum + r * kSumLanes);
     pack_row<Pairs>(static_cast<const T*>(p.q) + token * p.q_stride[0] + head * p.q_stride[1], units, x.q + r * units);
   }
 
   // Strips of rows whose output buffer holds something yet.
-  uint64_t started = 0;
+  uint64_t started = chunk[5] ? ~uint64_t{0} : 0;
   int current = 0;
   const int64_t first_tile = seen_begin / kTile * kTile;
   const auto find = [&](int64_t tile, const void** k_rows, const void** v_rows) {
-    return find_rows<T>(p, chunk, kv_head, chunk_begin + tile, chunk_begin + seen_end, k_rows, v_rows);
+    return find_rows<T>(p, chunk, kv_head, first + tile, chunk[2], first + seen_end, k_rows, v_rows);
   };
   int64_t count = find(first_tile, x.rows[0], x.rows[1]);
   for (int64_t tile = first_tile; tile < seen_end; tile += kTile) {
     // What to prefetch while this tile is worked on: the next one, be it of this item or of the next.
     int64_t next_count = find(tile + kTile, x.rows[2 - current], x.rows[3 - current]);
     if (next_count == 0 && next_chunk) {
-      next_count = find_rows<T>(p, next_chunk, next_head, next_chunk[2], next_chunk[3], x.rows[2 - current],
-                                x.rows[3 - current]);
+      next_count = find_rows<T>(p, next_chunk, next_head, next_chunk[2], next_chunk[2], next_chunk[3],
+                                x.rows[2 - current], x.rows[3 - current]);
     }
     pack_keys<Pairs>(reinterpret_cast<const T* const*>(x.rows[current]),
                      reinterpret_cast<const T* const*>(x.rows[2 - current]), count, next_count, units, x.k);
@@ -246,17 +287,18 @@ void attend_block(const TreeAttentionParams& p, const int32_t* chunk, int64_t kv
         if (to > end) end = to;
       }
       if (begin >= end) continue;
-      begin = begin < 0 ? 0 : begin / kPanel * kPanel;
+      begin = begin < 0 ? 0 : begin / Vec::N * Vec::N;
       end = ((end < count ? end : count) + Vec::N - 1) / Vec::N * Vec::N;
-      for (int64_t t = begin; t < end; t += kPanel) {
-        const int64_t lanes = end - t < kPanel ? end - t : kPanel;
-        multiply_panel<Pairs>(rows, lanes / Vec::N, x.q + strip * units, units, x.k + t * units, units, nullptr,
-                              x.s + t, kScoreStride);
+      for (int64_t t = begin, next; t < end; t = next) {
+        const int64_t panel = t / kPanel * kPanel;
+        next = panel + kPanel < end ? panel + kPanel : end;
+        multiply_panel<Pairs>(rows, (next - t) / Vec::N, x.q + strip * units, units, x.k + panel * units + (t - panel),
+                              units, nullptr, x.s + t, kScoreStride);
       }
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t from = x.begin[strip + r] - tile, to = x.end[strip + r] - tile;
         softmax_row<Pairs>(p, x.s + r * kScoreStride, begin, end, from > begin ? from : begin, to < count ? to : count,
-                           x.max[strip + r], x.sum[strip + r], x.rescale[r]);
+                           x.max[strip + r], x.sum + (strip + r) * kSumLanes, x.rescale[r]);
       }
       const uint64_t bit = uint64_t{1} << (strip / kStripRows);
       const int64_t skip = Pairs ? begin / 2 : begin, depth = Pairs ? (end - begin) / 2 : end - begin;
@@ -274,55 +316,34 @@ void attend_block(const TreeAttentionParams& p, const int32_t* chunk, int64_t kv
 
   for (int64_t r = 0; r < n; ++r) {
     const int64_t token = first_token + (row_begin + r) / group, head = kv_head * group + (row_begin + r) % group;
-    finish_row<T>(p, token, x.branch[r], chunk[4], head, x.o + r * o_stride, x.max[r], x.sum[r]);
+    finish_row<T>(p, chunk, token, x.branch[r], head, x.o + r * o_stride, x.max[r], x.sum + r * kSumLanes);
   }
 }
 
+// Adds up the segments of a query token in order. Factors are powers of two, so only the sums are rounded.
 template <typename T>
 void merge_token(const TreeAttentionParams& p, int64_t token, int64_t first_part, int64_t parts) {
-  const auto part_of = [&](int64_t i, int64_t head) { return (first_part + i) * p.num_qo_heads + head; };
   for (int64_t head = 0; head < p.num_qo_heads; ++head) {
-    T* out = static_cast<T*>(p.out) + (token * p.num_qo_heads + head) * p.head_dim;
     float high = -kInf;
-    bool nan = false;
     for (int64_t i = 0; i < parts; ++i) {
-      const float lse = p.part_lse[part_of(i, head)];
-      nan |= lse != lse;
-      if (lse > high) high = lse;
+      const float max = *part_at(p, first_part + i, head).max;
+      if (max > high) high = max;
     }
-    if (high == -kInf && !nan) {
-      for (int64_t d = 0; d < p.head_dim; ++d) out[d] = from_float<T>(0.0f);
-      p.lse[token * p.num_qo_heads + head] =
-          static_cast<float>(add_sink(p, head, -std::numeric_limits<double>::infinity()).lse);
-      continue;
-    }
+    if (high == -kInf) high = 0.0f;  // no key, or NaN for scores
+    float o[(256 + Vec::N - 1) / Vec::N * Vec::N] = {};
     double total = 0.0;
-    for (int64_t i = 0; i < parts; ++i) total += std::exp(static_cast<double>(p.part_lse[part_of(i, head)]) - high);
-    const WithSink sink = add_sink(p, head, high + std::log(total));
-    p.lse[token * p.num_qo_heads + head] = static_cast<float>(sink.lse);
-    // Weights relative to the final lse: they sum to the share of the keys.
-    for (int64_t d = 0; d < p.head_dim; d += 8 * Vec::N) {
-      Vec acc[8];
-      const int64_t width = p.head_dim - d < 8 * Vec::N ? p.head_dim - d : 8 * Vec::N;
-      for (auto& a : acc) a = Vec::zero();
-      for (int64_t i = 0; i < parts; ++i) {
-        const float lse = p.part_lse[part_of(i, head)];
-        if (lse == -kInf) continue;
-        const Vec weight = Vec::set(static_cast<float>(std::exp(lse - sink.lse)));
-        const float* part = p.part_out + part_of(i, head) * p.head_dim + d;
-        for (int64_t j = 0; j * Vec::N < width; ++j) {
-          const int64_t left = width - j * Vec::N;
-          const Vec value =
-              left >= Vec::N ? Vec::load(part + j * Vec::N) : Vec::load_n(part + j * Vec::N, static_cast<int>(left));
-          acc[j] = fma(weight, value, acc[j]);
-        }
-      }
-      for (int64_t j = 0; j * Vec::N < width; ++j) {
-        const int64_t left = width - j * Vec::N;
-        left >= Vec::N ? acc[j].store(out + d + j * Vec::N)
-                       : acc[j].store_n(out + d + j * Vec::N, static_cast<int>(left));
+    for (int64_t i = 0; i < parts; ++i) {
+      const Part part = part_at(p, first_part + i, head);
+      const float sum = sum_of(part.sum);
+      if (sum == 0.0f) continue;
+      const float weight = power_of_two(*part.max - high);
+      total += static_cast<double>(sum) * weight;
+      for (int64_t d = 0; d < p.head_dim; d += Vec::N) {
+        const int n = p.head_dim - d < Vec::N ? static_cast<int>(p.head_dim - d) : Vec::N;
+        fma(Vec::load_n(part.out + d, n), Vec::set(weight), Vec::load(o + d)).store(o + d);
       }
     }
+    total == 0.0 ? write_empty<T>(p, token, head) : write_result<T>(p, token, head, o, high, total);
   }
 }
 
@@ -347,7 +368,7 @@ void tree_attention(const TreeAttentionParams& p, const TreeAttentionItem& item,
 void tree_attention_merge(const TreeAttentionParams& p, int64_t row_begin, int64_t row_end) {
   for (int64_t b = row_begin; b < row_end; ++b) {
     const int64_t parts = num_parts(p, b);
-    if (parts == 1) continue;
+    if (parts == 1) continue;  // written where it ended
     for (int64_t token = p.q_indptr[b]; token < p.q_indptr[b + 1]; ++token) {
       const int64_t first_part = p.part_indptr[b] + (token - p.q_indptr[b]) * parts;
       switch (p.dtype) {

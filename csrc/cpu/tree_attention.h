@@ -5,6 +5,7 @@
 
 #include "dtypes.h"
 #include "isa.h"
+#include "plan_tree.h"
 
 namespace treedecode::cpu {
 
@@ -16,12 +17,11 @@ struct TreeAttentionParams {
   const int32_t* seq_lens;     // [num_rows]
   const int32_t* q_indptr;     // [num_rows + 1]
   const int32_t* part_indptr;  // [num_rows + 1]
-  const int32_t* chunks;       // [num_chunks, 6] row_begin, row_end, token_begin, token_end, path_ordinal, 0
+  const int32_t* chunks;       // [num_chunks, 6] row_begin, row_end, token_begin, token_end, segment, round
   const float* sinks;          // [num_qo_heads] or null
   void* out;                   // [num_q, num_qo_heads, head_dim] contiguous, dtype
   float* lse;                  // [num_q, num_qo_heads]
-  float* part_out;             // [num_parts, num_qo_heads, head_dim], normalised within the part
-  float* part_lse;             // [num_parts, num_qo_heads]; -inf: the part saw no key and its part_out is not written
+  float* parts;                // [num_parts, num_qo_heads, part_stride(head_dim)] sums of a segment so far, see Part
   int64_t num_rows;
   int64_t num_qo_heads;
   int64_t num_kv_heads;
@@ -37,8 +37,23 @@ struct TreeAttentionParams {
   DType dtype;
 };
 
-// Keys are packed and multiplied kTile tokens at a time; at most kBlockRows packed query rows share one pass over the
-// keys of a chunk, kStripRows of them one buffer of scores.
+// A query head's sums over the keys of a segment seen so far, relative to 2^max: what a later chunk of the segment goes
+// on from, and what is merged in the end. `max` is a whole number, so moving it changes no digit of the sums, and keys
+// are added one after the other, lane by lane: neither the chunks' borders nor the tiles' show in the result.
+struct Part {
+  float* out;  // [head_dim]; not written while no key has been seen: max == -inf and all of sum == 0
+  float* sum;  // [kSumLanes] of probabilities, keys dealt out to the lanes in turn
+  float* max;  // [1] log2 units
+};
+constexpr int64_t kSumLanes = 16;
+static inline int64_t part_stride(int64_t head_dim) { return head_dim + 2 * kSumLanes; }
+static inline Part part_at(const TreeAttentionParams& p, int64_t part, int64_t head) {
+  float* at = p.parts + (part * p.num_qo_heads + head) * part_stride(p.head_dim);
+  return {at, at + p.head_dim, at + p.head_dim + kSumLanes};
+}
+
+// Keys are packed and multiplied kTile tokens at a time, tiles beginning at multiples of kTile; at most kBlockRows
+// packed query rows share one pass over the keys of a chunk, kStripRows of them one buffer of scores.
 constexpr int64_t kTile = 128;
 constexpr int64_t kBlockRows = 256;
 constexpr int64_t kStripRows = 48;
@@ -70,13 +85,14 @@ static inline int64_t num_parts(const TreeAttentionParams& p, int64_t b) {
 // Bytes of scratch one thread needs, enough for every ISA's layout: queries, output, keys, values, scores, row state.
 static inline int64_t tree_attention_scratch(int64_t head_dim) {
   const int64_t wide = (head_dim + 63) / 64 * 64;
-  return 4 * (2 * kBlockRows * wide + 2 * kTile * wide + kStripRows * (kTile + 16) + 6 * kBlockRows) + 4 * 8 * kTile;
+  const int64_t rows = 2 * wide + 5 + kSumLanes;
+  return 4 * (kBlockRows * rows + 2 * kTile * wide + kStripRows * (kTile + 16)) + 4 * 8 * kTile;
 }
 
 }  // namespace treedecode::cpu
 
-// Computes one item; the pages of `next`, if not null, are prefetched meanwhile. Writes `out`/`lse` where the branch
-// has one part, its partial otherwise. A row's result does not depend on which rows are computed with it.
+// Computes one item; the pages of `next`, if not null, are prefetched meanwhile. Writes `out`/`lse` where a branch of
+// one part ends, the part otherwise. A row's result does not depend on which rows are computed with it.
 TD_DECLARE_KERNEL(tree_attention, void tree_attention(const TreeAttentionParams& p, const TreeAttentionItem& item,
                                                       const TreeAttentionItem* next, void* scratch))
 

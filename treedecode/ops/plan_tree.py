@@ -1,4 +1,4 @@
-"""plan_tree: which branches share which pages, cut into chunks of work; made once per step, used by every layer."""
+"""plan_tree: which branches share which pages, cut at segment borders; made once per step, used by every layer."""
 
 from dataclasses import dataclass
 
@@ -8,27 +8,29 @@ from torch import Tensor
 from treedecode import reference
 from treedecode.ops._native import USE_REFERENCE, call
 
-_MIN_CHUNK_TOKENS = 128  # kMinChunkTokens of csrc/cpu/plan_tree.h
+SEGMENT = 1024  # tokens; kSegment of csrc/cpu/plan_tree.h
 
 
 @dataclass(frozen=True)
 class TreePlan:
     """How `tree_attention` reads the page table of one step. All tensors are int32.
 
-    A branch's *path* is the list of its chunks from the root of its tree to its own last tokens, in token order. Its
-    query token t (0-based) attends to each of the chunks separately and the partial results are merged.
+    A branch's *path* is the list of its chunks from the root of its tree to its own last tokens, in token order. No
+    chunk crosses a multiple of 1024 tokens, the borders of *segments*. Query token t (0-based) of the branch attends to
+    a segment's chunks one after the other, each going on with the sums of the one before; the partial results of its
+    segments are merged.
 
     Attributes:
         q_indptr: `[num_branches + 1]`, offsets of each branch's query tokens.
         part_indptr: `[num_branches + 1]`, offsets of each branch's partial results: query token t of branch b has
-            them in the slots `part_indptr[b] + t * num_parts(b) + i`, i counting the chunks of its path. A branch with
-            no tokens or no queries has none.
-        chunks: `[max_chunks, 6]`, rows of row_begin, row_end, token_begin, token_end, path_ordinal, 0. All branches
-            in `[row_begin, row_end)` hold the same pages for the tokens `[token_begin, token_end)`; token_begin is a
-            multiple of page_size, and a branch may end before token_end, but not before or at token_begin. It is the
-            chunk number path_ordinal on the path of each of them. The most expensive come first.
-        counts: `[4]`, num_chunks (rows of `chunks` beyond it are undefined), num_parts, unique_tokens (read once each),
-            path_tokens (what the branches that have queries would read each for itself).
+            them in the slots `part_indptr[b] + t * num_parts(b) + i`, i counting segments. A branch with no tokens or
+            no queries has none.
+        chunks: `[max_chunks, 6]`, rows of row_begin, row_end, token_begin, token_end, segment, round. All branches in
+            `[row_begin, row_end)` hold the same pages for the tokens `[token_begin, token_end)`; a branch may end
+            before token_end, but not before or at token_begin. A chunk of round r > 0 goes on from one of round r - 1.
+            Sorted by round, the most expensive of a round first.
+        counts: `[5]`, num_chunks (rows of `chunks` beyond it are undefined), num_parts, unique_tokens (read once each),
+            path_tokens (what the branches that have queries would read each for itself), page_size.
     """
 
     q_indptr: Tensor
@@ -47,7 +49,7 @@ def plan_tree(
     num_kv_heads: int,
     head_dim: int,
 ) -> TreePlan:
-    """Finds the tree in a page table and cuts it into chunks of comparable cost.
+    """Finds the tree in a page table and cuts it at segment borders.
 
     Neighbouring rows share a page when all page ids up to it are equal and both have tokens there: the tree is that of
     the longest common prefixes of adjacent rows, of any depth, with any number of roots. Rows in any order are
@@ -55,12 +57,11 @@ def plan_tree(
     seq_len are never compared.
 
     In units of one packed row (a query token's query head of one kv head) attending to one token, reading a token's K
-    and V is taken to cost 16, and a packed row's partial result 32. From that follow
+    and V is taken to cost 16, and a packed row's partial result 32. So a node of n tokens with c children goes to the
+    children, who then read it c times, where 16 * (c - 1) * n <= 32 * (packed rows that would go on from it).
 
-    * folding: a node of n tokens with c children goes to the children, who then read it c times, where
-      16 * (c - 1) * n <= 32 * (packed rows that would have another partial to merge);
-    * chunk length: 1/128 of the cost of the whole step per chunk and kv head, but 128 to 2048 tokens (or one page), and
-      not so short that partials cost more than a sixteenth of it.
+    Neither sharing nor folding changes a branch's result: it is the same, to the last bit, as for the branch alone.
+    For that, neighbours that share an odd number of tokens share one page less.
 
     The plan depends on the arguments alone, never on the number of threads.
 
@@ -93,13 +94,10 @@ def _(
     head_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_rows, max_pages = page_table.shape
-    num_pages = num_rows * max_pages
-    max_chunks = torch.sym_min(
-        num_pages, torch.sym_max(0, 2 * num_rows - 1) + num_pages * page_size // _MIN_CHUNK_TOKENS
-    )
+    max_chunks = torch.sym_max(0, 2 * num_rows - 1) + num_rows * (max_pages * page_size // SEGMENT)
     return (
         seq_lens.new_empty(num_rows + 1),
         seq_lens.new_empty(num_rows + 1),
         seq_lens.new_empty(max_chunks, 6),
-        seq_lens.new_empty(4),
+        seq_lens.new_empty(5),
     )

@@ -33,11 +33,12 @@ def plan_tree(
     pages = [row[: -(-n // page_size)] for row, n in zip(page_table.tolist(), seq_len, strict=True)]
 
     def runs(rows: list[int], depth: int) -> list[list[int]]:
-        """Neighbours that have the same page number `depth`; a row that has none is a run of its own."""
+        """Neighbours that share page number `depth`; a row that has none is a run of its own."""
         found = [[rows[0]]]
+        last = depth if page_size % 2 == 0 else depth | 1  # odd pages are shared in twos
         for before, row in pairwise(rows):
-            has_page = len(pages[before]) > depth and len(pages[row]) > depth
-            if has_page and pages[before][depth] == pages[row][depth]:
+            has_page = len(pages[before]) > last and len(pages[row]) > last
+            if has_page and pages[before][depth : last + 1] == pages[row][depth : last + 1]:
                 found[-1].append(row)
             else:
                 found.append([row])
@@ -68,64 +69,31 @@ def plan_tree(
             return [kept for child in children for kept in fold(child._replace(page_begin=node.page_begin))]
         return [node._replace(children=[kept for child in children for kept in fold(child)])]
 
-    def walk(nodes: list[Node]) -> list[Node]:
-        return [node for root in nodes for node in (root, *walk(root.children))]
+    chunks: list[list[int]] = []
+    costs: list[int] = []
 
-    def page_costs(node: Node) -> list[int]:
-        costs = []
-        for begin in range(node.page_begin * page_size, node.page_end * page_size, page_size):
-            queries = min(node.queries, node.token_end - begin) if len(node.rows) == 1 else node.queries
-            costs.append(min(page_size, node.token_end - begin) * (16 + group * queries))
-        return costs
-
-    def cut(node: Node, target: int) -> list[int]:
-        """Borders of the node's chunks, in pages from its first."""
-        costs = [0, *accumulate(page_costs(node))]
-        num_pages = len(costs) - 1
-        if num_pages == 0:
-            return [0]
-        packed_rows = group * node.queries
-        max_pages = max(1, 2048 // page_size)
-        min_tokens = max(128, 16 * 32 * packed_rows // (16 + packed_rows))
-        pieces = min(-(-costs[-1] // target), max(1, num_tokens(node) // min_tokens))
-        pieces = min(max(pieces, -(-num_pages // max_pages)), num_pages)
-        borders = [0]
-        for i in range(1, pieces + 1):
-            first = max(borders[-1] + 1, num_pages - (pieces - i) * max_pages)
-            last = min(borders[-1] + max_pages, num_pages - (pieces - i))
-            if len(node.rows) > 1 or node.queries == 1:
-                end = -(-num_pages * i // pieces)
-            else:
-                end = next(page for page, cost in enumerate(costs) if cost * pieces >= costs[-1] * i)
-            borders.append(min(max(end, first), last))
-        return borders
-
-    forest = [node for run in runs(list(range(num_rows)), 0) for node in fold(grow(run, 0))] if num_rows else []
-    total = sum(sum(page_costs(node)) for node in walk(forest))
-    target = max(1, -(-total * num_kv_heads // 128))
-    chunks: list[tuple[int, list[int]]] = []
-    num_parts = [0] * num_rows
-
-    def emit(node: Node, ordinal: int) -> None:
-        costs = page_costs(node)
-        for begin, end in pairwise(cut(node, target)):
-            tokens = [(node.page_begin + begin) * page_size, min((node.page_begin + end) * page_size, node.token_end)]
-            chunks.append((sum(costs[begin:end]), [node.rows[0], node.rows[-1] + 1, *tokens, ordinal, 0]))
-            ordinal += 1
-        if not node.children:
-            num_parts[node.rows[0]] = ordinal
+    def emit(node: Node, round_before: int) -> None:
+        begin, end = node.page_begin * page_size, min(node.page_end * page_size, node.token_end)
+        while begin < end:
+            token_end = min(end, begin // 1024 * 1024 + 1024)
+            round_before = round_before + 1 if begin % 1024 else 0
+            chunks.append([node.rows[0], node.rows[-1] + 1, begin, token_end, begin // 1024, round_before])
+            costs.append((token_end - begin) * (16 + group * node.queries))
+            begin = token_end
         for child in node.children:
-            emit(child, ordinal)
+            emit(child, round_before)
 
-    for root in forest:
-        emit(root, 0)
-    chunks.sort(key=lambda chunk: -chunk[0])
+    for run in runs(list(range(num_rows)), 0) if num_rows else []:
+        for root in fold(grow(run, 0)):
+            emit(root, 0)
+    order = sorted(range(len(chunks)), key=lambda i: (chunks[i][5], -costs[i]))
+    num_parts = [-(-n // 1024) for n in seq_len]
     part_lens = [q * parts for q, parts in zip(q_len, num_parts, strict=True)]
-    unique_tokens = sum(chunk[3] - chunk[2] for _, chunk in chunks)
+    unique_tokens = sum(chunk[3] - chunk[2] for chunk in chunks)
     path_tokens = sum(n for n, q in zip(seq_len, q_len, strict=True) if q > 0)
     return (
         torch.tensor([0, *accumulate(q_len)], dtype=torch.int32),
         torch.tensor([0, *accumulate(part_lens)], dtype=torch.int32),
-        torch.tensor([chunk for _, chunk in chunks], dtype=torch.int32).reshape(-1, 6),
-        torch.tensor([len(chunks), sum(part_lens), unique_tokens, path_tokens], dtype=torch.int32),
+        torch.tensor([chunks[i] for i in order], dtype=torch.int32).reshape(-1, 6),
+        torch.tensor([len(chunks), sum(part_lens), unique_tokens, path_tokens, page_size], dtype=torch.int32),
     )
