@@ -26,8 +26,8 @@ def tree_attention(
     """Attention of every branch's newest tokens over all of the branch's tokens in the paged cache.
 
     Query token t (0-based) of branch b is at position `seq_lens[b] - q_len(b) + t` and sees the keys at or before its
-    position. Each chunk of pages in `plan` is read once for all the branches below it, and sums are fp32. On the CPU the
-    result of a query depends, to the last bit, on itself and the keys and values it sees alone: not on the other
+    position. Each chunk of pages in `plan` is read once for all the branches below it, and sums are fp32. On the CPU
+    the result of a query depends, to the last bit, on itself and the keys and values it sees alone: not on the other
     queries of the branch, on the other branches, on what is shared, or on the number of threads.
 
     Args:
@@ -48,8 +48,8 @@ def tree_attention(
         lse: `[num_q, num_qo_heads]` fp32, natural log of the sum of exp(score), sinks included; -inf for an empty sum.
 
     Raises:
-        ValueError, TypeError: an argument's shape, dtype, stride or value is wrong, the plan is not of this batch (other
-            lengths, page size or shared pages), or a page id is out of range.
+        ValueError, TypeError: an argument's shape, dtype, stride or value is wrong, the plan is not of this batch
+            (other lengths, page size or shared pages), or a page id is out of range.
 
     Sources: online softmax, https://arxiv.org/abs/1805.02867; merging by lse, https://arxiv.org/abs/2501.01005.
     """
