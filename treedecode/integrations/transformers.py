@@ -66,7 +66,9 @@ _PROCESSORS: dict[type, tuple[str, str]] = {
 }
 # Ignored by generate itself where it does not sample.
 _SAMPLING_ONLY = {"typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"}
-_MODEL_ARGUMENTS = {"attention_mask", "position_ids", "logits_to_keep", "past_key_values", "use_cache"}
+# The empty cache that generate makes, or the caller's own: Transformers has renamed it.
+_CACHES = {"past_key_values", "cache"}
+_MODEL_ARGUMENTS = {"attention_mask", "position_ids", "logits_to_keep", "use_cache"} | _CACHES
 _SLOT = "_treedecode"
 
 
@@ -255,9 +257,8 @@ def _prompts(input_ids: Tensor, model_kwargs: dict[str, Any], width: int) -> lis
     for name, value in model_kwargs.items():
         if name not in _MODEL_ARGUMENTS and value is not None:
             raise ValueError(f"{name}: is not supported by treedecode.generate")
-    past = model_kwargs.get("past_key_values")
-    if past is not None and past.get_seq_length() > 0:
-        raise ValueError("past_key_values: a filled cache is not supported; treedecode keeps prefixes by itself")
+        if name in _CACHES and value is not None and value.get_seq_length() > 0:
+            raise ValueError(f"{name}: a filled cache is not supported; treedecode keeps prefixes by itself")
     ids = input_ids[::width].cpu()
     if ids.shape[1] == 0:
         raise ValueError("input_ids: expected at least one token per prompt (inputs_embeds are not supported)")
