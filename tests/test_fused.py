@@ -43,6 +43,17 @@ def test_other_layers_are_replaced_in_parts():
     }
 
 
+@pytest.mark.parametrize("initializer_range", [0.3, 0.02])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_layers_that_rotate_in_another_way_are_kept(dtype, initializer_range):
+    """Also where scores are so small that attention is all but uniform."""
+    report = TransformersModel(make_model("smollm3", dtype, initializer_range=initializer_range)).optimizations
+    assert "2 x SmolLM3DecoderLayer: one function" in report
+    assert "1 x SmolLM3DecoderLayer: kept (its result differs)" in report
+    report = TransformersModel(make_model("ernie4_5", dtype, initializer_range=initializer_range)).optimizations
+    assert any(line.startswith("3 x Ernie4_5DecoderLayer: kept (") for line in report)
+
+
 def test_optimize_false_replaces_nothing():
     assert TransformersModel(make_model("llama"), optimize=False).optimizations == []
 

@@ -37,6 +37,8 @@ MODELS = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
     "gpt_oss": {"sliding_window": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "ernie4_5": {},  # rotates neighbouring dimensions
 }
 PAGE_SIZE = 4
 

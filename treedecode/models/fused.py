@@ -273,7 +273,11 @@ def _checked_layer(layer: Any, record: Any, describe: dict[int, Any]) -> Callabl
     if index not in describe or not isinstance(want, Tensor) or kwargs.get("position_embeddings") is None:
         raise Unfit("it is called in a way of its own")
     forward = layer_forward(layer, describe[index])
-    got, x = forward(*args, **kwargs).double(), (args[0] if args else kwargs["hidden_states"]).double()
+    try:
+        got = forward(*args, **kwargs).double()
+    except (RuntimeError, TypeError, ValueError) as error:  # rotary embeddings of another dtype or shape, say
+        raise Unfit(f"the ops refuse it: {error}") from None
+    x = (args[0] if args else kwargs["hidden_states"]).double()
     # What the layer adds passes through some ten roundings, in different places here and there; the sum rounds once.
     # In fp32 the order of the sums counts too, more than a rounding does.
     eps, want = torch.finfo(want.dtype).eps, want.double()

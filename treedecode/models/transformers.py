@@ -27,7 +27,8 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 class _Observer:
     """Takes the place of a StepContext once, to see what attention layers a model really has.
 
-    Its attention needs no cache but answers to all of q, k, v and the scaling, so that layers can be compared.
+    Its attention needs no cache but answers to all of q, k, v and the scaling, so that layers can be compared. A token
+    looks at the key of the one before: a rotation of both by the same angle would change nothing.
     """
 
     def __init__(self) -> None:
@@ -40,8 +41,11 @@ class _Observer:
         if v.shape[2] != q.shape[2] or k.shape != v.shape:
             return torch.zeros_like(q)
         group = q.shape[1] // k.shape[1]
-        score = (q.float() * k.repeat_interleave(group, 1).float()).sum(-1, keepdim=True) * (describe["scaling"] or 1.0)
-        return (v.repeat_interleave(group, 1) * score.sigmoid()).to(q.dtype)
+        key = k.roll(1, 0).repeat_interleave(group, 1).float()
+        score = (q.float() * key).sum(-1, keepdim=True) * (describe["scaling"] or 1.0)
+        # The first term answers to the size of the scores, the second to their pattern where they are small.
+        weight = score.sigmoid() + score / score.pow(2).mean().sqrt().clamp_min(1e-30)
+        return (v.repeat_interleave(group, 1) * weight).to(q.dtype)
 
 
 Context = StepContext | _Observer
