@@ -220,6 +220,25 @@ def test_model_is_left_as_it_was():
     assert torch.equal(plain(model, [5, 6, 7]), before)
 
 
+def test_tiny_vocabulary_and_end_tokens_outside_of_it():
+    for size in (1, 2, 5):
+        model = make_model("llama", vocab_size=size, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+        model.generation_config.eos_token_id = [-1, size - 1, size]
+        adapter = TransformersModel(model)
+        assert adapter.vocab_size == size
+        assert adapter.eos_token_ids == (size - 1,)
+
+
+BIDIRECTIONAL = {
+    "vocab_size": 11,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "pad_token_id": 0,
+}
+
+
 def unsupported(name, **config):
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **config)).eval()
 

@@ -110,18 +110,19 @@ class TransformersModel:
             ValueError: the model has no attention backends, is an encoder-decoder, keeps state that is not K and V,
                 is in training mode, or does anything else that the message names.
         """
-        config = _check_supported(model)
+        config = self._config = _check_supported(model)
         self.model = model
         self._configs = _configs_of(model)
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
         self.max_position: int = config.max_position_embeddings
-        self.eos_token_ids: tuple[int, ...] = _eos_token_ids(model)
         self._fast: FastForward | None = None
         self._check_layers(config, self._observe())
         self._optimize = optimize
         if optimize:
             self._fast = FastForward(model, lambda: dict(self._observe().calls))
+        # Others, like the -1 of some checkpoints, are never generated.
+        self.eos_token_ids: tuple[int, ...] = tuple(i for i in _eos_token_ids(model) if 0 <= i < self.vocab_size)
 
     @property
     def optimizations(self) -> list[str]:
@@ -130,7 +131,7 @@ class TransformersModel:
 
     def _observe(self) -> _Observer:
         observer, count = _Observer(), 5
-        ids = torch.arange(1, count + 1, device=self.device)
+        ids = torch.arange(1, count + 1, device=self.device) % self._config.vocab_size
         positions = torch.arange(count, device=self.device) * 3 % self.max_position
         logits = self._run(ids, positions, observer, ids[:1])
         self.vocab_size: int = logits.shape[-1]
