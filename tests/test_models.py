@@ -254,6 +254,9 @@ def unsupported(name, **config):
          ValueError, "T5ForConditionalGeneration is an encoder-decoder"),
         (lambda: make_model("llama").model, ValueError, "LlamaModel has no language model head"),
         (lambda: make_model("llama").train(), ValueError, r"training mode.*call model.eval\(\)"),
+        (lambda: make_model("llama").to("meta"), ValueError, "LlamaForCausalLM are on the meta device"),
+        *((lambda name=name: unsupported(name, **BIDIRECTIONAL), ValueError,
+           "SelfAttention attends in both directions") for name in ("bert", "roberta", "electra")),
     ],
 )  # fmt: skip
 def test_unsupported_models_say_why(make, error, message):

@@ -73,6 +73,9 @@ def _attention_function(
         )
     if attention_mask is not None:
         raise ValueError(f"{type(module).__name__} asks for an attention mask; tree attention is causal and takes none")
+    is_causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):  # as Transformers' own functions
+        raise ValueError(f"{type(module).__name__} attends in both directions; only causal models are supported")
     if kwargs.get("position_bias") is not None:
         raise ValueError(f"{type(module).__name__} adds a position bias to the scores; tree attention has none")
     out = treedecode_context.attend(
@@ -118,11 +121,11 @@ class TransformersModel:
         self.max_position: int = config.max_position_embeddings
         self._fast: FastForward | None = None
         self._check_layers(config, self._observe())
+        # Others, like the -1 of some checkpoints, are never generated.
+        self.eos_token_ids: tuple[int, ...] = tuple(i for i in _eos_token_ids(model) if 0 <= i < self.vocab_size)
         self._optimize = optimize
         if optimize:
             self._fast = FastForward(model, lambda: dict(self._observe().calls))
-        # Others, like the -1 of some checkpoints, are never generated.
-        self.eos_token_ids: tuple[int, ...] = tuple(i for i in _eos_token_ids(model) if 0 <= i < self.vocab_size)
 
     @property
     def optimizations(self) -> list[str]:
@@ -206,6 +209,8 @@ def _check_supported(model: PreTrainedModel) -> Any:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a transformers.PreTrainedModel, got {type(model).__name__}")
     name = type(model).__name__
+    if model.device.type == "meta":
+        raise ValueError(f"model: the weights of {name} are on the meta device; load them first")
     if model.config.is_encoder_decoder:
         raise ValueError(f"model: {name} is an encoder-decoder; only decoder-only models are supported")
     if not model._supports_attention_backend:
