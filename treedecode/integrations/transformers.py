@@ -27,6 +27,7 @@ from transformers.generation import (
 from treedecode import beam_search
 from treedecode.beam import BeamSearch, Hypothesis
 from treedecode.decoder import Decoder
+from treedecode.models.transformers import configs_of, exclusive
 from treedecode.sampling import Sampling
 
 # What this module reads.
@@ -87,7 +88,7 @@ def generate(
     shared pages. Greedy and beam search give the tokens `generate` gives; sampling draws from the same distribution,
     its seed taken from torch's default generator (`torch.manual_seed`). The model is left as it was; a decoder is kept
     with it, so later calls start at once and find the beginnings of earlier prompts. It is made anew when weights
-    change.
+    change. Several threads may call this on one model, which must not run in other ways meanwhile.
 
     Honoured: do_sample, temperature, top_k, top_p, min_p, repetition_penalty, min and max length, min and max new
     tokens, eos_token_id, pad_token_id, num_return_sequences, num_beams, length_penalty, early_stopping, max_time,
@@ -324,15 +325,16 @@ class _Slot:
 
 def _decoder_of(model: PreTrainedModel, kv_memory: int | str | None) -> Decoder:
     """The model's decoder: one per model, made anew when weights, dtype, device or `kv_memory` have changed."""
-    key = (kv_memory, model.device, model.dtype, _fingerprint(model))
-    slot: _Slot | None = model.__dict__.get(_SLOT)
-    if slot is not None and slot.key == key:
-        return slot.decoder
-    model.__dict__.pop(_SLOT, None)  # not closed: another thread may still decode on it
-    del slot
-    decoder = Decoder(model, kv_memory=kv_memory)
-    model.__dict__[_SLOT] = _Slot(decoder, key)
-    return decoder
+    with exclusive(configs_of(model)):  # two threads must not make one each
+        key = (kv_memory, model.device, model.dtype, _fingerprint(model))
+        slot: _Slot | None = model.__dict__.get(_SLOT)
+        if slot is not None and slot.key == key:
+            return slot.decoder
+        model.__dict__.pop(_SLOT, None)  # not closed: another thread may still decode on it
+        del slot
+        decoder = Decoder(model, kv_memory=kv_memory)
+        model.__dict__[_SLOT] = _Slot(decoder, key)
+        return decoder
 
 
 def _fingerprint(model: PreTrainedModel) -> tuple[Any, ...]:

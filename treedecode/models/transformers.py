@@ -3,10 +3,14 @@
 One forward takes the query tokens of all branches, packed as a batch of one `[1, num_tokens]`. The model's own code
 does everything but attention, which arrives here through `transformers.AttentionInterface`: new keys and values go to
 their cache slots, and `ops.tree_attention` reads every shared page once. Between two forwards the model is as it was.
+
+Adapters of one model take turns, so several threads may decode on it. The model's own forward must not run meanwhile.
 """
 
+import threading
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +26,23 @@ ATTENTION = "treedecode"
 # Layer types whose attention is what tree_attention computes. Anything else keeps state outside of K and V pages
 # (linear attention, state spaces) or masks differently (chunked attention).
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+_locks: dict[int, threading.RLock] = {}  # by the id of a config
+_locks_lock = threading.Lock()
+
+
+@contextmanager
+def exclusive(configs: list[Any]) -> Iterator[None]:
+    """Lets one thread at a time run or inspect the models that have one of `configs` (see `configs_of`)."""
+    with ExitStack() as held:
+        for config in sorted(configs, key=id):  # in an order that all threads keep to
+            with _locks_lock:
+                if id(config) not in _locks:
+                    _locks[id(config)] = threading.RLock()
+                    weakref.finalize(config, _locks.pop, id(config))
+                lock = _locks[id(config)]
+            held.enter_context(lock)
+        yield
 
 
 class _Observer:
@@ -115,17 +136,18 @@ class TransformersModel:
         """
         config = self._config = _check_supported(model)
         self.model = model
-        self._configs = _configs_of(model)
+        self._configs = configs_of(model)
+        self._optimize = optimize
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
         self.max_position: int = config.max_position_embeddings
         self._fast: FastForward | None = None
-        self._check_layers(config, self._observe())
+        with exclusive(self._configs):
+            self._check_layers(config, self._observe())
+            if optimize:
+                self._fast = FastForward(model, lambda: dict(self._observe().calls))
         # Others, like the -1 of some checkpoints, are never generated.
         self.eos_token_ids: tuple[int, ...] = tuple(i for i in _eos_token_ids(model) if 0 <= i < self.vocab_size)
-        self._optimize = optimize
-        if optimize:
-            self._fast = FastForward(model, lambda: dict(self._observe().calls))
 
     @property
     def optimizations(self) -> list[str]:
@@ -171,9 +193,6 @@ class TransformersModel:
                 config._attn_implementation = implementation
 
     def _run(self, input_ids: Tensor, position_ids: Tensor, context: Context, logit_rows: Tensor) -> Tensor:
-        if self._fast is not None and not self._fast.is_current():
-            self._fast = None  # weights changed since they were packed
-            self._fast = FastForward(self.model, lambda: dict(self._observe().calls))
         fast = self._fast.active() if self._fast is not None else nullcontext()
         with torch.inference_mode(), self._tree_attention(), fast:
             out = self.model(
@@ -201,7 +220,11 @@ class TransformersModel:
         """
         if self.model.training:
             raise ValueError("model: in training mode, where dropout is random; call model.eval()")
-        return self._run(input_ids, position_ids, context, logit_rows)
+        with exclusive(self._configs):
+            if self._fast is not None and not self._fast.is_current():
+                self._fast = None  # weights changed since they were packed
+                self._fast = FastForward(self.model, lambda: dict(self._observe().calls))
+            return self._run(input_ids, position_ids, context, logit_rows)
 
 
 def _check_supported(model: PreTrainedModel) -> Any:
@@ -232,7 +255,7 @@ def _check_supported(model: PreTrainedModel) -> Any:
     return config
 
 
-def _configs_of(model: PreTrainedModel) -> list[Any]:
+def configs_of(model: PreTrainedModel) -> list[Any]:
     """Every config object the model's modules read their attention implementation from, parents first."""
     configs: dict[int, Any] = {id(model.config): model.config}
     for module in model.modules():
