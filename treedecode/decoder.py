@@ -353,6 +353,16 @@ class Decoder:
         """
         self.engine.check_integrity()
 
+    def reset(self) -> None:
+        """Computes everything anew from here on, with the model as it is now; branches keep their tokens.
+
+        Changed weights, modules and hooks are noticed without it. Call it after what cannot be noticed: a write through
+        `.data`, or a switch that a forward reads, such as that of an adapter.
+        """
+        if hasattr(self.model, "refresh"):
+            self.model.refresh(force=True)
+        self.engine.forget()
+
     def close(self) -> None:
         """Ends what is decoding with a RuntimeError and gives all memory back; later calls raise."""
         self.engine.close()

@@ -35,6 +35,7 @@ class Engine(Forest):
         self._num_jobs = 0
         self._drivers: dict[asyncio.AbstractEventLoop, asyncio.Task] = {}
         self._batch: Batch | None = None
+        self._num_changes = getattr(model, "num_changes", 0)
         self._eos = np.zeros(model.vocab_size, bool)
         self._eos[list(model.eos_token_ids)] = True
         self._eos_ids = torch.tensor(sorted(model.eos_token_ids), dtype=torch.int64, device=pool.device)
@@ -91,6 +92,9 @@ class Engine(Forest):
         loop = asyncio.get_running_loop()
         table = self.table
         with self.open_lock():
+            if hasattr(self.model, "refresh"):
+                self.model.refresh()
+            self._follow_model()
             self.require_held(rows)
             if (table.job[rows] >= 0).any():
                 raise RuntimeError("a branch is already being extended by another call")
@@ -149,6 +153,7 @@ class Engine(Forest):
         """One forward over everything that is due. An error in it fails the jobs of its rows; their branches stay."""
         with self.lock:
             self.collect()
+            self._follow_model()
             rows: Ints = np.flatnonzero(self.table.work)
             try:
                 with torch.inference_mode():
@@ -162,6 +167,22 @@ class Engine(Forest):
                 self._end_work(error.rows if isinstance(error, step.BadLogits) else rows, error)
                 if not isinstance(error, Exception):
                     raise
+
+    def forget(self) -> None:
+        """Drops all keys and values; branches that go on are computed anew, like preempted ones."""
+        with self.lock:
+            self.forget_prefixes()
+            rows = np.flatnonzero(self.table.handles > 0)
+            self.pool.clear(rows.astype(np.int32))
+            self.table.num_cached[rows] = 0
+            self._batch = None
+
+    def _follow_model(self) -> None:
+        """Keys and values that a model computed before it changed are of no use."""
+        num_changes = getattr(self.model, "num_changes", 0)
+        if num_changes != self._num_changes:
+            self._num_changes = num_changes
+            self.forget()
 
     def _take_first(self, rows: Ints, logits: Tensor) -> None:
         """Samples a token for each of rows from the same logits, without a forward."""

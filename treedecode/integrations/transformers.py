@@ -88,7 +88,8 @@ def generate(
     shared pages. Greedy and beam search give the tokens `generate` gives; sampling draws from the same distribution,
     its seed taken from torch's default generator (`torch.manual_seed`). The model is left as it was; a decoder is kept
     with it, so later calls start at once and find the beginnings of earlier prompts. It is made anew when weights
-    change. Several threads may call this on one model, which must not run in other ways meanwhile.
+    change, which a write into a part of a tensor through `.data` hides: `del model._treedecode` after one. Several
+    threads may call this on one model, which must not run in other ways meanwhile.
 
     Honoured: do_sample, temperature, top_k, top_p, min_p, repetition_penalty, min and max length, min and max new
     tokens, eos_token_id, pad_token_id, num_return_sequences, num_beams, length_penalty, early_stopping, max_time,
@@ -340,10 +341,17 @@ def _decoder_of(model: PreTrainedModel, kv_memory: int | str | None) -> Decoder:
 def _fingerprint(model: PreTrainedModel) -> tuple[Any, ...]:
     """Changes when weights do: kept prefixes were computed with them, and the decoder may hold them repacked.
 
-    In-place changes count up a tensor's version, except through `.data`: one element of each tensor catches those.
+    In-place changes count up a tensor's version, except through `.data`: one element of each tensor catches most of
+    those. Plain attributes hold switches, such as those of adapters.
     """
     with torch.no_grad():
         tensors = list(model.state_dict(keep_vars=True).values())
         where = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
         sample = [tensor.reshape(-1)[tensor.numel() // 2].float() for tensor in tensors if tensor.numel()]
-        return (*where, *torch.stack(sample).tolist())
+        switches = [
+            (name, value)
+            for module in model.modules()
+            for name, value in vars(module).items()
+            if isinstance(value, bool | float | str)
+        ]
+        return (*where, *switches, *torch.stack(sample).tolist())

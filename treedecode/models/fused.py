@@ -178,7 +178,6 @@ class FastForward:
                 `layer_forward` takes as `describe`.
         """
         self._replaced: list[tuple[dict[str, Any], Callable[..., Any]]] = []
-        self._sources: list[tuple[dict[str, Any], str, Tensor, int]] = []
         outcomes: Counter[str] = Counter()
         if model.device.type != "cpu":
             self.report = [f"kept: the model is on {model.device}, and the faster forward is for the CPU"]
@@ -210,20 +209,9 @@ class FastForward:
                 outcomes[f"{type(module).__name__}: kept ({reason})"] += 1
             else:
                 outcomes[f"{type(module).__name__}: {found[0]}"] += 1
-                for part in module.modules():
-                    for name, parameter in part._parameters.items():
-                        if parameter is not None:
-                            self._sources.append((part._parameters, name, parameter, _version(parameter)))
                 return
         for child in module.children():
             self._visit(child, records, describe, outcomes)
-
-    def is_current(self) -> bool:
-        """Whether the parameters are still those that were packed."""
-        for parameters, name, parameter, version in self._sources:
-            if parameters.get(name) is not parameter or (version >= 0 and parameter._version != version):
-                return False
-        return True
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -235,11 +223,6 @@ class FastForward:
         finally:
             for attributes, _ in self._replaced:
                 attributes.pop("forward", None)
-
-
-def _version(parameter: Tensor) -> int:
-    """Counts changes in place; tensors made in inference mode do not count, and get -1."""
-    return -1 if parameter.is_inference() else parameter._version
 
 
 def _require_untouched(module: nn.Module) -> None:

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from treedecode.models.context import StepContext
 from treedecode.models.fused import FastForward
+from treedecode.models.watch import Watch
 
 __all__ = ["StepContext", "TransformersModel"]
 
@@ -124,6 +125,7 @@ class TransformersModel:
         max_position: the longest sequence the model was made for, in tokens.
         dtype, device: of the activations, and so of the K/V cache.
         eos_token_ids: tokens that end a sequence, from the generation config.
+        num_changes: changes of the model that were seen; K and V from before the last one are stale.
     """
 
     def __init__(self, model: PreTrainedModel, *, optimize: bool = True) -> None:
@@ -134,7 +136,7 @@ class TransformersModel:
             ValueError: the model has no attention backends, is an encoder-decoder, keeps state that is not K and V,
                 is in training mode, or does anything else that the message names.
         """
-        config = self._config = _check_supported(model)
+        config = self._config = check_supported(model)
         self.model = model
         self._configs = configs_of(model)
         self._optimize = optimize
@@ -144,8 +146,8 @@ class TransformersModel:
         self._fast: FastForward | None = None
         with exclusive(self._configs):
             self._check_layers(config, self._observe())
-            if optimize:
-                self._fast = FastForward(model, lambda: dict(self._observe().calls))
+            self._prepare()
+        self.num_changes = 0
         # Others, like the -1 of some checkpoints, are never generated.
         self.eos_token_ids: tuple[int, ...] = tuple(i for i in _eos_token_ids(model) if 0 <= i < self.vocab_size)
 
@@ -153,6 +155,32 @@ class TransformersModel:
     def optimizations(self) -> list[str]:
         """What the faster forward replaces, and what it leaves alone and why; empty with `optimize=False`."""
         return self._fast.report if self._fast is not None else []
+
+    def refresh(self, *, force: bool = False) -> int:
+        """Follows changes of the model: its weights, modules and hooks.
+
+        Args:
+            force: also where none can be seen (writes through `.data`, plain attributes that a forward reads).
+
+        Returns:
+            `num_changes`.
+
+        Raises:
+            ValueError: the model was put into training mode.
+        """
+        if self.model.training:
+            raise ValueError("model: in training mode, where dropout is random; call model.eval()")
+        with exclusive(self._configs):
+            if force or self._watch.changed():
+                self._prepare()
+                self.num_changes += 1
+            return self.num_changes
+
+    def _prepare(self) -> None:
+        self._fast = None
+        if self._optimize:
+            self._fast = FastForward(self.model, lambda: dict(self._observe().calls))
+        self._watch = Watch(self.model)
 
     def _observe(self) -> _Observer:
         observer, count = _Observer(), 5
@@ -218,16 +246,12 @@ class TransformersModel:
         Raises:
             ValueError: the model was put into training mode, or an argument does not fit (named).
         """
-        if self.model.training:
-            raise ValueError("model: in training mode, where dropout is random; call model.eval()")
         with exclusive(self._configs):
-            if self._fast is not None and not self._fast.is_current():
-                self._fast = None  # weights changed since they were packed
-                self._fast = FastForward(self.model, lambda: dict(self._observe().calls))
+            self.refresh()
             return self._run(input_ids, position_ids, context, logit_rows)
 
 
-def _check_supported(model: PreTrainedModel) -> Any:
+def check_supported(model: PreTrainedModel) -> Any:
     """The text config of a model that can be decoded as a tree; raises for one that cannot."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a transformers.PreTrainedModel, got {type(model).__name__}")

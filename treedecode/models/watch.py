@@ -1,0 +1,42 @@
+"""Whether a model is still what it was."""
+
+from itertools import chain
+from operator import attrgetter, is_
+from typing import Any
+
+from torch import nn
+
+
+class Watch:
+    """A model's modules, their hooks and forwards, and its parameters, as they were when this was made.
+
+    Not seen: writes through `.data`, which torch does not count, and plain attributes that a forward reads.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        # Flat lists, and filters before loops, because this is asked before every forward: 0.1 ms for SmolLM2.
+        self._modules = list(model.modules())
+        self._attributes = [vars(module) for module in self._modules]
+        self._children = [module._modules for module in self._modules]
+        self._hooks = [hooks for m in self._modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        slots = [(module._parameters, name) for module in self._modules for name in module._parameters]
+        self._owners, self._names = [owner for owner, _ in slots], [name for _, name in slots]
+        self._tensors = self._current_tensors()
+        self._counted = [tensor for tensor in self._tensors if tensor is not None and not tensor.is_inference()]
+        self._before = self._look()
+
+    def _current_tensors(self) -> list[Any]:
+        return list(map(dict.get, self._owners, self._names))
+
+    def _look(self) -> tuple[list[Any], ...]:
+        return (
+            list(map(type, self._modules)),
+            list(chain.from_iterable(map(dict.values, filter(None, self._children)))),
+            list(chain.from_iterable(filter(None, self._hooks))),
+            [attributes["forward"] for attributes in self._attributes if "forward" in attributes],
+            list(map(attrgetter("_version"), self._counted)),
+        )
+
+    def changed(self) -> bool:
+        """Whether something is different now."""
+        return self._look() != self._before or not all(map(is_, self._current_tensors(), self._tensors))
