@@ -317,6 +317,12 @@ def test_kv_memory_is_passed_on():
     assert vars(model)["_treedecode"].decoder.engine.pool.kv.nbytes <= 400_000
 
 
+def test_quantised_layers():
+    """Their state holds more than tensors."""
+    quantised = torch.ao.quantization.quantize_dynamic(make_model(), {torch.nn.Linear})
+    same(quantised, make_inputs(), max_new_tokens=8, do_sample=False)
+
+
 def test_public_name():
     assert treedecode.generate is integration.generate
     assert treedecode.generate is integration.generate  # the second look-up must not find a module of that name

@@ -83,6 +83,8 @@ def test_refuses_models():
     config = T5Config(
         vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
     )
+    with pytest.raises(ValueError, match="LlamaForCausalLM are on the meta device"):
+        make_model().to("meta").generate(**make_inputs(), max_new_tokens=2, custom_generate=treedecode.generate)
     t5 = T5ForConditionalGeneration(config).eval()
     with pytest.raises(ValueError, match="encoder"):
         t5.generate(torch.ones(1, 3, dtype=torch.int64), max_new_tokens=2, custom_generate=treedecode.generate)

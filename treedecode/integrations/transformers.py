@@ -27,7 +27,7 @@ from transformers.generation import (
 from treedecode import beam_search
 from treedecode.beam import BeamSearch, Hypothesis
 from treedecode.decoder import Decoder
-from treedecode.models.transformers import configs_of, exclusive
+from treedecode.models.transformers import check_supported, configs_of, exclusive
 from treedecode.sampling import Sampling
 
 # What this module reads.
@@ -110,6 +110,7 @@ def generate(
     Raises:
         ValueError: something is set that is not supported (named), or the model or a prompt is not.
     """
+    check_supported(model)
     config = generation_config
     _refuse_settings(config)
     _refuse_processors(config, logits_processor)
@@ -345,7 +346,8 @@ def _fingerprint(model: PreTrainedModel) -> tuple[Any, ...]:
     those. Plain attributes hold switches, such as those of adapters.
     """
     with torch.no_grad():
-        tensors = list(model.state_dict(keep_vars=True).values())
+        state = model.state_dict(keep_vars=True).values()
+        tensors = [tensor for tensor in state if isinstance(tensor, Tensor)]  # quantised layers have others
         where = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
         sample = [tensor.reshape(-1)[tensor.numel() // 2].float() for tensor in tensors if tensor.numel()]
         switches = [
