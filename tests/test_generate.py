@@ -138,6 +138,18 @@ def test_few_tokens(num_beams, max_new_tokens):
     same(model, make_inputs(), num_beams=num_beams, max_new_tokens=max_new_tokens, do_sample=False)
 
 
+@pytest.mark.parametrize("eos", [None, 2])
+def test_more_beams_than_texts(eos):
+    model = make_model()
+    model.lm_head = torch.nn.Linear(48, 7)
+    model.config.vocab_size = 7
+    options = {"num_beams": 8, "num_return_sequences": 8, "max_new_tokens": 1, "do_sample": False, "eos_token_id": eos}
+    inputs = {name: tensor % 7 for name, tensor in make_inputs(2).items()}
+    got, want = same(model, inputs, **options, return_dict_in_generate=True, output_scores=True)
+    assert torch.equal(got.beam_indices, want.beam_indices)
+    torch.testing.assert_close(got.sequences_scores, want.sequences_scores, rtol=1e-5, atol=1e-5)
+
+
 def test_padding_of_beams_when_the_padding_token_is_not_0():
     model = make_model(seed=4, eos=(2,), eos_bias=4.0)
     for pad in (0, 13):

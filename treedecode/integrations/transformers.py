@@ -292,7 +292,9 @@ def _beam_output(
     results: list[list[Hypothesis]], input_ids: Tensor, config: GenerationConfig, eos: list[int]
 ) -> Tensor | GenerateBeamDecoderOnlyOutput:
     count, width = config.num_return_sequences, config.num_beams
-    best = [hypothesis for hypotheses in results for hypothesis in hypotheses[:count]]
+    # A vocabulary may have fewer texts than there are beams: `generate` returns empty ones of this score for the rest.
+    missing = [Hypothesis(np.empty(0, np.int64), -1e9, np.empty(0, np.int64), np.empty(0))] * count
+    best = [hypothesis for hypotheses in results for hypothesis in (hypotheses + missing)[:count]]
     pad = config._pad_token_tensor
     # Transformers fills with the first end token where the padding token's id is 0.
     fill = -1 if not eos else int(pad) if pad is not None and int(pad) else eos[0]
