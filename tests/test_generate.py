@@ -138,6 +138,17 @@ def test_few_tokens(num_beams, max_new_tokens):
     same(model, make_inputs(), num_beams=num_beams, max_new_tokens=max_new_tokens, do_sample=False)
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("eos", [-1, VOCAB, 1000, [-1, 2, VOCAB]], ids=str)
+def test_end_tokens_outside_of_the_vocabulary(eos, num_beams):
+    model = make_model(eos=(2, VOCAB - 1), eos_bias=2.0)
+    options = {"max_new_tokens": 10, "num_beams": num_beams, "do_sample": False, "pad_token_id": 0}
+    same(model, make_inputs(), **options, eos_token_id=eos, min_new_tokens=2)
+    same(model, make_inputs(), **options, eos_token_id=eos, stopping_criteria=[EndsAfter()])
+    model.generation_config.eos_token_id = eos
+    same(model, make_inputs(), **options)
+
+
 @pytest.mark.parametrize("eos", [None, 2])
 def test_more_beams_than_texts(eos):
     model = make_model()

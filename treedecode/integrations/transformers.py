@@ -122,6 +122,7 @@ def generate(
     eos = [] if config._eos_token_tensor is None else config._eos_token_tensor.tolist()
     min_new_tokens = max((config.min_length or 0) - prompt_len, config.min_new_tokens or 0, 0) if eos else 0
     decoder = _decoder_of(model, kv_memory)
+    ends = [token for token in eos if 0 <= token < decoder.model.vocab_size]  # others mean padding, but never come
     longest = max(map(len, prompts))
     if longest + max_new_tokens > decoder.model.max_position:
         raise ValueError(
@@ -132,7 +133,7 @@ def generate(
         settings = BeamSearch(
             num_beams=config.num_beams,
             max_new_tokens=max_new_tokens,
-            eos_token_ids=tuple(eos),
+            eos_token_ids=tuple(ends),
             length_penalty=config.length_penalty,
             early_stopping=config.early_stopping,
             min_new_tokens=min_new_tokens,
@@ -141,15 +142,15 @@ def generate(
         stop = _beam_stop(criteria, input_ids[::width]) if criteria else None
         search = beam_search.search(decoder.engine, prompts, settings, repetition_penalty=penalty, stop=stop)
         return _beam_output(decoder.run(search), input_ids, config, eos)
-    sampling, ends = _sampling(config, decoder, eos, min_new_tokens)
+    sampling, stop_ids = _sampling(config, decoder, ends, min_new_tokens)
     pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
     count = config.num_return_sequences
     if criteria:
-        work = _step_by_step(decoder, prompts, input_ids, sampling, ends, max_new_tokens, criteria, eos, pad)
+        work = _step_by_step(decoder, prompts, input_ids, sampling, stop_ids, max_new_tokens, criteria, eos, pad)
         texts = decoder.run(work)
     else:
         ids = [prompt.tolist() for prompt in prompts]
-        options = {"num_branches": count, "sampling": sampling, "max_new_tokens": max_new_tokens, "stop": ends}
+        options = {"num_branches": count, "sampling": sampling, "max_new_tokens": max_new_tokens, "stop": stop_ids}
         texts = [branch.token_ids for branches in decoder.generate(ids, **options) for branch in branches]
     sequences = _assemble(input_ids, texts, pad)
     return (
