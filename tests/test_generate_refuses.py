@@ -5,7 +5,7 @@ import torch
 from test_beam import one_thread  # noqa: F401 (autouse)
 from test_generate import VOCAB, make_inputs, make_model
 from transformers import DynamicCache, LogitsProcessorList, T5Config, T5ForConditionalGeneration
-from transformers.generation import LogitsProcessor, RepetitionPenaltyLogitsProcessor
+from transformers.generation import BaseStreamer, LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 import treedecode
 
@@ -13,6 +13,14 @@ import treedecode
 class Halve(LogitsProcessor):
     def __call__(self, input_ids, scores):
         return scores / 2
+
+
+class Silent(BaseStreamer):
+    def put(self, value):
+        pass
+
+    def end(self):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -51,13 +59,15 @@ class Halve(LogitsProcessor):
         ({"position_ids": torch.arange(7).expand(2, 7) + 1}, "position_ids: expected those of the attention mask"),
         ({"attention_mask": torch.tensor([[1] * 7, [1] * 5 + [0] * 2])}, "attention_mask: expected padding"),
         ({"attention_mask": torch.tensor([[1] * 7, [0] * 7])}, "attention_mask: expected padding on the left"),
+        ({"streamer": Silent()}, "streamer: is not supported"),
+        ({"assistant_model": make_model(seed=1)}, "assistant_model: is not supported"),
         ({"token_type_ids": torch.zeros(2, 7, dtype=torch.int64)}, "token_type_ids"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )  # fmt: skip
 def test_refuses_by_name(options, message):
     model = make_model()
-    inputs = make_inputs(2) | {"max_new_tokens": 4} | options
+    inputs = make_inputs(1 if "streamer" in options else 2) | {"max_new_tokens": 4} | options
     if inputs["input_ids"] is None:
         inputs |= {"input_ids": None, "attention_mask": None}
     with pytest.raises(ValueError, match=message):

@@ -1,5 +1,6 @@
 """`treedecode.generate`: the decoding loop for `model.generate(..., custom_generate=treedecode.generate)`."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -7,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import LongTensor, Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import (
     EosTokenCriteria,
     GenerateBeamDecoderOnlyOutput,
@@ -95,8 +96,8 @@ def generate(
     tokens, eos_token_id, pad_token_id, num_return_sequences, num_beams, length_penalty, early_stopping, max_time,
     stopping_criteria (asked about every new token of a branch, which is slower), return_dict_in_generate (`sequences`,
     of beam search also `beam_indices`) and output_scores (of beam search: `sequences_scores`, without the per-step
-    `scores`). `generate` hands a callable neither streamer nor assistant model, so those have no effect, and no
-    tokenizer: in place of `stop_strings` pass `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`.
+    `scores`). `generate` hands a callable no tokenizer: in place of `stop_strings` pass
+    `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`.
 
     Args:
         model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs: as `generate` prepares
@@ -112,6 +113,7 @@ def generate(
     """
     check_supported(model)
     config = generation_config
+    _refuse_withheld()
     _refuse_settings(config)
     _refuse_processors(config, logits_processor)
     criteria = _further_criteria(config, stopping_criteria)
@@ -195,6 +197,20 @@ def _refuse_settings(config: GenerationConfig) -> None:
         raise ValueError("do_sample: sampling with num_beams > 1 is not supported by treedecode.generate")
     if config.return_dict_in_generate and config.output_scores and config.num_beams == 1:
         raise ValueError("output_scores: supported by treedecode.generate for beam search only (sequences_scores)")
+
+
+def _refuse_withheld() -> None:
+    """`generate` does not hand a callable what it was given as these; whoever reads the streamer would wait forever.
+
+    They can only be seen in the variables of the `generate` that is calling.
+    """
+    code = inspect.unwrap(GenerationMixin.generate).__code__
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    for name in ("streamer", "assistant_model"):
+        if frame is not None and frame.f_locals.get(name) is not None:
+            raise ValueError(f"{name}: is not supported by treedecode.generate")
 
 
 def _refuse_processors(config: GenerationConfig, logits_processor: LogitsProcessorList) -> None:
