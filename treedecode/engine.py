@@ -59,14 +59,16 @@ class Engine(Forest):
         max_new_tokens: int,
         callback: Callback | None = None,
         first: Tensor | None = None,
+        seeds: Ints | None = None,
     ) -> None:
         """Extends rows until a stop; a row that is at its end of sequence or full stays as it is.
 
         Args:
             first: `[vocab_size]` logits of the first new token of all rows, which all end alike and had them computed.
             callback: called as `callback(i, token_id, text)` for `rows[i]` with every new token.
+            seeds: `[n]`, in place of those the rows have.
         """
-        await self._run(Work.SAMPLE, rows, sampling, stops, max_new_tokens, callback, first)
+        await self._run(Work.SAMPLE, rows, sampling, stops, max_new_tokens, callback, first, seeds)
 
     async def logits(self, rows: Ints, tokens: Ints | None = None) -> Tensor:
         """Appends `tokens` (`[n]`, None: nothing) and computes rows up to their last token, in the shared forward.
@@ -88,6 +90,7 @@ class Engine(Forest):
         max_new_tokens: int = 0,
         callback: Callback | None = None,
         first: Tensor | None = None,
+        seeds: Ints | None = None,
     ) -> Any:
         loop = asyncio.get_running_loop()
         table = self.table
@@ -95,9 +98,7 @@ class Engine(Forest):
             if hasattr(self.model, "refresh"):
                 self.model.refresh()
             self._follow_model()
-            self.require_held(rows)
-            if (table.job[rows] >= 0).any():
-                raise RuntimeError("a branch is already being extended by another call")
+            self.require_resting(rows)
             if len(np.unique(rows)) < len(rows):
                 raise RuntimeError("a branch appears twice in one call")
             live = rows
@@ -105,6 +106,8 @@ class Engine(Forest):
                 assert sampling is not None
                 assert stops is not None
                 table.configure(rows, sampling)
+                if seeds is not None:
+                    table.seed[rows] = seeds
                 table.stop[rows] = self.matcher.register(stops)
                 table.limit[rows] = np.minimum(table.num_tokens[rows] + max_new_tokens, table.max_tokens)
                 table.reserve(int(table.limit[rows].max(initial=0)))

@@ -66,7 +66,7 @@ class Forest:
     def reorder(self, rows: Ints, parents: Ints) -> None:
         """`rows` become copies of `parents`, all at once (a beam step); seeds stay with the rows."""
         with self.open_lock():
-            self.require_held(rows)
+            self.require_resting(rows)
             self.require_held(parents)
             self.pool.fork(parents.astype(np.int32), rows.astype(np.int32))
             cached = self.table.num_cached[parents]
@@ -76,14 +76,9 @@ class Forest:
     def append(self, rows: Ints, tokens: Sequence[Ints]) -> None:
         """Adds given tokens to the ends of branches at rest; they are computed with the next work on them."""
         with self.open_lock():
-            self.require_held(rows)
+            self.require_resting(rows)
             lengths = np.array([len(ids) for ids in tokens], np.int64)
             self.table.append(rows, lengths, np.concatenate([np.asarray(ids, np.int32) for ids in tokens]))
-
-    def reseed(self, rows: Ints, seeds: Ints) -> None:
-        """Sets the seeds of branches at rest."""
-        with self.open_lock():
-            self.table.seed[rows] = seeds
 
     def retain(self, rows: Ints) -> None:
         """One more handle on each of rows."""
@@ -149,6 +144,12 @@ class Forest:
         """Raises if one of rows is free."""
         if not (self.table.handles[rows] > 0).all():
             raise RuntimeError("a branch was released")
+
+    def require_resting(self, rows: Ints) -> None:
+        """Raises if one of rows is free or has work: only the tick may change those."""
+        self.require_held(rows)
+        if (self.table.job[rows] >= 0).any():
+            raise RuntimeError("a branch is already being extended by another call")
 
     def _ordinals(self, src: Ints) -> Ints:
         """How many children each source had before, counting these in order."""

@@ -139,10 +139,12 @@ class Frontier:
         rows = self.branches
         stops = self._decoder.parse_stop(stop)
         limit = self._decoder.check_length(int(self.num_tokens.max(initial=0)), max_new_tokens)
+        seeds = None
         if sampling is not None and sampling.seed is not None:
             within = np.array([np.count_nonzero(self.tree[:i] == self.tree[i]) for i in range(len(rows))])
-            self._engine.reseed(rows, child_seeds(np.array(sampling.seed), self.num_tokens, within))
-        await self._engine.sample(rows, sampling if sampling is not None else self._sampling, stops, limit, callback)
+            seeds = child_seeds(np.array(sampling.seed), self.num_tokens, within)
+        sampling = sampling if sampling is not None else self._sampling
+        await self._engine.sample(rows, sampling, stops, limit, callback, seeds=seeds)
         return self
 
     def append(self, text: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]) -> "Frontier":
@@ -153,6 +155,7 @@ class Frontier:
 
         Raises:
             ValueError: the list's length is not the number of branches, or a branch would be too long.
+            RuntimeError: a branch is being extended.
         """
         items = [text] * len(self) if isinstance(text, str) or _is_ids(text) else list(text)
         if len(items) != len(self):
