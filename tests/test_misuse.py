@@ -50,3 +50,30 @@ def test_an_extend_that_is_refused_does_not_reseed(make_decoder):
             return frontier.token_ids()
 
     assert asyncio.run(run(make_decoder(), disturbed=True)) == asyncio.run(run(make_decoder(), disturbed=False))
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        ([-1, 3], ValueError, r"mask: expected indices from 0 to 3, got \[-1, 3\]"),
+        ([4], ValueError, "mask: expected indices from 0 to 3"),
+        ([1, 1], ValueError, "mask: an index appears twice"),
+        ([[0, 1]], TypeError, r"mask: expected \[n\] booleans or indices"),
+        ([[True] * 4], TypeError, r"mask: expected \[n\] booleans or indices"),
+        ([0.7], TypeError, r"mask: expected \[n\] booleans or indices"),
+        (1, TypeError, r"mask: expected \[n\] booleans or indices"),
+        (["a"], TypeError, r"mask: expected \[n\] booleans or indices"),
+        ([True], ValueError, "mask: expected 4 entries, got 1"),
+    ],
+)
+def test_bad_masks_hold_nothing(make_decoder, mask, error, message):
+    dec = make_decoder()
+
+    async def run():
+        with await dec.roots([[2], [3], [4], [5]]) as frontier:
+            with pytest.raises(error, match=message):
+                frontier.select(mask)
+            assert dec.engine.table.handles[frontier.branches].tolist() == [1] * 4
+            assert len(frontier.select([])) == len(frontier.select([False] * 4)) == 0
+
+    asyncio.run(run())

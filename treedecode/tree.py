@@ -177,13 +177,22 @@ class Frontier:
     # -- choosing --
 
     def select(self, mask: Sequence[bool] | Ints) -> "Frontier":
-        """The branches of a mask or of indices (each once), held by the new frontier as well as by this one."""
+        """The branches of a mask or of indices (each once), held by the new frontier as well as by this one.
+
+        Raises:
+            TypeError: neither booleans nor integers. ValueError: not one entry per branch; an index that is none of
+                `0 .. n - 1`, or appears twice.
+        """
         which = np.asarray(mask)
+        if which.ndim != 1 or (which.dtype.kind not in "biu" and which.size):
+            raise TypeError(f"mask: expected [n] booleans or indices, got {mask!r}")
         if which.dtype == bool:
             if len(which) != len(self):
                 raise ValueError(f"mask: expected {len(self)} entries, got {len(which)}")
             which = np.flatnonzero(which)
         which = which.astype(np.int64)
+        if ((which < 0) | (which >= len(self))).any():
+            raise ValueError(f"mask: expected indices from 0 to {len(self) - 1}, got {mask!r}")
         if len(np.unique(which)) < len(which):
             raise ValueError("mask: an index appears twice; use fork for copies")
         rows = self.branches[which]
