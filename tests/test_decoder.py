@@ -260,12 +260,19 @@ def test_bad_decoders():
         ({"top_p": 0}, ValueError), ({"min_p": 2}, ValueError), ({"seed": 2**63}, ValueError),
         ({"seed": 1.0}, TypeError),
         ({"top_k": 1.5}, TypeError), ({"repetition_penalty": 0}, ValueError), ({"min_new_tokens": -1}, ValueError),
-        ({"temperature": "hot"}, TypeError),
+        ({"temperature": "hot"}, TypeError), ({"temperature": 1e39}, ValueError),
+        ({"temperature": float("inf")}, ValueError),
+        ({"repetition_penalty": 1e-60}, ValueError), ({"repetition_penalty": 1e39}, ValueError),
     ],
 )  # fmt: skip
 def test_bad_sampling(setting, error):
     with pytest.raises(error, match=next(iter(setting))):
         td.Sampling(**setting)
+
+
+def test_settings_at_their_limits_sample(make_decoder):
+    for setting in ({"temperature": 3.4e38}, {"temperature": 1e-300}, {"top_p": 1e-300}, {"min_p": 1e-300}):
+        assert make_decoder().generate("the", sampling=td.Sampling(**setting), max_new_tokens=3)
 
 
 def test_closed_decoder(make_decoder):

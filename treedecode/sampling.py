@@ -1,7 +1,9 @@
 """Sampling: how a branch picks its next token."""
 
-import math
 from dataclasses import dataclass
+
+# Settings are used in fp32: what becomes infinite or 0 there would fail every row of a step, whoever asked for it.
+_FP32_MIN, _FP32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class Sampling:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name}: expected an int, got {value!r}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature: expected a finite number >= 0, got {self.temperature}")
+        if not 0 <= self.temperature <= _FP32_MAX:
+            raise ValueError(f"temperature: expected a number >= 0 that fp32 can hold, got {self.temperature}")
         if not 0 <= self.top_k < 2**31:
             raise ValueError(f"top_k: expected 0 <= top_k < 2**31 (0 keeps every token), got {self.top_k}")
         if not 0 < self.top_p <= 1:
@@ -52,7 +54,9 @@ class Sampling:
             raise ValueError(f"min_p: expected 0 <= min_p <= 1, got {self.min_p}")
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed: expected a 64-bit integer, got {self.seed}")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise ValueError(f"repetition_penalty: expected a finite number > 0, got {self.repetition_penalty}")
+        if not _FP32_MIN <= self.repetition_penalty <= _FP32_MAX:
+            raise ValueError(
+                f"repetition_penalty: expected a number > 0 that fp32 can hold, got {self.repetition_penalty}"
+            )
         if self.min_new_tokens < 0:
             raise ValueError(f"min_new_tokens: expected >= 0, got {self.min_new_tokens}")
