@@ -89,7 +89,6 @@ class Decoder:
         self._max_tokens = min(model.max_position, self._capacity)
         matcher = StopMatcher(tokenizer, model.vocab_size)
         self.engine = Engine(model, pool, matcher, max_tokens=self._max_tokens, prefill_tokens=prefill_tokens)
-        self._worker: ThreadPoolExecutor | None = None
 
     @classmethod
     def from_pretrained(
@@ -209,7 +208,7 @@ class Decoder:
 
         Raises:
             TypeError, ValueError: an argument is wrong (named); nothing has been started then.
-            RuntimeError: the decoder is closed.
+            RuntimeError: the decoder is closed, or the call comes from a callback.
         """
         job = self.generate_async(
             prompts,
@@ -324,14 +323,24 @@ class Decoder:
         return Frontier(self, rows, np.arange(len(tokens)), sampling)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Runs a coroutine to its end from code that is not one; inside a running event loop (Jupyter) in a thread."""
+        """Runs a coroutine to its end from code that is not one; inside a running event loop (Jupyter) in a thread.
+
+        Raises:
+            RuntimeError: called from a callback, within a step; the decoder is closed.
+        """
+        if self.engine.in_callback:
+            work.close()
+            raise RuntimeError("called from a callback, which the decoder waits for; let the callback return first")
         try:
             asyncio.get_running_loop()
         except RuntimeError:
             return asyncio.run(work)
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, thread_name_prefix="treedecode")
-        return self._worker.submit(asyncio.run, work).result()
+        # a thread of its own: this may be the thread of an outer run, whose coroutine calls what is not one
+        worker = ThreadPoolExecutor(1, thread_name_prefix="treedecode")
+        try:
+            return worker.submit(asyncio.run, work).result()
+        finally:
+            worker.shutdown(wait=False)
 
     # -- state --
 
@@ -366,8 +375,6 @@ class Decoder:
     def close(self) -> None:
         """Ends what is decoding with a RuntimeError and gives all memory back; later calls raise."""
         self.engine.close()
-        if self._worker is not None:
-            self._worker.shutdown(wait=False)
 
     def __enter__(self) -> "Decoder":
         return self

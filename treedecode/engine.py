@@ -1,6 +1,7 @@
 """Engine: one ragged forward per tick for everything that decodes, whichever coroutine asked for it."""
 
 import asyncio
+import threading
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ class Engine(Forest):
         self._drivers: dict[asyncio.AbstractEventLoop, asyncio.Task] = {}
         self._batch: Batch | None = None
         self._num_changes = getattr(model, "num_changes", 0)
+        self._thread_in_callback: int | None = None
         self._eos = np.zeros(model.vocab_size, bool)
         self._eos[list(model.eos_token_ids)] = True
         self._eos_ids = torch.tensor(sorted(model.eos_token_ids), dtype=torch.int64, device=pool.device)
@@ -46,6 +48,11 @@ class Engine(Forest):
         self._stats.num_preemptions = self.scheduler.num_preemptions
         self._stats.num_prefix_tokens = self.scheduler.num_prefix_tokens
         return self._stats
+
+    @property
+    def in_callback(self) -> bool:
+        """Whether this thread is in a callback, and so within a step: to wait for another step would be for ever."""
+        return self._thread_in_callback == threading.get_ident()
 
     async def prefill(self, rows: Ints) -> None:
         """Computes all but the last token of each row, so that forks share it."""
@@ -266,12 +273,15 @@ class Engine(Forest):
             if job.callback is None:
                 continue
             where = {int(row): i for i, row in enumerate(job.rows)}
+            self._thread_in_callback = threading.get_ident()
             try:
                 for row, token in zip(rows, tokens, strict=True):
                     if self.table.job[row] == job_id:
                         job.callback(where[int(row)], int(token), self._delta(job, int(row)))
             except Exception as error:
                 self._end_job(int(job_id), error)
+            finally:
+                self._thread_in_callback = None
 
     def _delta(self, job: Job, row: int) -> str:
         table = self.table
