@@ -37,12 +37,25 @@ def test_stops_where_the_text_does(tokens, strings):
         new = np.array(tokens[:n], np.int32)
         stopped = bool(MATCHER.mask(stop_id)[tokens[n - 1]]) and MATCHER.stopped(stop_id, new)
         assert stopped == (n == expected)
-        shown += stream.push(new, last=stopped or n == len(tokens))
+        shown += stream.push(new, last=stopped or n == len(tokens), cut=stopped)
         assert text.startswith(shown)
         if stopped:
             assert MATCHER.text(stop_id, new, cut=True) == text
             break
     assert shown == text
+
+
+@settings(deadline=None, max_examples=300)
+@given(tokens_of_stops, st.sampled_from([*STOPS, (" ab", " a", "EN"), ("END.", "N")]), st.integers(0, 6))
+def test_streams_show_the_text_where_stops_are_passed_over(tokens, strings, min_tokens):
+    stop_id = MATCHER.register(StopSet(strings))
+    stream, shown, stopped, n = TextStream(MATCHER.decode, MATCHER[stop_id]), "", False, 0
+    while not stopped and n < len(tokens):
+        n += 1
+        new = np.array(tokens[:n], np.int32)
+        stopped = n >= min_tokens and bool(MATCHER.mask(stop_id)[tokens[n - 1]]) and MATCHER.stopped(stop_id, new)
+        shown += stream.push(new, last=stopped or n == len(tokens), cut=stopped)
+    assert shown == MATCHER.text(stop_id, new, cut=stopped)
 
 
 def test_the_mask_is_worth_having():

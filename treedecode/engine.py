@@ -288,7 +288,8 @@ class Engine(Forest):
         if row not in job.streams:
             job.streams[row] = TextStream(self.matcher.decode, self.matcher[int(table.stop[row])])
         new = table.tokens[row, table.step_begin[row] : table.num_tokens[row]]
-        return job.streams[row].push(new, last=table.finish[row] != Finish.NONE)
+        finish = table.finish[row]
+        return job.streams[row].push(new, last=finish != Finish.NONE, cut=finish == Finish.STOP)
 
     def _finish(self, rows: Ints) -> None:
         """Rows have done their work; jobs whose last row this was resolve."""

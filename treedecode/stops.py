@@ -145,15 +145,16 @@ class TextStream:
         self._read = 0
         self._held = ""
 
-    def push(self, tokens: np.ndarray, *, last: bool) -> str:
-        """New text to show, given all tokens so far; `last`: no more will come."""
+    def push(self, tokens: np.ndarray, *, last: bool, cut: bool) -> str:
+        """New text to show, given all tokens so far; `last`: no more will come; `cut`: the last completed a stop."""
         before = self._decode(tokens[self._context : self._read])
+        known = self._held + self._decode(tokens[self._context : -1])[len(before) :] if cut else ""
         text = self._decode(tokens[self._context :])
         if not text.endswith(_PARTIAL) or last:
             self._held += text[len(before) :]
             self._context, self._read = self._read, len(tokens)
         if last:
-            at = self._stops.find(self._held)
+            at = self._stops.find(self._held, known) if cut else -1
             return self._held[:at] if at >= 0 else self._held
         keep = max((_overlap(self._held, stop) for stop in self._stops.strings), default=0)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
