@@ -119,6 +119,17 @@ def test_ends(make_decoder):
     assert out.finish_reason == "stop" or len(out.token_ids) == 50
 
 
+def test_end_tokens_the_model_does_not_have_end_nothing(make_decoder):
+    class Odd(FakeModel):
+        eos_token_ids = (-1, EOS, 10**6)
+
+    last = FakeModel.vocab_size - 1
+    settings = {"sampling": td.Sampling(seed=0, min_new_tokens=2), "max_new_tokens": 40, "num_branches": 40}
+    outs = make_decoder(Odd()).generate("the", **settings)
+    assert outs == make_decoder().generate("the", **settings)
+    assert any(last in out.token_ids[:-1] for out in outs[0])
+
+
 def test_stop_tokens(make_decoder):
     dec = make_decoder()
     expected = greedy([2, 3, 4], 30)

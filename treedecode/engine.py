@@ -38,9 +38,11 @@ class Engine(Forest):
         self._batch: Batch | None = None
         self._num_changes = getattr(model, "num_changes", 0)
         self._thread_in_callback: int | None = None
+        # configurations name tokens that the model does not have, -1 among them: those never come
+        eos = sorted(token for token in model.eos_token_ids if 0 <= token < model.vocab_size)
         self._eos = np.zeros(model.vocab_size, bool)
-        self._eos[list(model.eos_token_ids)] = True
-        self._eos_ids = torch.tensor(sorted(model.eos_token_ids), dtype=torch.int64, device=pool.device)
+        self._eos[eos] = True
+        self._eos_ids = torch.tensor(eos, dtype=torch.int64, device=pool.device)
 
     @property
     def stats(self) -> Stats:
