@@ -215,6 +215,16 @@ def test_select_prune_merge(make_decoder):
     assert dec.num_branches == 0
 
 
+def test_finish_has_a_list_for_every_tree(make_decoder):
+    dec = make_decoder()
+
+    async def run(kept):
+        with await dec.roots([[2], [3], [4]]) as frontier:
+            return list(map(len, await frontier.select(kept).finish()))
+
+    assert [asyncio.run(run(kept)) for kept in ([0], [1], [])] == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
+
+
 def test_scores_by_function_and_by_judge(make_decoder):
     dec = make_decoder()
 

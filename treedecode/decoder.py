@@ -320,7 +320,7 @@ class Decoder:
         except BaseException:
             self.engine.release(rows[rows >= 0])
             raise
-        return Frontier(self, rows, np.arange(len(tokens)), sampling)
+        return Frontier(self, rows, np.arange(len(tokens)), len(tokens), sampling)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine to its end from code that is not one; inside a running event loop (Jupyter) in a thread.

@@ -30,10 +30,11 @@ class Frontier:
         counts: `[n]` int64, how many branches `merge` has put into each.
     """
 
-    def __init__(self, decoder: "Decoder", rows: Ints, tree: Ints, sampling: Sampling) -> None:
+    def __init__(self, decoder: "Decoder", rows: Ints, tree: Ints, num_trees: int, sampling: Sampling) -> None:
         self._decoder = decoder
         self._engine = decoder.engine
         self._rows: Ints | None = rows
+        self._num_trees = num_trees
         self._sampling = sampling
         self.tree = tree
         self.scores = np.full(len(rows), np.nan)
@@ -200,7 +201,7 @@ class Frontier:
         return self._view(rows, which)
 
     def _view(self, rows: Ints, parents: Ints) -> "Frontier":
-        child = Frontier(self._decoder, rows, self.tree[parents], self._sampling)
+        child = Frontier(self._decoder, rows, self.tree[parents], self._num_trees, self._sampling)
         child.scores, child.counts = self.scores[parents].copy(), self.counts[parents].copy()
         return child
 
@@ -279,7 +280,7 @@ class Frontier:
         A tree whose branches are all gone has an empty list.
         """
         completions = completions_of(self._engine, self.branches)
-        trees: list[list[Completion]] = [[] for _ in range(int(self.tree.max(initial=-1)) + 1)]
+        trees: list[list[Completion]] = [[] for _ in range(self._num_trees)]
         for tree, completion in zip(self.tree, completions, strict=True):
             trees[tree].append(completion)
         self.release()
