@@ -83,9 +83,11 @@ def test_out_of_branches_says_so(make_decoder):
         frontier = await dec.roots([[2, 3], [3, 4], [4, 5]])
         with pytest.raises(OutOfBranches, match="6 rows needed, 1 of 4 free"):
             frontier.fork(2)
-        with pytest.raises(OutOfBranches, match="2 needed, 1 free; frontiers hold the others"):
+        last = frontier.select([0]).fork(1)
+        with pytest.raises(OutOfBranches, match=r"2 needed, none free; frontiers, .* hold all 4"):
             await dec.generate_async("the", num_branches=2, max_new_tokens=4)
-        frontier.release()
+        last.release()
         assert len(await dec.generate_async("the", num_branches=2, max_new_tokens=4)) == 1
+        frontier.release()
 
     asyncio.run(search())

@@ -1,9 +1,10 @@
 """Completions of prompts: what `Decoder.generate` returns, and how it runs more branches than there are rows for."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections import deque
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -91,57 +92,68 @@ async def generate(
         places.setdefault(prompt.tobytes(), []).extend(range(i * num_branches, (i + 1) * num_branches))
     results: dict[int, Completion] = {}
 
-    async def complete(prompt: Ints, wanted: list[int], seeds: Ints) -> None:
-        rows = engine.open([prompt] * len(wanted), seeds)
-        try:
-            first = None
-            if len(rows) > 1:
-                [first] = await engine.logits(rows[:1])
-                engine.reorder(rows[1:], np.repeat(rows[:1], len(rows) - 1))
-            tell = None if callback is None else lambda i, token, text: callback(wanted[i], token, text)
-            await engine.sample(rows, sampling, stops, limit, tell, first)
-            results.update(zip(wanted, completions_of(engine, rows), strict=True))
-        finally:
-            engine.release(rows)
+    async def complete(rows: Ints, share: _Share) -> None:
+        first = None
+        if len(rows) > 1:
+            [first] = await engine.logits(rows[:1])
+            engine.reorder(rows[1:], np.repeat(rows[:1], len(rows) - 1))
+        tell = None if callback is None else lambda i, token, text: callback(share.places[i], token, text)
+        await engine.sample(rows, sampling, stops, limit, tell, first)
+        results.update(zip(share.places, completions_of(engine, rows), strict=False))
 
-    def unit(prompt: Ints, wanted: list[int], seeds: Ints) -> "_Unit":
-        return _Unit(len(wanted), lambda: complete(prompt, wanted, seeds))
-
-    size = engine.pool.max_branches
-    units: list[_Unit] = []
+    shares = []
     for where in places.values():
         prompt = prompts[where[0] // num_branches]
         seeds = child_seeds(root_seed(sampling), np.array(len(prompt)), np.arange(len(where)))
-        parts = [slice(at, at + size) for at in range(0, len(where), size)]
-        units.extend(unit(prompt, where[part], seeds[part]) for part in parts)
-    await _queue(engine, units)
+        shares.append(_Share(prompt, where, seeds))
+    await _in_portions(engine, shares, complete)
     return [[results[i * num_branches + j] for j in range(num_branches)] for i in range(len(prompts))]
 
 
 @dataclass(frozen=True)
-class _Unit:
-    """Work that takes `num_rows` rows as soon as it starts."""
+class _Share:
+    """Branches of one prompt: their places in the result and their seeds."""
 
-    num_rows: int
-    start: Callable[[], Awaitable[None]]
+    prompt: Ints
+    places: list[int]
+    seeds: Ints
 
 
-async def _queue(engine: "Engine", units: list[_Unit]) -> None:
-    """Runs units in order, as many at a time as there are rows for; the first error ends all."""
+async def _in_portions(
+    engine: "Engine", shares: list[_Share], complete: Callable[[Ints, _Share], Coroutine[Any, Any, None]]
+) -> None:
+    """Completes shares in order, as many branches at a time as are free; the first error ends all.
+
+    `complete` gets rows for the first branches of a share.
+    """
     running: set[asyncio.Future[None]] = set()
-    waiting = units[::-1]
+    waiting = deque(shares)
+
+    def start(rows: Ints, share: _Share) -> None:
+        task = asyncio.ensure_future(complete(rows, share))
+        task.add_done_callback(lambda _: engine.release(rows))  # also if it is cancelled before it begins
+        running.add(task)
+
     try:
         while waiting or running:
-            free = engine.num_free_rows
-            while waiting and waiting[-1].num_rows <= free:
-                free -= waiting[-1].num_rows
-                running.add(asyncio.ensure_future(waiting.pop().start()))
-            if not running:
-                need = waiting[-1].num_rows
-                raise OutOfBranches(f"out of branches: {need} needed, {free} free; frontiers hold the others")
-            ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for task in ended:
-                task.result()
+            freed = engine.rows_come_back()  # from before the look at what is free: other threads free rows too
+            while waiting and len(rows := engine.open_free(waiting[0].prompt, waiting[0].seeds)):
+                share = waiting.popleft()
+                start(rows, share)
+                if len(rows) < len(share.places):
+                    n = len(rows)
+                    waiting.appendleft(_Share(share.prompt, share.places[n:], share.seeds[n:]))
+            if waiting and not running and not engine.rows_will_come_back:
+                raise OutOfBranches(
+                    f"out of branches: {len(waiting[0].places)} needed, none free; frontiers, or calls that wait for "
+                    f"this one, hold all {engine.pool.max_branches}"
+                )
+            ended, _ = await asyncio.wait(
+                {*running, *([freed] if waiting else ())}, return_when=asyncio.FIRST_COMPLETED
+            )
+            for future in ended:
+                future.result()
+            running -= ended
     finally:
         for task in running:
             task.cancel()

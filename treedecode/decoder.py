@@ -1,6 +1,7 @@
 """Decoder: a model, its pages, and everything that decodes on them."""
 
 import asyncio
+import contextvars
 import math
 import os
 from collections.abc import Callable, Coroutine, Sequence
@@ -13,7 +14,7 @@ import torch
 from treedecode import beam_search, completions
 from treedecode.branches import Ints, child_seeds
 from treedecode.completions import Completion
-from treedecode.engine import Engine
+from treedecode.engine import OUTER_LOOPS, Engine
 from treedecode.jobs import Stats
 from treedecode.pages import PagePool
 from treedecode.sampling import Sampling
@@ -193,7 +194,8 @@ class Decoder:
 
         A prompt is computed once, whatever `num_branches` and however often it occurs; beginnings that prompts share
         are computed once too, also across calls. Given `sampling.seed`, the texts of a prompt depend on it and the seed
-        alone; a prompt that occurs twice gets further samples, as if it had occurred once with more branches.
+        alone; a prompt that occurs twice gets further samples, as if it had occurred once with more branches. Branches
+        beyond those that are free wait until others end, of this call or of another, and go in portions.
 
         Args:
             prompts: strings or lists of token ids; one prompt alone is taken as a list of one.
@@ -208,6 +210,7 @@ class Decoder:
 
         Raises:
             TypeError, ValueError: an argument is wrong (named); nothing has been started then.
+            OutOfBranches: frontiers hold every branch; those are not waited for, as they may be the caller's own.
             RuntimeError: the decoder is closed, or the call comes from a callback.
         """
         job = self.generate_async(
@@ -332,13 +335,15 @@ class Decoder:
             work.close()
             raise RuntimeError("called from a callback, which the decoder waits for; let the callback return first")
         try:
-            asyncio.get_running_loop()
+            loop = asyncio.get_running_loop()
         except RuntimeError:
             return asyncio.run(work)
+        context = contextvars.copy_context()
+        context.run(OUTER_LOOPS.set, (*OUTER_LOOPS.get(), loop))
         # a thread of its own: this may be the thread of an outer run, whose coroutine calls what is not one
         worker = ThreadPoolExecutor(1, thread_name_prefix="treedecode")
         try:
-            return worker.submit(asyncio.run, work).result()
+            return worker.submit(context.run, asyncio.run, work).result()
         finally:
             worker.shutdown(wait=False)
 

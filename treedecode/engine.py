@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,14 @@ from torch import Tensor
 from treedecode import step
 from treedecode.branches import Finish, Ints, Work
 from treedecode.forest import Forest
-from treedecode.jobs import Callback, Job, Stats
+from treedecode.jobs import Callback, Job, Stats, settle
 from treedecode.pages import OutOfPages, PagePool
 from treedecode.sampling import Sampling
 from treedecode.schedule import Batch, Scheduler
 from treedecode.stops import StopMatcher, StopSet, TextStream
+
+# Event loops that stand still until this code returns, because code in them waits for it.
+OUTER_LOOPS: ContextVar[tuple[asyncio.AbstractEventLoop, ...]] = ContextVar("OUTER_LOOPS", default=())
 
 
 class Engine(Forest):
@@ -38,6 +42,7 @@ class Engine(Forest):
         self._batch: Batch | None = None
         self._num_changes = getattr(model, "num_changes", 0)
         self._thread_in_callback: int | None = None
+        self._waiting: list[asyncio.Future[None]] = []
         # configurations name tokens that the model does not have, -1 among them: those never come
         eos = sorted(token for token in model.eos_token_ids if 0 <= token < model.vocab_size)
         self._eos = np.zeros(model.vocab_size, bool)
@@ -55,6 +60,25 @@ class Engine(Forest):
     def in_callback(self) -> bool:
         """Whether this thread is in a callback, and so within a step: to wait for another step would be for ever."""
         return self._thread_in_callback == threading.get_ident()
+
+    @property
+    def rows_will_come_back(self) -> bool:
+        """Whether rows are free, or held by calls that give them back without the doing of who asks."""
+        with self.lock:
+            callers = set(self._caller) - {None, *OUTER_LOOPS.get()}
+            return self.num_free_rows > 0 or not all(loop.is_closed() for loop in callers)
+
+    def rows_come_back(self) -> asyncio.Future[None]:
+        """Resolves when rows have come back since, or have another holder."""
+        future = asyncio.get_running_loop().create_future()
+        with self.lock:
+            self._waiting.append(future)
+        return future
+
+    def _wake(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            settle(future)
 
     async def prefill(self, rows: Ints) -> None:
         """Computes all but the last token of each row, so that forks share it."""
@@ -339,6 +363,7 @@ class Engine(Forest):
             self.table.num_cached[:] = 0
             self.forget_prefixes()
             self.closed = True
+            self._wake()
 
     def _count(self, batch: Batch) -> None:
         self._stats.num_forwards += 1

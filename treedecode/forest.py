@@ -1,5 +1,6 @@
 """Forest: branches on pages. The host's table of tokens, the page pool and the prefix index, kept in step."""
 
+import asyncio
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ class Forest:
         self.index = PrefixIndex(pool.page_size)
         self.lock = threading.RLock()
         self.closed = False
+        # the event loop of the call that gives a row back when it ends; None: a frontier's, or free
+        self._caller = np.full(pool.max_branches, None, object)
         self._orphans: deque[Ints] = deque()
 
     @property
@@ -36,7 +39,14 @@ class Forest:
         with self.open_lock():
             rows = self.pool.allocate_rows(len(prompts)).astype(np.int64)
             self.table.open(rows, list(prompts), seeds)
+            self._caller[rows] = _running_loop()
             return rows
+
+    def open_free(self, prompt: Ints, seeds: Ints) -> Ints:
+        """New branches on one prompt for the first of `seeds`, as many as there are rows for; maybe none."""
+        with self.open_lock():
+            count = min(len(seeds), self.pool.num_free_rows)
+            return self.open([prompt] * count, seeds[:count]) if count else np.empty(0, np.int64)
 
     def fork(self, src: Ints, lens: Ints | None = None, seeds: Ints | None = None) -> Ints:
         """New branches that go on from `src` (ids may repeat); pages are shared, seeds are new unless given.
@@ -59,6 +69,7 @@ class Forest:
             table.handles[dst] = 1
             table.work[dst] = Work.NONE
             table.job[dst] = -1
+            self._caller[dst] = _running_loop()
             if lens is not None:
                 table.truncate(dst, lens)
             return dst
@@ -80,6 +91,12 @@ class Forest:
             lengths = np.array([len(ids) for ids in tokens], np.int64)
             self.table.append(rows, lengths, np.concatenate([np.asarray(ids, np.int32) for ids in tokens]))
 
+    def keep(self, rows: Ints) -> None:
+        """`rows` are a frontier's from here on: they come back when its holder says so, not when a call ends."""
+        with self.lock:
+            self._caller[rows] = None
+            self._wake()
+
     def retain(self, rows: Ints) -> None:
         """One more handle on each of rows."""
         with self.open_lock():
@@ -98,6 +115,8 @@ class Forest:
             if len(gone):
                 self.pool.release(gone.astype(np.int32))
                 table.num_cached[gone] = 0
+                self._caller[gone] = None
+                self._wake()
 
     def abandon(self, rows: Ints) -> None:
         """`release` for destructors: takes no lock, is done with the next call."""
@@ -161,3 +180,13 @@ class Forest:
 
     def _end_work(self, rows: Ints, error: BaseException) -> None:
         """Hook: the work on rows cannot go on."""
+
+    def _wake(self) -> None:
+        """Hook: rows have come back or have another holder."""
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None

@@ -38,11 +38,11 @@ class Job:
 
     def resolve(self) -> None:
         """The work is done; from whichever thread."""
-        self._settle(self._result(), None)
+        settle(self.future, self._result())
 
     def fail(self, error: BaseException | None) -> None:
         """The work ended with an error; None: nobody waits any more."""
-        self._settle(None, error if error is not None else asyncio.CancelledError())
+        settle(self.future, None, error if error is not None else asyncio.CancelledError())
 
     def _result(self) -> Tensor | None:
         if not self.logits:
@@ -55,25 +55,28 @@ class Job:
             return logits.index_select(0, torch.tensor(order, device=logits.device))
         return torch.stack([logits[i] for logits, i in found])
 
-    def _settle(self, result: Tensor | None, error: BaseException | None) -> None:
-        def settle() -> None:
-            if self.future.done():
-                return
-            if isinstance(error, asyncio.CancelledError):
-                self.future.cancel()
-            elif error is not None:
-                self.future.set_exception(error)
-            else:
-                self.future.set_result(result)
 
-        loop = self.future.get_loop()
-        if loop.is_closed():
+def settle(future: asyncio.Future, result: Tensor | None = None, error: BaseException | None = None) -> None:
+    """Resolves a future of any event loop, from whichever thread; nothing happens if it is done already."""
+
+    def set_it() -> None:
+        if future.done():
             return
-        try:
-            here = asyncio.get_running_loop() is loop
-        except RuntimeError:
-            here = False
-        if here:
-            settle()
+        if isinstance(error, asyncio.CancelledError):
+            future.cancel()
+        elif error is not None:
+            future.set_exception(error)
         else:
-            loop.call_soon_threadsafe(settle)
+            future.set_result(result)
+
+    loop = future.get_loop()
+    if loop.is_closed():
+        return
+    try:
+        here = asyncio.get_running_loop() is loop
+    except RuntimeError:
+        here = False
+    if here:
+        set_it()
+    else:
+        loop.call_soon_threadsafe(set_it)

@@ -33,6 +33,7 @@ class Frontier:
     def __init__(self, decoder: "Decoder", rows: Ints, tree: Ints, num_trees: int, sampling: Sampling) -> None:
         self._decoder = decoder
         self._engine = decoder.engine
+        self._engine.keep(rows)
         self._rows: Ints | None = rows
         self._num_trees = num_trees
         self._sampling = sampling
