@@ -214,8 +214,17 @@ def test_nan_logits_fail_only_who_has_them(make_decoder):
         ({"prompts": []}, ValueError, "prompts: is empty"),
         ({"prompts": ["the", ""]}, ValueError, r"prompts\[1\]: is empty"),
         ({"prompts": [[]]}, ValueError, r"prompts\[0\]: is empty"),
-        ({"prompts": [[3, 99]]}, ValueError, r"prompts\[0\]: token ids must be below"),
-        ({"prompts": [[3, -1]]}, ValueError, r"prompts\[0\]: token ids must be below"),
+        ({"prompts": [[3, 99]]}, ValueError, r"prompts\[0\]: expected token ids from 0 to \d+, got 99"),
+        ({"prompts": [[3, -1]]}, ValueError, r"prompts\[0\]: expected token ids from 0 to \d+, got -1"),
+        ({"prompts": None}, TypeError, "prompts: expected strings or lists of token ids, got NoneType"),
+        ({"prompts": 5}, TypeError, "prompts: expected strings or lists of token ids, got int"),
+        ({"prompts": {"a": 1}}, TypeError, "prompts: expected strings or lists of token ids, got dict"),
+        ({"prompts": b"abc"}, TypeError, "prompts: expected strings or lists of token ids, got bytes"),
+        ({"prompts": ["a", 5]}, TypeError, r"prompts\[1\]: expected a string or token ids, got int 5"),
+        ({"prompts": [b"abc"]}, TypeError, r"prompts\[0\]: expected a string or token ids, got bytes"),
+        ({"prompts": [[True]]}, TypeError, r"prompts\[0\]: expected a string or token ids"),
+        ({"prompts": [[2], [[3], [4, 5]]]}, TypeError, r"prompts\[1\]: expected a string or token ids"),
+        ({"sampling": {}}, TypeError, "sampling: expected a treedecode.Sampling, got dict"),
         ({"prompts": [[3, 1.5]]}, TypeError, r"prompts\[0\]: expected a string or token ids"),
         ({"prompts": [[2] * 512]}, ValueError, r"prompts\[0\]: 512 tokens leave no room .* 512"),
         ({"prompts": [[2], [2] * 81]}, ValueError, r"prompts\[1\]: 81 tokens and a new one do not fit the 80"),
@@ -235,6 +244,14 @@ def test_bad_arguments(make_decoder, arguments, error, message):
         dec.generate(**{"prompts": [[2, 3, 4]], **arguments})
     assert dec.model.forwards == []
     assert dec.engine.pool.num_free_pages == 20
+
+
+def test_prompts_may_be_arrays_and_tensors(make_decoder):
+    expected = make_decoder().generate([[5, 6], [7, 8]], sampling=GREEDY, max_new_tokens=4)
+    for prompts in (np.array([[5, 6], [7, 8]]), torch.tensor([[5, 6], [7, 8]]), (range(5, 7), range(7, 9))):
+        assert make_decoder().generate(prompts, sampling=GREEDY, max_new_tokens=4) == expected
+    for prompt in (np.array([5, 6]), torch.tensor([5, 6]), [*torch.tensor([5, 6])], range(5, 7)):
+        assert make_decoder().generate(prompt, sampling=GREEDY, max_new_tokens=4) == expected[:1]
 
 
 def test_without_a_tokenizer(make_decoder):
@@ -258,6 +275,8 @@ def test_bad_decoders():
         td.Decoder(FakeModel(), kv_memory=10)
     with pytest.raises(ValueError, match='kv_memory: expected bytes or a string like "2GiB"'):
         td.Decoder(FakeModel(), kv_memory="2 apples")
+    with pytest.raises(ValueError, match='kv_memory: expected bytes or a string like "2GiB"'):
+        td.Decoder(FakeModel(), kv_memory="inf")
     with pytest.raises(ValueError, match="page_size: expected an int >= 1, got 0"):
         td.Decoder(FakeModel(), page_size=0)
     with pytest.raises(ValueError, match=r"dtype: expected float32, bfloat16 or float16, got torch.int4"):
@@ -272,7 +291,7 @@ def test_bad_decoders():
         ({"seed": 1.0}, TypeError),
         ({"top_k": 1.5}, TypeError), ({"repetition_penalty": 0}, ValueError), ({"min_new_tokens": -1}, ValueError),
         ({"temperature": "hot"}, TypeError), ({"temperature": 1e39}, ValueError),
-        ({"temperature": float("inf")}, ValueError),
+        ({"temperature": float("inf")}, ValueError), ({"ignore_eos": "yes"}, TypeError),
         ({"repetition_penalty": 1e-60}, ValueError), ({"repetition_penalty": 1e39}, ValueError),
     ],
 )  # fmt: skip

@@ -19,11 +19,12 @@ ALLOWED = {
     "pages": {"ops", "_host"},
     "stops": set(),
     "branches": {"sampling"},
+    "arguments": {"sampling"},
     "forest": {"pages", "branches", "_host"},
     "schedule": {"pages", "branches"},
     "jobs": {"branches", "stops"},
     "completions": {"pages", "branches", "jobs", "sampling", "stops"},
-    "tree": {"pages", "branches", "completions", "sampling", "stops"},
+    "tree": {"arguments", "pages", "branches", "completions", "sampling", "stops"},
     "models": {"env", "ops"},
     "strategies": {"decoder", "tree", "sampling", "budget", "ledger", "verify"},
 }

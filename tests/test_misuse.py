@@ -77,3 +77,51 @@ def test_bad_masks_hold_nothing(make_decoder, mask, error, message):
             assert len(frontier.select([])) == len(frontier.select([False] * 4)) == 0
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda f: f.fork(2.7), TypeError, "width: expected an int"),
+        (lambda f: f.fork(True), TypeError, "width: expected an int"),
+        (lambda f: f.fork("2"), TypeError, "width: expected an int"),
+        (lambda f: f.fork([1, 2]), ValueError, "width: expected an int, or 3, one for each branch"),
+        (lambda f: f.fork_at(1.9), TypeError, "position: expected an int"),
+        (lambda f: f.append([[1.5]] * 3), TypeError, r"text\[0\]: expected a string or token ids"),
+        (lambda f: f.append([None] * 3), TypeError, r"text\[0\]: expected a string or token ids"),
+        (lambda f: f.append(None), TypeError, "text: expected strings or token ids, got NoneType"),
+        (lambda f: f.append(b"abc"), TypeError, "text: expected strings or token ids, got bytes"),
+        (lambda f: f.append([True] * 3), TypeError, r"text\[0\]: expected a string or token ids"),
+    ],
+)
+def test_bad_arguments_change_nothing(make_decoder, call, error, message):
+    async def run():
+        with await make_decoder().roots([[2], [3], [4]]) as frontier:
+            with pytest.raises(error, match=message):
+                call(frontier)
+            assert frontier.num_tokens.tolist() == [1, 1, 1]
+
+    asyncio.run(run())
+
+
+def test_bad_arguments_of_coroutines(make_decoder):
+    async def run():
+        dec = make_decoder()
+        with pytest.raises(TypeError, match=r"sampling: expected a treedecode\.Sampling, got dict"):
+            await dec.roots("the", sampling={})
+        with await dec.roots("the") as frontier:
+            with pytest.raises(TypeError, match=r"sampling: expected a treedecode\.Sampling, got dict"):
+                await frontier.extend(sampling={})
+            with pytest.raises(ValueError, match="num_samples: expected an int >= 1, got 0"):
+                await frontier.score(len, judge="a", num_samples=0)
+
+    asyncio.run(run())
+
+
+def test_an_empty_frontier_takes_text(make_decoder):
+    async def run():
+        with await make_decoder().roots("the") as frontier, frontier.select([]) as empty:
+            for text in ("a", [2, 3], []):
+                assert empty.append(text).texts() == []
+
+    asyncio.run(run())

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextvars
-import math
 import os
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from treedecode import beam_search, completions
+from treedecode.arguments import memory_bytes, sampling_or, token_ids
 from treedecode.branches import Ints, child_seeds
 from treedecode.completions import Completion
 from treedecode.engine import OUTER_LOOPS, Engine
@@ -25,7 +25,6 @@ Prompt = str | Sequence[int]
 T = TypeVar("T")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 class Decoder:
@@ -69,7 +68,7 @@ class Decoder:
             raise ValueError(f"model: expected float32, bfloat16 or float16, got {model.dtype}")
         columns = -(-model.max_position // page_size)
         page_bytes = 2 * model.num_layers * model.num_kv_heads * page_size * model.head_dim * model.dtype.itemsize
-        num_pages = _memory_bytes(kv_memory, model.device, page_bytes * columns * max_branches) // page_bytes
+        num_pages = memory_bytes(kv_memory, model.device, page_bytes * columns * max_branches) // page_bytes
         if num_pages < 1:
             raise ValueError(f"kv_memory: {kv_memory} is less than one page of {page_bytes} bytes")
         self.model = model
@@ -135,20 +134,20 @@ class Decoder:
 
     def _prompts(self, prompts: Prompt | Sequence[Prompt]) -> list[Ints]:
         """Checked token ids of every prompt."""
+        if isinstance(prompts, str):
+            return [self._prompt(prompts, "prompts")]
+        if isinstance(prompts, (bytes, dict)) or not (hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__")):
+            raise TypeError(f"prompts: expected strings or lists of token ids, got {type(prompts).__name__}")
         if len(prompts) == 0:
             raise ValueError("prompts: is empty; expected at least one prompt with at least one token")
-        if isinstance(prompts, str) or isinstance(prompts[0], (int, np.integer)):
+        if isinstance(prompts[0], int) or getattr(prompts[0], "ndim", None) == 0:
             return [self._prompt(cast(Prompt, prompts), "prompts")]
         return [self._prompt(cast(Prompt, prompt), f"prompts[{i}]") for i, prompt in enumerate(prompts)]
 
     def _prompt(self, prompt: Prompt, name: str) -> Ints:
-        if not isinstance(prompt, str) and any(isinstance(t, bool) or not hasattr(t, "__index__") for t in prompt):
-            raise TypeError(f"{name}: expected a string or token ids, got {type(prompt).__name__}")
-        tokens = np.array(self.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt], np.int64)
+        tokens = token_ids(self.encode(prompt) if isinstance(prompt, str) else prompt, name, self.model.vocab_size)
         if len(tokens) == 0:
             raise ValueError(f"{name}: is empty")
-        if not 0 <= tokens.min() <= tokens.max() < self.model.vocab_size:
-            raise ValueError(f"{name}: token ids must be below {self.model.vocab_size}, got {tokens.max()}")
         if len(tokens) >= self.model.max_position:
             raise ValueError(
                 f"{name}: {len(tokens)} tokens leave no room for a new one in the model's {self.model.max_position}"
@@ -238,7 +237,7 @@ class Decoder:
             self,
             self._prompts(prompts),
             num_branches=num_branches,
-            sampling=sampling if sampling is not None else Sampling(),
+            sampling=sampling_or(sampling, Sampling()),
             max_new_tokens=max_new_tokens,
             stops=self.parse_stop(stop),
             callback=callback,
@@ -305,7 +304,7 @@ class Decoder:
         Raises:
             TypeError, ValueError: a prompt is wrong (named). OutOfBranches: more prompts than free branches.
         """
-        sampling = sampling if sampling is not None else Sampling()
+        sampling = sampling_or(sampling, Sampling())
         tokens = self._prompts(prompts)
         seen: dict[bytes, int] = {}
         first = np.array([seen.setdefault(prompt.tobytes(), i) for i, prompt in enumerate(tokens)])
@@ -386,21 +385,3 @@ class Decoder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _memory_bytes(kv_memory: int | str | None, device: torch.device, useful: int) -> int:
-    """Bytes to take for keys and values."""
-    if kv_memory is None:
-        if device.type == "cuda":
-            return min(useful, int(torch.cuda.mem_get_info(device)[0] * 0.8))
-        return min(useful, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8)
-    if isinstance(kv_memory, str):
-        digits = kv_memory.rstrip("abgikmABGIKM ")
-        unit = kv_memory[len(digits) :].strip().lower()
-        try:
-            return int(float(digits) * _UNITS[unit])
-        except (ValueError, KeyError):
-            raise ValueError(f'kv_memory: expected bytes or a string like "2GiB", got {kv_memory!r}') from None
-    if isinstance(kv_memory, bool) or not isinstance(kv_memory, (int, float)) or not math.isfinite(kv_memory):
-        raise TypeError(f'kv_memory: expected bytes or a string like "2GiB", got {kv_memory!r}')
-    return int(kv_memory)

@@ -89,7 +89,7 @@ class Forest:
         with self.open_lock():
             self.require_resting(rows)
             lengths = np.array([len(ids) for ids in tokens], np.int64)
-            self.table.append(rows, lengths, np.concatenate([np.asarray(ids, np.int32) for ids in tokens]))
+            self.table.append(rows, lengths, np.concatenate([np.empty(0, np.int32), *tokens]))
 
     def keep(self, rows: Ints) -> None:
         """`rows` are a frontier's from here on: they come back when its holder says so, not when a call ends."""

@@ -44,6 +44,8 @@ class Sampling:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name}: expected an int, got {value!r}")
+        if not isinstance(self.ignore_eos, bool):
+            raise TypeError(f"ignore_eos: expected a bool, got {self.ignore_eos!r}")
         if not 0 <= self.temperature <= _FP32_MAX:
             raise ValueError(f"temperature: expected a number >= 0 that fp32 can hold, got {self.temperature}")
         if not 0 <= self.top_k < 2**31:

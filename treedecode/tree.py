@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from treedecode.arguments import sampling_or, token_ids, whole_numbers
 from treedecode.branches import Finish, Ints, child_seeds
 from treedecode.completions import Completion, completions_of, text_of
 from treedecode.sampling import Sampling
@@ -98,9 +99,10 @@ class Frontier:
         """`width` children of every branch (an array: of each its own number, 0 too), sharing all of its pages.
 
         Raises:
-            ValueError: a width is negative, or none is left. OutOfBranches: the decoder's `max_branches` are in use.
+            TypeError: not integers. ValueError: a width is negative, or none is left. OutOfBranches: the decoder's
+                `max_branches` are in use.
         """
-        counts = np.broadcast_to(np.asarray(width, np.int64), len(self))
+        counts = whole_numbers(width, len(self), "width")
         if (counts < 0).any() or counts.sum() == 0:
             raise ValueError(f"width: expected numbers >= 0, not all of them 0, got {width}")
         return self._children(np.repeat(np.arange(len(self)), counts))
@@ -109,9 +111,9 @@ class Frontier:
         """One child of every branch that keeps its first `position` tokens, prompt included, to take another way there.
 
         Raises:
-            ValueError: a position lies in the prompt or beyond the branch.
+            TypeError: not integers. ValueError: a position lies in the prompt or beyond the branch.
         """
-        lens = np.broadcast_to(np.asarray(position, np.int64), len(self)).copy()
+        lens = whole_numbers(position, len(self), "position")
         if (lens < self.num_prompt_tokens).any() or (lens > self.num_tokens).any():
             raise ValueError(f"position: expected from {self.num_prompt_tokens} to {self.num_tokens}, got {position}")
         return self._children(np.arange(len(self)), lens)
@@ -140,13 +142,13 @@ class Frontier:
         """
         rows = self.branches
         stops = self._decoder.parse_stop(stop)
+        chosen = sampling_or(sampling, self._sampling)
         limit = self._decoder.check_length(int(self.num_tokens.max(initial=0)), max_new_tokens)
         seeds = None
         if sampling is not None and sampling.seed is not None:
             within = np.array([np.count_nonzero(self.tree[:i] == self.tree[i]) for i in range(len(rows))])
             seeds = child_seeds(np.array(sampling.seed), self.num_tokens, within)
-        sampling = sampling if sampling is not None else self._sampling
-        await self._engine.sample(rows, sampling, stops, limit, callback, seeds=seeds)
+        await self._engine.sample(rows, chosen, stops, limit, callback, seeds=seeds)
         return self
 
     def append(self, text: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]) -> "Frontier":
@@ -159,18 +161,19 @@ class Frontier:
             ValueError: the list's length is not the number of branches, or a branch would be too long.
             RuntimeError: a branch is being extended.
         """
+        if isinstance(text, bytes) or not isinstance(text, (Sequence, np.ndarray)):
+            raise TypeError(f"text: expected strings or token ids, got {type(text).__name__}")
         items = [text] * len(self) if isinstance(text, str) or _is_ids(text) else list(text)
         if len(items) != len(self):
             raise ValueError(f"text: expected one for all or {len(self)}, one per branch, got {len(items)}")
         known: dict[str, list[int]] = {}
-        tokens = []
+        tokens: list[Ints] = []
         for item in items:
             if isinstance(item, str) and item not in known:
                 known[item] = self._decoder.encode(item, special=False)
-            tokens.append(np.asarray(known[item] if isinstance(item, str) else item, np.int64))
+            ids = known[item] if isinstance(item, str) else item
+            tokens.append(token_ids(ids, f"text[{len(tokens)}]", self._decoder.model.vocab_size))
         for i, ids in enumerate(tokens):
-            if len(ids) and not 0 <= ids.min() <= ids.max() < self._decoder.model.vocab_size:
-                raise ValueError(f"text: branch {i} got a token id outside the vocabulary")
             if self.num_tokens[i] + len(ids) > self._engine.table.max_tokens:
                 raise ValueError(f"text: branch {i} would be longer than {self._engine.table.max_tokens} tokens")
         self._engine.append(self.branches, tokens)
@@ -226,6 +229,8 @@ class Frontier:
         Returns:
             `[n]` float64, the new `scores`.
         """
+        if isinstance(num_samples, bool) or not isinstance(num_samples, (int, np.integer)) or num_samples < 1:
+            raise ValueError(f"num_samples: expected an int >= 1, got {num_samples!r}")
         if judge is None:
             values = await _numbers(fn, self.texts(), len(self))
         else:
@@ -306,7 +311,7 @@ class Frontier:
 
 
 def _is_ids(items: Sequence) -> bool:
-    return len(items) > 0 and all(isinstance(item, (int, np.integer)) for item in items)
+    return len(items) > 0 and all(isinstance(item, (int, np.integer)) and not isinstance(item, bool) for item in items)
 
 
 async def _numbers(fn: Callable[[list[str]], Scores | Awaitable[Scores]], texts: list[str], count: int) -> np.ndarray:
