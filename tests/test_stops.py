@@ -6,6 +6,7 @@ from fakes import VOCAB, FakeTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from treedecode import Decoder, Sampling
 from treedecode.stops import StopMatcher, StopSet, TextStream, parse_stop
 
 TOKENIZER = FakeTokenizer()
@@ -94,6 +95,27 @@ def test_sentencepiece_spaces_are_seen():
     assert matcher.mask(stop_id).tolist() == [False, True, False, False]
     assert not matcher.stopped(stop_id, np.array([1]))
     assert matcher.stopped(stop_id, np.array([0, 1]))
+
+
+def test_a_special_token_stops_by_its_string(make_decoder):
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {chr(ord("a") + i): i for i in range(VOCAB)}
+    backend = Tokenizer(models.BPE(vocab, []))
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.add_special_tokens({"additional_special_tokens": [chr(ord("a") + 7)]})
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})  # beyond what the model can produce
+    dec = make_decoder(tokenizer=False)
+    free = dec.generate([[2, 3]], num_branches=20, sampling=Sampling(seed=1, ignore_eos=True), max_new_tokens=40)[0]
+    assert any(7 in out.token_ids for out in free)
+    dec = Decoder(dec.model, tokenizer, kv_memory=2**20)
+    settings = {"sampling": Sampling(seed=1, ignore_eos=True), "max_new_tokens": 40, "stop": ["h", "<pad>"]}
+    for out, whole in zip(dec.generate([[2, 3]], num_branches=20, **settings)[0], free, strict=True):
+        end = whole.token_ids.index(7) + 1 if 7 in whole.token_ids else 40
+        assert out.token_ids == whole.token_ids[:end]
+        assert out.text == tokenizer.decode(whole.token_ids[:end], skip_special_tokens=True)
 
 
 def test_parse_stop():

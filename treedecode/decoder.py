@@ -160,7 +160,8 @@ class Decoder:
 
     def parse_stop(self, stop: StopLike) -> StopSet:
         """What a `stop` argument means; raises TypeError or ValueError for what is none."""
-        return parse_stop(stop, vocab_size=self.model.vocab_size, has_tokenizer=self.tokenizer is not None)
+        has_tokenizer, special = self.tokenizer is not None, self.engine.matcher.special
+        return parse_stop(stop, vocab_size=self.model.vocab_size, has_tokenizer=has_tokenizer, special=special)
 
     def check_length(self, num_tokens: int, max_new_tokens: int | None) -> int:
         """The limit an extend runs to; without one given, what the model and the pages hold."""
@@ -199,7 +200,7 @@ class Decoder:
         Args:
             prompts: strings or lists of token ids; one prompt alone is taken as a list of one.
             max_new_tokens: per branch; None goes on to what the model or the pages can hold.
-            stop: strings or token ids that end a branch.
+            stop: strings or token ids that end a branch; the string of a special token stands for its id too.
             callback: called as `callback(branch, token_id, text)` for every new token, branch counting through
                 `num_branches` of the first prompt, then of the second, and so on. `text` is what has become readable:
                 it never ends inside a character or a stop string, and may be empty.

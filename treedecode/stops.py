@@ -1,7 +1,8 @@
 """Where a branch's text ends: stop strings across token borders, stop tokens, and streaming that never shows a stop."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,13 @@ class StopSet:
         return min(found, default=-1)
 
 
-def parse_stop(stop: StopLike, *, vocab_size: int, has_tokenizer: bool) -> StopSet:
+def parse_stop(
+    stop: StopLike, *, vocab_size: int, has_tokenizer: bool, special: Mapping[str, int] | None = None
+) -> StopSet:
     """The set a user's `stop` means: strings, token ids, or a mix of both.
+
+    Args:
+        special: ids of special tokens. They leave no text to find such a string in, so it stands for the token as well.
 
     Raises:
         TypeError: neither a string nor an int. ValueError: an empty string, an id outside the vocabulary, or a string
@@ -47,6 +53,8 @@ def parse_stop(stop: StopLike, *, vocab_size: int, has_tokenizer: bool) -> StopS
                     f"stop: the string {item!r} needs a tokenizer and this decoder has none; pass token ids"
                 )
             strings.append(item)
+            if special and item in special:
+                ids.append(special[item])
         elif isinstance(item, (int, np.integer)) and not isinstance(item, bool):
             if not 0 <= item < vocab_size:
                 raise ValueError(f"stop: token id {item} is outside the vocabulary of {vocab_size}")
@@ -71,6 +79,12 @@ class StopMatcher:
         if self._tokenizer is None or len(tokens) == 0:
             return ""
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    @cached_property
+    def special(self) -> dict[str, int]:
+        """Ids of the special tokens that the model can produce, by the text they are written as."""
+        added = getattr(self._tokenizer, "added_tokens_decoder", {})
+        return {str(token): i for i, token in added.items() if token.special and i < self._vocab_size}
 
     def register(self, stops: StopSet) -> int:
         """A small id for `stops`; 0 is the empty set."""
