@@ -189,6 +189,7 @@ def test_too_few_branches_left(make_decoder):
     [
         ({"num_beams": 0}, "num_beams: expected an int >= 1, got 0"),
         ({"num_return_sequences": 5}, "num_return_sequences: expected 1 to num_beams = 4, got 5"),
+        ({"num_return_sequences": 1.5}, "num_return_sequences: expected an int, got 1.5"),
         ({"max_new_tokens": 600}, "max_new_tokens: the longest prompt and 600 new tokens are 609 tokens"),
         ({"early_stopping": "often"}, "early_stopping: expected False, True or 'never'"),
         ({"repetition_penalty": 0}, "repetition_penalty: expected a finite number > 0, got 0"),
@@ -197,7 +198,7 @@ def test_too_few_branches_left(make_decoder):
     ],
 )
 def test_bad_arguments(make_decoder, change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         make_decoder().beam_search(**{"prompts": PROMPTS} | change)
 
 

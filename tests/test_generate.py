@@ -290,6 +290,12 @@ def test_stopping_criteria(num_beams, eos):
             same(model, make_inputs(3, seed), stopping_criteria=[EndsAfter()], **options, **more)
 
 
+def test_more_prompts_with_stopping_criteria_than_a_decoder_usually_holds():
+    ids = torch.arange(300)[:, None] % 20 + 2
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    same(make_model(), inputs, do_sample=False, max_new_tokens=2, max_time=1e6)
+
+
 def test_stopping_criteria_when_sampling():
     """The texts are those without the criterion, cut where it says."""
     model = make_model(seed=3)

@@ -34,6 +34,8 @@ async def complete(
     options = {"num_beams": 4, "max_new_tokens": 256} | options
     settings = BeamSearch(eos_token_ids=tuple(dict.fromkeys(ends)), **options)
     count = settings.num_beams if num_return_sequences is None else num_return_sequences
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"num_return_sequences: expected an int, got {count!r}")
     if not 1 <= count <= settings.num_beams:
         raise ValueError(f"num_return_sequences: expected 1 to num_beams = {settings.num_beams}, got {count}")
     if not (isinstance(repetition_penalty, (int, float)) and 0 < repetition_penalty < math.inf):

@@ -72,6 +72,7 @@ _SAMPLING_ONLY = {"typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"}
 _CACHES = {"past_key_values", "cache"}
 _MODEL_ARGUMENTS = {"attention_mask", "position_ids", "logits_to_keep", "use_cache"} | _CACHES
 _SLOT = "_treedecode"
+_MAX_BRANCHES = 1024  # what stopping criteria are asked about must be held at once
 
 
 def generate(
@@ -255,10 +256,11 @@ async def _step_by_step(
     """Generates a token at a time and asks `criteria` about all of `input_ids` with it, as `generate` does."""
     count = len(input_ids) // len(prompts)
     done = np.zeros(len(input_ids), bool)
-    with (
-        await decoder.roots([prompt.tolist() for prompt in prompts], sampling=sampling) as roots,
-        roots.fork(count) as every,
-    ):
+    every = await decoder.roots([prompt.tolist() for prompt in prompts], sampling=sampling)
+    if count > 1:
+        with every as roots:
+            every = roots.fork(count)
+    with every:
         for step in range(max_new_tokens):
             here = replace(sampling, seed=None, min_new_tokens=max(0, sampling.min_new_tokens - step))
             # Without end tokens `generate` has nothing to fill ended texts with: they go on until all have ended.
@@ -353,7 +355,7 @@ def _decoder_of(model: PreTrainedModel, kv_memory: int | str | None) -> Decoder:
             return slot.decoder
         model.__dict__.pop(_SLOT, None)  # not closed: another thread may still decode on it
         del slot
-        decoder = Decoder(model, kv_memory=kv_memory)
+        decoder = Decoder(model, kv_memory=kv_memory, max_branches=_MAX_BRANCHES)
         model.__dict__[_SLOT] = _Slot(decoder, key)
         return decoder
 
