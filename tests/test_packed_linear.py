@@ -112,6 +112,8 @@ def test_opcheck():
         ),
         ({"x": torch.zeros(3, 8, dtype=torch.float64)}, TypeError, "x: expected dtype float32, bfloat16 or float16"),
         ({"x": torch.zeros(8, 3).t()}, ValueError, "x: expected unit stride"),
+        ({"x": torch.zeros(3, 0), "weight": torch.zeros(2, 0, 16)}, ValueError, "x: expected .* at least 2, got 0"),
+        ({"x": torch.zeros(3, 7), "weight": torch.zeros(2, 7, 16)}, ValueError, "x: expected an even number"),
         ({"weight": torch.zeros(2, 8, 16, dtype=torch.float16)}, TypeError, "weight: expected dtype float32"),
         ({"out_features": 33}, ValueError, "out_features: expected a number that fills the panels of weight, got 33"),
         ({"gate": "relu"}, ValueError, "gate: expected '', 'silu' or 'gelu_tanh', got 'relu'"),
@@ -127,7 +129,8 @@ def test_bad_arguments(change, error, message):
 
 
 def test_pack_weight_names_what_it_cannot_pack():
-    with pytest.raises(ValueError, match="in_features even"):
-        ops.pack_weight(torch.zeros(4, 7))
+    for shape in ((4, 7), (4, 0), (0, 8), (4,)):
+        with pytest.raises(ValueError, match="weight: expected shape .* not empty and with in_features even"):
+            ops.pack_weight(torch.zeros(shape))
     with pytest.raises(ValueError, match="up: expected shape and dtype of weight"):
         ops.pack_weight(torch.zeros(4, 8), torch.zeros(5, 8))

@@ -27,7 +27,8 @@ Tensor packed_linear_cpu(Tensor x, Tensor weight, int64_t out_features, std::opt
   check_shape(weight, "weight", "[num_panels, in_features, 16]", {-1, in_features, cpu::kPanel});
   check_dtype(weight, "weight", x.scalar_type());
   check_contiguous(weight, "weight");
-  check_value(in_features % 2 == 0, "x", "an even number of in_features", static_cast<double>(in_features));
+  check_value(in_features >= 2 && in_features % 2 == 0, "x", "an even number of in_features, at least 2",
+              static_cast<double>(in_features));
   const cpu::Gate gate = gate_of(gate_name);
   const int64_t panels = weight.size(0);
   const int64_t out_panels = (out_features + cpu::kPanel - 1) / cpu::kPanel;

@@ -21,9 +21,10 @@ def pack_weight(weight: Tensor, up: Tensor | None = None) -> Tensor:
         `[num_panels, in_features, 16]`: output features in panels of 16 (zeros beyond out_features); gate and up
         alternate. In bf16 the two values of neighbouring in_features lie side by side.
     """
-    if weight.dim() != 2 or weight.shape[1] % 2:
+    if weight.dim() != 2 or 0 in weight.shape or weight.shape[1] % 2:
         raise ValueError(
-            f"weight: expected shape [out_features, in_features] with in_features even, got {list(weight.shape)}"
+            "weight: expected shape [out_features, in_features], not empty and with in_features even, got "
+            f"{list(weight.shape)}"
         )
     if up is not None:
         if up.shape != weight.shape or up.dtype != weight.dtype:
