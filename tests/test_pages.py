@@ -257,6 +257,63 @@ def test_bad_arguments_change_nothing(change, message):
     pool.check_integrity()
 
 
+@pytest.mark.parametrize(
+    ("field", "index", "value", "message"),
+    [
+        ("seq_lens", 1, 49, "seq_lens: expected lengths in 0 .. 48, got 49 at index 1"),
+        ("seq_lens", 1, -1, "seq_lens: expected lengths in 0 .. 48, got -1 at index 1"),
+        ("seq_lens", 1, 2**31 - 1, "seq_lens: expected lengths in 0 .. 48, got 2147483647"),
+        ("page_table", (1, 0), 24, "page_table: expected page ids in 0 .. 23, got 24 at index 12"),
+        ("page_table", (1, 0), -(2**31), "page_table: expected page ids in 0 .. 23, got -2147483648"),
+        ("status", 1, -1, "status: expected num_free in 0 .. 24, got -1"),
+        ("status", 1, 25, "status: expected num_free in 0 .. 24, got 25"),
+        ("free_pages", slice(0, 24), 24, "free_pages: expected page ids in 0 .. 23, got 24"),
+    ],
+)
+def test_broken_state_is_refused(field, index, value, message):
+    """Lengths and page ids are addresses: out of range they would be written to wherever they point."""
+    pool = make_pool()
+    pool.append(pool.allocate_rows(3)[:2], [6, 3])
+    getattr(pool, field)[index] = value
+    before = snapshot(pool)
+    slots = torch.empty(3, dtype=torch.int64)
+    calls = [lambda: ops.append_slots(pool.state, pool.kv, slots, int32(1, 0), int32(2, 1))]
+    if field != "free_pages":
+        calls += [
+            lambda: ops.fork_branches(pool.state, int32(0, 1), int32(2, 0)),
+            lambda: ops.fork_branches(pool.state, int32(0), int32(1)),
+        ]
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert_unchanged(pool, before)
+
+
+def test_a_page_table_without_columns():
+    pool = make_pool()
+    pool.append(pool.allocate_rows(1), [6])
+    state = pool.state._replace(page_table=torch.zeros(8, 0, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"seq_lens: expected lengths in 0 .. 0, got 6"):
+        ops.fork_branches(state, int32(0), int32(1))
+
+
+def test_arguments_that_are_no_vectors():
+    pool = make_pool()
+    pool.append(pool.allocate_rows(2)[:1], [6])
+    scalar = torch.tensor(0, dtype=torch.int32)
+    for call in (
+        lambda: ops.hold_pages(pool.state, scalar),
+        lambda: ops.adopt_pages(pool.state, scalar, 1, 4),
+        lambda: ops.fork_branches(pool.state, scalar, scalar),
+    ):
+        with pytest.raises(ValueError, match=r"(pages|src): expected shape \[n\] = \[\*\], got \[\]"):
+            call()
+    with pytest.raises(TypeError, match="pages: expected a tensor, got None"):
+        ops.hold_pages(pool.state, None)
+    with pytest.raises(TypeError, match="kv: expected a tensor, got None"):
+        ops.copy_pages(None, int32(0), int32(1))
+
+
 def test_integers_of_any_kind_and_nothing_else():
     pool = make_pool()
     pool.allocate_rows(2)

@@ -29,12 +29,15 @@ cpu::PageState page_state(const Tensor& refcount, const Tensor* free_pages, cons
                           const Tensor* seq_lens, const Tensor& status, int64_t page_size) {
   check_shape(refcount, "refcount", "[num_pages]", {-1});
   check_shape(status, "status", "[4]", {cpu::kStatusSize});
-  check_value(page_size >= 1, "page_size", "at least 1", static_cast<double>(page_size));
+  check_value(page_size >= 1 && page_size <= INT32_MAX, "page_size", "1 to 2^31 - 1", static_cast<double>(page_size));
   cpu::PageState s{};
   s.refcount = state_tensor(refcount, "refcount");
   s.status = state_tensor(status, "status");
   s.num_pages = refcount.size(0);
   s.page_size = page_size;
+  const int32_t num_free = s.status[cpu::kNumFree];
+  STD_TORCH_CHECK(num_free >= 0 && num_free <= s.num_pages, "[ValueError] status: expected num_free in 0 .. ",
+                  s.num_pages, ", got ", num_free);
   if (free_pages) {
     check_shape(*free_pages, "free_pages", "[num_pages]", {s.num_pages});
     s.free_pages = state_tensor(*free_pages, "free_pages");
@@ -118,13 +121,15 @@ void append_slots_cpu(Tensor refcount, Tensor free_pages, Tensor page_table, Ten
 
 void hold_pages_cpu(Tensor refcount, Tensor free_pages, Tensor status, Tensor pages, bool hold) {
   const cpu::PageState s = page_state(refcount, &free_pages, nullptr, nullptr, status, 1);
-  raise(cpu::hold_pages(s, indices(pages, "pages", "[n]", -1), pages.size(0), hold));
+  const int32_t* ids = indices(pages, "pages", "[n]", -1);
+  raise(cpu::hold_pages(s, ids, pages.size(0), hold));
 }
 
 void adopt_pages_cpu(Tensor refcount, Tensor page_table, Tensor seq_lens, Tensor status, Tensor pages, int64_t row,
                      int64_t num_tokens, int64_t page_size) {
   const cpu::PageState s = page_state(refcount, nullptr, &page_table, &seq_lens, status, page_size);
-  raise(cpu::adopt_pages(s, row, indices(pages, "pages", "[n]", -1), pages.size(0), num_tokens));
+  const int32_t* ids = indices(pages, "pages", "[n]", -1);
+  raise(cpu::adopt_pages(s, row, ids, pages.size(0), num_tokens));
 }
 
 void copy_pages_cpu(Tensor kv, Tensor src, Tensor dst, std::optional<Tensor> num_tokens) {

@@ -21,11 +21,14 @@ _ARGUMENT_ERROR = re.compile(r"\[(ValueError|TypeError)\] (.*?)(?:\n|$)")
 _EXCEPTIONS = {"ValueError": ValueError, "TypeError": TypeError}
 
 
-def call(op: Callable[..., Any], *args: Any) -> Any:
+def call(op: torch._ops.OpOverload, *args: Any) -> Any:
     """Calls a native op; its argument errors come out as ValueError or TypeError."""
     try:
         return op(*args)
     except RuntimeError as error:
+        for argument, value in zip(op._schema.arguments, args, strict=False):
+            if value is None and str(argument.type) == "Tensor":
+                raise TypeError(f"{argument.name}: expected a tensor, got None") from None
         found = _ARGUMENT_ERROR.search(str(error))
         if found is None:
             raise

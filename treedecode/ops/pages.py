@@ -22,7 +22,10 @@ STATUS_ERROR, STATUS_NUM_FREE, STATUS_NUM_NEEDED, STATUS_PEAK_USED = range(4)
 
 
 class PageState(NamedTuple):
-    """Which pages are used by whom; the page ops change it in place, and trust its values.
+    """Which pages are used by whom; the page ops change it in place.
+
+    Lengths, page ids and the number of free pages are checked against the sizes of the tensors before anything is
+    written. Beyond that the values are trusted: that the references are counted right, for one.
 
     refcount: `[num_pages]` int32, references from page-table rows and from holders such as a prefix index.
     free_pages: `[num_pages]` int32, a stack of `num_free` page ids; what lies above is undefined.
