@@ -149,6 +149,34 @@ def test_threads_and_batch_do_not_matter(dtype, isa):
         assert torch.equal(part[i][0] if i < 3 else part[i], (whole[i][1] - 2 * (i == 1)) if i < 3 else whole[i][2:5])
 
 
+@pytest.mark.parametrize("k", [5, 100])
+def test_flushed_denormals_change_nothing(k, isa):
+    """The number just below 0 is a denormal, and equal to 0 where denormals are flushed."""
+    logits = torch.full((2, 6000), -1.0)
+    logits[:, 1::2] = 0.0
+    args = logits, torch.zeros(2), indptr(1, 1), k
+    want = ops.beam_prune(*args)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this machine cannot flush denormals")
+    try:
+        got = ops.beam_prune(*args)
+    finally:
+        torch.set_flush_denormal(False)
+    assert want[2][0].tolist() == list(range(1, 2 * k, 2))
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_logits_that_are_denormals(isa):
+    """They are ranked as any others are, also around the best of a block, from which the threshold is taken."""
+    tiny = torch.finfo(torch.float32).tiny
+    logits = torch.tensor([0.0, tiny / 2, -tiny / 2, tiny / 4, -tiny, tiny]).repeat(1000)[None]
+    logits = logits[:, torch.randperm(6000, generator=torch.Generator().manual_seed(0))]
+    for k in (5, 1500, 2800):
+        _, _, token, _ = ops.beam_prune(logits, torch.zeros(1), indptr(1), k, is_logprobs=True)
+        assert torch.equal(token[0].long(), logits[0].sort(descending=True, stable=True).indices[:k])
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("column", [0, 1500, 3002])
 def test_bad_row_is_named(column, bad, isa):

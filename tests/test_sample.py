@@ -219,6 +219,49 @@ def test_ties(isa):
         assert set(tokens.tolist()) == want
 
 
+@pytest.mark.parametrize("top_p", [0.0, 1e-30, 1e-6])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_best_token_is_always_kept(dtype, top_p, isa):
+    rows, vocab = 40, 5003
+    for kind in ("normal", "peaked", "flat", "descending", "few"):
+        logits = make_logits(kind, 1, vocab).to(dtype).expand(rows, -1)
+        allowed = torch.ones(rows, vocab, dtype=torch.bool)
+        allowed[:, int(logits[0].argmax())] = False
+        for mask in (None, pack(allowed)):
+            best = (logits if mask is None else logits.masked_fill(~allowed, -math.inf)).float().argmax(1)
+            for more in ({}, {"temperature": 0.3}, {"min_p": 0.01}, {"top_k": 20}, {"top_k": 2000}):
+                settings = OFF | more | {"top_p": top_p, "seed": torch.arange(rows)}
+                assert torch.equal(ops.sample(logits, **settings, token_mask=mask)[0].long(), best), (kind, more)
+
+
+@pytest.mark.parametrize("temperature", [20.0, 100.0, 1e6])
+def test_impossible_tokens_have_no_mass_at_any_temperature(temperature, isa):
+    rows, vocab = 60, 6000
+    logits = torch.full((rows, vocab), -math.inf)
+    logits[:, 2900:2950] = make_logits("normal", rows, 50)
+    logits[:, 100] = -1000.0  # not impossible, only far away
+    for filters in ({}, {"top_p": 0.999}, {"min_p": 1e-6}, {"top_k": 3000}):
+        settings = per_row(rows, **filters, temperature=temperature, seed=torch.arange(rows))
+        assert_drawn_right(logits, ops.sample(logits, **settings), settings)
+
+
+def test_flushed_denormals_change_nothing(isa):
+    """The number just below 0 is a denormal, and equal to 0 where denormals are flushed."""
+    rows, vocab = 30, 4000
+    logits = torch.full((rows, vocab), -1.0)
+    logits[:, 1000::3] = 0.0
+    filters = [{"min_p": 1.0}, {"min_p": math.exp(-0.5)}, {"top_k": 5}, {"top_k": 900}, {"top_k": 900, "min_p": 1.0}]
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this machine cannot flush denormals")
+    try:
+        got = [ops.sample(logits, **OFF | f | {"seed": torch.arange(rows)})[0] for f in filters]
+    finally:
+        torch.set_flush_denormal(False)
+    for f, token in zip(filters, got, strict=True):
+        assert torch.equal(token, ops.sample(logits, **OFF | f | {"seed": torch.arange(rows)})[0]), f
+        assert (logits.gather(1, token.long()[:, None]) == 0).all(), f
+
+
 def test_scalars_equal_tensors():
     logits = make_logits("normal", 4, 500)
     scalars = OFF | {"temperature": 0.8, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "seed": 2**40, "position": 12}

@@ -43,7 +43,7 @@ struct Candidates {
       if (!(value[lane] > threshold)) continue;
       put(make_key(value[lane], static_cast<uint32_t>(token + lane)));
       ++num_inserted;
-      if (--seed_left == 0) raise(seed);
+      if (value[lane] >= seed && --seed_left == 0) raise(seed);
     }
   }
 
@@ -80,7 +80,7 @@ struct Candidates {
     for (int64_t s = 0; s < num; ++s) seeds[s] = make_key(maxima[s], static_cast<uint32_t>(s));
     const float kth = key_value(keep_largest(seeds, num, k));
     if (!(kth > threshold)) return;
-    threshold = std::nextafter(kth, -std::numeric_limits<float>::infinity());  // the tokens that reach it are to come
+    threshold = just_below(kth);  // the tokens that reach it are to come
     seed = kth;
     seed_left = k;
   }

@@ -80,12 +80,14 @@ struct RowSampler {
   }
 
   Border top_p_border(const float* bars) {
-    const double target = static_cast<double>(s.top_p) * sums.mass;
+    // The best token is always kept: a target of 0 would be reached above a bar that nothing is above.
+    const double wanted = static_cast<double>(s.top_p) * sums.mass, least = std::numeric_limits<double>::min();
+    const double target = wanted > least ? wanted : least;
     int bar = 0;
     while (bar < kBars && sums.above[bar] < target) ++bar;
     const int64_t n = bar == 1 ? sums.num_in_band  // as a rule: the probe's guess was right
                                : collect(bar < kBars ? bars[bar] : -kInf, bar > 0 ? bars[bar - 1] : kInf);
-    if (n == 0) return {};  // top_p so near 1 that rounding has eaten the rest
+    if (n == 0) return {};  // below the lowest bar: top_p is so near 1 that rounding has eaten the rest
     const double above = bar > 0 ? sums.above[bar - 1] : 0.0;
     const Border border = find_border<true>(scratch.band, scratch.work, n, above, target, ref, scale);
     weigh_band(border, bar);
@@ -268,12 +270,13 @@ struct RowSampler {
       if (s.min_p > 0) {
         const float least = least_allowed_by_min_p();
         if (least > border.value) {
-          border = {std::nextafter(least, -kInf), 0};
+          border = {just_below(least), 0};
           weighed = false;
         }
       }
       const double u = uniform(s.seed, s.position);
       token = border.value > -kInf && border.ties > 0 ? draw<true>(border, u) : draw<false>(border, u);
+      if (token < 0) token = first_of(sums.top);  // weights that round to 0 in one sum and not in the other
     }
     const double log_sum = std::log(sums.sum);
     const double drawn = to_float(row.x[token]);

@@ -127,8 +127,9 @@ Sums sum_row(const R& row, float ref, float inv_temperature, const float* bars, 
       for (int j = 1; j < kWide; ++j) m = max(m, v[j]);
       top = max(m, top);
       for (int j = 0; j < kWide; ++j) {
-        w[j] = t[j] = max(Vec::set(-200.0f), (v[j] - base) * scale);  // in log_sum, 0 * -inf would be NaN
+        t[j] = (v[j] - base) * scale;
         u[j] = t[j] * inverse;
+        w[j] = t[j] = max(Vec::set(-200.0f), t[j]);  // in log_sum, 0 * -inf would be NaN
       }
       exp2_inplace(w);
       for (int j = 0; j < kWide; ++j) {

@@ -1,6 +1,7 @@
 // Selecting the largest 64-bit keys: the scalar part of beam_prune and sample, the same for every instruction set.
 #pragma once
 
+#include <cfloat>
 #include <cstdint>
 #include <cstring>
 
@@ -19,6 +20,13 @@ static inline float from_ordered_bits(uint32_t u) {
   float x;
   std::memcpy(&x, &u, 4);
   return x;
+}
+
+// A number below x, with nothing but denormals in between. The one below 0 would be a denormal, which is equal to 0
+// where they count as 0 (torch.set_flush_denormal).
+static inline float just_below(float x) {
+  const uint32_t u = ordered_bits(x) - 1, zero = 0x80000000u, least_normal = 0x00800000u;
+  return u + least_normal >= zero && u < zero + least_normal ? -FLT_MIN : from_ordered_bits(u);
 }
 
 // The larger key is the better one: value descending, then index ascending. All keys of distinct indices differ, so
