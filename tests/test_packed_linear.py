@@ -130,7 +130,7 @@ def test_bad_arguments(change, error, message):
 
 def test_pack_weight_names_what_it_cannot_pack():
     for shape in ((4, 7), (4, 0), (0, 8), (4,)):
-        with pytest.raises(ValueError, match="weight: expected shape .* not empty and with in_features even"):
+        with pytest.raises(ValueError, match=r"weight: expected shape .* not empty and with in_features even"):
             ops.pack_weight(torch.zeros(shape))
     with pytest.raises(ValueError, match="up: expected shape and dtype of weight"):
         ops.pack_weight(torch.zeros(4, 8), torch.zeros(5, 8))

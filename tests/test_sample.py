@@ -1,8 +1,11 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from logits_cases import DTYPES, KINDS, make_logits, pack
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.generation import logits_process as warpers
 
 from treedecode import ops
@@ -269,6 +272,52 @@ def test_scalars_equal_tensors():
         assert torch.equal(got, want)
 
 
+def test_numbers_of_any_kind():
+    logits = make_logits("normal", 4, 500)
+    off = ops.sample(logits, **OFF)[0]
+    for top_k in (2**40, 2**31, torch.full((4,), 2**32 + 1), np.int64(0), torch.zeros(4, dtype=torch.uint8)):
+        assert torch.equal(ops.sample(logits, **OFF | {"top_k": top_k})[0], off)
+    ops.sample(logits, **OFF | {"top_k": 2})
+    with pytest.raises(TypeError, match=r"top_k: expected an integer, got 2.0"):  # 2 is known already, 2.0 is not 2
+        ops.sample(logits, **OFF | {"top_k": 2.0})
+    settings = OFF | {"temperature": np.float32(0.5), "seed": np.uint32(7)}
+    assert torch.equal(
+        ops.sample(logits, **settings)[0], ops.sample(logits, **OFF | {"temperature": 0.5, "seed": 7})[0]
+    )
+
+
+@pytest.mark.parametrize("seed", [1001, 1002])
+def test_settings_are_not_kept_from_tracing(seed):
+    """What a setting becomes while tracing is of no use outside of it, and the other way round."""
+    settings = OFF | {"temperature": 0.83, "seed": seed}
+    logits = make_logits("normal", 2, 50)
+    want = ops.sample(logits, **OFF | {"temperature": 0.83, "seed": torch.tensor([seed])})[0]
+
+    def draw(x):
+        return ops.sample(x, **settings)[0]
+
+    def check():
+        assert torch.equal(draw(logits), want)
+
+    if seed == 1002:
+        check()  # known before
+    with FakeTensorMode():
+        draw(torch.empty(2, 50))
+    check()
+    make_fx(draw, tracing_mode="fake")(logits)
+    check()
+    assert torch.equal(torch.func.functionalize(draw)(logits), want)
+    check()
+    with torch.inference_mode():
+        check()
+    assert torch.equal(torch.compile(draw, backend="eager", fullgraph=True)(logits), want)
+    tensors = {name: torch.tensor([value]) for name, value in settings.items()}
+    compiled = torch.compile(lambda x: ops.sample(x, **tensors)[0], backend="eager", fullgraph=True)
+    assert torch.equal(compiled(logits), want)
+    assert not ops.sample(logits, **settings)[0].is_inference()
+    check()
+
+
 def test_no_rows():
     token, logprob, entropy = ops.sample(torch.empty(0, 50), **OFF)
     assert token.shape == logprob.shape == entropy.shape == (0,)
@@ -310,6 +359,16 @@ def test_row_without_a_token_is_named(isa):
         ({"top_p": 1.5}, ValueError, r"top_p: expected a number in \[0, 1\], got 1.5"),
         ({"min_p": -0.5}, ValueError, "min_p: expected a number"),
         ({"seed": torch.ones(5)}, TypeError, "seed: expected dtype int64, got float32"),
+        ({"seed": 1.5}, TypeError, "seed: expected an integer, got 1.5"),
+        ({"seed": 2**63}, ValueError, "seed: expected a number that torch.int64 holds, got 9223372036854775808"),
+        ({"position": -(2**63) - 1}, ValueError, "position: expected a number that torch.int64 holds"),
+        ({"top_k": -(2**40)}, ValueError, "top_k: expected a number that torch.int32 holds"),
+        ({"top_k": torch.full((5,), -(2**40))}, ValueError, r"top_k: expected 0 \(off\) or more"),
+        ({"temperature": None}, TypeError, "temperature: expected a number or a tensor, got None"),
+        ({"top_p": [1.0]}, TypeError, r"top_p: expected a number or a tensor, got \[1.0\]"),
+        ({"min_p": 1j}, TypeError, "min_p: expected a number or a tensor, got 1j"),
+        ({"temperature": 10**400}, ValueError, "temperature: expected a number that torch.float32 holds"),
+        ({"temperature": torch.ones(5, dtype=torch.complex64)}, TypeError, "temperature: expected dtype float32"),
         ({"token_mask": torch.ones(5, 2, dtype=torch.int32)}, ValueError, r"token_mask: expected shape .* \[5, 1\]"),
         ({"token_mask": torch.ones(5, 1)}, TypeError, "token_mask: expected dtype int32, got float32"),
     ],

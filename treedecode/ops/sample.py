@@ -1,5 +1,7 @@
 """sample: temperature, top-k, top-p, min-p and a draw that depends on the row's seed and position alone."""
 
+import numbers
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -7,6 +9,16 @@ from torch import Tensor
 
 from treedecode import reference
 from treedecode.ops._native import USE_REFERENCE, call
+
+_DTYPES = {
+    "temperature": torch.float32,
+    "top_k": torch.int32,
+    "top_p": torch.float32,
+    "min_p": torch.float32,
+    "seed": torch.int64,
+    "position": torch.int64,
+}
+_MAX_TOP_K = 2**31 - 1  # more than any vocabulary has
 
 
 def sample(
@@ -49,35 +61,73 @@ def sample(
             possible and allowed (the message names the row).
     """
     device = logits.device
+    one_row = _kept_row if not torch.compiler.is_compiling() and _is_plain(logits) else _one_row
     settings = (
-        _per_row(temperature, torch.float32, device),
-        _per_row(top_k, torch.int32, device),
-        _per_row(top_p, torch.float32, device),
-        _per_row(min_p, torch.float32, device),
-        _per_row(seed, torch.int64, device),
-        _per_row(position, torch.int64, device),
+        _per_row("temperature", temperature, device, one_row),
+        _per_row("top_k", top_k, device, one_row),
+        _per_row("top_p", top_p, device, one_row),
+        _per_row("min_p", min_p, device, one_row),
+        _per_row("seed", seed, device, one_row),
+        _per_row("position", position, device, one_row),
     )
     if USE_REFERENCE:
-        names = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
-        rows = {name: value.expand(logits.shape[0]) for name, value in zip(names, settings, strict=True)}
+        rows = {name: value.expand(logits.shape[0]) for name, value in zip(_DTYPES, settings, strict=True)}
         token, logprob, entropy = reference.sample(logits, **rows, token_mask=token_mask)
         return token, logprob.float(), entropy.float()
     return call(torch.ops.treedecode.sample.default, logits, *settings, token_mask)
 
 
-def _per_row(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if isinstance(value, Tensor):
-        # An integer of any width will do for an integer setting; a float never becomes one silently.
-        if value.dtype != dtype and not (value.dtype.is_floating_point and not dtype.is_floating_point):
-            return value.to(dtype)
-        return value
-    return _one_row(value, dtype, device)
+def _per_row(name: str, value: Tensor | float, device: torch.device, one_row: Callable[..., Tensor]) -> Tensor:
+    if type(value) is float or type(value) is int:
+        return one_row(name, value, device)
+    if not isinstance(value, Tensor):
+        return one_row(name, _number(name, value), device)
+    dtype = _DTYPES[name]
+    if value.dtype == dtype or value.dtype.is_complex or (value.dtype.is_floating_point and dtype != torch.float32):
+        return value  # an integer of any width will do for an integer setting; a float never becomes one silently
+    if dtype == torch.int32:
+        value = value.to(torch.int64).clamp(-1, _MAX_TOP_K)
+    return value.to(dtype)
 
 
-@lru_cache(maxsize=4096)
-def _one_row(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One number as a tensor `[1]`, which the op takes for all rows. Nobody writes to it, so it can be kept."""
-    return torch.tensor([value], dtype=dtype, device=device)
+def _number(name: str, value: object) -> float:
+    """NumPy's numbers, and what tracing makes of numbers, as what the rest of this file knows."""
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return value  # type: ignore[return-value]
+    raise TypeError(f"{name}: expected a number or a tensor, got {value!r}")
+
+
+def _one_row(name: str, value: float, device: torch.device) -> Tensor:
+    """One number as a tensor `[1]`, which the op takes for all rows."""
+    dtype = _DTYPES[name]
+    if type(value) is float and dtype != torch.float32:
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if dtype == torch.int32 and value > _MAX_TOP_K:
+        value = _MAX_TOP_K
+    try:
+        return torch.tensor([value], dtype=dtype, device=device)
+    except (RuntimeError, OverflowError, ValueError):
+        raise ValueError(f"{name}: expected a number that {dtype} holds, got {value!r}") from None
+
+
+@lru_cache(maxsize=4096, typed=True)  # typed: 2 and 2.0 are equal, but only one of them is an integer
+def _kept_row(name: str, value: float, device: torch.device) -> Tensor:
+    """The same, kept: nobody writes to it. Not for tracing, whose tensors mean nothing outside of it."""
+    with torch.inference_mode(False):
+        return _one_row(name, value, device)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Not fake, and no wrapper of `torch.func`."""
+    return (
+        type(x) is Tensor
+        and not torch._is_functional_tensor(x)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
 
 
 @torch.library.register_fake("treedecode::sample")
