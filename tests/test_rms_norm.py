@@ -53,3 +53,18 @@ def test_opcheck():
 def test_bad_arguments(change, error, message):
     with pytest.raises(error, match=message):
         ops.rms_norm(**({"x": torch.zeros(2, 8), "weight": torch.zeros(8), "eps": 1e-6} | change))
+
+
+def test_gradients_are_refused():
+    """A residual connection around an op would hide that the op's own part of the gradient is missing."""
+    x, weight = torch.ones(2, 8, requires_grad=True), torch.nn.Parameter(torch.ones(8))
+    with pytest.raises(RuntimeError, match="inference: x, weight of rms_norm requires grad; use .*, or detach"):
+        ops.rms_norm(x * 2, weight, 1e-6)
+    compiled = torch.compile(lambda x, weight: ops.rms_norm(x, weight, 1e-6), backend="aot_eager")
+    with pytest.raises(RuntimeError, match="x, weight of rms_norm requires grad"):
+        compiled(x, weight)
+    want = ops.rms_norm(x.detach(), weight.detach(), 1e-6)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            assert torch.equal(ops.rms_norm(x, weight, 1e-6), want)
+            assert torch.equal(compiled(x, weight), want)

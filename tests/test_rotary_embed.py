@@ -53,3 +53,12 @@ def test_bad_arguments_write_nothing(change, error, message):
         ops.rotary_embed(**args)
     assert (args["q"] == 1).all()
     assert (args["k"] == 1).all()
+
+
+def test_gradients_are_refused_and_nothing_is_written():
+    _, q, k, cos, sin = case(3, 2, 1, 8, torch.float32)
+    q = q.clone().requires_grad_()
+    before = q.detach().clone()
+    with pytest.raises(RuntimeError, match="q of rotary_embed requires grad"):
+        ops.rotary_embed(q, k, cos, sin)
+    assert torch.equal(q, before)

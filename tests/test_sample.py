@@ -378,6 +378,13 @@ def test_bad_arguments(change, error, message):
         ops.sample(**{"logits": torch.zeros(5, 9)} | OFF | change)
 
 
+def test_a_meta_tensor_among_others_is_refused():
+    with pytest.raises(ValueError, match="sample: expected tensors on one device, got cpu and meta"):
+        ops.sample(torch.zeros(4, 9), **OFF | {"seed": torch.arange(4, device="meta")})
+    token, _, _ = ops.sample(torch.zeros(4, 9, device="meta"), **OFF)
+    assert token.device.type == "meta"
+
+
 def test_opcheck():
     settings = per_row(3)
     args = (torch.randn(3, 40), *(settings[name].clone() for name in OFF))

@@ -1,11 +1,13 @@
 """The native op library: loading it, calling it, and saying which backend an op takes and why."""
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from treedecode import env
 
@@ -22,7 +24,16 @@ _EXCEPTIONS = {"ValueError": ValueError, "TypeError": TypeError}
 
 
 def call(op: torch._ops.OpOverload, *args: Any) -> Any:
-    """Calls a native op; its argument errors come out as ValueError or TypeError."""
+    """Calls a native op; its argument errors come out as ValueError or TypeError.
+
+    Raises:
+        RuntimeError: an argument requires a gradient, which no op computes. Without this check the result would carry a
+            `grad_fn` that only warns, and a residual connection around the op would hide the missing part.
+    """
+    if torch.is_grad_enabled():
+        for value in args:
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise RuntimeError(_needs_grad(op, args))
     try:
         return op(*args)
     except RuntimeError as error:
@@ -33,6 +44,37 @@ def call(op: torch._ops.OpOverload, *args: Any) -> Any:
         if found is None:
             raise
         raise _EXCEPTIONS[found[1]](found[2]) from None
+
+
+def _needs_grad(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> str:
+    named = zip(op._schema.arguments, args, strict=False)
+    names = [argument.name for argument, value in named if isinstance(value, Tensor) and value.requires_grad]
+    return (
+        f"treedecode ops are for inference: {', '.join(names)} of {op._schema.name.removeprefix('treedecode::')} requires "
+        "grad; use torch.inference_mode() or torch.no_grad(), or detach"
+    )
+
+
+def register_fake(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers the decorated function as the fake kernel of the ops `names`.
+
+    It also stands for meta tensors, and one of those among tensors of another device is enough for the dispatcher to
+    take it; its result would then pass for a computed one.
+    """
+
+    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        for name in names:
+            torch.library.register_fake(f"treedecode::{name}", functools.partial(_on_one_device, name, kernel))
+        return kernel
+
+    return register
+
+
+def _on_one_device(name: str, kernel: Callable[..., Any], *args: Any) -> Any:
+    devices = {str(value.device) for value in args if isinstance(value, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"{name}: expected tensors on one device, got {' and '.join(sorted(devices))}")
+    return kernel(*args)
 
 
 def cpu_isa() -> tuple[str, str]:
@@ -54,7 +96,7 @@ def set_cpu_isa(name: str) -> None:
     """
     if name not in env.CPU_ISAS:
         raise ValueError(f"name: expected one of {', '.join(env.CPU_ISAS)}, got {name!r}")
-    call(torch.ops.treedecode._cpu_isa, env.CPU_ISAS.index(name))
+    call(torch.ops.treedecode._cpu_isa.default, env.CPU_ISAS.index(name))
 
 
 if (_requested := env.cpu_isa()) is not None:

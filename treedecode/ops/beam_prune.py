@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from treedecode import reference
-from treedecode.ops._native import USE_REFERENCE, call
+from treedecode.ops._native import USE_REFERENCE, call, register_fake
 
 
 def beam_prune(
@@ -48,7 +48,7 @@ def beam_prune(
     return call(op, logits, cum_logprobs, group_indptr, num_candidates, token_mask, is_logprobs)
 
 
-@torch.library.register_fake("treedecode::beam_prune")
+@register_fake("beam_prune")
 def _(
     logits: Tensor,
     cum_logprobs: Tensor,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from treedecode import reference
-from treedecode.ops._native import USE_REFERENCE, call
+from treedecode.ops._native import USE_REFERENCE, call, register_fake
 
 _EARLY_STOPPING: dict[bool | str, int] = {False: 0, True: 1, "never": 2}
 
@@ -94,7 +94,7 @@ def beam_update(
     return running
 
 
-@torch.library.register_fake("treedecode::beam_update")
+@register_fake("beam_update")
 def _(
     scores: Tensor,
     parent: Tensor,

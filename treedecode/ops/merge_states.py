@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from treedecode import reference
-from treedecode.ops._native import USE_REFERENCE, call
+from treedecode.ops._native import USE_REFERENCE, call, register_fake
 
 
 def merge_states(part_out: Tensor, part_lse: Tensor, merge_indptr: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,7 +34,7 @@ def merge_states(part_out: Tensor, part_lse: Tensor, merge_indptr: Tensor) -> tu
     return out, lse
 
 
-@torch.library.register_fake("treedecode::merge_states")
+@register_fake("merge_states")
 def _(part_out: Tensor, part_lse: Tensor, merge_indptr: Tensor) -> tuple[Tensor, Tensor]:
     num_states = merge_indptr.shape[0] - 1
     return part_out.new_empty(num_states, *part_out.shape[1:]), part_lse.new_empty(num_states, part_lse.shape[1])

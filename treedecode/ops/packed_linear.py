@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from treedecode import reference
-from treedecode.ops._native import USE_REFERENCE, call
+from treedecode.ops._native import USE_REFERENCE, call, register_fake
 
 _PANEL = 16  # output features that lie side by side
 
@@ -77,6 +77,6 @@ def packed_linear(
     return call(torch.ops.treedecode.packed_linear.default, x, weight, out_features, bias, residual, gate)
 
 
-@torch.library.register_fake("treedecode::packed_linear")
+@register_fake("packed_linear")
 def _(x: Tensor, weight: Tensor, out_features: int, bias: Tensor | None, residual: Tensor | None, gate: str) -> Tensor:
     return x.new_empty(x.shape[0], out_features)

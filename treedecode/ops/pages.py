@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from treedecode import reference
-from treedecode.ops._native import USE_REFERENCE, call
+from treedecode.ops._native import USE_REFERENCE, call, register_fake
 
 OK, OUT_OF_PAGES = 0, 1
 STATUS_ERROR, STATUS_NUM_FREE, STATUS_NUM_NEEDED, STATUS_PEAK_USED = range(4)
@@ -138,9 +138,6 @@ def copy_pages(kv: Tensor, src: Tensor, dst: Tensor, num_tokens: Tensor | None =
     return None
 
 
-def _fake(*args: object) -> None:
+@register_fake("fork_branches", "append_slots", "hold_pages", "adopt_pages", "copy_pages")
+def _(*args: object) -> None:
     """The page ops only write to their arguments."""
-
-
-for _op in ("fork_branches", "append_slots", "hold_pages", "adopt_pages", "copy_pages"):
-    torch.library.register_fake(f"treedecode::{_op}", _fake)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from treedecode import reference
-from treedecode.ops._native import USE_REFERENCE, call
+from treedecode.ops._native import USE_REFERENCE, call, register_fake
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
@@ -32,6 +32,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
     return out if x.dim() == 3 else out.view(x.shape)
 
 
-@torch.library.register_fake("treedecode::rms_norm")
+@register_fake("rms_norm")
 def _(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
     return x.new_empty(x.shape)

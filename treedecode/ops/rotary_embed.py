@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from treedecode import reference
-from treedecode.ops._native import USE_REFERENCE, call
+from treedecode.ops._native import USE_REFERENCE, call, register_fake
 
 
 def rotary_embed(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -29,6 +29,6 @@ def rotary_embed(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     return None
 
 
-@torch.library.register_fake("treedecode::rotary_embed")
+@register_fake("rotary_embed")
 def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     return None

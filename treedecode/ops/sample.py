@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from treedecode import reference
-from treedecode.ops._native import USE_REFERENCE, call
+from treedecode.ops._native import USE_REFERENCE, call, register_fake
 
 _DTYPES = {
     "temperature": torch.float32,
@@ -130,7 +130,7 @@ def _is_plain(x: Tensor) -> bool:
     )
 
 
-@torch.library.register_fake("treedecode::sample")
+@register_fake("sample")
 def _(
     logits: Tensor,
     temperature: Tensor,
