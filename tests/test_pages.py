@@ -419,6 +419,9 @@ def test_copy_pages_bad_arguments(args, message):
     kv = torch.zeros(1, 2, 8, 2, 4, 4)
     with pytest.raises(ValueError, match=message):
         ops.copy_pages(kv, *args)
+    if "page ids" in message:
+        with pytest.raises(ValueError, match="src, dst: expected page ids below 8"):
+            reference.copy_pages(kv, *args)
     with pytest.raises(ValueError, match="kv: expected each page's"):
         ops.copy_pages(kv.transpose(3, 4), int32(0), int32(1))
 

@@ -15,7 +15,11 @@ def cpu_isa() -> str | None:
 
 
 def backend() -> str | None:
-    """`TREEDECODE_BACKEND`: `reference` sends every op to the float64 reference, for debugging; unset means native."""
+    """`TREEDECODE_BACKEND`: `reference` sends every op to the float64 reference, for debugging; unset means native.
+
+    The reference refuses values that would write to the wrong place, such as a slot out of range, but does not check
+    dtypes, shapes and strides as the native ops do.
+    """
     value = os.environ.get("TREEDECODE_BACKEND")
     if value not in (None, "reference"):
         raise ValueError(f"TREEDECODE_BACKEND: expected 'reference' or unset, got {value!r}")

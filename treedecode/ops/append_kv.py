@@ -15,7 +15,7 @@ def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Ten
         k_pages, v_pages: `[num_pages, page_size, num_kv_heads, head_dim]`, same dtype, any strides with unit
             head_dim stride.
         slots: `[num_tokens]` int64, `page * page_size + offset`; a negative slot is skipped. No two tokens may
-            share a slot.
+            share a slot: whose K and V it would hold is undefined, and this is not checked.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype, stride or a slot is out of range; nothing is written.

@@ -126,7 +126,8 @@ def copy_pages(kv: Tensor, src: Tensor, dst: Tensor, num_tokens: Tensor | None =
 
     Args:
         kv: `[num_layers, 2, num_pages, num_kv_heads, page_size, head_dim]`, any dtype, each page contiguous.
-        src, dst: `[n]` int32 page ids; a negative dst is skipped. No dst may also be a src or appear twice.
+        src, dst: `[n]` int32 page ids; a negative dst is skipped. No dst may also be a src or appear twice:
+            what it would hold is undefined, and this is not checked.
         num_tokens: `[n]` int32, how many of a page's first tokens to copy; None = whole pages.
 
     Raises:

@@ -3,7 +3,9 @@ from torch import Tensor
 
 def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
     """See `treedecode.ops.append_kv`."""
-    page_size = k_pages.shape[1]
+    num_pages, page_size = k_pages.shape[:2]
+    if any(slot >= num_pages * page_size for slot in slots.tolist()):
+        raise ValueError(f"slots: expected values below {num_pages * page_size}, got {slots.tolist()}")
     for token, slot in enumerate(slots.tolist()):
         if slot < 0:
             continue

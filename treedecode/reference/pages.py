@@ -153,6 +153,9 @@ def adopt_pages(state: Any, pages: Tensor, row: int, num_tokens: int) -> None:
 def copy_pages(kv: Tensor, src: Tensor, dst: Tensor, num_tokens: Tensor | None = None) -> None:
     """See `treedecode.ops.copy_pages`."""
     lens = [kv.shape[4]] * len(src) if num_tokens is None else num_tokens.tolist()
+    used = [page for pair in zip(src.tolist(), dst.tolist(), strict=True) if pair[1] >= 0 for page in pair]
+    if any(not 0 <= page < kv.shape[2] for page in used):
+        raise ValueError(f"src, dst: expected page ids below {kv.shape[2]}, got {used}")
     for page, to, n in zip(src.tolist(), dst.tolist(), lens, strict=True):
         if to >= 0:
             kv[:, :, to, :, :n] = kv[:, :, page, :, :n]
