@@ -194,6 +194,15 @@ def test_equal_scores_keep_their_order():
     assert running(ops.beam_update(**args)) == [(-1e9, 0, 5), (-1e9, 1, 7)]
 
 
+def test_the_1e9_is_subtracted_in_fp32():
+    """There the hit and the candidate of score -1e9 are equal, so the hit stays first; in float64 it would not."""
+    args = make_args(1, [(-10.0, 0, 7), (-1e9, 0, 3)], eos=[7])
+    for update in (ops.beam_update, reference.beam_update):
+        assert running(update(**{name: torch.clone(v) if torch.is_tensor(v) else v for name, v in args.items()})) == [
+            (-1e9, 0, 7)
+        ]
+
+
 def test_reordering_keeps_finished_beams_finished():
     args = make_args(
         2,

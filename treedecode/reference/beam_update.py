@@ -6,6 +6,10 @@ from torch import Tensor
 _BANNED = -1e9
 
 
+def _float32(x: float) -> float:
+    return float(torch.tensor(x, dtype=torch.float32))
+
+
 def beam_update(
     scores: Tensor,
     parent: Tensor,
@@ -49,7 +53,7 @@ def beam_update(
                 candidates.append((float(scores[g, rank]), row, tok, last_step or stopped or tok in eos))
 
         # Python's sort is stable: equal scores keep the order of the candidates, and old beams go before new ones.
-        running = [(score + hit * _BANNED, row, tok) for score, row, tok, hit in candidates]
+        running = [(_float32(score + hit * _BANNED), row, tok) for score, row, tok, hit in candidates]
         running.sort(key=lambda beam: -beam[0])
         running = running[:num_beams] + [(-math.inf, first_row, 0)] * (num_beams - len(running))
         for i, (score, row, tok) in enumerate(running):
