@@ -248,6 +248,15 @@ def test_impossible_tokens_have_no_mass_at_any_temperature(temperature, isa):
         assert_drawn_right(logits, ops.sample(logits, **settings), settings)
 
 
+def test_large_equal_logits_are_as_uncertain_as_any(isa):
+    for value in (torch.finfo(torch.float32).min, torch.finfo(torch.float32).max, 0.0):
+        settings = per_row(3, seed=torch.arange(3))
+        for sample in (ops.sample, reference_sample):
+            _, logprob, entropy = sample(torch.full((3, 500), value), **settings)
+            assert logprob.tolist() == pytest.approx([-math.log(500)] * 3, abs=1e-5)
+            assert entropy.tolist() == pytest.approx([math.log(500)] * 3, abs=1e-5)
+
+
 def test_flushed_denormals_change_nothing(isa):
     """The number just below 0 is a denormal, and equal to 0 where denormals are flushed."""
     rows, vocab = 30, 4000

@@ -70,7 +70,8 @@ def sample(
             raise ValueError(
                 f"logits: expected at least one token above -inf that token_mask allows, got none in row {row}"
             )
-        logp = x[row] - x[row].logsumexp(0)
+        logp = x[row] - x[row].max()  # first: beside logits of 1e38 the sum's logarithm would vanish
+        logp = logp - logp.logsumexp(0)
         kept, weights = kept_tokens(
             x[row], float(temperature[row]), int(top_k[row]), float(top_p[row]), float(min_p[row])
         )
