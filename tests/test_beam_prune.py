@@ -167,6 +167,24 @@ def test_flushed_denormals_change_nothing(k, isa):
         assert torch.equal(a, b)
 
 
+def test_more_candidates_than_tokens():
+    """What a row needs in between goes by the tokens it has, not by the candidates that are asked for."""
+    rows, k = 40000, 65536
+    logits, cum = make_logits("normal", rows, 3), torch.zeros(rows)
+    got = ops.beam_prune(logits, cum, indptr(rows), k)
+    want = logits.log_softmax(1).flatten().sort(descending=True).values[:k]
+    torch.testing.assert_close(got[0][0], want, rtol=0, atol=1e-6)
+    pointed = logits.log_softmax(1)[got[1][0].long(), got[2][0].long()]
+    torch.testing.assert_close(got[0][0], pointed, rtol=0, atol=1e-6)
+    few = ops.beam_prune(logits[:4], cum[:4], indptr(2, 2), 65536)
+    for group in range(2):
+        exact = ops.beam_prune(logits[2 * group :][:2], cum[:2], indptr(2), 6)
+        assert torch.equal(few[0][group, :6], exact[0][0])
+        assert torch.equal(few[1][group, :6] - 2 * group, exact[1][0])
+        assert torch.equal(few[2][group, :6], exact[2][0])
+        assert (few[1][group, 6:] == -1).all()
+
+
 def test_logits_that_are_denormals(isa):
     """They are ranked as any others are, also around the best of a block, from which the threshold is taken."""
     tiny = torch.finfo(torch.float32).tiny
@@ -194,6 +212,8 @@ def test_bad_row_is_named(column, bad, isa):
         ({"logits": torch.zeros(5, 9, dtype=torch.float64)}, TypeError, "logits: expected dtype float32, bfloat16"),
         ({"cum_logprobs": torch.zeros(4)}, ValueError, r"cum_logprobs: expected shape \[rows\] = \[5\], got \[4\]"),
         ({"cum_logprobs": torch.zeros(5).double()}, TypeError, "cum_logprobs: expected dtype float32, got float64"),
+        ({"cum_logprobs": torch.tensor([0, 0, math.nan, 0, 0])}, ValueError, "cum_logprobs: .* got nan in row 2"),
+        ({"cum_logprobs": torch.tensor([0, math.inf, 0, 0, 0])}, ValueError, "cum_logprobs: .* got inf in row 1"),
         ({"group_indptr": indptr(4)}, ValueError, "group_indptr: expected offsets from 0 to rows = 5"),
         ({"group_indptr": torch.tensor([0, 4, 2, 5], dtype=torch.int32)}, ValueError, "got 2 after 4 at index 2"),
         ({"group_indptr": torch.tensor([0, 5])}, TypeError, "group_indptr: expected dtype int32, got int64"),

@@ -18,12 +18,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_prune_cpu(Tensor logits, Tensor 
                                                           bool is_logprobs) {
   check_logits(logits);
   const int64_t rows = logits.size(0), vocab = logits.size(1), k = num_candidates;
+  const int64_t row_k = std::min(k, vocab);
   check_shape(cum_logprobs, "cum_logprobs", "[rows]", {rows});
   check_dtype(cum_logprobs, "cum_logprobs", ScalarType::Float);
   check_contiguous(cum_logprobs, "cum_logprobs");
   check_shape(group_indptr, "group_indptr", "[num_groups + 1]", {-1});
   check_dtype(group_indptr, "group_indptr", ScalarType::Int);
   check_contiguous(group_indptr, "group_indptr");
+  for (int64_t r = 0; r < rows; ++r) {
+    const float cum = cum_logprobs.const_data_ptr<float>()[r];
+    STD_TORCH_CHECK(cum < INFINITY, "[ValueError] cum_logprobs: expected numbers below +inf, got ", cum, " in row ", r);
+  }
   check_value(k >= 1 && k <= 65536, "num_candidates", "1 to 65536", static_cast<double>(k));
   const int64_t num_groups = group_indptr.size(0) - 1;
   const int32_t* indptr = group_indptr.const_data_ptr<int32_t>();
@@ -36,9 +41,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_prune_cpu(Tensor logits, Tensor 
                     indptr[g], " at index ", g + 1);
     largest_group = std::max<int64_t>(largest_group, indptr[g + 1] - indptr[g]);
   }
-  STD_TORCH_CHECK(largest_group * k <= INT32_MAX,
-                  "[ValueError] num_candidates: expected rows of a group * num_candidates below 2^31, got ",
-                  largest_group * k);
+  STD_TORCH_CHECK(largest_group * row_k <= INT32_MAX,
+                  "[ValueError] num_candidates: expected rows of a group * min(num_candidates, vocab) below 2^31, got ",
+                  largest_group * row_k);
   if (token_mask) check_token_mask(*token_mask, logits);
 
   Tensor scores = torch::stable::new_empty(logits, {num_groups, k}, ScalarType::Float);
@@ -48,12 +53,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_prune_cpu(Tensor logits, Tensor 
   // Two chunks from 32768 tokens on, so that one row can occupy two threads; longer ones cost fewer false candidates.
   const int64_t num_chunks = std::max<int64_t>((vocab + 65535) / 65536, vocab >= 32768 ? 2 : 1);
   const int64_t chunk_len = ((vocab + num_chunks - 1) / num_chunks + 63) / 64 * 64;
-  const auto chunk_keys = scratch<uint64_t>(rows * num_chunks * k);
+  const auto chunk_keys = scratch<uint64_t>(rows * num_chunks * row_k);
   const auto chunk_counts = scratch<int64_t>(rows * num_chunks);
   const auto chunk_refs = scratch<float>(rows * num_chunks);
   const auto chunk_sums = scratch<double>(rows * num_chunks);
-  const auto row_keys = scratch<uint64_t>(rows * k);
-  const auto row_tokens = scratch<int32_t>(rows * k);
+  const auto row_keys = scratch<uint64_t>(rows * row_k);
+  const auto row_tokens = scratch<int32_t>(rows * row_k);
   const auto row_counts = scratch<int64_t>(rows);
   const cpu::BeamPruneParams p{
       logits.const_data_ptr(),
@@ -75,6 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_prune_cpu(Tensor logits, Tensor 
       vocab,
       num_groups,
       k,
+      row_k,
       num_chunks,
       chunk_len,
       logits.stride(0),
@@ -90,11 +96,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_prune_cpu(Tensor logits, Tensor 
     const auto seeds = scratch<uint64_t>(2048);
     scan(p, begin, end, buffer.get(), seeds.get());
   });
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 2048 / k),
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 2048 / row_k),
                               [&](int64_t begin, int64_t end) { cpu::beam_prune_rank(p, begin, end); });
-  torch::stable::parallel_for(0, num_groups, std::max<int64_t>(1, 4096 / (k * std::max<int64_t>(largest_group, 1))),
+  torch::stable::parallel_for(0, num_groups, std::max<int64_t>(1, 4096 / (row_k * std::max<int64_t>(largest_group, 1))),
                               [&](int64_t begin, int64_t end) {
-                                const auto keys = scratch<uint64_t>(largest_group * k);
+                                const auto keys = scratch<uint64_t>(largest_group * row_k);
                                 cpu::beam_prune_merge(p, begin, end, keys.get());
                               });
   for (int64_t r = 0; r < rows; ++r) {

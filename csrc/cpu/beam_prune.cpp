@@ -41,7 +41,7 @@ bool scan_chunk(const BeamPruneParams& p, int64_t item, Candidates& c) {
   const int32_t* mask = Masked ? p.token_mask + row * p.mask_stride : nullptr;
   float ref = -kInf;
   double total = 0.0;
-  const int64_t block_len = Candidates::block_len(p.k);
+  const int64_t block_len = Candidates::block_len(p.row_k);
   for (int64_t begin = first; begin < last; begin += block_len) {
     const int64_t end = begin + block_len < last ? begin + block_len : last;
     c.begin_block(begin, end, [&](int64_t i) { return candidate_values<T, Masked>(Vec::load(x + i), mask, i); });
@@ -98,16 +98,16 @@ bool scan_chunk(const BeamPruneParams& p, int64_t item, Candidates& c) {
 
 template <typename T, bool Masked, bool WithSum>
 void scan_chunks(const BeamPruneParams& p, int64_t begin, int64_t end, uint64_t* buffer, uint64_t* seeds) {
-  Candidates candidates{buffer, seeds, p.k};
+  Candidates candidates{buffer, seeds, p.row_k};
   for (int64_t item = begin; item < end; ++item) {
     p.chunk_counts[item] = scan_chunk<T, Masked, WithSum>(p, item, candidates) ? 0 : -1;
     // Chunks of one row that follow each other share their candidates: what beats only its own chunk is never kept.
     if (item + 1 < end && (item + 1) % p.num_chunks) continue;
-    if (candidates.n > p.k) candidates.compact();
-    uint64_t* out = p.chunk_keys + item * p.k;
+    if (candidates.n > p.row_k) candidates.compact();
+    uint64_t* out = p.chunk_keys + item * p.row_k;
     for (int64_t j = 0; j < candidates.n; ++j) out[j] = candidates.keys[j];
     if (p.chunk_counts[item] == 0) p.chunk_counts[item] = candidates.n;
-    candidates = Candidates{buffer, seeds, p.k};
+    candidates = Candidates{buffer, seeds, p.row_k};
   }
 }
 

@@ -22,17 +22,18 @@ struct BeamPruneParams {
   int32_t* parent;              // [num_groups, k] out
   int32_t* token;               // [num_groups, k] out
   float* lse;                   // [rows] out
-  uint64_t* chunk_keys;         // [rows, num_chunks, k] scratch: (logit, token) keys of each chunk's best
+  uint64_t* chunk_keys;         // [rows, num_chunks, row_k] scratch: (logit, token) keys of each chunk's best
   int64_t* chunk_counts;        // [rows, num_chunks] scratch: how many of them; -1 = a bad logit
   float* chunk_refs;            // [rows, num_chunks] scratch: what the exponentials are relative to
   double* chunk_sums;           // [rows, num_chunks] scratch: sum of exp(x - ref)
-  uint64_t* row_keys;           // [rows, k] scratch: (score, rank in the group) keys
-  int32_t* row_tokens;          // [rows, k] scratch
+  uint64_t* row_keys;           // [rows, row_k] scratch: (score, rank in the group) keys
+  int32_t* row_tokens;          // [rows, row_k] scratch
   int64_t* row_counts;          // [rows] scratch
   int64_t rows;
   int64_t vocab;
   int64_t num_groups;
   int64_t k;
+  int64_t row_k;  // min(k, vocab): more no row can give
   int64_t num_chunks;
   int64_t chunk_len;  // a multiple of 64
   int64_t logits_stride;
@@ -41,7 +42,7 @@ struct BeamPruneParams {
   bool is_logprobs;
 
   // Keys waiting for a decision, per worker (Candidates::buffer_len).
-  int64_t buffer_len() const { return 2 * k + 128; }
+  int64_t buffer_len() const { return 2 * row_k + 128; }
 };
 
 void beam_prune_rank(const BeamPruneParams& p, int64_t row_begin, int64_t row_end);

@@ -33,15 +33,15 @@ void rank_row(const BeamPruneParams& p, int64_t row, int64_t rank_base) {
   p.row_counts[row] = 0;
   if (std::isnan(lse)) return;
   // Compact the chunks' keys to the front of the row's first chunk; a chunk's keys never move up.
-  uint64_t* keys = p.chunk_keys + row * p.num_chunks * p.k;
+  uint64_t* keys = p.chunk_keys + row * p.num_chunks * p.row_k;
   int64_t n = 0;
   for (int64_t c = 0; c < p.num_chunks; ++c) {
-    const uint64_t* from = p.chunk_keys + (row * p.num_chunks + c) * p.k;
+    const uint64_t* from = p.chunk_keys + (row * p.num_chunks + c) * p.row_k;
     for (int64_t j = 0; j < p.chunk_counts[row * p.num_chunks + c]; ++j) keys[n++] = from[j];
   }
-  if (n > p.k) {
-    keep_largest(keys, n, p.k);
-    n = p.k;
+  if (n > p.row_k) {
+    keep_largest(keys, n, p.row_k);
+    n = p.row_k;
   }
   sort_descending(keys, n);
   int64_t count = 0;
@@ -49,8 +49,8 @@ void rank_row(const BeamPruneParams& p, int64_t row, int64_t rank_base) {
     const double logprob = static_cast<double>(key_value(keys[j])) - lse;
     const float score = static_cast<float>(static_cast<double>(p.cum_logprobs[row]) + logprob);
     if (!(score > -kInf)) break;
-    p.row_keys[row * p.k + count] = make_key(score, static_cast<uint32_t>(rank_base + count));
-    p.row_tokens[row * p.k + count] = static_cast<int32_t>(key_index(keys[j]));
+    p.row_keys[row * p.row_k + count] = make_key(score, static_cast<uint32_t>(rank_base + count));
+    p.row_tokens[row * p.row_k + count] = static_cast<int32_t>(key_index(keys[j]));
     ++count;
   }
   p.row_counts[row] = count;
@@ -62,7 +62,7 @@ void beam_prune_rank(const BeamPruneParams& p, int64_t row_begin, int64_t row_en
   int64_t group = 0;
   for (int64_t row = row_begin; row < row_end; ++row) {
     while (group < p.num_groups && p.group_indptr[group + 1] <= row) ++group;
-    rank_row(p, row, group < p.num_groups ? (row - p.group_indptr[group]) * p.k : 0);
+    rank_row(p, row, group < p.num_groups ? (row - p.group_indptr[group]) * p.row_k : 0);
   }
 }
 
@@ -71,7 +71,7 @@ void beam_prune_merge(const BeamPruneParams& p, int64_t group_begin, int64_t gro
     const int64_t first = p.group_indptr[g];
     int64_t n = 0;
     for (int64_t row = first; row < p.group_indptr[g + 1]; ++row) {
-      for (int64_t j = 0; j < p.row_counts[row]; ++j) keys[n++] = p.row_keys[row * p.k + j];
+      for (int64_t j = 0; j < p.row_counts[row]; ++j) keys[n++] = p.row_keys[row * p.row_k + j];
     }
     if (n > p.k) {
       keep_largest(keys, n, p.k);
@@ -82,8 +82,8 @@ void beam_prune_merge(const BeamPruneParams& p, int64_t group_begin, int64_t gro
       const int64_t out = g * p.k + j;
       const int64_t rank = j < n ? key_index(keys[j]) : 0;
       p.scores[out] = j < n ? key_value(keys[j]) : -kInf;
-      p.parent[out] = j < n ? static_cast<int32_t>(first + rank / p.k) : -1;
-      p.token[out] = j < n ? p.row_tokens[first * p.k + rank] : -1;
+      p.parent[out] = j < n ? static_cast<int32_t>(first + rank / p.row_k) : -1;
+      p.token[out] = j < n ? p.row_tokens[first * p.row_k + rank] : -1;
     }
   }
 }

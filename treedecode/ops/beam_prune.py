@@ -36,8 +36,8 @@ def beam_prune(
         `[rows]` fp32, natural log. A group with fewer candidates ends in score -inf, parent -1, token -1.
 
     Raises:
-        ValueError, TypeError: an argument's shape, dtype or value is wrong; a row holds NaN or +inf (the message names
-            the row).
+        ValueError, TypeError: an argument's shape, dtype or value is wrong; a row of logits or its `cum_logprobs`
+            is NaN or +inf (the message names the row).
     """
     if USE_REFERENCE:
         scores, parent, token, lse = reference.beam_prune(

@@ -20,6 +20,8 @@ def beam_prune(
     for row in range(x.shape[0]):
         if not (x[row] < math.inf).all():
             raise ValueError(f"logits: expected numbers below +inf, got NaN or +inf in row {row}")
+        if not cum_logprobs[row] < math.inf:
+            raise ValueError(f"cum_logprobs: expected numbers below +inf, got {float(cum_logprobs[row])} in row {row}")
     lse = torch.zeros(x.shape[0], dtype=torch.float64) if is_logprobs else x.logsumexp(1)
     score = torch.where(x == -math.inf, -math.inf, cum_logprobs.double()[:, None] + (x - lse[:, None]))
     if token_mask is not None:
