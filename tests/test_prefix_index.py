@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -218,6 +219,21 @@ def test_bad_arguments_change_nothing(call, error, message):
         call(index)
     index.check_integrity()
     assert index.pages().tolist() == [7]
+
+
+def test_large_page_ids_take_no_memory():
+    def resident_pages():
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    index = PrefixIndex(1)
+    before = resident_pages()
+    index.insert(int32([1, 2, 3]), int32([2**31 - 1, 0, 2**30]))
+    assert resident_pages() - before < 4096
+    assert index.pages().tolist() == [0, 2**30, 2**31 - 1]
+    index.check_integrity()
+    with pytest.raises(ValueError, match="not hold yet, each once, got 2147483647"):
+        index.insert(int32([4]), int32([2**31 - 1]))
+    assert sorted(index.clear().tolist()) == [0, 2**30, 2**31 - 1]
 
 
 def test_bad_page_size():

@@ -76,9 +76,13 @@ void PrefixIndex::touch(Node* node) {
   }
 }
 
+bool PrefixIndex::is_held(int32_t page) const {
+  const auto block = held_.find(page / kHeldBlock);
+  return block != held_.end() && block->second[page % kHeldBlock];
+}
+
 void PrefixIndex::set_held(int32_t page, bool held) {
-  if (static_cast<size_t>(page) >= held_.size()) held_.resize(static_cast<size_t>(page) + 1 + held_.size() / 2);
-  held_[page] = held;
+  held_[page / kHeldBlock][page % kHeldBlock] = held;
   num_pages_ += held ? 1 : -1;
 }
 
@@ -143,8 +147,7 @@ std::vector<int32_t> PrefixIndex::insert(const int32_t* tokens, const int32_t* p
   std::sort(sorted.begin(), sorted.end());
   for (size_t i = 0; i < sorted.size(); ++i) {
     const int32_t page = sorted[i];
-    const bool held = page >= 0 && static_cast<size_t>(page) < held_.size() && held_[page];
-    if (page < 0 || held || (i && sorted[i - 1] == page)) {
+    if (page < 0 || is_held(page) || (i && sorted[i - 1] == page)) {
       throw std::invalid_argument("pages: expected pages the index does not hold yet, each once, got " +
                                   std::to_string(page));
     }
@@ -197,8 +200,10 @@ std::vector<int32_t> PrefixIndex::pages() {
   std::lock_guard lock(mutex_);
   std::vector<int32_t> pages;
   pages.reserve(num_pages_);
-  for (size_t page = 0; page < held_.size(); ++page) {
-    if (held_[page]) pages.push_back(static_cast<int32_t>(page));
+  for (const auto& [block, held] : held_) {
+    for (int32_t i = 0; i < kHeldBlock; ++i) {
+      if (held[i]) pages.push_back(block * kHeldBlock + i);
+    }
   }
   return pages;
 }
@@ -235,13 +240,15 @@ void PrefixIndex::check_integrity() {
     require(rank.count(node->parent) == 1, "a node is more recent than its parent");
     require(find_child(node->parent, node->tokens.data()) == node, "a node is not found below its parent");
     rank.emplace(node, static_cast<int64_t>(rank.size()));
-    for (int32_t page : node->pages) require(held_[page], "a page of the tree is not marked as held");
+    for (int32_t page : node->pages) require(is_held(page), "a page of the tree is not marked as held");
     num_pages += static_cast<int64_t>(node->pages.size());
   }
   for (const auto& [node, place] : rank) num_edges += static_cast<int64_t>(node->children.size());
   require(num_edges + 1 == static_cast<int64_t>(rank.size()), "a child is missing from the recency list");
   require(num_pages == num_pages_, "the page count is wrong");
-  require(num_pages == std::count(held_.begin(), held_.end(), true), "a page is held twice or by no node");
+  int64_t num_held = 0;
+  for (const auto& [block, held] : held_) num_held += static_cast<int64_t>(held.count());
+  require(num_pages == num_held, "a page is held twice or by no node");
 }
 
 }  // namespace treedecode::host

@@ -1,8 +1,10 @@
 // Prefix index: a radix tree from token ids to the pages that hold their K and V, with LRU eviction.
 #pragma once
 
+#include <bitset>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -60,13 +62,16 @@ class PrefixIndex {
   void touch(Node* node);
   void unlink(Node* node);
   void link_after(Node* where, Node* node);
+  bool is_held(int32_t page) const;
   void set_held(int32_t page, bool held);
   uint64_t hash_page(const int32_t* tokens) const;
 
   std::mutex mutex_;
   const int64_t page_size_;
   int64_t num_pages_ = 0;
-  std::vector<bool> held_;      // by page id
+  // The pages held, by page id / kHeldBlock: ids may be anything, so one array of them could be of any size.
+  static constexpr int32_t kHeldBlock = 4096;
+  std::map<int32_t, std::bitset<kHeldBlock>> held_;
   std::unique_ptr<Node> root_;  // empty edge; also the head of the recency list
 };
 
