@@ -58,7 +58,7 @@ def test_bad_arguments(change, error, message):
 def test_gradients_are_refused():
     """A residual connection around an op would hide that the op's own part of the gradient is missing."""
     x, weight = torch.ones(2, 8, requires_grad=True), torch.nn.Parameter(torch.ones(8))
-    with pytest.raises(RuntimeError, match="inference: x, weight of rms_norm requires grad; use .*, or detach"):
+    with pytest.raises(RuntimeError, match=r"inference: x, weight of rms_norm requires grad; use .*, or detach"):
         ops.rms_norm(x * 2, weight, 1e-6)
     compiled = torch.compile(lambda x, weight: ops.rms_norm(x, weight, 1e-6), backend="aot_eager")
     with pytest.raises(RuntimeError, match="x, weight of rms_norm requires grad"):

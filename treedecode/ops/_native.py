@@ -50,8 +50,8 @@ def _needs_grad(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> str:
     named = zip(op._schema.arguments, args, strict=False)
     names = [argument.name for argument, value in named if isinstance(value, Tensor) and value.requires_grad]
     return (
-        f"treedecode ops are for inference: {', '.join(names)} of {op._schema.name.removeprefix('treedecode::')} requires "
-        "grad; use torch.inference_mode() or torch.no_grad(), or detach"
+        f"treedecode ops are for inference: {', '.join(names)} of {op._schema.name.removeprefix('treedecode::')} "
+        "requires grad; use torch.inference_mode() or torch.no_grad(), or detach"
     )
 
 
