@@ -18,12 +18,13 @@ def test_info_says_which_backend_each_op_takes_and_why(capsys):
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
     assert "failed" not in out
-    for op in ops.names():
-        line = next(line for line in out.splitlines() if line.strip().startswith(f"{op} on cpu:"))
-        assert f"{op} on cpu: cpu (" in line
-        assert "not cuda: not in this build: needs the CUDA kernels" in line
-        assert "not triton: " in line
-        assert "not reference: only on request" in line
+    lines = [line.strip() for line in out[out.index("ops:") :].splitlines()]
+    (taken,) = (i for i, line in enumerate(lines) if line.startswith("cpu on cpu: "))  # all ops share one entry
+    assert lines[taken].removeprefix("cpu on cpu: ").split(", ") == ops.names()
+    assert lines[taken + 1] == "not cuda: not in this build: needs the CUDA kernels"
+    assert lines[taken + 2].startswith("not triton: ")
+    assert lines[taken + 3].startswith("not reference: only on request")
+    assert "_host:        present" in out
     active, detected = ops.cpu_isa()
     assert f"{active} (machine: {detected}; compiled: {', '.join(ops.compiled_isas())}" in out
 
@@ -54,14 +55,18 @@ def test_collect_env_prints_without_a_working_library(tmp_path, library):
     assert "torch:        2." in done.stdout
     assert "kernels:      failed: " in done.stdout
     assert ("is not built" in done.stdout) == (library == "missing")
+    assert "_host:        missing" in done.stdout
 
 
 def test_a_variable_chooses_backend_and_isa():
-    done = run("-m", "treedecode.cli", "info", TREEDECODE_BACKEND="reference", TREEDECODE_CPU_ISA="generic")
+    variables = {"OMP_NUM_THREADS": "2", "TREEDECODE_BACKEND": "reference", "TREEDECODE_CPU_ISA": "generic"}
+    done = run("-m", "treedecode.cli", "info", **variables)
     assert done.returncode == 0, done.stderr
-    assert "append_kv on cpu: reference (" in done.stdout
+    assert "variables:    " + " ".join(f"{name}={value!r}" for name, value in variables.items()) in done.stdout
+    assert f"reference on cpu: {', '.join(ops.names())}" in done.stdout
     assert "not cpu: TREEDECODE_BACKEND=reference is set" in done.stdout
     assert "kernels:      generic (" in done.stdout
+    assert "variables:    none set" in run("-m", "treedecode.cli", "info", PATH="").stdout
 
 
 def test_explain_rejects_what_it_does_not_know():

@@ -1,10 +1,13 @@
 """`python -m treedecode.collect_env`: what a bug report needs. It always prints, also when the build is broken."""
 
+import importlib
 import importlib.metadata
 import platform
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from typing import Any
 
 PACKAGES = ("treedecode", "torch", "transformers", "triton", "flash-attn", "numpy", "gguf", "vllm", "sglang", "ray")
@@ -66,12 +69,11 @@ def memory() -> str:
 
 def isa() -> str:
     """Which CPU instruction set the kernels use."""
-    from treedecode import env, ops
+    from treedecode import ops
 
     active, detected = ops.cpu_isa()
     compiled = ops.compiled_isas()
-    requested = env.cpu_isa() or "unset"
-    return f"{active} (machine: {detected}; compiled: {', '.join(compiled)}; TREEDECODE_CPU_ISA {requested})"
+    return f"{active} (machine: {detected}; compiled: {', '.join(compiled)})"
 
 
 def gpus() -> str:
@@ -88,19 +90,34 @@ def threads() -> str:
     return f"{torch.get_num_threads()} (torch intra-op)"
 
 
+def variables() -> str:
+    from treedecode import env
+
+    return " ".join(f"{name}={value!r}" for name, value in env.settings().items()) or "none set"
+
+
+def host() -> str:
+    """Whether the host-side structures (`treedecode._host`) are there and can be loaded."""
+    # In this folder: an editable install's import hook would find the checkout's.
+    if not any(Path(__file__).with_name(f"_host{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+        return "missing"
+    importlib.import_module("treedecode._host")
+    return "present"
+
+
 def backends() -> list[str]:
-    """One line per op and device: the backend taken, and why the others were not."""
+    """The backend each op takes on each device and why no other: ops of which the same is true share their lines."""
     import torch
 
     from treedecode import ops
 
-    lines = []
+    groups: dict[tuple[str, ...], list[str]] = {}
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for op in ops.names():
             choice = ops.explain(op, device)
-            why = "; ".join(f"not {name}: {reason}" for name, reason in choice.rejected.items())
-            lines.append(f"{op} on {device}: {choice.backend} ({why})")
-    return lines
+            why = (f"  not {name}: {reason}" for name, reason in choice.rejected.items())
+            groups.setdefault((f"{choice.backend} on {device}", *why), []).append(op)
+    return [line for (taken, *why), names in groups.items() for line in (f"{taken}: {', '.join(names)}", *why)]
 
 
 def report() -> Iterator[str]:
@@ -119,7 +136,9 @@ def report() -> Iterator[str]:
     yield line("cpu flags", lambda: " ".join(cpu()["cpu_flags"]))
     yield line("memory", memory)
     yield line("threads", threads)
+    yield line("variables", variables)
     yield line("gpu", gpus)
+    yield line("_host", host)
     yield line("kernels", isa)
     lines = attempt(backends)
     yield "ops:"

@@ -1,6 +1,7 @@
 """Every environment variable treedecode reads, and nothing else reads any."""
 
 import os
+import re
 from pathlib import Path
 
 CPU_ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
@@ -24,6 +25,11 @@ def backend() -> str | None:
     if value not in (None, "reference"):
         raise ValueError(f"TREEDECODE_BACKEND: expected 'reference' or unset, got {value!r}")
     return value
+
+
+def settings() -> dict[str, str]:
+    """The variables that are set of those that matter here, for bug reports."""
+    return {name: os.environ[name] for name in sorted(os.environ) if re.match(r"TREEDECODE_|OMP_NUM_THREADS$", name)}
 
 
 def cache_dir() -> Path:
