@@ -53,24 +53,25 @@ Fault check_rows(const PageState& s, const int32_t* rows, int64_t n, const char*
 }
 
 // What the table says is an address here: a length or a page id out of range would read or write somewhere else.
-Fault check_len(const PageState& s, int32_t row) {
-  const int64_t limit = s.max_pages * s.page_size;
-  if (s.seq_lens[row] < 0 || s.seq_lens[row] > limit)
-    return {"seq_lens", "lengths in 0 ..", limit, s.seq_lens[row], row};
-  return {};
+bool len_in_range(const PageState& s, int32_t row) {
+  return s.seq_lens[row] >= 0 && s.seq_lens[row] <= s.max_pages * s.page_size;
 }
 
-Fault check_pages(const PageState& s, int32_t row, int64_t begin, int64_t end) {
+Fault bad_len(const PageState& s, int32_t row) {
+  return {"seq_lens", "lengths in 0 ..", s.max_pages * s.page_size, s.seq_lens[row], row};
+}
+
+bool pages_in_range(const PageState& s, int32_t row, int64_t begin, int64_t end) {
   const int32_t* pages = s.page_table + row * s.max_pages;
   uint32_t largest = 0;  // no early exit: the loop is a few vector instructions
   for (int64_t j = begin; j < end; ++j) largest = std::max(largest, static_cast<uint32_t>(pages[j]));
-  const bool bad = begin < end && largest >= static_cast<uint64_t>(s.num_pages);
-  for (int64_t j = begin; bad; ++j) {
-    if (pages[j] < 0 || pages[j] >= s.num_pages) {
-      return {"page_table", "page ids in 0 ..", s.num_pages - 1, pages[j], row * s.max_pages + j};
-    }
-  }
-  return {};
+  return begin >= end || largest < static_cast<uint64_t>(s.num_pages);
+}
+
+Fault bad_page(const PageState& s, int32_t row, int64_t begin) {
+  int64_t i = row * s.max_pages + begin;
+  while (s.page_table[i] >= 0 && s.page_table[i] < s.num_pages) ++i;
+  return {"page_table", "page ids in 0 ..", s.num_pages - 1, s.page_table[i], i};
 }
 
 }  // namespace
@@ -81,13 +82,13 @@ Fault fork_branches(const PageState& s, const ForkParams& p) {
   auto new_len = [&](int64_t i) -> int64_t { return p.lens ? p.lens[i] : s.seq_lens[p.src[i]]; };
   int64_t num_entries = 0;
   for (int64_t i = 0; i < p.n; ++i) {
-    if (Fault f = check_len(s, p.src[i]); f.argument) return f;
-    if (Fault f = check_len(s, p.dst[i]); f.argument) return f;
+    if (!len_in_range(s, p.src[i])) return bad_len(s, p.src[i]);
+    if (!len_in_range(s, p.dst[i])) return bad_len(s, p.dst[i]);
     const int64_t len = new_len(i), limit = s.seq_lens[p.src[i]];
     if (len < 0 || len > limit) return {"lens", "lengths from 0 to the source's", limit, len, i};
-    if (Fault f = check_pages(s, p.src[i], 0, s.pages_of(len)); f.argument) return f;
+    if (!pages_in_range(s, p.src[i], 0, s.pages_of(len))) return bad_page(s, p.src[i], 0);
     const int64_t known = p.src[i] == p.dst[i] ? s.pages_of(len) : 0;
-    if (Fault f = check_pages(s, p.dst[i], known, s.pages_of(s.seq_lens[p.dst[i]])); f.argument) return f;
+    if (!pages_in_range(s, p.dst[i], known, s.pages_of(s.seq_lens[p.dst[i]]))) return bad_page(s, p.dst[i], known);
     num_entries += s.pages_of(len);
   }
   if (s.status[kError]) return {};
@@ -132,7 +133,7 @@ Fault append_slots(const PageState& s, const AppendParams& p, PageCopies& copies
   if (Fault f = check_rows(s, p.rows, p.n, "rows", true); f.argument) return f;
   int64_t num_slots = 0;
   for (int64_t i = 0; i < p.n; ++i) {
-    if (Fault f = check_len(s, p.rows[i]); f.argument) return f;
+    if (!len_in_range(s, p.rows[i])) return bad_len(s, p.rows[i]);
     const int64_t q_len = p.q_lens ? p.q_lens[i] : 1, room = s.max_pages * s.page_size - s.seq_lens[p.rows[i]];
     if (q_len < 0 || q_len > room)
       return {"q_lens", "lengths from 0 to the room left in the row's page table,", room, q_len, i};
@@ -153,7 +154,7 @@ Fault append_slots(const PageState& s, const AppendParams& p, PageCopies& copies
       num_needed += s.pages_of(len + q_len) - s.pages_of(len);
       if (len % s.page_size == 0) continue;
       const int64_t j = len / s.page_size;
-      if (Fault f = check_pages(s, p.rows[i], j, j + 1); f.argument) return f;
+      if (!pages_in_range(s, p.rows[i], j, j + 1)) return bad_page(s, p.rows[i], j);
       const int32_t last = s.page_table[p.rows[i] * s.max_pages + j];
       if (s.refcount[last] == 1) continue;
       copied[i] = s.refcount[last] > 1 + sharers.add(last);
