@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from treedecode import reference
-from treedecode.ops._native import USE_REFERENCE, call
+from treedecode.ops._native import USE_REFERENCE, call, register_fake
 
 SEGMENT = 1024  # tokens; kSegment of csrc/cpu/plan_tree.h
 
@@ -83,7 +83,7 @@ def plan_tree(
     return TreePlan(*call(torch.ops.treedecode.plan_tree.default, *args))
 
 
-@torch.library.register_fake("treedecode::plan_tree")
+@register_fake("plan_tree")
 def _(
     page_table: Tensor,
     seq_lens: Tensor,

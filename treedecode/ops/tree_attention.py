@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from treedecode import reference
-from treedecode.ops._native import USE_REFERENCE, call
+from treedecode.ops._native import USE_REFERENCE, call, register_fake
 from treedecode.ops.plan_tree import TreePlan
 
 
@@ -67,7 +67,7 @@ def tree_attention(
     )  # fmt: skip
 
 
-@torch.library.register_fake("treedecode::tree_attention")
+@register_fake("tree_attention")
 def _(
     q: Tensor,
     k_pages: Tensor,
