@@ -71,7 +71,7 @@ def _gemm_gflops(dtype: torch.dtype) -> float:
         a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
         duration = best_seconds(lambda a=a, b=b: a.mm(b), rounds=3)
         rate = max(rate, 2.0 * size**3 / duration / 1e9)
-        if duration > 0.1:  # emulated: a larger product would take minutes and tell no more
+        if duration > 0.01:  # emulated: a larger product would take minutes and tell no more
             break
     return rate
 
