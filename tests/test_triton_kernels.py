@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from treedecode import ops, reference, triton_kernels
+from treedecode.ops import _native
 
 triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
@@ -114,3 +115,52 @@ def test_rotary_embed(dtype):
     ulp = torch.finfo(torch.float32).eps
     torch.testing.assert_close(qkv, want, rtol=2 * torch.finfo(dtype).eps, atol=8 * ulp)
     assert torch.equal(qkv[:, 6], want[:, 6])
+
+
+BAD = {
+    "append_kv": [
+        {"v": torch.zeros(5, 2, 9)}, {"k": torch.zeros(5, 2, 8).double()}, {"k": torch.zeros(5, 2)},
+        {"v": torch.zeros(5, 2, 16)[..., ::2]}, {"slots": torch.arange(5).int()}, {"slots": torch.arange(10)[::2]},
+        {"slots": torch.arange(4)}, {"k_pages": torch.zeros(4, 4, 3, 8)}, {"v_pages": torch.zeros(5, 4, 2, 8)},
+    ],
+    "merge_states": [
+        {"part_out": torch.zeros(3, 2)}, {"part_lse": torch.zeros(3, 3)}, {"part_lse": torch.zeros(3, 2).half()},
+        {"merge_indptr": torch.zeros(2)}, {"merge_indptr": torch.zeros(0, dtype=torch.int32)},
+    ],
+    "rms_norm": [
+        {"x": torch.zeros(2, 8)}, {"weight": torch.zeros(7)}, {"weight": torch.zeros(8).half()}, {"eps": -1.0},
+    ],
+    "rotary_embed": [
+        {"q": torch.zeros(3, 2, 7)}, {"k": torch.zeros(4, 2, 8)}, {"k": torch.zeros(3, 2, 8).half()},
+        {"cos": torch.zeros(3, 4)}, {"sin": torch.zeros(3, 8).bfloat16()},
+    ],
+    "copy_pages": [
+        {"kv": torch.zeros(1, 3, 4, 2, 4, 8)}, {"src": torch.zeros(2)}, {"dst": torch.zeros(3, dtype=torch.int32)},
+        {"num_tokens": torch.zeros(2)}, {"kv": torch.zeros(1, 2, 4, 4, 2, 8).transpose(3, 4)},
+    ],
+}  # fmt: skip
+
+
+def good_arguments(op):
+    ids = torch.tensor([0, 1], dtype=torch.int32)
+    return {
+        "append_kv": {"k": torch.zeros(5, 2, 8), "v": torch.zeros(5, 2, 8), "k_pages": torch.zeros(4, 4, 2, 8),
+                      "v_pages": torch.zeros(4, 4, 2, 8), "slots": torch.arange(5)},
+        "merge_states": {"part_out": torch.zeros(3, 2, 8), "part_lse": torch.zeros(3, 2), "merge_indptr": ids},
+        "rms_norm": {"x": torch.zeros(2, 3, 8), "weight": torch.zeros(8), "eps": 1e-5, "unit_offset": False},
+        "rotary_embed": {"q": torch.zeros(3, 4, 8), "k": torch.zeros(3, 2, 8), "cos": torch.zeros(3, 8),
+                         "sin": torch.zeros(3, 8)},
+        "copy_pages": {"kv": torch.zeros(1, 2, 4, 2, 4, 8), "src": ids, "dst": ids + 2, "num_tokens": None},
+    }[op]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "change"), [(op, change) for op in BAD for change in BAD[op]])
+def test_refuses_what_the_native_op_refuses_in_the_same_words(op, change):
+    args = good_arguments(op)
+    triton_kernels.launcher(op)(*args.values())
+    args |= change
+    with pytest.raises((ValueError, TypeError)) as native:
+        _native.call(getattr(torch.ops.treedecode, op).default, *args.values())
+    with pytest.raises(native.type) as launcher:
+        triton_kernels.launcher(op)(*args.values())
+    assert str(launcher.value) == str(native.value)

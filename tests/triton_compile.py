@@ -27,15 +27,26 @@ TARGETS = {
 # Kernel -> types of its arguments by name ("*" and the dtype under test: "*T"; the rest are 32-bit integers), and
 # the values of its constants.
 KERNELS = {
-    "append_kv": ({"slots_ptr": "*i64"} | dict.fromkeys(("k_ptr", "v_ptr", "k_pages_ptr", "v_pages_ptr"), "*T"),
-                  {"BLOCK": 1024}),
-    "copy_pages": ({"kv_ptr": "*T", "src_ptr": "*i32", "dst_ptr": "*i32", "num_tokens_ptr": "*i32"}, {"BLOCK": 4096}),
-    "merge_states": ({"out_ptr": "*T", "lse_ptr": "*fp32", "part_out_ptr": "*T", "part_lse_ptr": "*fp32",
-                      "indptr_ptr": "*i32"}, {"BLOCK_D": 128}),
-    "rms_norm": (dict.fromkeys(("out_ptr", "x_ptr", "weight_ptr"), "*T") | {"eps": "fp32"},
-                 {"UNIT_OFFSET": False, "BLOCK": 4096}),
+    "append_kv": (
+        dict.fromkeys(("k_ptr", "v_ptr", "k_pages_ptr", "v_pages_ptr"), "*T")
+        | {"slots_ptr": "*i64", "num_slots": "i64"},
+        {"BLOCK": 1024},
+    ),
+    "copy_pages": (
+        {"kv_ptr": "*T", "src_ptr": "*i32", "dst_ptr": "*i32", "num_tokens_ptr": "*i32"},
+        {"BLOCK": 4096},
+    ),
+    "merge_states": (
+        dict.fromkeys(("out_ptr", "part_out_ptr"), "*T")
+        | {"lse_ptr": "*fp32", "part_lse_ptr": "*fp32", "indptr_ptr": "*i32"},
+        {"BLOCK_D": 128},
+    ),
+    "rms_norm": (
+        dict.fromkeys(("out_ptr", "x_ptr", "weight_ptr"), "*T") | {"eps": "fp32"},
+        {"UNIT_OFFSET": False, "BLOCK": 4096},
+    ),
     "rotary_embed": (dict.fromkeys(("q_ptr", "k_ptr", "cos_ptr", "sin_ptr"), "*T"), {"BLOCK": 64}),
-}  # fmt: skip
+}
 
 
 def resources(compiled, target):

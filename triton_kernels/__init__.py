@@ -1,8 +1,8 @@
 """Triton kernels of the ops, for NVIDIA and AMD: one file per op, a kernel and its launcher.
 
-A launcher takes what the op's schema says and checks nothing: `treedecode.ops` registers it for CUDA tensors (which is
-what PyTorch calls AMD's too). Imported as `treedecode.triton_kernels`, never under its own name, which belongs to a
-package of triton-lang.
+A launcher takes what the op's schema says; `treedecode.ops` registers it for CUDA tensors (which is what PyTorch calls
+AMD's too). It checks shapes, dtypes and strides, and reads no value: the host never waits. Imported as
+`treedecode.triton_kernels`, never under its own name, which belongs to a package of triton-lang.
 """
 
 import importlib

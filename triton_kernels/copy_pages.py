@@ -1,6 +1,8 @@
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from treedecode.triton_kernels import check
 
 
 @triton.jit
@@ -23,7 +25,15 @@ def _copy_pages_kernel(
 
 
 def copy_pages(kv: Tensor, src: Tensor, dst: Tensor, num_tokens: Tensor | None) -> None:
-    """See `treedecode.ops.copy_pages`."""
+    """See `treedecode.ops.copy_pages`; page ids and lengths are not looked at."""
+    text = "[num_layers, 2, num_pages, num_kv_heads, page_size, head_dim]"
+    check.tensor(kv, "kv", text, (-1, 2, -1, -1, -1, -1), kv.dtype)
+    if not kv[:1, :1, :1].is_contiguous():
+        raise ValueError("kv: expected each page's [num_kv_heads, page_size, head_dim] to be contiguous")
+    check.tensor(src, "src", "[n]", (-1,), torch.int32, contiguous=True)
+    for indices, name in ((dst, "dst"), (num_tokens, "num_tokens")):
+        if indices is not None:
+            check.tensor(indices, name, "the shape of src", tuple(src.shape), torch.int32, contiguous=True)
     num_layers, _, _, num_heads, page_size, head_dim = kv.shape
     if src.shape[0] == 0:
         return

@@ -1,6 +1,8 @@
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from treedecode.triton_kernels import check
 
 
 @triton.jit
@@ -45,8 +47,12 @@ def _merge_states_kernel(
 
 
 def merge_states(part_out: Tensor, part_lse: Tensor, merge_indptr: Tensor) -> tuple[Tensor, Tensor]:
-    """See `treedecode.ops.merge_states`."""
-    _, num_heads, head_dim = part_out.shape
+    """See `treedecode.ops.merge_states`; offsets are not looked at."""
+    check.tensor(part_out, "part_out", "[num_parts, num_heads, head_dim]", (-1, -1, -1), *check.FLOATS)
+    num_parts, num_heads, head_dim = part_out.shape
+    check.tensor(part_lse, "part_lse", "[num_parts, num_heads]", (num_parts, num_heads), torch.float32, contiguous=True)
+    check.tensor(merge_indptr, "merge_indptr", "[num_states + 1]", (-1,), torch.int32, contiguous=True)
+    check.value(merge_indptr.shape[0] > 0, "merge_indptr", "at least one offset", merge_indptr.shape[0])
     num_states = merge_indptr.shape[0] - 1
     out = part_out.new_empty(num_states, num_heads, head_dim)
     lse = part_lse.new_empty(num_states, num_heads)

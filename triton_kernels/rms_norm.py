@@ -2,6 +2,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from treedecode.triton_kernels import check
 
 
 @triton.jit
@@ -25,7 +26,10 @@ def _rms_norm_kernel(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
     """See `treedecode.ops.rms_norm`; x is `[rows, heads, size]`."""
+    check.tensor(x, "x", "[num_rows, num_heads, size]", (-1, -1, -1), *check.FLOATS)
     rows, heads, size = x.shape
+    check.tensor(weight, "weight", "[size]", (size,), x.dtype, contiguous=True)
+    check.value(eps >= 0, "eps", "a non-negative number", eps)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
         block = triton.next_power_of_2(size)

@@ -1,6 +1,7 @@
 import triton
 import triton.language as tl
 from torch import Tensor
+from treedecode.triton_kernels import check
 
 
 @triton.jit
@@ -29,7 +30,12 @@ def _rotary_embed_kernel(
 
 def rotary_embed(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     """See `treedecode.ops.rotary_embed`."""
+    check.tensor(q, "q", "[num_tokens, num_qo_heads, head_dim]", (-1, -1, -1), *check.FLOATS)
     num_tokens, num_qo_heads, head_dim = q.shape
+    check.value(head_dim % 2 == 0, "q", "an even head_dim", head_dim)
+    check.tensor(k, "k", "[num_tokens, num_kv_heads, head_dim]", (num_tokens, -1, head_dim), q.dtype)
+    check.tensor(cos, "cos", "[num_tokens, head_dim]", (num_tokens, head_dim), q.dtype)
+    check.tensor(sin, "sin", "[num_tokens, head_dim]", (num_tokens, head_dim), q.dtype)
     if num_tokens == 0:
         return
     _rotary_embed_kernel[(num_tokens, num_qo_heads + k.shape[1])](
