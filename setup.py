@@ -7,7 +7,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -56,6 +56,9 @@ class CMakeBuild(build_ext):
 
 
 setup(
+    # `triton_kernels` is a folder of this project, but never a package of that name: triton-lang has one.
+    packages=[*find_packages(include=["treedecode*"]), "treedecode.triton_kernels"],
+    package_dir={"treedecode.triton_kernels": "triton_kernels"},
     ext_modules=[Extension("treedecode._ops", sources=[]), Extension("treedecode._host", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

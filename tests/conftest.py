@@ -1,9 +1,13 @@
 """Shared fixtures: every CPU instruction set this machine runs, and NaN in uninitialised memory."""
 
 import gc
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before Triton is imported: its kernels then run on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from treedecode import env, ops
 

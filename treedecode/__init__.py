@@ -1,6 +1,7 @@
 """treedecode: decode a whole search tree for about the price of one chain."""
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -12,6 +13,11 @@ if TYPE_CHECKING:
     from treedecode.integrations.transformers import generate as generate
     from treedecode.sampling import Sampling as Sampling
     from treedecode.tree import Frontier as Frontier
+
+# An installed package holds the Triton kernels; a source checkout has them beside it.
+_checkout = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if os.path.isfile(os.path.join(_checkout, "triton_kernels", "append_kv.py")):
+    __path__.append(_checkout)
 
 # Public name -> module that defines it. Loaded on first use: `python -m treedecode.collect_env` prints also where the
 # native library is missing, and `import treedecode` costs nothing.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from treedecode import env
+from treedecode import env, triton_kernels
 
 _LIBRARY = Path(__file__).parent.parent / "_ops.so"
 if not _LIBRARY.exists():
@@ -104,6 +104,15 @@ if (_requested := env.cpu_isa()) is not None:
 
 USE_REFERENCE = env.backend() == "reference"
 
+try:
+    import triton as _triton  # noqa: F401
+
+    for _op in triton_kernels.OPS:
+        torch.library.register_kernel(f"treedecode::{_op}", "cuda", triton_kernels.launcher(_op))
+    _NO_TRITON = None
+except ImportError as _error:
+    _NO_TRITON = f"Triton cannot be imported ({_error}): pip install 'treedecode[gpu]'"
+
 
 class Choice(NamedTuple):
     """Which backend an op takes on a device, and why each other one was not taken."""
@@ -142,7 +151,11 @@ def _why_not(op: str, device: str, backend: str) -> str | None:
     if backend == "reference":
         return None if USE_REFERENCE else "only on request (TREEDECODE_BACKEND=reference)"
     if backend == "triton":
-        return "not in this build: needs the Triton kernels"
+        if op not in triton_kernels.OPS:
+            return "has no Triton kernel yet"
+        return _NO_TRITON or (None if device == "cuda" else "runs on cuda tensors only")
+    if backend == "cuda":
+        return "not in this build: needs the CUDA kernels"
     key = backend.upper()
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"treedecode::{op}", key):
         return f"not in this build: needs the {key} kernels"

@@ -1,0 +1,38 @@
+"""Argument checks of the launchers: what csrc/check.h checks for the native ops, in the same words.
+
+Shapes, dtypes and strides only. Values lie on the device, and looking at them would make the host wait.
+"""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def tensor(
+    t: Tensor, name: str, text: str, shape: tuple[int, ...], *dtypes: torch.dtype, contiguous: bool = False
+) -> None:
+    """A tensor of a shape (-1 = any size; `text` is how it reads), of one of `dtypes`, with unit stride at the end.
+
+    Raises:
+        ValueError, TypeError: it is not; the message names the argument.
+    """
+    if t.dim() != len(shape) or any(want not in (-1, got) for want, got in zip(shape, t.shape, strict=True)):
+        sizes = ", ".join("*" if size < 0 else str(size) for size in shape)
+        raise ValueError(f"{name}: expected shape {text} = [{sizes}], got {list(t.shape)}")
+    if t.dtype not in dtypes:
+        *first, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(
+            f"{name}: expected dtype {', '.join(first)}{' or ' * bool(first)}{last}, "
+            f"got {str(t.dtype).removeprefix('torch.')}"
+        )
+    if contiguous and not t.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor")
+    if t.dim() and t.shape[-1] > 1 and t.stride(-1) != 1:
+        raise ValueError(f"{name}: expected unit stride in the last dimension, got {t.stride(-1)}")
+
+
+def value(ok: bool, name: str, expected: str, got: float) -> None:
+    """Raises ValueError unless `ok`."""
+    if not ok:
+        raise ValueError(f"{name}: expected {expected}, got {got:g}")
