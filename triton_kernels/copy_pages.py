@@ -2,6 +2,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from treedecode.triton_kernels import check
 
 

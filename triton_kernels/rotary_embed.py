@@ -1,6 +1,7 @@
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from treedecode.triton_kernels import check
 
 
