@@ -63,7 +63,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_tree_cpu(Tensor page_table, Tens
       page_table.stride(0),
       page_size,
       num_qo_heads / num_kv_heads,
-      num_kv_heads,
   };
   std::vector<int32_t> shared(static_cast<size_t>(num_rows));
   // A thread is worth waking for about 64k page ids.

@@ -31,7 +31,6 @@ struct PlanTreeParams {
   int64_t table_stride;  // elements
   int64_t page_size;
   int64_t group_size;  // num_qo_heads / num_kv_heads
-  int64_t num_kv_heads;
 };
 
 // Worst case over all page tables of this shape: a forest with B leaves has at most 2B - 1 nodes that hold tokens, and
