@@ -1,13 +1,16 @@
 // What every CUDA op needs of torch: devices, the current stream, registration.
 #pragma once
 
+#include <functional>
 #include <initializer_list>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include "../../check.h"
 
@@ -41,6 +44,29 @@ inline cudaStream_t current_stream(const Tensor& t) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
+
+// Device memory that an op needs while it runs: one allocation for all of its pointers.
+class Scratch {
+ public:
+  // `*pointer` will point to `count` values.
+  template <typename T>
+  void add(T** pointer, int64_t count) {
+    const int64_t begin = num_bytes_;
+    parts_.push_back([=](char* base) { *pointer = reinterpret_cast<T*>(base + begin); });
+    num_bytes_ += (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
+  }
+
+  // On the device of `like`, in the order of the current stream.
+  Tensor allocate(const Tensor& like) {
+    Tensor memory = torch::stable::new_empty(like, {num_bytes_}, ScalarType::Byte);
+    for (const auto& part : parts_) part(static_cast<char*>(memory.mutable_data_ptr()));
+    return memory;
+  }
+
+ private:
+  std::vector<std::function<void(char*)>> parts_;
+  int64_t num_bytes_ = 0;
+};
 
 inline void check_launch(cudaError_t error, const char* op) {
   STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
