@@ -105,6 +105,7 @@ def is_noticed(goes_wrong):
     child = os.fork()
     if child == 0:
         faulthandler.disable()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         status = 0
         try:
             status = 0 if goes_wrong() else unnoticed

@@ -46,9 +46,9 @@ def test_every_barrier_of_a_block_scan_is_needed():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("toy_divergence", r"self_test.cpp:\d+: thread \d+ of block 0: divergence: (shfl|ballot), while lanes .* wait"),
-        ("toy_two_barriers", "sync_threads, while others wait at that of self_test.cpp"),
-        ("toy_deadlock", r"deadlock: 32 threads wait at named_barrier_sync \(self_test.cpp:\d+\)"),
+        ("toy_divergence", r"self_test.cu:\d+: thread \d+ of block 0: divergence: (shfl|ballot), while lanes .* wait"),
+        ("toy_two_barriers", "sync_threads, while others wait at that of self_test.cu"),
+        ("toy_deadlock", r"deadlock: 32 threads wait at named_barrier_sync \(self_test.cu:\d+\)"),
         ("toy_early_exit", r"with lanes that have ended|has ended, and lanes of its warp wait for it at any"),
     ],
 )
@@ -99,6 +99,19 @@ def test_polling(seed):
     assert out.tolist() == [*range(5), -7]
     with pytest.raises(simt.KernelError, match="livelock"):
         run_toy("toy_poll", num_threads=160, num_blocks=2, size=6, seed=seed)
+
+
+@pytest.mark.parametrize("seed", simt.SEEDS)
+def test_atomics(seed):
+    _, out = run_toy("toy_atomics", size=7, fill=0, seed=seed)
+    bits = 2 * 2 + 2 + (64 - 39) + 31 + 3  # of 96 << 32 | 96, of 3; leading zeros; index
+    assert out.tolist() == [THREADS, 1, THREADS, -THREADS, THREADS, THREADS * (THREADS + 1) // 2, bits]
+
+
+@pytest.mark.parametrize("seed", simt.SEEDS)
+def test_wide_accesses_and_arithmetic(seed):
+    values, out = run_toy("toy_wide", seed=seed)
+    assert torch.equal(out, 2 * values)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
