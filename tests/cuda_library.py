@@ -36,7 +36,7 @@ def tool():
 
 
 def _dump(option, path):
-    """cuobjdump's output for a library or cubin, and short names of the kernels in it, such as `_append_kv_kernel<16>`."""
+    """cuobjdump's output for a library or cubin, and short names of its kernels, such as `_append_kv_kernel<16>`."""
     if tool() is None:
         pytest.skip("no cuobjdump: neither the CUDA toolkit's nor Triton's")
     text = subprocess.run([tool(), option, str(path)], capture_output=True, text=True, check=True).stdout

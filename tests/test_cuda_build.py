@@ -1,6 +1,8 @@
 """The CUDA library without a GPU: it loads, registers, and its machine code keeps within the budget."""
 
+import ctypes
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -72,6 +74,14 @@ def test_cuda_tensors_take_the_cuda_kernel(op):
         f"treedecode_cuda::{op}", "CompositeExplicitAutograd"
     )
     assert of_any_device, "its argument checks cannot be tested without a GPU"
+
+
+def test_a_library_that_torch_has_loaded_is_found_by_its_name():
+    """That is how the current stream is found in libtorch_cuda.so, wherever it lies and though its symbols are local."""
+    flags = os.RTLD_NOW | os.RTLD_NOLOAD
+    assert ctypes.CDLL("libtorch_cpu.so", mode=flags).aoti_torch_get_current_stream
+    if torch.cuda.is_available():
+        assert ctypes.CDLL("libtorch_cuda.so", mode=flags).aoti_torch_get_current_cuda_stream
 
 
 def test_loading_registers_nothing_twice():

@@ -1,6 +1,8 @@
 // What every CUDA op needs of torch: devices, the current stream, registration.
 #pragma once
 
+#include <dlfcn.h>
+
 #include <functional>
 #include <initializer_list>
 #include <string>
@@ -14,9 +16,6 @@
 
 #include "../../check.h"
 
-// A torch without CUDA lacks it. Weak, the library loads there all the same, and its checks can be tested.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
-
 namespace treedecode {
 
 using torch::stable::accelerator::DeviceGuard;
@@ -29,8 +28,8 @@ inline std::string device_of(const Tensor& t) {
 // The first tensor lies on a CUDA device, and all others on the same one.
 inline void check_device(std::initializer_list<std::pair<const Tensor*, const char*>> tensors) {
   const Tensor& first = *tensors.begin()->first;
-  STD_TORCH_CHECK(first.is_cuda() && aoti_torch_get_current_cuda_stream, "[ValueError] ", tensors.begin()->second,
-                  ": expected a CUDA tensor, got ", device_of(first));
+  STD_TORCH_CHECK(first.is_cuda(), "[ValueError] ", tensors.begin()->second, ": expected a CUDA tensor, got ",
+                  device_of(first));
   for (const auto& [tensor, name] : tensors) {
     if (tensor == nullptr) continue;
     STD_TORCH_CHECK(tensor->is_cuda() && tensor->get_device_index() == first.get_device_index(), "[ValueError] ", name,
@@ -40,8 +39,17 @@ inline void check_device(std::initializer_list<std::pair<const Tensor*, const ch
 
 // Of the device that `t` lies on, as check_device has made sure.
 inline cudaStream_t current_stream(const Tensor& t) {
+  // Looked up in the library that torch has loaded: linked to it, ours would load with no torch that lacks CUDA, where
+  // its checks are tested; and left to the loader as a weak symbol it would not be found, for torch's libraries are
+  // local.
+  using GetStream = AOTITorchError (*)(int32_t, void**);
+  static const auto get_stream = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+    return library ? reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  STD_TORCH_CHECK(get_stream, "treedecode: this torch has CUDA tensors, but no current CUDA stream");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  STABLE_TORCH_ERROR_CODE_CHECK(get_stream(t.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
