@@ -77,7 +77,7 @@ def test_cuda_tensors_take_the_cuda_kernel(op):
 
 
 def test_a_library_that_torch_has_loaded_is_found_by_its_name():
-    """That is how the current stream is found in libtorch_cuda.so, wherever it lies and though its symbols are local."""
+    """That is how the current stream is found in libtorch_cuda.so, wherever it lies; its symbols are local."""
     flags = os.RTLD_NOW | os.RTLD_NOLOAD
     assert ctypes.CDLL("libtorch_cpu.so", mode=flags).aoti_torch_get_current_stream
     if torch.cuda.is_available():
