@@ -307,6 +307,7 @@ def is_wrong(pair, op, args, seed, drop):
         ("adopt_pages", {"row": 3}),
         ("adopt_pages", {"num_tokens": 4}),
         ("adopt_pages", {"num_tokens": 9}),
+        ("adopt_pages", {"num_tokens": -1, "pages": int32()}),
         ("adopt_pages", {"pages": torch.zeros(6, dtype=torch.int32)}),
         ("adopt_pages", {"page_table": torch.zeros(3, dtype=torch.int32)}),
         ("copy_pages", {"kv": torch.zeros(1, 3, 6, 2, 4, 8)}),
