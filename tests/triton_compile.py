@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel ahead of time for every target, without a GPU; `python triton_compile.py` prints JSON.
+"""Compiles Triton kernels ahead of time for every target, without a GPU; `python triton_compile.py [op ...]` prints JSON.
 
 A process of its own: the tests beside it run the kernels in Triton's interpreter, and a process does one or the other.
 """
@@ -24,14 +24,38 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx950": GPUTarget("hip", "gfx950", 64),
 }
+LOGITS = {"logits_ptr": "*T", "mask_ptr": "*i32"}
+RANK = {"scores_ptr": "*fp32", "tokens_ptr": "*i32", "lse_ptr": "*fp32", "keys_ptr": "*i64", "counts_ptr": "*i32",
+        "refs_ptr": "*fp32", "sums_ptr": "*fp32", "cum_ptr": "*fp32"}  # fmt: skip
+MERGE = {"out_scores_ptr": "*fp32", "out_parent_ptr": "*i32", "out_token_ptr": "*i32", "scores_ptr": "*fp32",
+         "tokens_ptr": "*i32", "indptr_ptr": "*i32"}  # fmt: skip
 # Kernel -> types of its arguments by name ("*" and the dtype under test: "*T"; the rest are 32-bit integers), and
-# the values of its constants.
+# the values of its constants, and how many warps run it if not 4. An op of several kernels names them `<op>_<part>`; what
+# follows a slash tells the same kernel with other constants apart.
 KERNELS = {
     "append_kv": (
         dict.fromkeys(("k_ptr", "v_ptr", "k_pages_ptr", "v_pages_ptr"), "*T")
         | {"slots_ptr": "*i64", "num_slots": "i64"},
         {"BLOCK": 1024},
     ),
+    "beam_prune_scan": (
+        LOGITS | {"refs_ptr": "*fp32", "sums_ptr": "*fp32", "keys_ptr": "*i64"},
+        {"tops_ptr": None, "counts_ptr": None, "CHUNK": 4096, "SETS": 256, "SLOTS": 128},
+    ),
+    "beam_prune_scan/wide": (
+        LOGITS | {"refs_ptr": "*fp32", "sums_ptr": "*fp32", "tops_ptr": "*i32", "counts_ptr": "*i32"},
+        {"keys_ptr": None, "CHUNK": 4096, "SETS": 64, "SLOTS": 1024},
+    ),
+    "beam_prune_collect": (
+        LOGITS | {"keys_ptr": "*i64", "counts_ptr": "*i32", "tops_ptr": "*i32"},
+        {"CHUNK": 4096, "SLOTS": 1024, "TOPS": 4096},
+    ),
+    "beam_prune_rank": (RANK, {"counts_ptr": None, "IS_LOGPROBS": False, "SORTED": False, "RANKS": 32, "BLOCK": 1024,
+                               "CHUNKS": 32}),
+    "beam_prune_rank/1024": (RANK, {"IS_LOGPROBS": False, "SORTED": False, "RANKS": 1024, "BLOCK": 1024,
+                                    "CHUNKS": 32}),
+    "beam_prune_merge": (MERGE, {"RANKS": 32, "BEST": 32, "BLOCK": 1024}),
+    "beam_prune_merge/1024": (MERGE, {"RANKS": 1024, "BEST": 1024, "BLOCK": 1024}),
     "copy_pages": (
         {"kv_ptr": "*T", "src_ptr": "*i32", "dst_ptr": "*i32", "num_tokens_ptr": "*i32"},
         {"BLOCK": 4096},
@@ -63,22 +87,29 @@ def resources(compiled, target):
     return {"registers": int(found[1]), "stack": int(found[2])}
 
 
-def compile_one(op, target_name, dtype):
-    module = getattr(__import__(f"treedecode.triton_kernels.{op}", fromlist=[op]), f"_{op}_kernel")
-    types, constants = KERNELS[op]
+def op_of(name):
+    return max((op for op in triton_kernels.OPS if name.startswith(op)), key=len)
+
+
+def compile_one(name, target_name, dtype):
+    op, kernel = op_of(name), name.partition("/")[0]
+    module = getattr(__import__(f"treedecode.triton_kernels.{op}", fromlist=[op]), f"_{kernel}_kernel")
+    types, constants, *warps = KERNELS[name]
     signature = {
         name: "constexpr" if name in constants else types.get(name, "i32").replace("T", dtype)
         for name in module.arg_names
     }
     source = ASTSource(module, signature, constexprs=constants)
     target = TARGETS[target_name]
-    compiled = triton.compile(source, target=target, options={"num_warps": 4})
-    return {"op": op, "target": target_name, "dtype": dtype, "shared": compiled.metadata.shared,
+    compiled = triton.compile(source, target=target, options={"num_warps": warps[0] if warps else 4})
+    return {"op": op, "kernel": name, "target": target_name, "dtype": dtype, "shared": compiled.metadata.shared,
             **resources(compiled, target)}  # fmt: skip
 
 
 def main():
-    jobs = [(op, target, dtype) for op in triton_kernels.OPS for target in TARGETS for dtype in ("bf16", "fp32")]
+    ops = sys.argv[1:] or triton_kernels.OPS
+    names = [name for name in KERNELS if op_of(name) in ops]
+    jobs = [(name, target, dtype) for name in names for target in TARGETS for dtype in ("bf16", "fp32")]
     with ProcessPoolExecutor(2) as pool:
         json.dump(list(pool.map(compile_one, *zip(*jobs, strict=True))), sys.stdout)
 
