@@ -41,14 +41,17 @@ KERNELS = {
     "beam_prune_scan": (
         LOGITS | {"refs_ptr": "*fp32", "sums_ptr": "*fp32", "keys_ptr": "*i64"},
         {"tops_ptr": None, "counts_ptr": None, "CHUNK": 4096, "SETS": 256, "SLOTS": 128},
+        8,
     ),
     "beam_prune_scan/wide": (
         LOGITS | {"refs_ptr": "*fp32", "sums_ptr": "*fp32", "tops_ptr": "*i32", "counts_ptr": "*i32"},
         {"keys_ptr": None, "CHUNK": 4096, "SETS": 64, "SLOTS": 1024},
+        8,
     ),
     "beam_prune_collect": (
         LOGITS | {"keys_ptr": "*i64", "counts_ptr": "*i32", "tops_ptr": "*i32"},
         {"CHUNK": 4096, "SLOTS": 1024, "TOPS": 4096},
+        8,
     ),
     "beam_prune_rank": (RANK, {"counts_ptr": None, "IS_LOGPROBS": False, "SORTED": False, "RANKS": 32, "BLOCK": 1024,
                                "CHUNKS": 32}),

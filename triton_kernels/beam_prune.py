@@ -242,12 +242,12 @@ def beam_prune(
     source = logits, token_mask, logits.stride(0), 0 if token_mask is None else token_mask.stride(0), vocab, num_chunks
     _beam_prune_scan_kernel[(rows, num_chunks)](
         refs, sums, keys if tops is None else None, tops, counts, *source, row_k,
-        CHUNK=chunk, SETS=sets, SLOTS=slots, num_warps=4,
+        CHUNK=chunk, SETS=sets, SLOTS=slots, num_warps=8,
     )  # fmt: skip
     if tops is not None:
         _beam_prune_collect_kernel[(rows, num_chunks)](
             keys, counts, tops, *source, tops.shape[1], row_k,
-            CHUNK=chunk, SLOTS=slots, TOPS=triton.next_power_of_2(tops.shape[1]), num_warps=4,
+            CHUNK=chunk, SLOTS=slots, TOPS=triton.next_power_of_2(tops.shape[1]), num_warps=8,
         )  # fmt: skip
     wide = row_k > MAX_SORTED
     if wide:

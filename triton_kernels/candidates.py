@@ -60,7 +60,7 @@ def bar_of(values, lo, least, most):
 
     `least` values reach `lo`, or `lo` is below all: then it may be fewer.
     """
-    hi = tl.max(values) + 1
+    lo, hi = tl.maximum(tl.min(values), lo), tl.max(values) + 1
     count = tl.sum((values >= lo).to(tl.int32))
     while (count > most) & (lo + 1 < hi):
         middle = (lo & hi) + ((lo ^ hi) >> 1)  # hi - lo may not fit an int32
