@@ -29,6 +29,11 @@ RANK = {"scores_ptr": "*fp32", "tokens_ptr": "*i32", "lse_ptr": "*fp32", "keys_p
         "refs_ptr": "*fp32", "sums_ptr": "*fp32", "cum_ptr": "*fp32"}  # fmt: skip
 MERGE = {"out_scores_ptr": "*fp32", "out_parent_ptr": "*i32", "out_token_ptr": "*i32", "scores_ptr": "*fp32",
          "tokens_ptr": "*i32", "indptr_ptr": "*i32"}  # fmt: skip
+SAMPLE = LOGITS | {
+    "keys_ptr": "*i64", "sums_ptr": "*fp32", "log_sums_ptr": "*fp32", "masses_ptr": "*fp32", "token_ptr": "*i32",
+    "logprob_ptr": "*fp32", "entropy_ptr": "*fp32", "temperature_ptr": "*fp32", "top_k_ptr": "*i32",
+    "top_p_ptr": "*fp32", "min_p_ptr": "*fp32", "seed_ptr": "*i64", "position_ptr": "*i64",
+}  # fmt: skip
 # Kernel -> types of its arguments by name ("*" and the dtype under test: "*T"; the rest are 32-bit integers), and
 # the values of its constants, and how many warps run it if not 4. An op of several kernels names them `<op>_<part>`; what
 # follows a slash tells the same kernel with other constants apart.
@@ -73,6 +78,8 @@ KERNELS = {
         {"UNIT_OFFSET": False, "BLOCK": 4096},
     ),
     "rotary_embed": (dict.fromkeys(("q_ptr", "k_ptr", "cos_ptr", "sin_ptr"), "*T"), {"BLOCK": 64}),
+    "sample_scan": (SAMPLE, {"CHUNK": 4096}, 8),
+    "sample_draw": (SAMPLE, {"SHIFT": 0, "CHUNK": 4096, "CHUNKS": 32}, 16),
 }
 
 

@@ -8,7 +8,7 @@ AMD's too). It checks shapes, dtypes and strides, and reads no value: the host n
 import importlib
 
 # Ops that have a kernel here, each in a module of its name.
-OPS = ("append_kv", "beam_prune", "copy_pages", "merge_states", "rms_norm", "rotary_embed")
+OPS = ("append_kv", "beam_prune", "copy_pages", "merge_states", "rms_norm", "rotary_embed", "sample")
 
 
 def launcher(op: str):
