@@ -1,4 +1,4 @@
-"""Compiles Triton kernels ahead of time for every target, without a GPU; `python triton_compile.py [op ...]` prints JSON.
+"""Compiles Triton kernels ahead of time for every target, without a GPU; `triton_compile.py [op ...]` prints JSON.
 
 A process of its own: the tests beside it run the kernels in Triton's interpreter, and a process does one or the other.
 """
@@ -30,13 +30,14 @@ RANK = {"scores_ptr": "*fp32", "tokens_ptr": "*i32", "lse_ptr": "*fp32", "keys_p
 MERGE = {"out_scores_ptr": "*fp32", "out_parent_ptr": "*i32", "out_token_ptr": "*i32", "scores_ptr": "*fp32",
          "tokens_ptr": "*i32", "indptr_ptr": "*i32"}  # fmt: skip
 SAMPLE = LOGITS | {
+    "tops_ptr": "*i32", "counts_ptr": "*i32", "best_ptr": "*i64",
     "keys_ptr": "*i64", "sums_ptr": "*fp32", "log_sums_ptr": "*fp32", "masses_ptr": "*fp32", "token_ptr": "*i32",
     "logprob_ptr": "*fp32", "entropy_ptr": "*fp32", "temperature_ptr": "*fp32", "top_k_ptr": "*i32",
     "top_p_ptr": "*fp32", "min_p_ptr": "*fp32", "seed_ptr": "*i64", "position_ptr": "*i64",
 }  # fmt: skip
 # Kernel -> types of its arguments by name ("*" and the dtype under test: "*T"; the rest are 32-bit integers), and
-# the values of its constants, and how many warps run it if not 4. An op of several kernels names them `<op>_<part>`; what
-# follows a slash tells the same kernel with other constants apart.
+# the values of its constants, and how many warps run it if not 4. An op of several kernels names them `<op>_<part>`;
+# what follows a slash tells the same kernel with other constants apart.
 KERNELS = {
     "append_kv": (
         dict.fromkeys(("k_ptr", "v_ptr", "k_pages_ptr", "v_pages_ptr"), "*T")
@@ -58,10 +59,11 @@ KERNELS = {
         {"CHUNK": 4096, "SLOTS": 1024, "TOPS": 4096},
         8,
     ),
-    "beam_prune_rank": (RANK, {"counts_ptr": None, "IS_LOGPROBS": False, "SORTED": False, "RANKS": 32, "BLOCK": 1024,
-                               "CHUNKS": 32}),
-    "beam_prune_rank/1024": (RANK, {"IS_LOGPROBS": False, "SORTED": False, "RANKS": 1024, "BLOCK": 1024,
-                                    "CHUNKS": 32}),
+    "beam_prune_rank": (
+        RANK,
+        {"counts_ptr": None, "IS_LOGPROBS": False, "SORTED": False, "RANKS": 32, "BLOCK": 1024, "CHUNKS": 32},
+    ),
+    "beam_prune_rank/1024": (RANK, {"IS_LOGPROBS": False, "SORTED": False, "RANKS": 1024, "BLOCK": 1024, "CHUNKS": 32}),
     "beam_prune_merge": (MERGE, {"RANKS": 32, "BEST": 32, "BLOCK": 1024}),
     "beam_prune_merge/1024": (MERGE, {"RANKS": 1024, "BEST": 1024, "BLOCK": 1024}),
     "copy_pages": (
@@ -78,8 +80,9 @@ KERNELS = {
         {"UNIT_OFFSET": False, "BLOCK": 4096},
     ),
     "rotary_embed": (dict.fromkeys(("q_ptr", "k_ptr", "cos_ptr", "sin_ptr"), "*T"), {"BLOCK": 64}),
-    "sample_scan": (SAMPLE, {"CHUNK": 4096}, 8),
-    "sample_draw": (SAMPLE, {"SHIFT": 0, "CHUNK": 4096, "CHUNKS": 32}, 16),
+    "sample_collect": (SAMPLE, {"CHUNK": 4096, "SLOTS": 1024, "TOPS": 4096, "FEW": 1024}, 8),
+    "sample_draw": (SAMPLE, {"SHIFT": 0, "CHUNK": 4096, "CHUNKS": 32, "FEW": 1024}, 16),
+    "sample_scan": (SAMPLE, {"CHUNK": 4096, "SETS": 64}, 8),
 }
 
 

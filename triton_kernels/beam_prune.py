@@ -9,19 +9,23 @@ from treedecode.triton_kernels.candidates import (
     NO_KEY,
     allowed,
     bar_of,
+    best_keys,
     best_of,
+    collect,
     index_of,
     keys_of,
     load_logits,
+    maxima_of,
     merge_best,
     ordered,
     value_of,
+    values_of,
 )
 
 # Tokens of one program. It depends on nothing, so that a row's sums do not depend on the batch.
 CHUNK = 4096
-# Up to so many candidates, the best of each chunk are few enough for one program to merge; for more of them the row's bar
-# is found first, from maxima of every chunk, and the logits are read again, then from the cache.
+# Up to so many candidates, the best of each chunk are few enough for one program to merge; for more of them the row's
+# bar is found first, from maxima of every chunk, and the logits are read again, then from the cache.
 MAX_LOCAL = 64
 # Up to so many, one program sorts them; PyTorch sorts more of them.
 MAX_SORTED = 1024
@@ -53,9 +57,8 @@ def _beam_prune_scan_kernel(
     if mask_ptr is not None:
         mask_ptr += row * mask_stride
     x = allowed(x, mask_ptr, tokens, vocab)
-    values = tl.where((x > -float("inf")) & (x < float("inf")), ordered(x), LOWEST)
-    # at least k candidates reach what k of these maxima do
-    tops = tl.max(tl.reshape(values, [CHUNK // SETS, SETS]), axis=0)
+    values = values_of(x)
+    tops = maxima_of(values, SETS)
     if keys_ptr is None:
         tl.store(tops_ptr + item * SETS + tl.arange(0, SETS), tops)
         if chunk == 0:
@@ -81,20 +84,12 @@ def _beam_prune_collect_kernel(
     CHUNK: tl.constexpr, SLOTS: tl.constexpr, TOPS: tl.constexpr,
 ):  # fmt: skip
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    i = tl.arange(0, TOPS)
-    tops = tl.load(tops_ptr + row * num_tops + i, mask=i < num_tops, other=LOWEST)
-    bar, _ = bar_of(tops, LOWEST + 1, k, k + k // 8)
     tokens = chunk * CHUNK + tl.arange(0, CHUNK)
     if mask_ptr is not None:
         mask_ptr += row * mask_stride
     x = allowed(load_logits(logits_ptr + row * logits_stride, tokens, vocab), mask_ptr, tokens, vocab)
-    values = tl.where((x > -float("inf")) & (x < float("inf")), ordered(x), LOWEST)
-    keep = best_of(values, bar, k, SLOTS)
-    num_kept = tl.sum(keep.to(tl.int32))
-    # Which chunk comes first is left to chance; keys are sorted before anybody looks at them.
-    first = tl.atomic_add(counts_ptr + row, num_kept)
-    slots = first + tl.cumsum(keep.to(tl.int32)) - 1
-    tl.store(keys_ptr + row * num_chunks * SLOTS + slots, keys_of(values, tokens), mask=keep)
+    keys_ptr += row * num_chunks * SLOTS
+    collect(keys_ptr, counts_ptr + row, tops_ptr + row * num_tops, num_tops, values_of(x), tokens, k, SLOTS, TOPS)
 
 
 @triton.jit
@@ -130,12 +125,7 @@ def _beam_prune_rank_kernel(
         count = num_keys
         if counts_ptr is not None:
             count = tl.load(counts_ptr + row)
-        best = tl.full([RANKS], NO_KEY, tl.int64)
-        for begin in range(0, count, BLOCK):
-            i = begin + tl.arange(0, BLOCK)
-            keys = tl.load(keys_ptr + i, mask=i < count, other=NO_KEY)
-            if tl.max(keys) > tl.min(best):
-                best = merge_best(best, keys, False)
+        best = best_keys(keys_ptr, count, RANKS, BLOCK)
     cum = tl.load(cum_ptr + row)
     score = (cum.to(tl.float64) + (value_of(best).to(tl.float64) - lse)).to(tl.float32)
     score = tl.where(best == NO_KEY, -float("inf"), score)
@@ -182,15 +172,15 @@ def _beam_prune_merge_kernel(
 def _merge_wide(scores: Tensor, tokens: Tensor, group_indptr: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """What `_beam_prune_merge_kernel` does, for more candidates than one program sorts."""
     rows, num_ranks = scores.shape
-    begins, ends = (group_indptr.clamp(0, rows) * num_ranks).long().unsqueeze(1).unfold(0, 2, 1).unbind(2)
+    offsets = group_indptr.long().clamp(0, rows)[:, None] * num_ranks
     row = torch.arange(rows, dtype=torch.int32, device=scores.device)
     group = torch.searchsorted(group_indptr[1:], row, right=True)
     # stable: of equal scores the one of the lower row, then of the lower rank is first; NaN is before all others
     order = scores.flatten().sort(descending=True, stable=True).indices
     order = order[group[order // num_ranks].sort(stable=True).indices]
-    at = begins + torch.arange(k, device=scores.device)
+    at = offsets[:-1] + torch.arange(k, device=scores.device)
     picked = order[at.clamp(max=order.shape[0] - 1)]
-    best = torch.where(at < ends, scores.flatten()[picked], -torch.inf)
+    best = torch.where(at < offsets[1:], scores.flatten()[picked], -torch.inf)
     best = torch.where(best[:, :1].isnan(), torch.nan, best)
     found = best > -torch.inf
     parent = torch.where(found, (picked // num_ranks).int(), -1)

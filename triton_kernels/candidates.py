@@ -55,6 +55,12 @@ def allowed(x, mask_ptr, tokens, vocab):
 
 
 @triton.jit
+def values_of(x):
+    """Candidates' values; what is impossible, or refused, is none."""
+    return tl.where((x > -float("inf")) & (x < float("inf")), ordered(x), LOWEST)
+
+
+@triton.jit
 def bar_of(values, lo, least, most):
     """(bar, number of values that reach it): at least `least` and, where equal values allow it, at most `most` do.
 
@@ -87,6 +93,31 @@ def best_of(values, lo, least, most):
 
 
 @triton.jit
+def maxima_of(values, SETS: tl.constexpr):
+    """Maxima of SETS disjoint sets of values: at least k values reach what k of these do."""
+    return tl.max(tl.reshape(values, [values.shape[0] // SETS, SETS]), axis=0)
+
+
+@triton.jit
+def collect(
+    keys_ptr,  # [num_chunks * SLOTS] int64 of the row
+    count_ptr,  # int32 of the row: how many keys there are so far
+    tops_ptr,  # [num_tops] int32: maxima of disjoint sets of the row's values
+    num_tops, values, tokens, k,
+    SLOTS: tl.constexpr, TOPS: tl.constexpr,
+):  # fmt: skip
+    """Appends to the row's keys, in any order, those of a chunk's values that may be among the row's best k."""
+    i = tl.arange(0, TOPS)
+    tops = tl.load(tops_ptr + i, mask=i < num_tops, other=LOWEST)
+    bar, _ = bar_of(tops, LOWEST + 1, k, k + k // 8)
+    keep = best_of(values, bar, k, SLOTS)
+    # Which chunk comes first is left to chance: keys are sorted before anybody looks at them.
+    first = tl.atomic_add(count_ptr, tl.sum(keep.to(tl.int32)))
+    slots = first + tl.cumsum(keep.to(tl.int32)) - 1
+    tl.store(keys_ptr + slots, keys_of(values, tokens), mask=keep)
+
+
+@triton.jit
 def merge_best(best, keys, SORTED: tl.constexpr):
     """The largest of `best` (ascending) and `keys`, as many as `best` has and again ascending.
 
@@ -96,3 +127,15 @@ def merge_best(best, keys, SORTED: tl.constexpr):
         keys = tl.topk(keys, best.shape[0])
     # up, then down: the larger of each pair are the largest of all, and in bitonic order
     return tl.bitonic_merge(tl.maximum(best, keys))
+
+
+@triton.jit
+def best_keys(keys_ptr, count, RANKS: tl.constexpr, BLOCK: tl.constexpr):
+    """The best RANKS of `count` keys, ascending."""
+    best = tl.full([RANKS], NO_KEY, tl.int64)
+    for begin in range(0, count, BLOCK):
+        i = begin + tl.arange(0, BLOCK)
+        keys = tl.load(keys_ptr + i, mask=i < count, other=NO_KEY)
+        if tl.max(keys) > tl.min(best):
+            best = merge_best(best, keys, False)
+    return best
