@@ -66,8 +66,8 @@ def bar_of(values, lo, least, most):
 
     `least` values reach `lo`, or `lo` is below all: then it may be fewer.
     """
-    lo, hi = tl.maximum(tl.min(values), lo), tl.max(values) + 1
     count = tl.sum((values >= lo).to(tl.int32))
+    lo, hi = tl.where(count < least, lo, tl.maximum(tl.min(values), lo)), tl.max(values) + 1
     while (count > most) & (lo + 1 < hi):
         middle = (lo & hi) + ((lo ^ hi) >> 1)  # hi - lo may not fit an int32
         reach = tl.sum((values >= middle).to(tl.int32))
