@@ -74,7 +74,8 @@ def append_slots(state: PageState, kv: Tensor, slots: Tensor, rows: Tensor, q_le
 
     Args:
         kv: `[num_layers, 2, num_pages, num_kv_heads, page_size, head_dim]`, any dtype, each page contiguous.
-        slots: `[sum of q_lens]` int64, written: `page * page_size + offset` of each new token, in the order of rows.
+        slots: `[num_slots]` int64, written: `page * page_size + offset` of each new token, in the order of rows, and -1
+            beyond the sum of q_lens. So the same buffer serves any number of rows, as a captured step needs.
         rows: `[n]` int32 row ids, each at most once.
         q_lens: `[n]` int32 new tokens per row, 0 allowed; None = 1 each.
 
