@@ -256,6 +256,11 @@ class PagePool:
         """The most pages that were ever in use at once."""
         return self._read_status(STATUS_PEAK_USED)
 
+    def reset_status(self) -> None:
+        """Lets page ops work again after one was refused for lack of pages."""
+        self.status[STATUS_ERROR] = OK
+        self.status[STATUS_NUM_NEEDED] = 0
+
     @property
     def page_bytes(self) -> int:
         """Bytes of one page: K and V, all layers."""
@@ -322,8 +327,7 @@ class PagePool:
 
     def _raise_refusal(self) -> None:
         needed = self._read_status(STATUS_NUM_NEEDED)
-        self.status[STATUS_ERROR] = OK
-        self.status[STATUS_NUM_NEEDED] = 0
+        self.reset_status()
         raise OutOfPages(needed, self.num_free_pages)
 
 
