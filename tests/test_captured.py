@@ -14,6 +14,7 @@ from test_models import make_model
 import treedecode as td
 from treedecode import captured, ops
 from treedecode.captured import CapturedSteps, Run
+from treedecode.captured_beams import CapturedBeamStep
 from treedecode.models import TransformersModel
 
 ANY = td.Sampling(seed=3, ignore_eos=True)
@@ -184,3 +185,93 @@ def test_a_real_model(name):
         dec.check_integrity()
     assert outs[0] == outs[1]
     assert all(np.isfinite(out.logprobs).all() for branches in outs[0] for out in branches)
+
+
+@pytest.fixture
+def beam_steps(monkeypatch):
+    """Number of every replay of a beam step."""
+    seen = []
+    replay = CapturedBeamStep.replay
+    monkeypatch.setattr(CapturedBeamStep, "replay", lambda step, i: (seen.append(i), replay(step, i))[1])
+    return seen
+
+
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+@pytest.mark.parametrize("eos_logit", [-50.0, 1.2])
+def test_beam_search(decoder, beam_steps, early_stopping, eos_logit):
+    settings = {"num_beams": 3, "max_new_tokens": 40, "length_penalty": 0.7, "early_stopping": early_stopping}
+    plain = td.Decoder(FakeModel(eos_logit=eos_logit), FakeTokenizer(), page_size=4)
+    expected = plain.beam_search(PROMPTS, **settings)
+    assert beam_steps == []
+    dec = decoder(FakeModel(eos_logit=eos_logit), num_pages=300)
+    assert dec.beam_search(PROMPTS, **settings) == expected
+    assert len(beam_steps) > 10
+    dec.check_integrity()
+    assert dec.num_branches == 0
+
+
+def test_beam_search_with_a_minimum_length(decoder, beam_steps):
+    settings = {"num_beams": 3, "max_new_tokens": 12, "min_new_tokens": 8}
+    plain = td.Decoder(FakeModel(eos_logit=2.0), FakeTokenizer(), page_size=4)
+    expected = plain.beam_search(PROMPTS, **settings)
+    dec = decoder(FakeModel(eos_logit=2.0))
+    assert dec.beam_search(PROMPTS, **settings) == expected
+    assert 0 < len(beam_steps) <= 4
+
+
+@pytest.mark.parametrize("num_pages", [12, 14])
+def test_beam_search_that_runs_out_of_pages(decoder, beam_steps, num_pages):
+    """Resting branches of a frontier give way, in the middle of the captured steps."""
+    plain = td.Decoder(FakeModel(eos_logit=-50.0), FakeTokenizer(), page_size=4)
+    expected = plain.beam_search([[2, 3, 4]], num_beams=2, max_new_tokens=20)
+    dec = decoder(FakeModel(eos_logit=-50.0), num_pages=num_pages)
+
+    async def search():
+        with await dec.roots([[9] * 20]) as resting:
+            await resting.extend(max_new_tokens=4, sampling=ANY)
+            return await dec.beam_search_async([[2, 3, 4]], num_beams=2, max_new_tokens=20)
+
+    assert asyncio.run(search()) == expected
+    assert dec.stats.num_preemptions > 0
+    assert len(beam_steps) > 5
+    dec.check_integrity()
+    assert dec.num_branches == 0
+
+
+def test_beam_search_says_that_logits_are_bad(decoder, monkeypatch):
+    """On a GPU beam_prune marks the group."""
+
+    def marking_prune(logits, scores, indptr, count, **options):
+        bad = logits.isnan().any(dim=1)
+        found = ops_prune(logits.nan_to_num(), scores, indptr, count, **options)
+        if bad.any():
+            return found[0].fill_(torch.nan), found[1].fill_(-1), found[2].fill_(-1), found[3]
+        return found
+
+    class Poisoned(FakeModel):
+        def forward(self, ids, positions, context, logit_rows):
+            logits = super().forward(ids, positions, context, logit_rows)
+            logits[positions[logit_rows] == 9] = torch.nan
+            return logits
+
+    ops_prune = ops.beam_prune
+    monkeypatch.setattr(captured.ops, "beam_prune", marking_prune)
+    dec = decoder(Poisoned(eos_logit=-50.0))
+    with pytest.raises(ValueError, match="NaN"):
+        dec.beam_search([[2, 3, 4], [5, 6]], num_beams=3, max_new_tokens=20)
+    dec.check_integrity()
+    assert dec.num_branches == 0
+
+
+def test_beam_search_of_a_real_model(beam_steps):
+    model = TransformersModel(make_model("llama"))
+    prompts = [list(range(5, 40)), [7, 8, 9]]
+    outs = []
+    for sizes in (None, ()):
+        dec = td.Decoder(model, kv_memory="16MiB")
+        if sizes is not None:
+            dec.engine.captured = CapturedSteps(model, dec.engine.pool, sizes)
+        outs.append(dec.beam_search(prompts, num_beams=4, max_new_tokens=20))
+        dec.check_integrity()
+    assert outs[0] == outs[1]
+    assert len(beam_steps) > 10

@@ -5,8 +5,8 @@ it is always one step behind, and never waits for the step it has just launched.
 """
 
 from collections import deque
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,46 +20,47 @@ from treedecode.schedule import Batch
 
 # Rows of a captured step; a batch takes the next larger one and leaves the rest of its rows idle.
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-_MAX_IN_FLIGHT = 2
+MAX_IN_FLIGHT = 2
+
+C = TypeVar("C", bound="Captured")
 
 
-class CapturedStep:
-    """A decode step of up to `size` rows: each appends the token sampled last and samples the next.
+class Captured:
+    """A decode step on fixed buffers: every row appends one token, or none, and something follows from the logits.
 
-    Idle rows come last; they are rows of the pool like others, which a length of 0 leaves as they are.
+    A subclass says what follows in `_step`, and leaves in `result` what the host wants to know.
     """
 
-    def __init__(self, model: Any, pool: PagePool, size: int, memory: Any) -> None:
-        """Captures the step.
+    def __init__(self, model: Any, pool: PagePool, size: int, result_len: int) -> None:
+        """Makes the buffers for `size` rows and `result_len` numbers."""
+        self.model, self.pool, self.size = model, pool, size
+        self.rows, self.q_lens = self.buffer(torch.int32), self.buffer(torch.int32)
+        self.row_ids, self.ids = self.buffer(torch.int64), self.buffer(torch.int64)
+        self.result = torch.zeros(result_len + len(pool.status), dtype=torch.int32, device=pool.device)
+        self._slots, self._last = self.buffer(torch.int64), torch.arange(size, device=pool.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def buffer(self, dtype: torch.dtype, size: int | None = None) -> Tensor:
+        """Zeros, one per row by default."""
+        return torch.zeros(self.size if size is None else size, dtype=dtype, device=self.pool.device)
+
+    def idle(self, rows: Ints) -> None:
+        """The step's rows from here on; none of them appends."""
+        self.q_lens.zero_()
+        self.rows.copy_(torch.from_numpy(rows.astype(np.int32)))
+        self.row_ids.copy_(self.rows)
+
+    def capture(self, memory: Any) -> None:
+        """Makes the graph, on a GPU.
 
         Args:
-            memory: the graphs' memory pool (`torch.cuda.graph_pool_handle()`), which steps share; unused on the CPU.
+            memory: the graphs' memory pool (`torch.cuda.graph_pool_handle()`), which they share.
         """
-        self.model, self.pool, self.size = model, pool, size
-
-        def buffer(dtype: torch.dtype) -> Tensor:
-            return torch.zeros(size, dtype=dtype, device=pool.device)
-
-        self.rows, self.q_lens, self.ids = buffer(torch.int32), buffer(torch.int32), buffer(torch.int64)
-        self.row_ids, self.last = buffer(torch.int64), torch.arange(size, device=pool.device)
-        self.slots = buffer(torch.int64)
-        self.sampling = {
-            "temperature": buffer(torch.float32),
-            "top_k": buffer(torch.int32),
-            "top_p": buffer(torch.float32),
-            "min_p": buffer(torch.float32),
-            "seed": buffer(torch.int64),
-        }
-        # token, bits of the log-probability, status: one copy to the host
-        self.result = torch.zeros(2 * size + len(pool.status), dtype=torch.int32, device=pool.device)
-        self._graph: torch.cuda.CUDAGraph | None = None
-        if pool.device.type == "cuda":
-            self._host = [torch.empty_like(self.result, device="cpu", pin_memory=True) for _ in range(_MAX_IN_FLIGHT)]
-            self._capture(memory)
-
-    def _capture(self, memory: Any) -> None:
+        if self.pool.device.type != "cuda":
+            return
+        self._host = [torch.empty_like(self.result, device="cpu", pin_memory=True) for _ in range(MAX_IN_FLIGHT)]
         # Nothing is appended while all lengths are 0. The first runs load and compile kernels, which capture forbids.
-        self._idle(np.arange(self.size))
+        self.idle(np.arange(self.size))
         stream = torch.cuda.Stream(self.pool.device)
         stream.wait_stream(torch.cuda.current_stream(self.pool.device))
         with torch.cuda.stream(stream):
@@ -70,25 +71,29 @@ class CapturedStep:
         with torch.cuda.graph(self._graph, pool=memory):
             self._step()
 
-    def _idle(self, rows: Ints) -> None:
-        self.q_lens.zero_()
-        self.rows.copy_(torch.from_numpy(rows.astype(np.int32)))
-        self.row_ids.copy_(self.rows)
+    def replay(self, number: int) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Launches the step; its result is in the tensor returned once the event has passed.
 
-    def load(self, batch: Batch, table: BranchTable) -> None:
-        """The next replay steps these rows, each from the last token the table has."""
-        count = len(batch.rows)
-        others = np.setdiff1d(np.arange(self.pool.max_branches), batch.rows)[: self.size - count]
-        self._idle(np.concatenate([batch.rows, others]))
-        self.q_lens[:count] = 1
-        last = table.tokens[batch.rows, table.num_tokens[batch.rows] - 1]
-        self.ids[:count].copy_(torch.from_numpy(last.astype(np.int64)))
-        for name, values in self.sampling.items():
-            values[:count] = getattr(batch.inputs, name)
+        Args:
+            number: of this replay; the result of number n is overwritten by number n + MAX_IN_FLIGHT.
+        """
+        if self._graph is None:
+            self._step()
+            return self.result.clone(), None
+        self._graph.replay()
+        host = self._host[number % MAX_IN_FLIGHT]
+        host.copy_(self.result, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return host, event
 
     def _step(self) -> None:
+        raise NotImplementedError
+
+    def _forward(self) -> tuple[Tensor, Tensor]:
+        """Appends the tokens of `ids`: (logits of what comes next `[size, vocab_size]`, lengths `[size]` int32)."""
         pool, model = self.pool, self.model
-        ops.append_slots(pool.state, pool.kv, self.slots, self.rows, self.q_lens)
+        ops.append_slots(pool.state, pool.kv, self._slots, self.rows, self.q_lens)
         page_table = pool.page_table.index_select(0, self.row_ids)
         seq_lens = pool.seq_lens.index_select(0, self.row_ids) * self.q_lens
         plan = ops.plan_tree(
@@ -100,28 +105,43 @@ class CapturedStep:
             num_kv_heads=model.num_kv_heads,
             head_dim=model.head_dim,
         )
-        context = StepContext(layer=pool.layer, page_table=page_table, seq_lens=seq_lens, plan=plan, slots=self.slots)
-        length = seq_lens.long()
-        logits = model.forward(self.ids, (length - 1).clamp_min(0), context, self.last)
-        token, logprob, _ = ops.sample(logits, **self.sampling, position=length)
+        context = StepContext(layer=pool.layer, page_table=page_table, seq_lens=seq_lens, plan=plan, slots=self._slots)
+        positions = (seq_lens.long() - 1).clamp_min(0)
+        return model.forward(self.ids, positions, context, self._last), seq_lens
+
+
+class CapturedStep(Captured):
+    """A step of up to `size` rows: each appends the token sampled last and samples the next.
+
+    Idle rows come last; they are rows of the pool like others, which a length of 0 leaves as they are.
+    """
+
+    def __init__(self, model: Any, pool: PagePool, size: int) -> None:
+        super().__init__(model, pool, size, 2 * size)
+        self.sampling = {
+            "temperature": self.buffer(torch.float32),
+            "top_k": self.buffer(torch.int32),
+            "top_p": self.buffer(torch.float32),
+            "min_p": self.buffer(torch.float32),
+            "seed": self.buffer(torch.int64),
+        }
+
+    def load(self, batch: Batch, table: BranchTable) -> None:
+        """The next replay steps these rows, each from the last token the table has."""
+        count = len(batch.rows)
+        others = np.setdiff1d(np.arange(self.pool.max_branches), batch.rows)[: self.size - count]
+        self.idle(np.concatenate([batch.rows, others]))
+        self.q_lens[:count] = 1
+        last = table.tokens[batch.rows, table.num_tokens[batch.rows] - 1]
+        self.ids[:count].copy_(torch.from_numpy(last.astype(np.int64)))
+        for name, values in self.sampling.items():
+            values[:count] = getattr(batch.inputs, name)
+
+    def _step(self) -> None:
+        logits, length = self._forward()
+        token, logprob, _ = ops.sample(logits, **self.sampling, position=length.long())
         self.ids.copy_(token.clamp_min(0))
-        torch.cat([token, logprob.view(torch.int32), pool.status], out=self.result)
-
-    def replay(self, number: int) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Launches the step; its result is in the tensor returned once the event has passed.
-
-        Args:
-            number: of this replay since `load`; the result of number n is overwritten by number n + 2.
-        """
-        if self._graph is None:
-            self._step()
-            return self.result.clone(), None
-        self._graph.replay()
-        host = self._host[number % _MAX_IN_FLIGHT]
-        host.copy_(self.result, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return host, event
+        torch.cat([token, logprob.view(torch.int32), self.pool.status], out=self.result)
 
 
 class Run:
@@ -148,7 +168,7 @@ class Run:
     @property
     def is_full(self) -> bool:
         """Whether tokens must be taken before another launch."""
-        return len(self._pending) == _MAX_IN_FLIGHT
+        return len(self._pending) == MAX_IN_FLIGHT
 
     def launch(self) -> None:
         """One more step for all rows."""
@@ -170,11 +190,11 @@ class Run:
 
 
 class CapturedSteps:
-    """The captured steps of a model, by size; each is captured when a batch first needs it."""
+    """The captured steps of a model; each is captured when it is first needed."""
 
     def __init__(self, model: Any, pool: PagePool, sizes: Sequence[int] = SIZES) -> None:
         self.model, self.pool, self.sizes = model, pool, sizes
-        self._steps: dict[int, CapturedStep] = {}
+        self._steps: dict[Any, Captured] = {}
         self._memory: Any = None
 
     def start(self, batch: Batch, table: BranchTable) -> Run:
@@ -185,11 +205,17 @@ class CapturedSteps:
         """
         size = min((size for size in self.sizes if size >= len(batch.rows)), default=len(batch.rows))
         size = min(size, self.pool.max_branches)
-        if size not in self._steps:
+        return Run(self.get(size, lambda: CapturedStep(self.model, self.pool, size)), batch, table)
+
+    def get(self, key: Any, make: Callable[[], C]) -> C:
+        """The step kept under `key`; made and captured if there is none."""
+        if key not in self._steps:
             if self.pool.device.type == "cuda" and self._memory is None:
                 self._memory = torch.cuda.graph_pool_handle()
-            self._steps[size] = CapturedStep(self.model, self.pool, size, self._memory)
-        return Run(self._steps[size], batch, table)
+            step = make()
+            step.capture(self._memory)
+            self._steps[key] = step
+        return self._steps[key]  # type: ignore[return-value]
 
     def clear(self) -> None:
         """Forgets all steps: the model is no longer what was captured."""

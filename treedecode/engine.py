@@ -29,6 +29,7 @@ class Engine(Ticker):
     ) -> None:
         super().__init__(model, pool, matcher, max_tokens=max_tokens, prefill_tokens=prefill_tokens)
         self._num_jobs = 0
+        self.num_searches = 0  # beam searches, which have jobs only now and then
         self._drivers: dict[asyncio.AbstractEventLoop, asyncio.Task] = {}
         self._waiting: list[asyncio.Future[None]] = []
 
@@ -62,6 +63,11 @@ class Engine(Ticker):
         waiting, self._waiting = self._waiting, []
         for future in waiting:
             settle(future)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether a beam search that asks is the only call that wants forwards."""
+        return self.num_searches == 1 and not self._jobs
 
     async def prefill(self, rows: Ints) -> None:
         """Computes all but the last token of each row, so that forks share it."""

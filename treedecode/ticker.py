@@ -284,6 +284,11 @@ class Ticker(Forest):
         self._batch = None
         job.fail(error)
 
+    def count_decoded(self, num_tokens: int) -> None:
+        """A forward of one token for each of so many branches has been done elsewhere."""
+        self._stats.num_forwards += 1
+        self._stats.num_decode_tokens += num_tokens
+
     def _count(self, batch: Batch) -> None:
         self._stats.num_forwards += 1
         chunked = int(batch.q_lens[batch.q_lens > 1].sum())
