@@ -219,7 +219,7 @@ def test_beam_search_with_a_minimum_length(decoder, beam_steps):
     assert 0 < len(beam_steps) <= 4
 
 
-@pytest.mark.parametrize("num_pages", [12, 14])
+@pytest.mark.parametrize("num_pages", [10, 12])
 def test_beam_search_that_runs_out_of_pages(decoder, beam_steps, num_pages):
     """Resting branches of a frontier give way, in the middle of the captured steps."""
     plain = td.Decoder(FakeModel(eos_logit=-50.0), FakeTokenizer(), page_size=4)
