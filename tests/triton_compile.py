@@ -1,8 +1,9 @@
-"""Compiles every Triton kernel ahead of time for every target, without a GPU; `python triton_compile.py` prints JSON.
+"""Compiles Triton kernels ahead of time for every target, without a GPU: `python triton_compile.py [op ...]`, to JSON.
 
 A process of its own: the tests beside it run the kernels in Triton's interpreter, and a process does one or the other.
 """
 
+import importlib
 import json
 import re
 import subprocess
@@ -24,21 +25,25 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx950": GPUTarget("hip", "gfx950", 64),
 }
-# Kernel -> types of its arguments by name ("*" and the dtype under test: "*T"; the rest are 32-bit integers), and
-# the values of its constants.
+# Kernel -> types of its arguments by name ("*" and the dtype under test: "*T"; the other pointers point to 32-bit
+# integers, and the rest are such), and the values of its constants.
 KERNELS = {
+    "adopt_pages": ({}, {"BLOCK": 1024}),
     "append_kv": (
         dict.fromkeys(("k_ptr", "v_ptr", "k_pages_ptr", "v_pages_ptr"), "*T")
         | {"slots_ptr": "*i64", "num_slots": "i64"},
         {"BLOCK": 1024},
     ),
-    "copy_pages": (
-        {"kv_ptr": "*T", "src_ptr": "*i32", "dst_ptr": "*i32", "num_tokens_ptr": "*i32"},
-        {"BLOCK": 4096},
-    ),
+    "append_slots_fill": ({"slots_ptr": "*i64", "first_slot_ptr": "*i64"}, {"STEPS": 10, "BLOCK": 256}),
+    "append_slots_plan": ({"first_slot_ptr": "*i64"}, {"BLOCK": 512}),
+    "copy_pages": ({"kv_ptr": "*T"}, {"BLOCK": 2048}),
+    "fork_branches_check": ({"last_drop_ptr": "*i64"}, {"BLOCK": 1024}),
+    "fork_branches_commit": ({}, {"BLOCK": 1024}),
+    "fork_branches_count": ({"last_drop_ptr": "*i64"}, {"BLOCK": 1024}),
+    "fork_branches_free": ({"last_drop_ptr": "*i64"}, {"BLOCK": 1024}),
+    "hold_pages": ({}, {"HOLD": False, "BLOCK": 1024}),
     "merge_states": (
-        dict.fromkeys(("out_ptr", "part_out_ptr"), "*T")
-        | {"lse_ptr": "*fp32", "part_lse_ptr": "*fp32", "indptr_ptr": "*i32"},
+        dict.fromkeys(("out_ptr", "part_out_ptr"), "*T") | {"lse_ptr": "*fp32", "part_lse_ptr": "*fp32"},
         {"BLOCK_D": 128},
     ),
     "rms_norm": (
@@ -63,22 +68,37 @@ def resources(compiled, target):
     return {"registers": int(found[1]), "stack": int(found[2])}
 
 
-def compile_one(op, target_name, dtype):
-    module = getattr(__import__(f"treedecode.triton_kernels.{op}", fromlist=[op]), f"_{op}_kernel")
-    types, constants = KERNELS[op]
+def kernels_of(op):
+    """Every kernel in the op's module, by its name in KERNELS."""
+    module = importlib.import_module(f"treedecode.triton_kernels.{op}")
+    return {name[1:-7]: kernel for name, kernel in vars(module).items() if re.fullmatch(r"_\w+_kernel", name)}
+
+
+def compile_one(op, kernel, target_name, dtype):
+    function = kernels_of(op)[kernel]
+    types, constants = KERNELS[kernel]
     signature = {
-        name: "constexpr" if name in constants else types.get(name, "i32").replace("T", dtype)
-        for name in module.arg_names
+        name: "constexpr"
+        if name in constants
+        else types.get(name, "*i32" if name.endswith("_ptr") else "i32").replace("T", dtype)
+        for name in function.arg_names
     }
-    source = ASTSource(module, signature, constexprs=constants)
+    source = ASTSource(function, signature, constexprs=constants)
     target = TARGETS[target_name]
     compiled = triton.compile(source, target=target, options={"num_warps": 4})
-    return {"op": op, "target": target_name, "dtype": dtype, "shared": compiled.metadata.shared,
+    return {"op": op, "kernel": kernel, "target": target_name, "dtype": dtype, "shared": compiled.metadata.shared,
             **resources(compiled, target)}  # fmt: skip
 
 
 def main():
-    jobs = [(op, target, dtype) for op in triton_kernels.OPS for target in TARGETS for dtype in ("bf16", "fp32")]
+    # A kernel without "*T" is the same for each dtype: the second time it comes from Triton's cache.
+    jobs = [
+        (op, kernel, target, dtype)
+        for dtype in ("bf16", "fp32")
+        for op in sys.argv[1:] or triton_kernels.OPS
+        for kernel in kernels_of(op)
+        for target in TARGETS
+    ]
     with ProcessPoolExecutor(2) as pool:
         json.dump(list(pool.map(compile_one, *zip(*jobs, strict=True))), sys.stdout)
 
