@@ -34,7 +34,7 @@ KERNELS = {
         | {"slots_ptr": "*i64", "num_slots": "i64"},
         {"BLOCK": 1024},
     ),
-    "append_slots_fill": ({"slots_ptr": "*i64", "first_slot_ptr": "*i64"}, {"STEPS": 10, "BLOCK": 256}),
+    "append_slots_fill": ({"slots_ptr": "*i64", "first_slot_ptr": "*i64"}, {"BLOCK": 256}),
     "append_slots_plan": ({"first_slot_ptr": "*i64"}, {"BLOCK": 512}),
     "copy_pages": ({"kv_ptr": "*T"}, {"BLOCK": 2048}),
     "fork_branches_check": ({"last_drop_ptr": "*i64"}, {"BLOCK": 1024}),

@@ -6,7 +6,7 @@ from treedecode.triton_kernels import page_state
 from treedecode.triton_kernels.page_state import BAD_ARGUMENT, ERROR, NUM_FREE, OK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "num_tokens"])
 def _adopt_pages_kernel(
     refcount_ptr,  # [num_pages]
     row_ptr,  # [max_pages] the row of the page table

@@ -36,7 +36,7 @@ def _read_rows(
     return row, tl.where(ok, len, 0), tl.where(ok, q_len, 0), page, (i < n) & (ok == 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "num_slots"])
 def _append_slots_plan_kernel(
     refcount_ptr, free_pages_ptr,  # [num_pages]
     page_table_ptr, seq_lens_ptr, status_ptr,  # [max_branches, max_pages], [max_branches], [4]
@@ -148,15 +148,15 @@ def _append_slots_plan_kernel(
             tl.store(status_ptr + ERROR, BAD_ARGUMENT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "num_slots", "steps"])
 def _append_slots_fill_kernel(
     slots_ptr,  # [num_slots] int64 out
     refcount_ptr, free_pages_ptr, page_table_ptr, status_ptr,
     first_slot_ptr,  # [n + 1] int64
     len_ptr, taken_ptr, first_page_ptr, head_ptr,  # as the plan kernel writes them
     rows_ptr,  # [n] int32
-    max_pages, page_size, n, num_slots,
-    STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    max_pages, page_size, n, num_slots, steps,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     go = tl.load(status_ptr + ERROR) == OK
     slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -164,7 +164,7 @@ def _append_slots_fill_kernel(
     tl.store(slots_ptr + slot, -1, mask=(slot < num_slots) & (kept == 0))
     # The last row that begins at or before the slot: rows without new tokens begin where the next one does.
     low, high = tl.zeros([BLOCK], tl.int32), tl.full([BLOCK], n, tl.int32)
-    for _ in range(STEPS):
+    for _ in range(steps):
         middle = (low + high) // 2
         begun = tl.load(first_slot_ptr + middle, mask=kept & (middle < n), other=0) <= slot
         low, high = tl.where(begun, middle, low), tl.where(begun, high, middle)
@@ -211,6 +211,6 @@ def append_slots(
         block = min(256, max(64, triton.next_power_of_2(num_slots)))
         _append_slots_fill_kernel[(triton.cdiv(num_slots, block),)](
             slots, refcount, free_pages, page_table, status, first_slot, lens, taken, first_page, head, rows,
-            max_pages, page_size, n, num_slots, STEPS=n.bit_length(), BLOCK=block, num_warps=4,
+            max_pages, page_size, n, num_slots, n.bit_length(), BLOCK=block, num_warps=4,
         )  # fmt: skip
     copy_pages.launch(kv, *copies, head)

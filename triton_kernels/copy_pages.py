@@ -6,7 +6,7 @@ from torch import Tensor
 from treedecode.triton_kernels import check
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _copy_pages_kernel(
     kv_ptr,  # [num_layers, 2, num_pages, H, page_size, D], strides (layer, k or v, page)
     src_ptr, dst_ptr, num_tokens_ptr,  # [n] int32; num_tokens may be null

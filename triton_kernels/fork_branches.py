@@ -8,7 +8,7 @@ from treedecode.triton_kernels.page_state import BAD_ARGUMENT, ERROR, NUM_FREE, 
 # Four launches, a program per row: each needs what all programs of the one before have written.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _fork_branches_check_kernel(
     ok_ptr,  # [n] int32 out: nothing about this row is refused
     last_drop_ptr,  # [num_pages] int64 out: -1 for the pages that may be dropped
@@ -46,7 +46,7 @@ def _fork_branches_check_kernel(
     tl.store(ok_ptr + i, ok.to(tl.int32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _fork_branches_count_kernel(
     new_table_ptr, new_lens_ptr,  # [n, max_pages], [n] int32 out: the new rows, read before any row is written
     last_drop_ptr,  # [num_pages] int64: -1 in, the place of the page's last drop in the order of drops out
@@ -88,7 +88,7 @@ def _fork_branches_count_kernel(
         tl.store(status_ptr + ERROR, BAD_ARGUMENT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _fork_branches_free_kernel(
     freed_ptr, num_freed_ptr,  # [n, max_pages], [n + 1] int32 out: each row's freed pages; at the end: num_free
     new_table_ptr, new_lens_ptr,  # [n, max_pages], [n]
@@ -122,7 +122,7 @@ def _fork_branches_free_kernel(
         tl.store(num_freed_ptr + n, tl.load(status_ptr + NUM_FREE))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _fork_branches_commit_kernel(
     free_pages_ptr,  # [num_pages]
     page_table_ptr, seq_lens_ptr, status_ptr,

@@ -6,7 +6,7 @@ from treedecode.triton_kernels import page_state
 from treedecode.triton_kernels.page_state import BAD_ARGUMENT, ERROR, NUM_FREE, OK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _hold_pages_kernel(
     refcount_ptr, free_pages_ptr,  # [num_pages]
     status_ptr,  # [4]

@@ -32,8 +32,8 @@ class PageState(NamedTuple):
     free_pages: `[num_pages]` int32, a stack of `num_free` page ids; what lies above is undefined.
     page_table: `[max_branches, max_pages]` int32; entries from `ceil(seq_len / page_size)` on are undefined.
     seq_lens: `[max_branches]` int32, tokens per row.
-    status: `[4]` int32: error (`OK`, `OUT_OF_PAGES` or `BAD_ARGUMENT`, sticky), num_free, pages the refused call needed,
-        the most pages ever used at once.
+    status: `[4]` int32: error (`OK`, `OUT_OF_PAGES` or `BAD_ARGUMENT`; sticky), num_free, pages the refused call
+        needed, the most pages ever used at once.
     page_size: tokens per page.
     """
 
