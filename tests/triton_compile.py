@@ -36,6 +36,11 @@ KERNELS = {
     ),
     "append_slots_fill": ({"slots_ptr": "*i64", "first_slot_ptr": "*i64"}, {"BLOCK": 256}),
     "append_slots_plan": ({"first_slot_ptr": "*i64"}, {"BLOCK": 512}),
+    "beam_update": (
+        dict.fromkeys(("running_scores_ptr", "pool_scores_ptr", "scores_ptr", "old_scores_ptr"), "*fp32")
+        | {"done_ptr": "*i1", "stop_ptr": "*i1", "penalty_bits": "i64"},
+        {"EARLY_STOPPING": 2, "BLOCK": 512},
+    ),
     "copy_pages": ({"kv_ptr": "*T"}, {"BLOCK": 2048}),
     "fork_branches_check": ({"last_drop_ptr": "*i64"}, {"BLOCK": 1024}),
     "fork_branches_commit": ({}, {"BLOCK": 1024}),

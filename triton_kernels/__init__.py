@@ -12,6 +12,7 @@ OPS = (
     "adopt_pages",
     "append_kv",
     "append_slots",
+    "beam_update",
     "copy_pages",
     "fork_branches",
     "hold_pages",
