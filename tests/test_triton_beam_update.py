@@ -93,11 +93,11 @@ def test_random_searches(search):
         state = assert_as_on_the_cpu(args | state)
 
 
-@pytest.mark.parametrize("every", [2, 3, 1000])
+@pytest.mark.parametrize("every", [2, 100])
 def test_more_beams_than_a_block(every):
-    """Hits of 700 beams interleave with a pool of 700."""
+    """Hits of 700 beams interleave with a pool of 700; few of them move it by less than a block."""
     k = 700
-    candidates = [(-float(i), i % k, 5 if i % every else 7) for i in range(2 * k)]
+    candidates = [(-float(i), i % k, 7 if i % every else 5) for i in range(2 * k)]
     pool = [(-2.0 * i, 1, i, 9) for i in range(k)]
     args = make_args(k, candidates, eos=[5], pool=pool, length_penalty=0.0)
     assert_as_on_the_cpu(args)
@@ -106,27 +106,41 @@ def test_more_beams_than_a_block(every):
 
 def test_equal_scores_keep_their_order():
     assert_as_on_the_cpu(make_args(1, [(-2.0, 0, 5), (-3.0, 0, 7)], eos=[5], pool=[(-2.0, 1, 0, 9)], length_penalty=0))
+    pool = [(-2.0, 1, 0, 8), (-2.0, 1, 0, 9)]
+    candidates = [(-2.0, 0, 5), (-2.0, 1, 5), (-2.0, 2, 7), *[(-3.0, 0, 7)] * 3]
+    assert_as_on_the_cpu(make_args(3, candidates, eos=[5], pool=pool, length_penalty=0.0))
     assert_as_on_the_cpu(make_args(2, [(-1.0, 0, 5), (-1e9, 1, 7), (-1e9, 0, 8), (-1e9, 0, 9)], eos=[5]))
     assert_as_on_the_cpu(make_args(2, [(-1.0, 0, 5), (-1.0, 1, 5), (-1.0, 0, 5), (-1.0, 1, 8)], eos=[5]))
     assert_as_on_the_cpu(make_args(1, [(-10.0, 0, 7), (-1e9, 0, 3)], eos=[7]))
+
+
+def together(groups, **settings):
+    """One call for groups of one beam each."""
+    args = {name: torch.cat([group[name] for group in groups]) for name in NAMES}
+    args["parent"] += torch.arange(len(groups), dtype=torch.int32)[:, None]
+    args["row_indptr"] = args["beam_indptr"] = torch.arange(len(groups) + 1, dtype=torch.int32)
+    return args | {"eos_ids": i32([5])} | settings
 
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0, 0.5, 0.7, -1.0, -0.6])
 def test_the_length_penalty_is_rounded_as_on_the_cpu(penalty):
     """Squares above 2^24 lie half-way between two fp32 numbers now and then: 4097^2 = 2^24 + 2^13 + 1."""
     lengths = [1, 2, 3, 5, 7, 10, 33, 100, 4097, 5001, 8193, 100003]
+    candidates = [(-7.3, 0, 5), (-8.0, 0, 7)]
+    groups = [make_args(1, candidates, gen_len=length - 1, max_new_tokens=2**20) for length in lengths]
+    assert_as_on_the_cpu(together(groups, length_penalty=penalty))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("penalty", [-1.0, 0.0, 1.0])
+def test_when_a_full_pool_ends_the_search(penalty, mode):
+    """The worst finished score on either side of what the best running beam has now and of what it may still reach."""
     groups = [
-        make_args(1, [(-7.3, 0, 5), (-8.0, 0, 7)], eos=[5], gen_len=length - 1, max_new_tokens=2**20)
-        for length in lengths
+        make_args(1, [(-3.0, 0, 7), (-4.0, 0, 8)], pool=[(-worst, 3, 0, 5)], gen_len=3, max_new_tokens=10)
+        for worst in (0.2, 0.3, 0.5, 0.75, 0.9, 2.0, 3.0, 9.0, 11.0, 12.0, 20.0, 40.0)
     ]
-    args = {
-        name: torch.cat([group[name] for group in groups])
-        for name in NAMES
-        if name not in ("row_indptr", "beam_indptr")
-    }
-    args["parent"] += torch.arange(len(groups), dtype=torch.int32)[:, None]
-    args["row_indptr"] = args["beam_indptr"] = torch.arange(len(groups) + 1, dtype=torch.int32)
-    assert_as_on_the_cpu(args | {"eos_ids": i32([5]), "length_penalty": penalty})
+    done = assert_as_on_the_cpu(together(groups, length_penalty=penalty, early_stopping=mode))["done"]
+    assert mode is True or 0 < done.sum() < len(groups)
 
 
 def two_groups(**changes):

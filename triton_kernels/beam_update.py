@@ -153,7 +153,7 @@ def _beam_update_kernel(
     # Only hits among the first num_beams candidates may finish. The old ones move down to make room: from the last
     # block to the first, each read before it is written over.
     top = tl.minimum(num_beams, num_present)
-    divisor = _power(new_len, penalty)
+    divisor = _power(tl.where(go, new_len, 1), penalty)
     num_blocks = tl.where(tl.load(num_hits_ptr + top, mask=go, other=0) > 0, tl.cdiv(num_beams, BLOCK), 0)
     for block in range(0, num_blocks):
         i = (num_blocks - 1 - block) * BLOCK + lane
@@ -209,8 +209,8 @@ def beam_update(
     pool_lens: Tensor, pool_parents: Tensor, pool_tokens: Tensor, done: Tensor, gen_lens: Tensor,
     max_new_tokens: Tensor, eos_ids: Tensor, length_penalty: float, early_stopping: int, stop: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `treedecode.ops.beam_update`; a group of which a value is refused is left alone, and its running scores are NaN.
-    So is every group when `row_indptr` or `beam_indptr` is no partition."""
+    """See `treedecode.ops.beam_update`; a group with a value that is refused is left alone and its running scores are
+    NaN. So is every group when `row_indptr` or `beam_indptr` is no partition."""
     check.tensor(scores, "scores", "[num_groups, num_candidates]", (-1, -1), torch.float32, contiguous=True)
     for t, name, dtype in ((parent, "parent", torch.int32), (token, "token", torch.int32), (stop, "stop", torch.bool)):
         if t is not None:
