@@ -175,6 +175,8 @@ def test_fork_in_place_of_rows_that_are_read():
     pair.append(int32(0, 1, 2, 3), int32(3, 5, 7, 9))
     for src, lens in (((1, 2, 3, 0), None), ((2, 2, 0, 2), None), ((3, 0, 1, 0), (2, 7, 0, 5)), ((0, 0, 0, 0), None)):
         pair.call("fork_branches", int32(*src), int32(0, 1, 2, 3), lens and int32(*lens))
+    pair.append(int32(2, 0))  # fewer pages than were in use before: the peak stays
+    assert pair.num_pages - pair.num_free_pages < pair.peak_used_pages
 
 
 def test_nothing_to_do():

@@ -5,7 +5,8 @@ from torch import Tensor, int64
 from treedecode.triton_kernels import page_state
 from treedecode.triton_kernels.page_state import BAD_ARGUMENT, ERROR, NUM_FREE, OK, pages_of
 
-# Four launches, a program per row: each needs what all programs of the one before have written.
+# A program per row, and four launches, for each needs what all programs of the one before have written: which rows are
+# refused; how often each page is referred to then, and where it is dropped last; how many pages each row frees.
 
 
 @triton.jit(do_not_specialize=["n"])
