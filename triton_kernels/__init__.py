@@ -5,7 +5,10 @@ AMD's too). It checks shapes, dtypes and strides, and reads no value: the host n
 `treedecode.triton_kernels`, never under its own name, which belongs to a package of triton-lang.
 """
 
+import functools
 import importlib
+
+import torch
 
 # Ops that have a kernel here, each in a module of its name.
 OPS = (
@@ -24,4 +27,14 @@ OPS = (
 
 def launcher(op: str):
     """The function that runs `op` on CUDA tensors."""
-    return getattr(importlib.import_module(f"{__name__}.{op}"), op)
+    run = getattr(importlib.import_module(f"{__name__}.{op}"), op)
+
+    @functools.wraps(run)
+    def launch(*args):
+        device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return run(*args)
+        with torch.cuda.device(device):  # Triton launches on the current device, wherever the tensors are
+            return run(*args)
+
+    return launch
