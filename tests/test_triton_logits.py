@@ -3,12 +3,8 @@
 As in test_triton_kernels.py, fp32 and fp16 alone: the interpreter gets bf16 wrong.
 """
 
-import json
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -50,23 +46,6 @@ def small_blocks(monkeypatch):
         module = importlib.import_module(f"treedecode.triton_kernels.{op}")
         for name, size in sizes.items():
             monkeypatch.setattr(module, name, size)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("op", ["beam_prune", "sample"])
-def test_every_kernel_compiles_for_every_target_without_spills(op):
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("triton_compile.py")
-    out = subprocess.run([sys.executable, script, op], capture_output=True, text=True, env=env, check=True).stdout
-    rows = json.loads(out)
-    names = {row["kernel"].partition("/")[0] for row in rows}
-    module = sys.modules[triton_kernels.launcher(op).__module__]
-    assert names == {name[1 : -len("_kernel")] for name in vars(module) if name.endswith("_kernel")}
-    assert len(rows) == 5 * 2 * len({row["kernel"] for row in rows})
-    for row in rows:
-        assert row.get("stack", 0) == row.get("vgpr_spill_count", 0) == 0, row
-        assert row.get("registers", row.get("vgpr_count")) <= 128, row
-        assert row["shared"] <= 64 << 10, row
 
 
 @pytest.mark.parametrize("k", [1, 16, 100, 200])

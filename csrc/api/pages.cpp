@@ -105,7 +105,7 @@ void append_slots_cpu(Tensor refcount, Tensor free_pages, Tensor page_table, Ten
   check_kv(kv, page_size);
   STD_TORCH_CHECK(kv.size(2) == s.num_pages, "[ValueError] kv: expected num_pages = ", s.num_pages, ", got ",
                   kv.size(2));
-  check_shape(slots, "slots", "[sum of q_lens]", {-1});
+  check_shape(slots, "slots", "[num_slots]", {-1});
   check_dtype(slots, "slots", ScalarType::Long);
   check_contiguous(slots, "slots");
   const int32_t* row = indices(rows, "rows", "[n]", -1);
