@@ -64,7 +64,7 @@ inline void check_kv(const Tensor& kv, int64_t page_size) {
 inline void check_slots(const Tensor& slots, const Tensor& kv, int64_t num_pages, int64_t page_size) {
   check_kv(kv, page_size);
   STD_TORCH_CHECK(kv.size(2) == num_pages, "[ValueError] kv: expected num_pages = ", num_pages, ", got ", kv.size(2));
-  check_shape(slots, "slots", "[sum of q_lens]", {-1});
+  check_shape(slots, "slots", "[num_slots]", {-1});
   check_dtype(slots, "slots", ScalarType::Long);
   check_contiguous(slots, "slots");
 }
