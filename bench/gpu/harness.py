@@ -1,0 +1,376 @@
+"""Timing on a GPU: calls captured in a CUDA graph, with warm and with cold caches, beside what the device can do.
+
+*Warm*: every call of the graph works on the same inputs. *Cold*: the calls take turns on sets of inputs, so many that a
+set is used again only after more than twice the L2 cache has been read. That is what the layers of a model do to each
+other, and unlike a flush between calls it adds nothing that would have to be timed and subtracted.
+
+Without a GPU the same code runs on the CPU by the wall clock, for the sake of its tests.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.harness import GEMM_DTYPES, Peaks, dtype_name
+
+ROUNDS = 9
+GRAPH_SECONDS = 2e-3  # a replay should last so long that an event's resolution and the launch of the graph vanish in it
+MAX_CALLS = 256
+
+
+class NotApplicable(Exception):
+    """A contestant cannot take part in a case; the message says why, and the results list it."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: the median of several rounds, and how far those lie apart."""
+
+    seconds: float
+    spread: float  # (largest - smallest) / median
+    method: str  # "graph", "events" (launched one by one, so host time may count) or "clock"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Something that does a case's work.
+
+    Attributes:
+        call: runs on input set number i and returns tensors.
+        num_sets: sets of inputs that `call` knows; with one alone there is no cold timing.
+        error: the relative error of the result on set 0 against float64; None where there is nothing to compare.
+        limit: the largest error to be taken for the same computation.
+        plan: what is done once per step before `call`, for all layers.
+        plan_method: how `plan` is timed; "clock" is for plans that the host makes.
+        self_evicting: a call reads so much that it is cold on one set already.
+        notes: what a reader of the row must know.
+    """
+
+    call: Callable[[int], Any]
+    num_sets: int = 1
+    error: Callable[[], float] | None = None
+    limit: float = 0.0
+    plan: Callable[[], object] | None = None
+    plan_method: str = "graph"
+    notes: str = ""
+    self_evicting: bool = False
+
+
+Builders = Mapping[str, Callable[[], Contestant]]
+
+
+def num_sets(num_bytes: int, device: torch.device) -> int:
+    """Sets of inputs of `num_bytes` each that keep one another out of the L2 cache."""
+    if device.type != "cuda":
+        return 2
+    return 1 + math.ceil(2 * torch.cuda.get_device_properties(device).L2_cache_size / num_bytes)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def clock_seconds(function: Callable[[], object], device: torch.device, rounds: int = ROUNDS) -> Timing:
+    """By the wall clock, from an idle device to an idle device."""
+    times = []
+    for _ in range(rounds + 1):
+        synchronize(device)
+        begin = time.perf_counter()
+        function()
+        synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return _timing(times[1:], 1, "clock")
+
+
+def call_seconds(call: Callable[[int], object], sets: Sequence[int], device: torch.device) -> Timing:
+    """Time of a call, the calls taking turns on `sets`; the graph of them is replayed `ROUNDS` times.
+
+    Raises:
+        RuntimeError: the calls cannot be captured.
+    """
+
+    def turn() -> None:
+        for i in sets:
+            call(i)
+
+    if device.type != "cuda":
+        timing = clock_seconds(turn, device, rounds=2)
+        return Timing(timing.seconds / len(sets), timing.spread, timing.method)
+    stream = torch.cuda.Stream(device)  # capture happens on a side stream, so libraries set themselves up on one
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            turn()
+    torch.cuda.synchronize(device)
+    guess = _event_times(turn, 2)[-1]
+    turns = max(1, min(MAX_CALLS // len(sets), math.ceil(GRAPH_SECONDS / max(guess, 1e-7))))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(turns):
+            turn()
+    graph.replay()
+    return _timing(_event_times(graph.replay, ROUNDS), turns * len(sets), "graph")
+
+
+def event_seconds(call: Callable[[int], object], sets: Sequence[int]) -> Timing:
+    """The same for what cannot be captured: launched call by call."""
+    for i in sets:
+        call(i)
+    times = _event_times(lambda: [call(i) for i in sets], ROUNDS)
+    return _timing(times, len(sets), "events")
+
+
+def _event_times(function: Callable[[], object], rounds: int) -> list[float]:
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * rounds)]
+    for begin, end in zip(events[::2], events[1::2], strict=True):
+        begin.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) / 1e3 for begin, end in zip(events[::2], events[1::2], strict=True)]
+
+
+def _timing(times: list[float], num_calls: int, method: str) -> Timing:
+    median = statistics.median(times)
+    return Timing(median / num_calls, (max(times) - min(times)) / median, method)
+
+
+def measure_peaks(device: torch.device, smoke: bool) -> Peaks:
+    """The device's peaks: read and copy on buffers far larger than any cache, products of random matrices.
+
+    Random, because products of zeros take less power and run at higher clocks.
+    """
+    source = torch.rand((1 << 18) if smoke else (1 << 29), device=device)
+    target = torch.empty_like(source)
+    read = min(call_seconds(lambda _, f=f: f(), [0], device).seconds for f in (source.sum, source.amax))
+    copy = call_seconds(lambda _: target.copy_(source), [0], device).seconds
+    num_bytes = source.nbytes
+    del source, target
+    rates = {}
+    for dtype in GEMM_DTYPES:
+        seconds = []
+        for size in (64,) if smoke else (4096, 8192):
+            a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+            seconds.append(call_seconds(lambda _, a=a, b=b: a @ b, [0], device).seconds / (2.0 * size**3))
+        rates[dtype_name(dtype)] = 1e-9 / min(seconds)
+    return Peaks(num_bytes / read / 1e9, 2 * num_bytes / copy / 1e9, rates)
+
+
+def environment(device: torch.device, commit: str | None) -> dict[str, Any]:
+    """What a reader needs to judge a result. Clocks are as found: nothing here sets any."""
+    found: dict[str, Any] = {"commit": commit or _commit(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    for package in ("triton", "transformers", "flashinfer-python", "flash-attn"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "device": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "l2_bytes": properties.L2_cache_size,
+            **_nvidia_smi(device.index or 0),
+        }
+    else:
+        found |= {"device": "cpu"}
+    return found
+
+
+def _commit() -> str:
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown (not a git checkout)"
+
+
+def _nvidia_smi(index: int) -> dict[str, str]:
+    fields = {
+        "driver": "driver_version",
+        "sm_clock_mhz": "clocks.sm",
+        "sm_clock_max_mhz": "clocks.max.sm",
+        "memory_clock_mhz": "clocks.mem",
+        "power_limit_w": "power.limit",
+        "temperature_c": "temperature.gpu",
+    }
+    query = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader,nounits"]
+    try:
+        line = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"driver": f"nvidia-smi failed: {error}"}
+    return dict(zip(fields, (value.strip() for value in line.split(",")), strict=False))
+
+
+def tensors_of(result: object) -> list[Tensor]:
+    """The tensors of a call's result, in order."""
+    if isinstance(result, Tensor):
+        return [result]
+    return [x for x in result if isinstance(x, Tensor)] if isinstance(result, Iterable) else []
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Norm of the difference over the norm of the truth; NaN where anything is."""
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+class Session:
+    """One part's run: its arguments, the machine, and a file of results that is complete after every row."""
+
+    def __init__(self, part: str, args: argparse.Namespace) -> None:
+        self.part, self.smoke = part, args.smoke
+        self.device = torch.device("cpu" if args.smoke else "cuda:0")
+        self._only, self._deadline = args.only, time.monotonic() + args.seconds
+        self._path = Path(args.out) / f"{part}.json"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self.peaks = measure_peaks(self.device, self.smoke)
+        self._results: dict[str, Any] = {
+            "part": part,
+            "smoke": self.smoke,
+            "environment": environment(self.device, args.commit),
+            "peaks": asdict(self.peaks),
+            "rows": [],
+            "not_reached": [],
+        }
+        self._write()
+
+    def cases(self, cases: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        """The cases asked for; once time is up the rest is listed as not reached."""
+        for name, case in cases.items():
+            if self._only is not None and self._only not in name:
+                continue
+            if time.monotonic() > self._deadline:
+                self._results["not_reached"].append(name)
+                continue
+            yield name, case
+        self._write()
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._results["rows"].append(row)
+        self._write()
+        for entry in row["entries"]:
+            timing = entry.get("cold") or entry.get("warm")
+            text = f"{timing['seconds'] * 1e6:.1f} us" if timing else entry.get("skipped", "")
+            print(f"{self.part} | {row['case']} | {entry['name']} | {text}", flush=True)
+
+    @property
+    def failed(self) -> bool:
+        """Whether one of our own backends could not do its work."""
+        entries = (entry for row in self._results["rows"] for entry in row["entries"])
+        return any(entry["ours"] and entry.get("failed") for entry in entries)
+
+    def _write(self) -> None:
+        scratch = self._path.with_suffix(".tmp")
+        scratch.write_text(json.dumps(self._results, indent=1) + "\n")
+        os.replace(scratch, self._path)
+
+    def measure(
+        self, case: str, ours: Builders, peers: Builders, *, num_bytes: float, num_flops: float, dtype: torch.dtype,
+        num_layers: int = 1, **notes: object,
+    ) -> None:  # fmt: skip
+        """Checks, then times every contestant of a case, and adds the row.
+
+        Args:
+            num_bytes, num_flops: what any implementation must move and do.
+            num_layers: layers that share a plan.
+            notes: further values to keep in the row.
+        """
+        entries = [self._entry(name, build, True, num_layers) for name, build in ours.items()]
+        entries += [self._entry(name, build, False, num_layers) for name, build in peers.items()]
+        for entry in entries:
+            for temperature in ("warm", "cold"):
+                if temperature in entry:
+                    seconds = entry[temperature]["seconds"]
+                    entry[temperature]["copy_percent"] = num_bytes / seconds / self.peaks.copy_gbs / 1e7
+                    entry[temperature]["tflops"] = num_flops / seconds / 1e12
+        floor = self.peaks.roofline_seconds(num_bytes, num_flops, dtype)
+        self.add(
+            {
+                "case": case,
+                "bytes": num_bytes,
+                "flops": num_flops,
+                "dtype": dtype_name(dtype),
+                "floor_seconds": floor,
+                "entries": entries,
+                **notes,
+            }
+        )
+
+    def _entry(self, name: str, build: Callable[[], Contestant], ours: bool, num_layers: int) -> dict[str, Any]:
+        entry: dict[str, Any] = {"name": name, "ours": ours}
+        try:
+            self._fill(entry, build(), num_layers)
+        except NotApplicable as reason:
+            entry["skipped"] = str(reason)
+        except Exception as error:  # whatever a peer or a kernel under test may raise belongs into the results
+            entry["skipped"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            entry["failed"] = True
+            synchronize(self.device)  # a sticky device error ends the run here: all later results would be its echo
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return entry
+
+    def _fill(self, entry: dict[str, Any], contestant: Contestant, num_layers: int) -> None:
+        call, ours = contestant.call, entry["ours"]
+        if contestant.notes:
+            entry["notes"] = contestant.notes
+        first = [x.clone() for x in tensors_of(call(0))]
+        if contestant.error is not None:
+            entry["error"] = contestant.error()
+            if not entry["error"] <= contestant.limit:
+                raise ArithmeticError(f"wrong result: relative error {entry['error']:.2e} above {contestant.limit:.2e}")
+        if ours:
+            again = [tensors_of(call(0)) for _ in range(2)]
+            entry["repeatable"] = all(all(map(torch.equal, first, other)) for other in again)
+            if not entry["repeatable"]:
+                raise ArithmeticError("the result differs from run to run")
+        entry["warm"] = asdict(self._time(call, [0], ours, entry))
+        if contestant.num_sets > 1:
+            entry["cold"] = asdict(self._time(call, range(contestant.num_sets), ours, entry))
+        elif contestant.self_evicting:
+            entry["cold"] = dict(entry["warm"])
+        if contestant.plan is not None:
+            timing = (
+                call_seconds(lambda _: contestant.plan(), [0], self.device)  # type: ignore[misc]
+                if contestant.plan_method == "graph"
+                else clock_seconds(contestant.plan, self.device)
+            )
+            entry["plan"] = asdict(timing) | {"seconds_per_layer": timing.seconds / num_layers}
+
+    def _time(self, call: Callable[[int], Any], sets: Sequence[int], ours: bool, entry: dict[str, Any]) -> Timing:
+        try:
+            return call_seconds(call, sets, self.device)
+        except Exception as error:
+            if ours or self.device.type != "cuda":
+                raise  # an op of ours that cannot be captured is broken
+            torch.cuda.synchronize(self.device)
+            entry["not_captured"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            return event_seconds(call, sets)
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The arguments that all parts take."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--out", default="bench/results/local/gpu", help="folder of the results")
+    made.add_argument("--seconds", type=float, default=480.0, help="start no further case after this long")
+    made.add_argument("--only", help="only cases whose name contains this")
+    made.add_argument("--commit", help="what to write down as the commit, where git cannot say")
+    made.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU, to run the code")
+    return made
