@@ -1,7 +1,7 @@
-"""What else attends over shared pages or copied caches, each checked like ours and listed with a reason where it cannot.
+"""What else attends over shared pages or copied caches: checked like ours, and listed with a reason where it cannot.
 
-FlashInfer's wrappers take the page table as CSR arrays. They are planned once, on the host, and that plan is timed by the
-clock; only `run` is captured.
+FlashInfer's wrappers take the page table as CSR arrays. They are planned once, on the host, and that plan is timed by
+the clock; only `run` is captured.
 """
 
 import functools

@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 
-from treedecode import triton_kernels
+from treedecode import ops, triton_kernels
 
 
 def kernels(op: str, device: torch.device) -> dict[str, Callable[..., Any]]:
     """Backend -> function with the arguments of the op's schema; on the CPU the op itself."""
+    if op not in ops.names():  # asking also makes sure that the library is loaded
+        raise ValueError(f"op: treedecode has no op {op!r}")
     if device.type != "cuda":
         return {device.type: getattr(torch.ops.treedecode, op).default}
     found: dict[str, Callable[..., Any]] = {}

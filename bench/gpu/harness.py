@@ -50,10 +50,11 @@ class Contestant:
     Attributes:
         call: runs on input set number i and returns tensors.
         num_sets: sets of inputs that `call` knows; with one alone there is no cold timing.
-        error: the relative error of the result on set 0 against float64; None where there is nothing to compare.
+        error: of the result on set 0 against float64, in the unit of limit; None where there is nothing to compare.
         limit: the largest error to be taken for the same computation.
         plan: what is done once per step before `call`, for all layers.
         plan_method: how `plan` is timed; "clock" is for plans that the host makes.
+        timing: how it is timed where repeating `call` will not do.
         self_evicting: a call reads so much that it is cold on one set already.
         notes: what a reader of the row must know.
     """
@@ -65,6 +66,7 @@ class Contestant:
     plan: Callable[[], object] | None = None
     plan_method: str = "graph"
     notes: str = ""
+    timing: Callable[[], Timing] | None = None
     self_evicting: bool = False
 
 
@@ -85,14 +87,16 @@ def synchronize(device: torch.device) -> None:
 
 def clock_seconds(function: Callable[[], object], device: torch.device, rounds: int = ROUNDS) -> Timing:
     """By the wall clock, from an idle device to an idle device."""
-    times = []
-    for _ in range(rounds + 1):
-        synchronize(device)
-        begin = time.perf_counter()
-        function()
-        synchronize(device)
-        times.append(time.perf_counter() - begin)
-    return _timing(times[1:], 1, "clock")
+    function()
+    return _timing([_once(function, device) for _ in range(rounds)], 1, "clock")
+
+
+def _once(function: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    begin = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - begin
 
 
 def call_seconds(call: Callable[[int], object], sets: Sequence[int], device: torch.device) -> Timing:
@@ -133,6 +137,18 @@ def event_seconds(call: Callable[[int], object], sets: Sequence[int]) -> Timing:
     return _timing(times, len(sets), "events")
 
 
+def run_seconds(
+    run: Callable[[], object], prepare: Callable[[], object], num_steps: int, device: torch.device, rounds: int = 5
+) -> Timing:
+    """Time of a step of `run`, which does `num_steps` of them after each `prepare`, without waiting for the device."""
+    times = []
+    for _ in range(rounds):
+        prepare()
+        synchronize(device)
+        times += _event_times(run, 1) if device.type == "cuda" else [_once(run, device)]
+    return _timing(times, num_steps, "graph" if device.type == "cuda" else "clock")
+
+
 def _event_times(function: Callable[[], object], rounds: int) -> list[float]:
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * rounds)]
     for begin, end in zip(events[::2], events[1::2], strict=True):
@@ -153,12 +169,8 @@ def measure_peaks(device: torch.device, smoke: bool) -> Peaks:
 
     Random, because products of zeros take less power and run at higher clocks.
     """
-    source = torch.rand((1 << 18) if smoke else (1 << 29), device=device)
-    target = torch.empty_like(source)
-    read = min(call_seconds(lambda _, f=f: f(), [0], device).seconds for f in (source.sum, source.amax))
-    copy = call_seconds(lambda _: target.copy_(source), [0], device).seconds
-    num_bytes = source.nbytes
-    del source, target
+    size = (1 << 18) if smoke else (1 << 29)
+    read, copy = _bandwidths(torch.rand(size, device=device))
     rates = {}
     for dtype in GEMM_DTYPES:
         seconds = []
@@ -166,7 +178,15 @@ def measure_peaks(device: torch.device, smoke: bool) -> Peaks:
             a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
             seconds.append(call_seconds(lambda _, a=a, b=b: a @ b, [0], device).seconds / (2.0 * size**3))
         rates[dtype_name(dtype)] = 1e-9 / min(seconds)
-    return Peaks(num_bytes / read / 1e9, 2 * num_bytes / copy / 1e9, rates)
+    return Peaks(read, copy, rates)
+
+
+def _bandwidths(source: Tensor) -> tuple[float, float]:
+    """Read and copy in GB/s; the copy counts bytes read and bytes written."""
+    target = torch.empty_like(source)
+    read = min(call_seconds(lambda _, f=f: f(), [0], source.device).seconds for f in (source.sum, source.amax))
+    copy = call_seconds(lambda _: target.copy_(source), [0], source.device).seconds
+    return source.nbytes / read / 1e9, 2 * source.nbytes / copy / 1e9
 
 
 def environment(device: torch.device, commit: str | None) -> dict[str, Any]:
@@ -229,6 +249,11 @@ def tensors_of(result: object) -> list[Tensor]:
 def relative_error(got: Tensor, want: Tensor) -> float:
     """Norm of the difference over the norm of the truth; NaN where anything is."""
     return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def worst(errors: Iterable[float]) -> float:
+    """The largest error; NaN if one of them is."""
+    return float(torch.tensor(list(errors), dtype=torch.float64).max())
 
 
 class Session:
@@ -335,12 +360,15 @@ class Session:
         if contestant.error is not None:
             entry["error"] = contestant.error()
             if not entry["error"] <= contestant.limit:
-                raise ArithmeticError(f"wrong result: relative error {entry['error']:.2e} above {contestant.limit:.2e}")
+                raise ArithmeticError(f"wrong result: error {entry['error']:.2e} above {contestant.limit:.2e}")
         if ours:
             again = [tensors_of(call(0)) for _ in range(2)]
             entry["repeatable"] = all(all(map(torch.equal, first, other)) for other in again)
             if not entry["repeatable"]:
                 raise ArithmeticError("the result differs from run to run")
+        if contestant.timing is not None:
+            entry["warm"] = asdict(contestant.timing())
+            return
         entry["warm"] = asdict(self._time(call, [0], ours, entry))
         if contestant.num_sets > 1:
             entry["cold"] = asdict(self._time(call, range(contestant.num_sets), ours, entry))

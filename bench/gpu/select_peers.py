@@ -1,5 +1,4 @@
-"""What else picks beams and draws tokens. Only the first two of each do all of our job; the others' rows say what they leave
-out."""
+"""What else picks beams and draws tokens. Where a peer does not do all of the job, its row says what it leaves out."""
 
 import functools
 import importlib
