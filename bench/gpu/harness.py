@@ -265,6 +265,7 @@ class Session:
         self._only, self._deadline = args.only, time.monotonic() + args.seconds
         self._path = Path(args.out) / f"{part}.json"
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._broken = False
         self.peaks = measure_peaks(self.device, self.smoke)
         self._results: dict[str, Any] = {
             "part": part,
@@ -285,6 +286,11 @@ class Session:
                 self._results["not_reached"].append(name)
                 continue
             yield name, case
+        self._write()
+
+    def note(self, name: str, value: object) -> None:
+        """Keeps a value beside the rows."""
+        self._results[name] = value
         self._write()
 
     def add(self, row: dict[str, Any]) -> None:
@@ -317,8 +323,10 @@ class Session:
             num_layers: layers that share a plan.
             notes: further values to keep in the row.
         """
-        entries = [self._entry(name, build, True, num_layers) for name, build in ours.items()]
-        entries += [self._entry(name, build, False, num_layers) for name, build in peers.items()]
+        entries = []
+        for name, build in {**ours, **peers}.items():
+            if not self._broken:
+                entries.append(self._entry(name, build, name in ours, num_layers))
         for entry in entries:
             for temperature in ("warm", "cold"):
                 if temperature in entry:
@@ -337,6 +345,8 @@ class Session:
                 **notes,
             }
         )
+        if self._broken:
+            raise SystemExit(f"the device reports errors since {entries[-1]['name']!r} of {case!r}")
 
     def _entry(self, name: str, build: Callable[[], Contestant], ours: bool, num_layers: int) -> dict[str, Any]:
         entry: dict[str, Any] = {"name": name, "ours": ours}
@@ -347,10 +357,18 @@ class Session:
         except Exception as error:  # whatever a peer or a kernel under test may raise belongs into the results
             entry["skipped"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             entry["failed"] = True
-            synchronize(self.device)  # a sticky device error ends the run here: all later results would be its echo
-        if self.device.type == "cuda":
+            self._broken = self._device_is_lost()
+        if self.device.type == "cuda" and not self._broken:
             torch.cuda.empty_cache()
         return entry
+
+    def _device_is_lost(self) -> bool:
+        """Whether an error will come again with every call: all later results would be its echo."""
+        try:
+            synchronize(self.device)
+        except RuntimeError:
+            return True
+        return False
 
     def _fill(self, entry: dict[str, Any], contestant: Contestant, num_layers: int) -> None:
         call, ours = contestant.call, entry["ours"]

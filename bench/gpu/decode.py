@@ -1,0 +1,222 @@
+"""Decoding end to end at the shape of Llama-3-8B with random weights: `python -m bench.gpu.decode [--smoke]`.
+
+How much longer a step of 16 and of 64 branches takes than one of a single branch, and how long 64 continuations of one
+prompt take beside `generate(num_return_sequences=64)` of Transformers with as many tokens.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+import treedecode as td
+from bench.gpu import harness
+from treedecode import ops
+from treedecode.models import TransformersModel
+
+ROUNDS = 3
+BRANCHES = (1, 16, 64)
+
+
+@dataclass(frozen=True)
+class Shape:
+    config: dict[str, Any]
+    prompt_len: int = 4096
+    new_tokens: int = 128
+    kv_memory: str = "8GiB"
+    prefill_tokens: int = 4096
+
+
+LLAMA_3_8B = Shape(
+    {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 8192,
+    }
+)
+SMOKE = Shape(
+    {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+    },
+    40,
+    6,
+    "1MiB",
+    16,
+)
+
+
+def make_model(shape: Shape, device: torch.device) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(**shape.config, rope_theta=500000.0, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return model.to(device).eval()
+
+
+def seconds(function: Callable[[], object], device: torch.device) -> float:
+    harness.synchronize(device)
+    begin = time.perf_counter()
+    function()
+    harness.synchronize(device)
+    return time.perf_counter() - begin
+
+
+class Ours:
+    """A decoder that samples from prompts it has never seen."""
+
+    def __init__(self, adapter: TransformersModel, shape: Shape) -> None:
+        self.shape, self.device, self._num_prompts = shape, adapter.device, 0
+        self.decoder = td.Decoder(
+            adapter, kv_memory=shape.kv_memory, max_branches=max(BRANCHES), prefill_tokens=shape.prefill_tokens
+        )
+
+    def tokens(self, num_branches: int, new_tokens: int) -> list[list[int]]:
+        return self._tokens(num_branches, new_tokens, self._next_prompt())
+
+    def again(self, num_branches: int, new_tokens: int) -> bool:
+        """Whether a second run from nothing gives the same tokens."""
+        prompt, found = self._next_prompt(), []
+        for _ in range(2):
+            self.decoder.reset()
+            found.append(self._tokens(num_branches, new_tokens, prompt))
+        return found[0] == found[1]
+
+    def _next_prompt(self) -> list[int]:
+        generator = torch.Generator().manual_seed(self._num_prompts)
+        self._num_prompts += 1
+        return torch.randint(3, self.shape.config["vocab_size"], (self.shape.prompt_len,), generator=generator).tolist()
+
+    def _tokens(self, num_branches: int, new_tokens: int, prompt: list[int]) -> list[list[int]]:
+        sampling = td.Sampling(temperature=0.8, top_p=0.95, seed=0, ignore_eos=True)
+        (outs,) = self.decoder.generate(
+            [prompt], num_branches=num_branches, sampling=sampling, max_new_tokens=new_tokens
+        )
+        found = [out.token_ids for out in outs]
+        if [len(tokens) for tokens in found] != [new_tokens] * num_branches:
+            raise ArithmeticError("branches ended early")
+        return found
+
+    def total(self, num_branches: int, new_tokens: int) -> float:
+        """From the prompt to the last token."""
+        return seconds(lambda: self.tokens(num_branches, new_tokens), self.device)
+
+    def step(self, num_branches: int) -> harness.Timing:
+        """A decode step: what twice as many tokens cost more, the graph being captured before."""
+        half = self.shape.new_tokens // 2
+        self.total(num_branches, half)
+        steps = []
+        for _ in range(ROUNDS):
+            short, long = self.total(num_branches, half), self.total(num_branches, 2 * half)
+            steps.append((long - short) / half)
+        median = statistics.median(steps)
+        return harness.Timing(median, (max(steps) - min(steps)) / median, "clock")
+
+
+def step_floor(session: harness.Session, model: PreTrainedModel, shape: Shape, num_branches: int) -> dict[str, float]:
+    """Bytes and flops of a step: all weights but the embeddings once, and the unique keys and values."""
+    config = shape.config
+    weights = sum(p.numel() for p in model.parameters()) - config["vocab_size"] * config["hidden_size"]
+    token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * 2
+    tokens = shape.prompt_len + num_branches * shape.new_tokens * 3 // 4  # on average over the second half
+    path = num_branches * (shape.prompt_len + shape.new_tokens * 3 // 4)
+    head_flops = 4 * config["num_hidden_layers"] * config["num_attention_heads"] * config["head_dim"]
+    num_bytes, num_flops = 2.0 * weights + token * tokens, 2.0 * weights * num_branches + head_flops * path
+    return {
+        "bytes": num_bytes,
+        "flops": num_flops,
+        "floor_seconds": session.peaks.roofline_seconds(num_bytes, num_flops, torch.bfloat16),
+    }
+
+
+def run_steps(session: harness.Session, ours: Ours, shape: Shape, num_branches: int, single: float | None) -> float:
+    """Adds the row of a step; returns the seconds."""
+    entry: dict[str, Any] = {"name": "treedecode", "ours": True}
+    entry["repeatable"] = ours.again(num_branches, shape.new_tokens)
+    timing = ours.step(num_branches)
+    entry |= {"warm": asdict(timing), "failed": not entry["repeatable"]}
+    entry["notes"] = "the same tokens twice" if entry["repeatable"] else "tokens differ from run to run"
+    if single is not None:
+        entry["over_one_branch"] = timing.seconds / single
+    floor = step_floor(session, ours.decoder.model.model, shape, num_branches)
+    session.add({"case": f"step of {num_branches} branches, {shape.prompt_len} tokens", **floor, "entries": [entry]})
+    return timing.seconds
+
+
+def run_total(session: harness.Session, model: PreTrainedModel, total: harness.Timing, shape: Shape) -> None:
+    """Adds the row of the whole job, `generate` beside ours."""
+    num_branches = max(BRANCHES)
+
+    def theirs() -> None:
+        prompt = torch.randint(3, shape.config["vocab_size"], (1, shape.prompt_len), device=session.device)
+        with torch.inference_mode():
+            out = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=0.8, top_p=0.95, top_k=0,
+                num_return_sequences=num_branches, max_new_tokens=shape.new_tokens, min_new_tokens=shape.new_tokens,
+                pad_token_id=0,
+            )  # fmt: skip
+        assert out.shape == (num_branches, shape.prompt_len + shape.new_tokens)
+
+    entries: list[dict[str, Any]] = [{"name": "treedecode", "ours": True, "warm": asdict(total)}]
+    peer: dict[str, Any] = {"name": f"generate(num_return_sequences={num_branches})", "ours": False}
+    try:
+        took = seconds(theirs, session.device)  # once: what a first run costs more is lost in its seconds
+        peer["warm"] = asdict(harness.Timing(took, 0.0, "clock"))
+        entries[0]["speedup"] = took / total.seconds
+    except Exception as error:  # out of memory, most likely: it keeps 64 copies of the prompt
+        peer["skipped"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    weights = sum(p.numel() for p in model.parameters())
+    num_flops = 2.0 * weights * (shape.prompt_len + num_branches * (shape.new_tokens - 1))
+    num_bytes = 2.0 * weights * shape.new_tokens
+    session.add(
+        {
+            "case": f"{num_branches} x {shape.new_tokens} tokens after {shape.prompt_len}",
+            "bytes": num_bytes,
+            "flops": num_flops,
+            "floor_seconds": session.peaks.roofline_seconds(num_bytes, num_flops, torch.bfloat16),
+            "entries": [*entries, peer],
+        }
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = harness.parser(__doc__).parse_args(argv)
+    session = harness.Session("decode", args)
+    shape = SMOKE if args.smoke else LLAMA_3_8B
+    model = make_model(shape, session.device)
+    session.note("backends", {op: ops.explain(op, session.device.type).backend for op in ops.names()})
+    ours = Ours(TransformersModel(model), shape)
+    single = None
+    for _, num_branches in session.cases({f"step of {n}": n for n in BRANCHES}):
+        took = run_steps(session, ours, shape, num_branches, single)
+        single = took if num_branches == 1 else single
+    for _, num_branches in session.cases({"total": max(BRANCHES)}):
+        ours.total(num_branches, shape.new_tokens)
+        times = [ours.total(num_branches, shape.new_tokens) for _ in range(ROUNDS)]
+        median = statistics.median(times)
+        ours.decoder.close()
+        del ours
+        if session.device.type == "cuda":
+            torch.cuda.empty_cache()
+        run_total(session, model, harness.Timing(median, (max(times) - min(times)) / median, "clock"), shape)
+    return int(session.failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
