@@ -62,3 +62,11 @@ def make_decoder(request):
         assert decoder.num_branches == 0, "branches leaked"
         pool = decoder.engine.pool
         assert pool.num_free_pages + len(decoder.engine.index.pages()) == pool.num_pages, "pages leaked"
+
+
+@pytest.fixture(params=["dispatched", "cuda", "triton"])
+def through(request, monkeypatch):
+    """`through("sample")` sends an op's front door to a backend's kernels, or leaves it to the dispatcher."""
+    from gpu_cases import send
+
+    return lambda *names: None if request.param == "dispatched" else send(monkeypatch, request.param, *names)
