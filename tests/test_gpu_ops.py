@@ -49,7 +49,7 @@ def test_copy_pages(through, dtype, page_size, head_dim, some):
     through("copy_pages")
     torch.manual_seed(0)
     want = torch.randn(3, 2, 9, 2, page_size, head_dim).to(dtype)
-    got = want.to(DEVICE)
+    got = want.to(DEVICE, copy=True)
     ids = torch.tensor([[0, 3, 4, 8], [1, -1, 7, 2]], dtype=torch.int32)
     num_tokens = torch.tensor([page_size, 1, 0, page_size // 2], dtype=torch.int32) if some else None
     ops.copy_pages(got, *ids.to(DEVICE), to_gpu(num_tokens))
@@ -90,7 +90,7 @@ def test_rotary_embed(through, dtype):
     through("rotary_embed")
     torch.manual_seed(0)
     qkv, cos, sin = torch.randn(40, 7, 64).to(dtype), *torch.randn(2, 40, 64).to(dtype)
-    want, got = qkv.clone(), qkv.to(DEVICE)
+    want, got = qkv.clone(), qkv.to(DEVICE, copy=True)
     ops.rotary_embed(got[:, :4], got[:, 4:6], cos.to(DEVICE), sin.to(DEVICE))
     reference.rotary_embed(want[:, :4], want[:, 4:6], cos, sin)
     # a cos - b sin may cancel: an ulp of each product, not of the result

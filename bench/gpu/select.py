@@ -142,14 +142,14 @@ def run_prune(session: harness.Session, name: str, case: Prune) -> None:
 def draw_error(x: Tensor, row: int, case: Draw, token: int, logprob: float, entropy: float) -> float:
     """The largest error of a row's token, log-probability and entropy, each in parts of what fp32 sums may be off by.
 
-    A token is right whose share of the cumulative distribution the row's random number falls into.
+    The entropy is the difference of a log-sum-exp and a mean logit, and as exact as those are. A token is right whose share of the cumulative distribution the row's random number falls into.
     """
     eps = torch.finfo(torch.float32).eps
     logprobs = x.log_softmax(0)
-    scale = abs(x.max().item()) + abs(logprobs[token].item()) + math.log(case.vocab)
+    size = abs(x.max().item()) + math.log(case.vocab)
     errors = [
-        abs(logprob - logprobs[token].item()) / (2 * eps * scale),
-        abs(entropy + (logprobs.exp() * logprobs).sum().item()) / (4 * eps * (1 + math.log(case.vocab))),
+        abs(logprob - logprobs[token].item()) / (2 * eps * (size + abs(logprobs[token].item()))),
+        abs(entropy + (logprobs.exp() * logprobs).sum().item()) / (4 * eps * (1 + size)),
     ]
     slack = 32 * eps
     u, misses = uniform(row, row), []
