@@ -396,7 +396,7 @@ class Session:
             timing = (
                 call_seconds(lambda _: contestant.plan(), [0], self.device)  # type: ignore[misc]
                 if contestant.plan_method == "graph"
-                else clock_seconds(contestant.plan, self.device)
+                else clock_seconds(contestant.plan, self.device, rounds=2 if self.smoke else ROUNDS)
             )
             entry["plan"] = asdict(timing) | {"seconds_per_layer": timing.seconds / num_layers}
 

@@ -142,7 +142,8 @@ def run_prune(session: harness.Session, name: str, case: Prune) -> None:
 def draw_error(x: Tensor, row: int, case: Draw, token: int, logprob: float, entropy: float) -> float:
     """The largest error of a row's token, log-probability and entropy, each in parts of what fp32 sums may be off by.
 
-    The entropy is the difference of a log-sum-exp and a mean logit, and as exact as those are. A token is right whose share of the cumulative distribution the row's random number falls into.
+    A token is right whose share of the cumulative distribution the row's random number falls into. The entropy is the
+    difference of a log-sum-exp and a mean logit, and as exact as those are.
     """
     eps = torch.finfo(torch.float32).eps
     logprobs = x.log_softmax(0)
