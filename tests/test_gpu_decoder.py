@@ -8,7 +8,8 @@ from gpu_cases import DEVICE, GPU
 from test_models import make_model
 
 import treedecode as td
-from treedecode.captured import Run
+from treedecode.captured import Captured, Run
+from treedecode.captured_beams import CapturedBeamStep
 from treedecode.models import TransformersModel
 
 pytestmark = GPU
@@ -37,21 +38,29 @@ def decoder():
         dec.close()
 
 
-@pytest.fixture
-def launches(monkeypatch):
-    """Numbers of steps in flight after each launch; a launch that waits for the device is an error."""
-    seen, launch = [], Run.launch
+@pytest.fixture(autouse=True)
+def replays(monkeypatch):
+    """The kinds of steps replayed; a replay that waits for the device is an error."""
+    seen, replay = [], Captured.replay
 
-    def watched(run):
+    def watched(step, number):
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            launch(run)
+            return replay(step, number)
         finally:
             torch.cuda.set_sync_debug_mode(before)
-        seen.append(run.num_in_flight)
+            seen.append(type(step))
 
-    monkeypatch.setattr(Run, "launch", watched)
+    monkeypatch.setattr(Captured, "replay", watched)
+    return seen
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """How many steps were in flight after each launch of a sampling step."""
+    seen, launch = [], Run.launch
+    monkeypatch.setattr(Run, "launch", lambda run: (launch(run), seen.append(run.num_in_flight)))
     return seen
 
 
@@ -83,11 +92,12 @@ def test_texts_are_the_cpus(decoder, name):
     assert tokens(decoder(name).generate(PROMPTS, **settings)) == tokens(want)
 
 
-def test_a_thousand_steps_without_waiting(decoder, launches):
+def test_a_thousand_steps_without_waiting(decoder, launches, replays):
     dec = decoder(overrides=LONG.items(), kv_memory="64MiB")
     (outs,) = dec.generate([PROMPTS[1]], num_branches=6, sampling=SAMPLED, max_new_tokens=1001)
     assert [len(out.token_ids) for out in outs] == [1001] * 6
     assert launches == [1] + [2] * 999
+    assert len(replays) == 1000
 
 
 @pytest.mark.parametrize("num_pages", [30, 50])
@@ -122,13 +132,18 @@ def test_a_stop_and_forks_leave_no_trace(decoder, launches):
     assert launches.count(2) > 20
 
 
-def test_beam_search_finds_the_cpus_beams(decoder):
-    settings = {"num_beams": 4, "max_new_tokens": 12, "length_penalty": 0.7, "early_stopping": "never"}
-    want = decoder(device="cpu").beam_search(PROMPTS, **settings)
-    got = decoder().beam_search(PROMPTS, **settings)
-    assert tokens(got) == tokens(want)
-    for ours, theirs in zip(flat(got), flat(want), strict=True):
-        assert ours.cum_logprob == pytest.approx(theirs.cum_logprob, abs=1e-3)
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+def test_beam_search_finds_the_cpus_beams(decoder, replays, early_stopping):
+    settings = {"num_beams": 4, "max_new_tokens": 12, "length_penalty": 0.7, "early_stopping": early_stopping}
+    want = decoder(device="cpu", captured=False).beam_search(PROMPTS, **settings)
+    plain = decoder(captured=False).beam_search(PROMPTS, **settings)
+    assert replays == []
+    captured = decoder().beam_search(PROMPTS, **settings)
+    assert replays.count(CapturedBeamStep) >= 10
+    for got in (plain, captured):
+        assert tokens(got) == tokens(want)
+        for ours, theirs in zip(flat(got), flat(want), strict=True):
+            assert ours.cum_logprob == pytest.approx(theirs.cum_logprob, abs=1e-3)
 
 
 def test_bf16_decodes_as_it_did_before(decoder):

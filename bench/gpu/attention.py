@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bench.gpu import attention_peers, forests, harness
+from bench.gpu import attention_peers, forests, harness, timing
 from bench.gpu.backends import kernels
 from bench.gpu.forests import Forest, Heads, Inputs
 from bench.gpu.harness import Builders, Contestant
@@ -139,7 +139,7 @@ def run(session: harness.Session, name: str, heads: Heads, forest: Forest) -> No
     dtype = torch.bfloat16
     token_bytes = 2 * heads.num_kv_heads * heads.head_dim * dtype.itemsize
     unique_bytes = forest.unique_tokens * token_bytes
-    sets = harness.num_sets(unique_bytes, session.device)
+    sets = timing.num_sets(unique_bytes, session.device)
     inputs = forests.make_inputs(forest, heads, dtype, session.device, sets)
     rows = checked_rows(len(forest.rows))
     want_out, want_lse = truth(inputs, rows)

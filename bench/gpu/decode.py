@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import treedecode as td
-from bench.gpu import harness
+from bench.gpu import harness, timing
 from treedecode import ops
 from treedecode.models import TransformersModel
 
@@ -71,10 +71,10 @@ def make_model(shape: Shape, device: torch.device) -> PreTrainedModel:
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
-    harness.synchronize(device)
+    timing.synchronize(device)
     begin = time.perf_counter()
     function()
-    harness.synchronize(device)
+    timing.synchronize(device)
     return time.perf_counter() - begin
 
 
@@ -117,7 +117,7 @@ class Ours:
         """From the prompt to the last token."""
         return seconds(lambda: self.tokens(num_branches, new_tokens), self.device)
 
-    def step(self, num_branches: int) -> harness.Timing:
+    def step(self, num_branches: int) -> timing.Timing:
         """A decode step: what twice as many tokens cost more, the graph being captured before."""
         half = self.shape.new_tokens // 2
         self.total(num_branches, half)
@@ -126,7 +126,7 @@ class Ours:
             short, long = self.total(num_branches, half), self.total(num_branches, 2 * half)
             steps.append((long - short) / half)
         median = statistics.median(steps)
-        return harness.Timing(median, (max(steps) - min(steps)) / median, "clock")
+        return timing.Timing(median, (max(steps) - min(steps)) / median, "clock")
 
 
 def step_floor(session: harness.Session, model: PreTrainedModel, shape: Shape, num_branches: int) -> dict[str, float]:
@@ -149,17 +149,17 @@ def run_steps(session: harness.Session, ours: Ours, shape: Shape, num_branches: 
     """Adds the row of a step; returns the seconds."""
     entry: dict[str, Any] = {"name": "treedecode", "ours": True}
     entry["repeatable"] = ours.again(num_branches, shape.new_tokens)
-    timing = ours.step(num_branches)
-    entry |= {"warm": asdict(timing), "failed": not entry["repeatable"]}
+    step = ours.step(num_branches)
+    entry |= {"warm": asdict(step), "failed": not entry["repeatable"]}
     entry["notes"] = "the same tokens twice" if entry["repeatable"] else "tokens differ from run to run"
     if single is not None:
-        entry["over_one_branch"] = timing.seconds / single
+        entry["over_one_branch"] = step.seconds / single
     floor = step_floor(session, ours.decoder.model.model, shape, num_branches)
     session.add({"case": f"step of {num_branches} branches, {shape.prompt_len} tokens", **floor, "entries": [entry]})
-    return timing.seconds
+    return step.seconds
 
 
-def run_total(session: harness.Session, model: PreTrainedModel, total: harness.Timing, shape: Shape) -> None:
+def run_total(session: harness.Session, model: PreTrainedModel, total: timing.Timing, shape: Shape) -> None:
     """Adds the row of the whole job, `generate` beside ours."""
     num_branches = max(BRANCHES)
 
@@ -177,7 +177,7 @@ def run_total(session: harness.Session, model: PreTrainedModel, total: harness.T
     peer: dict[str, Any] = {"name": f"generate(num_return_sequences={num_branches})", "ours": False}
     try:
         took = seconds(theirs, session.device)  # once: what a first run costs more is lost in its seconds
-        peer["warm"] = asdict(harness.Timing(took, 0.0, "clock"))
+        peer["warm"] = asdict(timing.Timing(took, 0.0, "clock"))
         entries[0]["speedup"] = took / total.seconds
     except Exception as error:  # out of memory, most likely: it keeps 64 copies of the prompt
         peer["skipped"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         del ours
         if session.device.type == "cuda":
             torch.cuda.empty_cache()
-        run_total(session, model, harness.Timing(median, (max(times) - min(times)) / median, "clock"), shape)
+        run_total(session, model, timing.Timing(median, (max(times) - min(times)) / median, "clock"), shape)
     return int(session.failed)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.gpu import harness
+from bench.gpu import harness, timing
 from bench.gpu.backends import kernels
 from bench.gpu.harness import Contestant, NotApplicable
 from treedecode.ops.pages import STATUS_NUM_FREE
@@ -238,10 +238,10 @@ def run_captured(session: harness.Session, shape: Shape, name: str, num_bytes: f
         def differs() -> float:
             return float(not all(map(torch.equal, call(0), want)))
 
-        def timing() -> harness.Timing:
-            return harness.run_seconds(run_all, loop.restart, shape.num_steps, session.device)
+        def steps() -> timing.Timing:
+            return timing.run_seconds(run_all, loop.restart, shape.num_steps, session.device)
 
-        return Contestant(call, error=differs, timing=timing, notes=f"{shape.num_steps} replays of a graph of one step")
+        return Contestant(call, error=differs, timing=steps, notes=f"{shape.num_steps} replays of a graph of one step")
 
     ours = {f"treedecode {backend}": functools.partial(build, backend) for backend in backends(session)}
     session.measure(name, ours, {}, num_bytes=num_bytes, num_flops=0, dtype=torch.bfloat16)

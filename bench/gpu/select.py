@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.gpu import harness, select_peers
+from bench.gpu import harness, select_peers, timing
 from bench.gpu.backends import kernels
 from bench.gpu.harness import Builders, Contestant
 from treedecode.reference.sample import kept_tokens, uniform
@@ -104,7 +104,7 @@ def run_prune(session: harness.Session, name: str, case: Prune) -> None:
     num_bytes = case.rows * case.vocab * case.dtype.itemsize
     logits = [
         make_logits(case.kind, case.rows, case.vocab, case.dtype, device, seed)
-        for seed in range(harness.num_sets(num_bytes, device))
+        for seed in range(timing.num_sets(num_bytes, device))
     ]
     cum = -torch.rand(case.rows, device=device)
     indptr = torch.arange(0, case.rows + 1, case.num_beams, dtype=torch.int32, device=device)
@@ -170,7 +170,7 @@ def run_draw(session: harness.Session, name: str, case: Draw) -> None:
     num_bytes = case.rows * case.vocab * case.dtype.itemsize
     logits = [
         make_logits(case.kind, case.rows, case.vocab, case.dtype, device, seed)
-        for seed in range(harness.num_sets(num_bytes, device))
+        for seed in range(timing.num_sets(num_bytes, device))
     ]
     seed, position = torch.arange(case.rows, device=device), torch.arange(case.rows, device=device)
     settings = (
