@@ -124,6 +124,20 @@ def test_what_time_did_not_allow_is_listed(tmp_path):
     assert written()["not_reached"] == ["b", "bc"]
 
 
+def test_a_run_goes_on_where_the_last_one_ended(tmp_path):
+    made, written = session(tmp_path, "--commit", "abc")
+    measure(made, {"ours": contestant()})
+    for argv, left in (
+        (["--resume", "--commit", "abc"], ["other"]),
+        (["--resume", "--commit", "abd"], ["case", "other"]),
+        (["--commit", "abc"], ["case", "other"]),
+    ):
+        made, _ = session(tmp_path, *argv)
+        assert [name for name, _ in made.cases({"case": 1, "other": 2})] == left
+        measure(made, {"ours": contestant()})
+        assert [row["case"] for row in written()["rows"]] == ["case"]
+
+
 def test_sanitizer_calls_every_op(capsys):
     assert sanitize.main(["--smoke"]) == 0
     lines = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())

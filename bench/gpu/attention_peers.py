@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.gpu.forests import Inputs
+from bench.gpu.forests import Heads, Inputs
 from bench.gpu.harness import Builders, Contestant, NotApplicable
 
 MAX_COPY_BYTES = 20 << 30  # copied caches beyond this are not built
@@ -151,10 +151,11 @@ def flex_attention(inputs: Inputs, check: Check, limit: float) -> Contestant:
     num_branches, num_tokens = len(forest.rows), forest.num_pages * forest.page_size
     if num_branches * num_tokens > MAX_MASK_ENTRIES:
         raise NotApplicable(f"a mask of {num_branches} x {num_tokens} is more than is built")
-    if inputs.forest.page_size != 16 and device.type == "cuda":
-        raise NotApplicable("measured with pages of 16 tokens: it sees tokens, and no pages")
+    on_gpu = device.type == "cuda"
+    if on_gpu and (forest.page_size != 16 or forest.levels is None or inputs.heads != Heads()):
+        raise NotApplicable("measured on the main table alone: every shape is compiled anew, which takes long")
     torch._dynamo.reset()  # a compiled function that meets too many shapes goes back to the unfused one, silently
-    compiled = torch.compile(attend, dynamic=False) if device.type == "cuda" else attend
+    compiled = torch.compile(attend, dynamic=False) if on_gpu else attend
     visible = torch.zeros(num_branches, forest.num_pages, dtype=torch.bool)
     for mine, row in zip(visible, forest.rows, strict=True):
         mine[torch.tensor(row)] = True

@@ -138,12 +138,23 @@ class Session:
             "rows": [],
             "not_reached": [],
         }
+        if args.resume:
+            self._results["rows"] = self._earlier_rows()
+        self._done = {row["case"] for row in self._results["rows"]}
         self._write()
+
+    def _earlier_rows(self) -> list[dict[str, Any]]:
+        """What an earlier run of the same commit on the same kind of device left."""
+        if not self._path.exists():
+            return []
+        earlier = json.loads(self._path.read_text())
+        same = all(earlier["environment"][name] == self._results["environment"][name] for name in ("commit", "device"))
+        return earlier["rows"] if same else []
 
     def cases(self, cases: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         """The cases asked for; once time is up the rest is listed as not reached."""
         for name, case in cases.items():
-            if self._only is not None and self._only not in name:
+            if name in self._done or (self._only is not None and self._only not in name):
                 continue
             if time.monotonic() > self._deadline:
                 self._results["not_reached"].append(name)
@@ -157,7 +168,7 @@ class Session:
         self._write()
 
     def add(self, row: dict[str, Any]) -> None:
-        self._results["rows"].append(row)
+        self._results["rows"] = [other for other in self._results["rows"] if other["case"] != row["case"]] + [row]
         self._write()
         for entry in row["entries"]:
             timing = entry.get("cold") or entry.get("warm")
@@ -281,6 +292,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--out", default="bench/results/local/gpu", help="folder of the results")
     made.add_argument("--seconds", type=float, default=480.0, help="start no further case after this long")
     made.add_argument("--only", help="only cases whose name contains this")
+    made.add_argument(
+        "--resume", action="store_true", help="keep the cases that an earlier run has left in that folder"
+    )
     made.add_argument("--commit", help="what to write down as the commit, where git cannot say")
     made.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU, to run the code")
     return made

@@ -16,6 +16,7 @@
 #   FLASHINFER_SITE  folder of packages to add to the path: flashinfer-python and what it imports
 #   COMMIT           what to write down as the commit where git cannot say
 #   ONLY             only benchmark cases whose name contains this
+#   RESUME           1: keep the cases an earlier run has left in OUT, and go on with the others
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
 
@@ -83,7 +84,7 @@ part_sanitizer() {
 
 benchmark() {
   limited "$LIMIT" "$1.log" "$PYTHON" -m "bench.gpu.$1" --out "$OUT" --seconds "$((LIMIT - 60))" \
-    ${COMMIT:+"--commit=$COMMIT"} ${ONLY:+"--only=$ONLY"}
+    ${COMMIT:+"--commit=$COMMIT"} ${ONLY:+"--only=$ONLY"} ${RESUME:+--resume}
 }
 
 part_attention() { benchmark attention; }
