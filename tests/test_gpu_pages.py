@@ -78,7 +78,7 @@ class Pair:
 def test_random_histories(through, page_size, seed):
     through(*PAGE_OPS)
     rng = random.Random(seed)
-    pair = Pair(page_size, 130 // page_size + 4)
+    pair = Pair(page_size, 70 // page_size + 3)
     rows, held, num_refused = list(range(7)), [], 0
     for _ in range(60):
         lens = pair.cpu.seq_lens.tolist()
