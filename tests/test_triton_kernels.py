@@ -46,7 +46,10 @@ def test_compiles_for_every_target_without_spills(compiled, op):
 def test_is_what_cuda_tensors_take(op):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"treedecode::{op}", "CUDA")
     choice = ops.explain(op, "cuda")
-    assert choice.backend == "triton"
+    if op in _native.CUDA_OPS:
+        assert (choice.backend, choice.rejected["triton"]) == ("cuda", "the CUDA kernel goes first")
+    else:
+        assert choice.backend == "triton"
     assert choice.rejected["cpu"] == "runs on cpu tensors only"
     assert ops.explain(op, "cpu").rejected["triton"] == "runs on cuda tensors only"
 

@@ -1,0 +1,81 @@
+"""The CUDA library without a GPU: it loads, registers, and its machine code keeps within the budget."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_library
+import pytest
+import torch
+
+from treedecode import ops
+from treedecode.ops import _native
+
+BUDGET = json.loads((Path(__file__).parent / "golden" / "cuda_budget.json").read_text())
+ROOT = Path(__file__).parent.parent
+
+
+@cuda_library.needs_library
+def test_kernels_keep_within_their_budget():
+    """No kernel needs more registers than listed or keeps anything in local memory, on any architecture."""
+    found = cuda_library.resources()
+    assert {kernel for kernel, _ in found} == BUDGET.keys(), "tests/golden/cuda_budget.json lists other kernels"
+    over = {key: use for key, use in found.items() if use["registers"] > BUDGET[key[0]] or use["stack"]}
+    assert not over
+
+
+@cuda_library.needs_library
+def test_built_for_the_architectures_asked_for():
+    assert {arch for _, arch in cuda_library.resources()} >= {"sm_80", "sm_90a"}
+
+
+@cuda_library.needs_library
+def test_wide_accesses():
+    """16 bytes at a time where addresses allow."""
+    for arch in ("sm_80", "sm_90a"):
+        opcodes = cuda_library.mnemonics()["_append_kv_kernel<16>", arch]
+        assert {"LDG.E.128", "STG.E.128"} <= {opcode.removesuffix(".CONSTANT") for opcode in opcodes}
+
+
+@cuda_library.needs_library
+@pytest.mark.parametrize("op", sorted(_native.CUDA_OPS))
+def test_cuda_tensors_take_the_cuda_kernel(op):
+    choice = ops.explain(op, "cuda")
+    assert choice.backend == "cuda"
+    assert choice.rejected["cpu"] == "runs on cpu tensors only"
+    assert ops.explain(op, "cpu").rejected["cuda"] == "runs on cuda tensors only"
+    of_any_device = torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"treedecode_cuda::{op}", "CompositeExplicitAutograd"
+    )
+    assert of_any_device, "its argument checks cannot be tested without a GPU"
+
+
+def test_loading_registers_nothing_twice():
+    code = "import warnings; warnings.simplefilter('error'); import treedecode.ops"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "overrid" not in done.stderr.lower()
+
+
+@pytest.mark.slow
+def test_asking_for_cuda_without_nvcc_is_an_error(tmp_path):
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("no cmake on PATH")
+    (tmp_path / "bin").mkdir()
+    for program in ("c++", "g++", "cc", "gcc", "ld", "as", "ar", "ranlib", "make", "ninja", "uname"):
+        if path := shutil.which(program):
+            (tmp_path / "bin" / program).symlink_to(path)
+    env = {"PATH": str(tmp_path / "bin"), "CUDA_PATH": str(tmp_path), "HOME": str(tmp_path)}
+    torch_dir, python = Path(torch.__file__).parent, sys.executable
+    flags = [f"-DTREEDECODE_TORCH_DIR={torch_dir}", f"-DPython_EXECUTABLE={python}"]
+    for value, message in (
+        ("1", "TREEDECODE_CUDA=1, but there is no working nvcc"),
+        ("auto", "CUDA kernels are left out"),
+    ):
+        command = [cmake, "-S", str(ROOT), "-B", str(tmp_path / value), f"-DTREEDECODE_CUDA={value}", *flags]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert message in done.stderr
+        assert (done.returncode != 0) == (value == "1")
