@@ -57,6 +57,13 @@ __device__ __forceinline__ T* dynamic_shared() {
   return reinterpret_cast<T*>(td_dynamic_shared);
 }
 
+// x, but the compiler takes it for a new value: what is computed from it is computed here, not kept in registers from
+// before a loop.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // --- barriers
 // ---------------------------------------------------------------------------------------------------------
 

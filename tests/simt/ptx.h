@@ -31,6 +31,8 @@ inline uint32_t grid_x() { return simt::position().grid[0]; }
 inline uint32_t grid_y() { return simt::position().grid[1]; }
 inline uint32_t grid_z() { return simt::position().grid[2]; }
 
+inline int opaque(int x) { return x; }
+
 template <typename T>
 T* dynamic_shared() {
   return static_cast<T*>(simt::dynamic_shared());
