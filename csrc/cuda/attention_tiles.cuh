@@ -9,7 +9,7 @@
 
 namespace treedecode::cuda {
 
-inline constexpr int kTileRows = 128;  // packed rows of a work tile at most, as plan_tree counts them
+inline constexpr int kTileRows = cpu::kTileRows;
 inline constexpr int kAttentionThreads = 128;
 inline constexpr float kNone = -std::numeric_limits<float>::infinity();
 inline constexpr float kLog2e = 1.44269504088896341f;

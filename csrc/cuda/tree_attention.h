@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../cpu/dtypes.h"
+#include "../cpu/plan_tree.h"
 #include "runtime.h"
 
 namespace treedecode::cuda {
@@ -49,9 +50,8 @@ struct TreeAttentionParams {
 // Of a plan with `num_cuts` rows of chunks more than a forest of num_rows branches has nodes: how many partial results
 // it may have. At most 8 shared nodes on a path and the branch's own, and a part more for each cut of what it is in.
 inline int64_t max_parts(int64_t num_q, int64_t num_cuts, int64_t group_size) {
-  constexpr int64_t kTileRows = 128;
-  const int64_t everywhere = num_q * num_cuts, by_cost = kTileRows * num_cuts / group_size;
-  return 9 * num_q + (everywhere < by_cost ? everywhere : by_cost);
+  const int64_t everywhere = num_q * num_cuts, by_cost = cpu::kTileRows * num_cuts / group_size;
+  return (cpu::kMaxLevels + 1) * num_q + (everywhere < by_cost ? everywhere : by_cost);
 }
 
 // Two launches: partial results, then their merge along each branch's path.
