@@ -47,7 +47,8 @@ class CMakeBuild(build_ext):
         configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}"]  # an isolated build's ninja is gone by the next build
         configure += [f"-DTREEDECODE_OUTPUT_DIR={out}", f"-DTREEDECODE_TORCH_DIR={torch_dir()}"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}"]
-        configure += [f"-D{name}={os.environ[name]}" for name in BUILD_VARIABLES if name in os.environ]
+        for name in BUILD_VARIABLES:  # without one CMake would go on with that of the last build
+            configure += [f"-D{name}={os.environ[name]}" if name in os.environ else f"-U{name}"]
         configure += [f"-DTREEDECODE_TESTS={'ON' if self.inplace else 'OFF'}"]
         configure += os.environ.get("CMAKE_ARGS", "").split()
         log = sys.stderr if self.verbose else subprocess.DEVNULL

@@ -18,7 +18,7 @@ TD_DEFINE_LIBRARY(TD_LIBRARY) {
       "Tensor(e!) status, Tensor(f!) kv, Tensor(g!) slots, Tensor rows, Tensor? q_lens, int page_size) -> ()");
   m.def("hold_pages(Tensor(a!) refcount, Tensor(b!) free_pages, Tensor(c!) status, Tensor pages, bool hold) -> ()");
   m.def(
-      "adopt_pages(Tensor(a!) refcount, Tensor(b!) page_table, Tensor(c!) seq_lens, Tensor status, Tensor pages, "
+      "adopt_pages(Tensor(a!) refcount, Tensor(b!) page_table, Tensor(c!) seq_lens, Tensor(d!) status, Tensor pages, "
       "int row, int num_tokens, int page_size) -> ()");
   m.def("copy_pages(Tensor(a!) kv, Tensor src, Tensor dst, Tensor? num_tokens) -> ()");
   m.def(

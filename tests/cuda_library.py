@@ -35,11 +35,11 @@ def tool():
     return found
 
 
-def _dump(option):
-    """cuobjdump's output, and short names of the kernels in it, such as `_append_kv_kernel<16>`."""
+def _dump(option, path):
+    """cuobjdump's output for a library or cubin, and short names of its kernels, such as `_append_kv_kernel<16>`."""
     if tool() is None:
         pytest.skip("no cuobjdump: neither the CUDA toolkit's nor Triton's")
-    text = subprocess.run([tool(), option, str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run([tool(), option, str(path)], capture_output=True, text=True, check=True).stdout
     symbols = sorted(set(re.findall(r"\b_Z\w+", text)))
     out = subprocess.run(["c++filt", "-p"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
     plain = re.sub(r"^void |treedecode::(cuda::)?|\(anonymous namespace\)::", "", out, flags=re.MULTILINE).split("\n")
@@ -49,7 +49,7 @@ def _dump(option):
 @functools.cache
 def resources():
     """(kernel, "sm_80") -> registers, bytes of stack (spills, arrays outside of registers), of shared memory."""
-    text, names = _dump("--dump-resource-usage")
+    text, names = _dump("--dump-resource-usage", LIBRARY)
     found, arch = {}, None
     for line in text.splitlines():
         if match := re.match(r"arch = (\w+)", line):
@@ -63,9 +63,9 @@ def resources():
 
 
 @functools.cache
-def mnemonics():
+def mnemonics(path=LIBRARY):
     """(kernel, "sm_80") -> the opcodes of its machine code, such as "HMMA.16816.F32.BF16"."""
-    text, names = _dump("-sass")
+    text, names = _dump("-sass", path)
     found, arch, kernel = {}, None, None
     for line in text.splitlines():
         if match := re.match(r"\s*code for (\w+)", line):

@@ -4,7 +4,9 @@ The struct's fields are read from its header, so that a test names them and noth
 """
 
 import ctypes
+import faulthandler
 import functools
+import os
 import re
 from pathlib import Path
 
@@ -92,8 +94,21 @@ def run(op, *, seed=0, resident_blocks=1, drop=None, **fields):
         raise KernelError(error.decode())
 
 
-def barriers(*args, **kwargs):
-    """ "file:line" of every `sync_threads` that `run(*args, **kwargs)` reaches."""
-    _library().simt_barriers()
-    run(*args, **kwargs)
+def barriers_seen():
+    """ "file:line" of every `sync_threads` that was reached since this was called last."""
     return _library().simt_barriers().decode().split()
+
+
+def is_noticed(goes_wrong):
+    """Whether `goes_wrong()` is true, in a process of its own: a kernel without a barrier may also write anywhere."""
+    unnoticed = 42
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        status = 0
+        try:
+            status = 0 if goes_wrong() else unnoticed
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != unnoticed

@@ -1,6 +1,8 @@
 """The CUDA library without a GPU: it loads, registers, and its machine code keeps within the budget."""
 
+import ctypes
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -31,6 +33,28 @@ def test_built_for_the_architectures_asked_for():
     assert {arch for _, arch in cuda_library.resources()} >= {"sm_80", "sm_90a"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_every_name_of_ptx_compiles_to_its_instruction(arch, tmp_path):
+    """The shim's own kernels use all of ptx.cuh; here the device's compiler takes them, without a warning."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc on PATH")
+    cubin = tmp_path / "self_test.cubin"
+    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Werror=all-warnings", "-cubin", f"-arch={arch}"]
+    command = [nvcc, *flags, "-o", str(cubin), str(ROOT / "tests" / "simt" / "self_test.cu")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    opcodes = cuda_library.mnemonics(cubin)
+    for dtype, suffix in (("bf16", ".BF16"), ("fp16", "")):
+        of_fragments = opcodes[f"_fragments_kernel<{dtype}>", arch]
+        assert {f"HMMA.16816.F32{suffix}", "LDSM.16.M88.4", "LDSM.16.MT88.4"} <= of_fragments
+    of_wide = opcodes["_wide_kernel", arch]
+    expected = {"LDGSTS.E.BYPASS.LTC128B.128", "LDGSTS.E.64", "SHFL.BFLY", "VOTE.ALL", "BAR.SYNC.DEFER_BLOCKING"}
+    expected |= {"ACQBULK"} if arch == "sm_90a" else set()
+    assert not [name for name in expected if not any(opcode.startswith(name) for opcode in of_wide)], sorted(of_wide)
+
+
 @cuda_library.needs_library
 def test_wide_accesses():
     """16 bytes at a time where addresses allow."""
@@ -50,6 +74,14 @@ def test_cuda_tensors_take_the_cuda_kernel(op):
         f"treedecode_cuda::{op}", "CompositeExplicitAutograd"
     )
     assert of_any_device, "its argument checks cannot be tested without a GPU"
+
+
+def test_a_library_that_torch_has_loaded_is_found_by_its_name():
+    """That is how the current stream is found in libtorch_cuda.so, wherever it lies; its symbols are local."""
+    flags = os.RTLD_NOW | os.RTLD_NOLOAD
+    assert ctypes.CDLL("libtorch_cpu.so", mode=flags).aoti_torch_get_current_stream
+    if torch.cuda.is_available():
+        assert ctypes.CDLL("libtorch_cuda.so", mode=flags).aoti_torch_get_current_cuda_stream
 
 
 def test_loading_registers_nothing_twice():

@@ -21,18 +21,19 @@ def test_barrier(seed):
 
 
 def test_a_missing_barrier_gives_wrong_results():
-    arguments = {"in": torch.arange(32, dtype=torch.int32), "out": torch.zeros(32, dtype=torch.int32)}
-    (barrier,) = simt.barriers("toy_reverse", num_threads=32, num_blocks=1, **arguments)
+    simt.barriers_seen()
+    run_toy("toy_reverse")
+    (barrier,) = simt.barriers_seen()
     for seed in range(8):
         values, out = run_toy("toy_reverse", seed=seed, drop=barrier)
         assert not torch.equal(out, values.flip(0))
 
 
 def test_every_barrier_of_a_block_scan_is_needed():
+    simt.barriers_seen()
     values, want = run_toy("toy_scan", num_threads=64, size=64)
+    barriers = simt.barriers_seen()
     assert torch.equal(want, 3 * values.cumsum(0, dtype=torch.int32) - 3 * values + 3 * values.sum())
-    arguments = {"in": values, "out": want}
-    barriers = simt.barriers("toy_scan", num_threads=64, num_blocks=1, **arguments)
     assert len(barriers) == 2
     for drop in [None, *barriers]:
         right = [
@@ -45,9 +46,9 @@ def test_every_barrier_of_a_block_scan_is_needed():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("toy_divergence", r"self_test.cpp:\d+: thread \d+ of block 0: divergence: (shfl|ballot), while lanes .* wait"),
-        ("toy_two_barriers", "sync_threads, while others wait at that of self_test.cpp"),
-        ("toy_deadlock", r"deadlock: 32 threads wait at named_barrier_sync \(self_test.cpp:\d+\)"),
+        ("toy_divergence", r"self_test.cu:\d+: thread \d+ of block 0: divergence: (shfl|ballot), while lanes .* wait"),
+        ("toy_two_barriers", "sync_threads, while others wait at that of self_test.cu"),
+        ("toy_deadlock", r"deadlock: 32 threads wait at named_barrier_sync \(self_test.cu:\d+\)"),
         ("toy_early_exit", r"with lanes that have ended|has ended, and lanes of its warp wait for it at any"),
     ],
 )
@@ -98,6 +99,19 @@ def test_polling(seed):
     assert out.tolist() == [*range(5), -7]
     with pytest.raises(simt.KernelError, match="livelock"):
         run_toy("toy_poll", num_threads=160, num_blocks=2, size=6, seed=seed)
+
+
+@pytest.mark.parametrize("seed", simt.SEEDS)
+def test_atomics(seed):
+    _, out = run_toy("toy_atomics", size=7, fill=0, seed=seed)
+    bits = 2 * 2 + 2 + (64 - 39) + 31 + 3  # of 96 << 32 | 96, of 3; leading zeros; index
+    assert out.tolist() == [THREADS, 1, THREADS, -THREADS, THREADS, THREADS * (THREADS + 1) // 2, bits]
+
+
+@pytest.mark.parametrize("seed", simt.SEEDS)
+def test_wide_accesses_and_arithmetic(seed):
+    values, out = run_toy("toy_wide", seed=seed)
+    assert torch.equal(out, 2 * values)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

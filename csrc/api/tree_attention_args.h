@@ -26,9 +26,8 @@ inline bool is_positive_float(double x) {
 // All but the values in tensors.
 inline void check_tree_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
                                  const Tensor& page_table, const Tensor& seq_lens, const Tensor& q_indptr,
-                                 const Tensor& part_indptr, const Tensor& chunks, const Tensor& counts,
-                                 double sm_scale, int64_t window_left, double logits_soft_cap,
-                                 const std::optional<Tensor>& sinks) {
+                                 const Tensor& part_indptr, const Tensor& chunks, const Tensor& counts, double sm_scale,
+                                 int64_t window_left, double logits_soft_cap, const std::optional<Tensor>& sinks) {
   check_shape(q, "q", "[num_q, num_qo_heads, head_dim]", {-1, -1, -1});
   check_float_dtype(q, "q");
   check_unit_stride(q, "q");

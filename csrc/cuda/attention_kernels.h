@@ -1,4 +1,5 @@
-// The instantiations of tree_attention's tensor core kernel, each in a file of its own so that they compile side by side.
+// The instantiations of tree_attention's tensor core kernel, each in a file of its own so that they compile side by
+// side.
 #pragma once
 
 #include "tree_attention.h"

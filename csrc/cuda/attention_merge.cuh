@@ -50,7 +50,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
       const float w = ptx::shfl(weight, i);
       sum += w;
       if (w == 0.0f) continue;
-      const float* part = p.part_out + ((first_part + static_cast<int64_t>(begin + i)) * p.num_qo_heads + head) * p.head_dim;
+      const float* part =
+          p.part_out + ((first_part + static_cast<int64_t>(begin + i)) * p.num_qo_heads + head) * p.head_dim;
 #pragma unroll
       for (int quad = 0; quad < kMergeQuads; ++quad) {
         const int dim = 4 * (quad * ptx::kWarpSize + ptx::lane());

@@ -3,71 +3,9 @@
 
 #include <algorithm>
 
-#include "attention_tiles.cuh"
+#include "attention_layout.cuh"
 
 namespace treedecode::cuda {
-
-inline constexpr int kMaxKeys = 64;   // of a tile
-inline constexpr int kLookahead = 4;  // tiles of keys whose places are at hand
-inline constexpr int kNumWarps = kAttentionThreads / ptx::kWarpSize;
-
-// Shared memory: a ring of tiles of K and V, the queries where they do not stay in registers, then RowBuffers. The ring
-// is sized for few rows, who wait for memory; many rows take queries out of it and have fewer tiles under way.
-template <int kDim>
-struct Ring {
-  static constexpr int kStages = kDim <= 96 ? 3 : kDim <= 128 ? 2 : 1;
-  static constexpr int kBytes = kStages * 2 * kMaxKeys * kDim * 2;
-  static constexpr int kQueryBytes = kDim > 128 ? 64 * kDim * 2 : 0;
-};
-
-struct RowBuffers {
-  Tile tile;  // here, because registers are for sums
-  int begin[kTileRows];
-  int end[kTileRows];
-  int slot[kTileRows];
-  int64_t value_at[kLookahead][kMaxKeys];  // of v_pages
-  union {
-    int64_t key_at[kLookahead][kMaxKeys];  // element of k_pages that a key's row begins at; -1: no key
-    float sums[2][kNumWarps * 16];  // maximum and sum of each row by each warp, when all keys are done
-  };
-};
-
-template <int kDim>
-constexpr int mma_shared_bytes() {
-  return Ring<kDim>::kBytes + Ring<kDim>::kQueryBytes + static_cast<int>(sizeof(RowBuffers));
-}
-
-// How four warps share a tile of kRows packed rows and kKeys keys. Few rows: each takes other keys, sums are merged at
-// the end. Many rows: each takes other rows, and fewer keys at a time where the sums need most of the registers.
-template <int kDim, int kRows>
-struct Split {
-  static constexpr int kRowBlocks = kRows == 128 ? 2 : 1;    // of 16 rows, per warp
-  static constexpr int kRowWarps = kRows / 16 / kRowBlocks;  // warps side by side over rows
-  static constexpr int kKeyWarps = kNumWarps / kRowWarps;    // and over keys
-  static constexpr int kKeys = kKeyWarps == 1 && kRowBlocks * kDim > 128 ? kMaxKeys / 2 : kMaxKeys;
-  static constexpr int kWarpKeys = kKeys / kKeyWarps;
-  static constexpr int kTileBytes = kKeys * kDim * 2;  // of K, or of V
-  static constexpr bool kQueriesInRegisters = kRows < 128 && kDim <= 128;
-  static constexpr int kRoom = (Ring<kDim>::kBytes - (kRows == 128 ? kRows * kDim * 2 : 0)) / (2 * kTileBytes);
-  static constexpr int kStages = kRoom < kLookahead ? kRoom : kLookahead - 1;
-  // Queries on their way to registers take the place of the last tile of V to come.
-  static constexpr int kQueryOffset = kQueriesInRegisters ? (2 * kStages - 1) * kTileBytes
-                                      : kRows < 128       ? Ring<kDim>::kBytes
-                                                          : 2 * kStages * kTileBytes;
-  static_assert(kStages >= 1);
-  static_assert(kKeyWarps == 1 || kKeyWarps * kRows <= kNumWarps * 16);
-  static_assert(kKeyWarps == 1 || kKeyWarps * kRows * kDim * 4 <= Ring<kDim>::kBytes);
-};
-
-// Byte offset of 16 bytes of a row of kDim 16-bit values: swizzled, so that the same bytes of eight rows that follow one
-// another, which ldmatrix reads at once, lie in different banks.
-template <int kDim>
-__device__ __forceinline__ unsigned swizzled(unsigned row, unsigned word) {
-  constexpr unsigned kWords = kDim / 8;
-  constexpr unsigned kSpan = kWords % 8 == 0 ? 8 : kWords % 4 == 0 ? 4 : 2;
-  static_assert(kWords % 2 == 0);
-  return (row * kWords + (word ^ (row / (8 / kSpan) % kSpan))) * 16;
-}
 
 template <typename T, int kDim, int kRows>
 class TileAttention {
@@ -119,7 +57,8 @@ class TileAttention {
   }
 
  private:
-  // --- copies -----------------------------------------------------------------------------------------------------------
+  // --- copies
+  // -----------------------------------------------------------------------------------------------------------
 
   __device__ char* keys(int n) const { return shared_ + n % S::kStages * 2 * S::kTileBytes; }
   __device__ char* values(int n) const { return keys(n) + S::kTileBytes; }
@@ -135,11 +74,10 @@ class TileAttention {
     }
   }
 
-  __device__ int64_t token_of(int n) const {
-    return static_cast<int64_t>(first_) + n * S::kKeys + thread_ % S::kKeys;
-  }
+  __device__ int64_t token_of(int n) const { return static_cast<int64_t>(first_) + n * S::kKeys + thread_ % S::kKeys; }
 
-  // Page id of this thread's key of the n-th tile of keys; -1 beyond the chunk, where table entries and pages may hold anything.
+  // Page id of this thread's key of the n-th tile of keys; -1 beyond the chunk, where table entries and pages may hold
+  // anything.
   __device__ int page_of(const Tile& tile, int n) {
     const int64_t token = token_of(n);
     if (token >= tile.token_end) return -1;
@@ -175,7 +113,8 @@ class TileAttention {
     if (n < num_tiles_) copy(values_, rows_.value_at[n % kLookahead], values(n));
   }
 
-  // --- rows -------------------------------------------------------------------------------------------------------------
+  // --- rows
+  // -------------------------------------------------------------------------------------------------------------
 
   // Rows beyond the last repeat it, so that they neither ask for more keys nor for a mask.
   __device__ void prepare_rows(const Tile& tile) {
@@ -206,7 +145,8 @@ class TileAttention {
     all_end_ = -warp_max(-rows_.end[row]);
   }
 
-  // --- products ---------------------------------------------------------------------------------------------------------
+  // --- products
+  // ---------------------------------------------------------------------------------------------------------
 
   __device__ void query_fragment(uint32_t (&a)[4], int lane, int block, int step) const {
     const int row = (row_warp_ * S::kRowBlocks + block) * 16 + lane % 16, word = 2 * step + lane / 16;
@@ -375,7 +315,8 @@ class TileAttention {
     }
   }
 
-  // --- results ----------------------------------------------------------------------------------------------------------
+  // --- results
+  // ----------------------------------------------------------------------------------------------------------
 
   __device__ int row_of_lane(int block, int half) const {
     return (row_warp_ * S::kRowBlocks + block) * 16 + half * 8 + lane_ / 4;
@@ -423,8 +364,8 @@ class TileAttention {
   // Warps saw different keys of the same rows: their sums are added in the order of the warps.
   __device__ void finish_together(bool is_bad) const {
     float* outs = reinterpret_cast<float*>(shared_);  // [kKeyWarps, kRows, kDim]
-    float(&maxima)[kNumWarps * 16] = rows_.sums[0];
-    float(&sums)[kNumWarps * 16] = rows_.sums[1];
+    float (&maxima)[kNumWarps * 16] = rows_.sums[0];
+    float (&sums)[kNumWarps * 16] = rows_.sums[1];
     const auto top_of = [&](int row) {
       float top = kNone;
 #pragma unroll
@@ -445,7 +386,8 @@ class TileAttention {
       const float top = top_of(row), scale = ptx::exp2_approx(max_[0][half] - (top == kNone ? 0.0f : top));
       float* to = outs + (key_warp_ * kRows + row) * kDim + lane_ % 4 * 2;
 #pragma unroll
-      for (int d = 0; d < kDim / 8; ++d) store_pair(to + 8 * d, out_[0][d][2 * half] * scale, out_[0][d][2 * half + 1] * scale);
+      for (int d = 0; d < kDim / 8; ++d)
+        store_pair(to + 8 * d, out_[0][d][2 * half] * scale, out_[0][d][2 * half + 1] * scale);
     }
     ptx::sync_threads();
     for (int i = thread_; i < rows_.tile.num_rows * (kDim / 2); i += kAttentionThreads) {
@@ -467,12 +409,12 @@ class TileAttention {
   const TreeAttentionParams& p_;
   char* shared_;
   RowBuffers& rows_;
-  const T* keys_;    // of the kv head
+  const T* keys_;  // of the kv head
   const T* values_;
   int thread_, lane_;
   int row_warp_, key_warp_;
-  int first_ = 0;      // token of the first key that is read
-  int num_tiles_ = 0;  // of keys
+  int first_ = 0;                    // token of the first key that is read
+  int num_tiles_ = 0;                // of keys
   int any_begin_ = 0, any_end_ = 0;  // keys that any row of the warp sees
   int all_begin_ = 0, all_end_ = 0;  // and that all of them see
   bool is_bad_ = false;

@@ -20,8 +20,8 @@ inline int64_t simt_shared_bytes(int64_t head_dim) {
 template <typename T>
 __device__ void simt_rows(const TreeAttentionParams& p, const Tile& t, int first_row, float* shared) {
   const int head_dim = static_cast<int>(p.head_dim), lane = ptx::lane();
-  float* q = shared;                     // [kSimtRows, head_dim]
-  float* k = q + kSimtRows * head_dim;   // [kSimtKeys, head_dim + 1]
+  float* q = shared;                          // [kSimtRows, head_dim]
+  float* k = q + kSimtRows * head_dim;        // [kSimtKeys, head_dim + 1]
   float* v = k + kSimtKeys * (head_dim + 1);  // [kSimtKeys, head_dim]
   const auto row_of_warp = [&](int i) { return first_row + ptx::warp() * kWarpRows + i; };
   for (int i = ptx::thread(); i < kSimtRows * head_dim; i += kAttentionThreads) {
@@ -54,10 +54,10 @@ __device__ void simt_rows(const TreeAttentionParams& p, const Tile& t, int first
         is_bad = true;
         continue;
       }
-      const T* k_row = static_cast<const T*>(p.k_pages) + page * p.k_stride[0] + slot * p.k_stride[1] +
-                       t.kv_head * p.k_stride[2];
-      const T* v_row = static_cast<const T*>(p.v_pages) + page * p.v_stride[0] + slot * p.v_stride[1] +
-                       t.kv_head * p.v_stride[2];
+      const T* k_row =
+          static_cast<const T*>(p.k_pages) + page * p.k_stride[0] + slot * p.k_stride[1] + t.kv_head * p.k_stride[2];
+      const T* v_row =
+          static_cast<const T*>(p.v_pages) + page * p.v_stride[0] + slot * p.v_stride[1] + t.kv_head * p.v_stride[2];
       for (int d = lane; d < head_dim; d += ptx::kWarpSize) {
         k[key * (head_dim + 1) + d] = ptx::to_float(k_row[d]);
         v[key * head_dim + d] = ptx::to_float(v_row[d]);

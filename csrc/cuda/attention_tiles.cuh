@@ -51,7 +51,8 @@ __device__ inline int row_of(const int32_t* indptr, int begin, int end, int x) {
   return begin;
 }
 
-// Whether the plan is for as many query tokens, pages of this size and a GPU. What the host cannot know without waiting.
+// Whether the plan is for as many query tokens, pages of this size and a GPU. What the host cannot know without
+// waiting.
 __device__ inline bool plan_fits(const TreeAttentionParams& p) {
   const int32_t* n = p.counts;
   return n[0] >= 0 && n[0] <= p.max_chunks && (n[5] > 0) == (n[0] > 0) && n[1] >= 0 && n[1] <= p.max_parts &&
@@ -155,8 +156,8 @@ __device__ __forceinline__ void store_pair(T* to, float x, float y) {
   }
 }
 
-// The item that this block takes in a round: every grid_x-th, in turns forwards and backwards, because items come sorted
-// by cost, roughly. No items are left for a block from the first round on whose item is `num_items` or more.
+// The item that this block takes in a round: every grid_x-th, in turns forwards and backwards, because items come
+// sorted by cost, roughly. No items are left for a block from the first round on whose item is `num_items` or more.
 __device__ __forceinline__ int64_t item_of_block(int round) {
   const int64_t grid = ptx::grid_x(), block = ptx::block_x();
   return round * grid + (round % 2 ? grid - 1 - block : block);

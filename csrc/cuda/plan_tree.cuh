@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "collectives.cuh"
+#include "minima.cuh"
 #include "plan_tree.h"
 
 namespace treedecode::cuda {
@@ -51,42 +52,9 @@ __global__ void __launch_bounds__(kCompareThreads) _compare_pages_kernel(const _
   p.scratch[row * segments + segment] = differs;
 }
 
-// Positions of small values. Its leaves are values[0, width), width a power of two; tree[1] is the root.
-struct Minima {
-  int* tree;  // [2 * width]
-  int width;
-
-  // First position at or after `from` with a value of at most x; there is one.
-  __device__ int first(int from, int x) const {
-    int node = from + width;
-    while (tree[node] > x) {
-      while (node % 2) node /= 2;
-      ++node;
-    }
-    while (node < width) {
-      node *= 2;
-      if (tree[node] > x) ++node;
-    }
-    return node - width;
-  }
-  // Last one at or before `from`.
-  __device__ int last(int from, int x) const {
-    int node = from + width;
-    while (tree[node] > x) {
-      while (node % 2 == 0) node /= 2;
-      --node;
-    }
-    while (node < width) {
-      node = 2 * node + 1;
-      if (tree[node] > x) --node;
-    }
-    return node - width;
-  }
-};
-
 // The longest-common-prefix intervals of the rows, in arrays. Node 2 * row + 1 is the leaf of a row, what it has alone.
-// Node 2 * row, where there is one, is the interval whose rows fork first before `row`. In this order chunks of one class
-// of cost are sorted, as on the CPU.
+// Node 2 * row, where there is one, is the interval whose rows fork first before `row`. In this order chunks of one
+// class of cost are sorted, as on the CPU.
 class TreePlanner {
  public:
   __device__ TreePlanner(const PlanTreeParams& p, int* words)
@@ -232,7 +200,8 @@ class TreePlanner {
       if (!is_node(node) || num_queries(node) == 0) return;
       ready_[node] = -1;
       const int before = first_row(node), after = last_row(node), end = page_end(node);
-      token_end_[node] = static_cast<int>(std::min(end * p_.page_size, static_cast<int64_t>(max_length(before, after))));
+      token_end_[node] =
+          static_cast<int>(std::min(end * p_.page_size, static_cast<int64_t>(max_length(before, after))));
       const int border = shared(before) >= shared(after) ? before : after;
       if (shared(border) == 0) return;
       const int parent = 2 * fork_[border];
@@ -304,8 +273,7 @@ class TreePlanner {
       if (tokens == 0) return;
       const int64_t count =
           std::min(ceil_quotient(tokens * token_cost(node), target_), ceil_quotient(tokens, cpu::kMinChunkTokens));
-      step_[node] =
-          static_cast<int>(ceil_quotient(ceil_quotient(tokens, count), cpu::kChunkStep) * cpu::kChunkStep);
+      step_[node] = static_cast<int>(ceil_quotient(ceil_quotient(tokens, count), cpu::kChunkStep) * cpu::kChunkStep);
     });
     ptx::sync_threads();
   }
@@ -405,28 +373,28 @@ class TreePlanner {
 
   const PlanTreeParams& p_;
   int num_rows_, num_nodes_;
-  Minima shared_;         // of pages that a row shares with the one before; 0 for row 0 and for row num_rows
-  int* lengths_;          // [2 * width] maxima of the seq_lens of rows that have queries
-  int* queries_;          // [num_rows + 1] of rows before
-  int* fork_;             // [num_rows + 1]
-  int* row_begin_;        // [num_rows] of node 2 * row
-  int* row_end_;          // [num_rows]
-  int* children_;         // [num_rows] of node 2 * row
-  int* continuing_;       // [num_rows] query tokens of children that have pages of their own
-  int* parent_;           // [num_nodes], -1: a root
-  int* page_begin_;       // [num_nodes]
-  int* token_end_;        // [num_nodes]
-  int* kept_;             // [num_nodes] nearest node above that keeps its pages, -1: none
-  int* level_;            // [num_nodes] how many above do; complemented where the node itself does not
-  int* ready_;            // [num_nodes] round of fold() it was placed in; -1: not yet; the largest int: left out
-  int* step_;             // [num_nodes] tokens of a chunk, 0: none
-  int64_t target_ = 0;    // cost of a tile
+  Minima shared_;       // of pages that a row shares with the one before; 0 for row 0 and for row num_rows
+  int* lengths_;        // [2 * width] maxima of the seq_lens of rows that have queries
+  int* queries_;        // [num_rows + 1] of rows before
+  int* fork_;           // [num_rows + 1]
+  int* row_begin_;      // [num_rows] of node 2 * row
+  int* row_end_;        // [num_rows]
+  int* children_;       // [num_rows] of node 2 * row
+  int* continuing_;     // [num_rows] query tokens of children that have pages of their own
+  int* parent_;         // [num_nodes], -1: a root
+  int* page_begin_;     // [num_nodes]
+  int* token_end_;      // [num_nodes]
+  int* kept_;           // [num_nodes] nearest node above that keeps its pages, -1: none
+  int* level_;          // [num_nodes] how many above do; complemented where the node itself does not
+  int* ready_;          // [num_nodes] round of fold() it was placed in; -1: not yet; the largest int: left out
+  int* step_;           // [num_nodes] tokens of a chunk, 0: none
+  int64_t target_ = 0;  // cost of a tile
   bool fits_ = true;
 };
 
 __global__ void __launch_bounds__(kPlanThreads) _plan_tree_kernel(const __grid_constant__ PlanTreeParams p) {
-  int* words = p.num_rows > kSharedRows ? p.scratch + p.num_rows * num_page_segments(p.max_pages)
-                                        : ptx::dynamic_shared<int>();
+  int* words =
+      p.num_rows > kSharedRows ? p.scratch + p.num_rows * num_page_segments(p.max_pages) : ptx::dynamic_shared<int>();
   TreePlanner(p, words).run();
 }
 

@@ -61,7 +61,10 @@ Thread& next_thread() {
   if (!ordered() && random() % 32 == 0) std::advance(place, random() % s.ready.size());
   Warp& warp = *place->second;
   auto t = warp.ready.begin();
-  const auto earlier = [](Thread* a, Thread* b) { return a->position.thread < b->position.thread; };
+  const auto earlier = [](Thread* a, Thread* b) {
+    if (a->backed_off != b->backed_off) return (a->backed_off < b->backed_off) == (options().seed == 0);
+    return a->position.thread < b->position.thread;
+  };
   if (options().seed == 0) t = std::min_element(warp.ready.begin(), warp.ready.end(), earlier);
   else if (options().seed == 1) t = std::max_element(warp.ready.begin(), warp.ready.end(), earlier);
   else t += static_cast<ptrdiff_t>(random() % warp.ready.size());
@@ -184,7 +187,10 @@ void make_ready(Thread& t) {
 }
 
 void wake(const std::vector<Thread*>& threads) {
-  for (Thread* t : threads) make_ready(*t);
+  for (Thread* t : threads) {
+    t->backed_off = 0;
+    make_ready(*t);
+  }
 }
 
 void suspend() {

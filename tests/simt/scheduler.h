@@ -30,6 +30,7 @@ struct Thread {
   Position position;
   Block* block = nullptr;
   bool done = false;
+  uint64_t backed_off = 0;         // when it last said that it polls; it runs after others of its warp
   const char* waits_at = nullptr;  // nullptr = may run
   Site site;
   std::vector<std::vector<Copy>> copy_groups;  // oldest first; the last one is open

@@ -38,6 +38,7 @@ void maybe_yield() {
 void back_off(const Site& site) {
   Scheduler& s = scheduler();
   if (++s.num_back_offs > kMaxBackOffs) fail_here(site, "livelock: what this thread polls for does not come");
+  self().backed_off = s.num_back_offs;
   Warp& warp = self().warp();
   if (auto place = s.ready.find(warp.priority); place != s.ready.end()) s.ready.erase(place);
   // Behind all others: in a fixed order of priorities a polling warp would run for ever.

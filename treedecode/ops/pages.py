@@ -17,7 +17,7 @@ from torch import Tensor
 from treedecode import reference
 from treedecode.ops._native import USE_REFERENCE, call, register_fake
 
-OK, OUT_OF_PAGES = 0, 1
+OK, OUT_OF_PAGES, BAD_ARGUMENT = 0, 1, 2
 STATUS_ERROR, STATUS_NUM_FREE, STATUS_NUM_NEEDED, STATUS_PEAK_USED = range(4)
 
 
