@@ -1,5 +1,7 @@
 """tree_attention's CUDA kernels on the host: against the reference, with the error budget of the CPU's."""
 
+import functools
+import itertools
 import math
 
 import cuda_library
@@ -213,10 +215,11 @@ def test_a_page_id_out_of_range_is_marked(dtype):
         page_table = case.page_table.clone()
         page_table[1, 1] = page
         out, lse = attend(case, page_table=page_table, plan=flat_plan(case, 4))
-        assert out[1].isnan().all() and lse[1].isnan().all()
+        assert all(t[1].isnan().all() for t in (out, lse))
         good = attend(case)
         for row in (0, 2):
-            assert torch.equal(out[row], good[0][row]) and torch.equal(lse[row], good[1][row])
+            assert torch.equal(out[row], good[0][row])
+            assert torch.equal(lse[row], good[1][row])
 
 
 def test_a_plan_that_does_not_fit_is_marked():
@@ -226,33 +229,35 @@ def test_a_plan_that_does_not_fit_is_marked():
     plans = [case.plan, flat_plan(other, 4), flat_plan(small, 4)]  # chained, of other queries, of other pages
     for plan in plans:
         out, lse = attend(case, plan=plan)
-        assert out.isnan().all() and lse.isnan().all()
+        assert all(t.isnan().all() for t in (out, lse))
 
 
-def goes_wrong(fields, want, barrier, num_seeds=12):
-    for seed in range(num_seeds):
-        try:
-            simt.run("tree_attention", seed=seed, drop=barrier, **fields)
-        except simt.KernelError:
-            return True
-        if not all(torch.equal(fields[name].isnan(), exact.isnan()) for name, exact in want.items()):
-            return True
-        if not all(torch.equal(fields[name].nan_to_num(), exact.nan_to_num()) for name, exact in want.items()):
-            return True
-    return False
+def same(got, want):
+    return torch.equal(got.isnan(), want.isnan()) and torch.equal(got.nan_to_num(), want.nan_to_num())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_barrier_is_needed(dtype):
     """Without any one of them the result is wrong, or depends on the threads' order."""
-    runs = []
+    runs, barriers = [], set()
     for change in ({}, {"window_left": 290}, {"num_pages": 20}):  # the last one: page ids out of range
         case = make_case(ragged(tree_rows([3], [20, 1]), 16), head_dim=64, dtype=dtype)
         fields = arguments(case, flat_plan(case, 2), **change)
-        barriers = simt.barriers("tree_attention", **fields)
-        runs.append((fields, {name: fields[name].clone() for name in ("out", "lse")}, barriers))
-    for barrier in sorted({barrier for *_, barriers in runs for barrier in barriers}):
-        assert any(goes_wrong(*run, barrier) for *run, barriers in runs if barrier in barriers), barrier
+        simt.barriers_seen()
+        simt.run("tree_attention", **fields)
+        barriers |= {site for site in simt.barriers_seen() if site.startswith("attention_")}
+        runs.append((fields, {name: fields[name].clone() for name in ("out", "lse")}))
+    assert len(barriers) >= 3
+
+    def goes_wrong(barrier):
+        for seed, (fields, want) in itertools.product(range(12), runs):
+            simt.run("tree_attention", seed=seed, drop=barrier, **fields)
+            if not all(same(fields[name], exact) for name, exact in want.items()):
+                return True
+        return False
+
+    for barrier in sorted(barriers):
+        assert simt.is_noticed(functools.partial(goes_wrong, barrier)), barrier
 
 
 @cuda_library.needs_library
@@ -261,10 +266,44 @@ def test_uses_tensor_cores_and_asynchronous_copies():
         if "_tree_attention_mma_kernel" not in kernel:
             continue
         product = "HMMA.16816.F32.BF16" if "bf16" in kernel else "HMMA.16816.F32"
-        names = {opcode for opcode in opcodes}
+        names = set(opcodes)
         assert product in names, kernel
         assert any(name.startswith("LDGSTS.E.BYPASS") and "128" in name for name in names), kernel
         assert any(name.startswith("LDSM.16.MT88.4") for name in names), kernel
+
+
+def on_device(case, num_workers):
+    """The ops themselves, plan included."""
+    tensors = (t.cuda() for t in (*case.args[:5], case.plan.q_indptr.diff().int()))
+    q, k_pages, v_pages, page_table, seq_lens, q_lens = tensors
+    page_size, num_kv_heads, head_dim = k_pages.shape[1:]
+    plan = ops.plan_tree(
+        page_table, seq_lens, q_lens, page_size=page_size, num_qo_heads=q.shape[1], num_kv_heads=num_kv_heads,
+        head_dim=head_dim, num_workers=num_workers,
+    )  # fmt: skip
+    options = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in case.options.items()}
+    out, lse = ops.tree_attention(q, k_pages, v_pages, page_table, seq_lens, plan, **options)
+    return out.cpu(), lse.cpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_on_a_device(dtype, head_dim):
+    options = {"window_left": 70, "logits_soft_cap": 20.0, "sinks": torch.tensor([0.5, -3.0, 6.0, -torch.inf])}
+    forest = two_trees_and_loners(16)
+    q_lens = [n if i == 1 else min(n, i % 4) for i, n in enumerate(forest[1].tolist())]
+    wide = ragged(tree_rows([130], [90, 1]), 16)
+    for case in (
+        make_case(forest, dtype=dtype, head_dim=head_dim),
+        make_case(forest, q_lens, dtype=dtype, head_dim=head_dim, **options),
+        make_case(wide, dtype=dtype, head_dim=head_dim),
+    ):
+        first = on_device(case, 64)
+        assert_within_budget(case, first)
+        for _ in range(3):
+            assert all(map(torch.equal, on_device(case, 64), first))
 
 
 def call(**changes):

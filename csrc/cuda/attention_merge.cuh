@@ -17,6 +17,7 @@ __device__ __forceinline__ void store_quad(T* to, const float (&x)[4], float fac
 template <typename T>
 __global__ void __launch_bounds__(kAttentionThreads)
     _tree_attention_merge_kernel(const __grid_constant__ TreeAttentionParams p) {
+  ptx::wait_for_previous_kernel();
   constexpr int kWarps = kAttentionThreads / ptx::kWarpSize;
   const int64_t at = static_cast<int64_t>(ptx::block_x()) * kWarps + ptx::warp();
   if (at >= p.num_q * p.num_qo_heads) return;

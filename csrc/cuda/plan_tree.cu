@@ -12,7 +12,7 @@ cudaError_t plan_tree(const PlanTreeParams& p, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
   }
   const size_t shared_bytes = p.num_rows > kSharedRows ? 0 : 4 * static_cast<size_t>(tree_words(p.num_rows));
-  return launch(&_plan_tree_kernel, {1}, kPlanThreads, shared_bytes, stream, p);
+  return launch_dependent(&_plan_tree_kernel, {1}, kPlanThreads, shared_bytes, stream, p);
 }
 
 }  // namespace treedecode::cuda

@@ -393,6 +393,7 @@ class TreePlanner {
 };
 
 __global__ void __launch_bounds__(kPlanThreads) _plan_tree_kernel(const __grid_constant__ PlanTreeParams p) {
+  ptx::wait_for_previous_kernel();
   int* words =
       p.num_rows > kSharedRows ? p.scratch + p.num_rows * num_page_segments(p.max_pages) : ptx::dynamic_shared<int>();
   TreePlanner(p, words).run();
