@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "attention_layout.cuh"
+#include "attention_sums.cuh"
 
 namespace treedecode::cuda {
 
@@ -20,7 +20,8 @@ class TileAttention {
         thread_(ptx::opaque(ptx::thread())),
         lane_(thread_ % ptx::kWarpSize),
         row_warp_(thread_ / ptx::kWarpSize % S::kRowWarps),
-        key_warp_(thread_ / ptx::kWarpSize / S::kRowWarps) {}
+        key_warp_(thread_ / ptx::kWarpSize / S::kRowWarps),
+        sums_(thread_) {}
 
   __device__ void run(const Tile& tile) {
     if (thread_ == 0) rows_.tile = tile;
@@ -165,10 +166,11 @@ class TileAttention {
   __device__ void attend() {
 #pragma unroll
     for (int b = 0; b < S::kRowBlocks; ++b) {
-      max_[b][0] = max_[b][1] = kNone;
-      sum_[b][0] = sum_[b][1] = 0.0f;
+      sums_.max[b][0] = sums_.max[b][1] = kNone;
+      sums_.sum[b][0] = sums_.sum[b][1] = 0.0f;
 #pragma unroll
-      for (int d = 0; d < kDim / 8; ++d) out_[b][d][0] = out_[b][d][1] = out_[b][d][2] = out_[b][d][3] = 0.0f;
+      for (int d = 0; d < kDim / 8; ++d)
+        sums_.out[b][d][0] = sums_.out[b][d][1] = sums_.out[b][d][2] = sums_.out[b][d][3] = 0.0f;
     }
     const bool finds_pages = thread_ < S::kKeys;
     int next_page = finds_pages ? page_of(rows_.tile, S::kStages) : -1;
@@ -248,7 +250,7 @@ class TileAttention {
     for (int b = 0; b < S::kRowBlocks; ++b) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = row_of_lane(b, half);
+        const int row = sums_.row_of_lane(b, half);
         const int from = rows_.begin[row] - key, to = rows_.end[row] - key;
 #pragma unroll
         for (int n = 0; n < S::kWarpKeys / 8; ++n) {
@@ -274,11 +276,11 @@ class TileAttention {
         for (int n = 0; n < S::kWarpKeys / 8; ++n) high = fmaxf(high, fmaxf(s[b][n][2 * half], s[b][n][2 * half + 1]));
         high = fmaxf(high, ptx::shfl_xor(high, 1));
         high = fmaxf(high, ptx::shfl_xor(high, 2));
-        const float before = max_[b][half], now = fmaxf(before, high * scale);
+        const float before = sums_.max[b][half], now = fmaxf(before, high * scale);
         const float base = now == kNone ? 0.0f : now;  // (-inf) - (-inf) would be NaN
         const float rescale = ptx::exp2_approx(before - base);
-        max_[b][half] = now;
-        float sum = sum_[b][half] * rescale;
+        sums_.max[b][half] = now;
+        float sum = sums_.sum[b][half] * rescale;
 #pragma unroll
         for (int n = 0; n < S::kWarpKeys / 8; ++n) {
           const float x = ptx::exp2_approx(ptx::fma(s[b][n][2 * half], scale, -base));
@@ -286,12 +288,12 @@ class TileAttention {
           sum += x + y;
           w[b][n / 2][n % 2 * 2 + half] = ptx::pack<T>(x, y);
         }
-        sum_[b][half] = sum;
+        sums_.sum[b][half] = sum;
         if (!ptx::any(rescale != 1.0f)) continue;  // as for most tiles after the first ones
 #pragma unroll
         for (int d = 0; d < kDim / 8; ++d) {
-          out_[b][d][2 * half] *= rescale;
-          out_[b][d][2 * half + 1] *= rescale;
+          sums_.out[b][d][2 * half] *= rescale;
+          sums_.out[b][d][2 * half + 1] *= rescale;
         }
       }
     }
@@ -308,8 +310,8 @@ class TileAttention {
         const uint32_t left[2] = {r[0], r[1]}, right[2] = {r[2], r[3]};
 #pragma unroll
         for (int b = 0; b < S::kRowBlocks; ++b) {
-          ptx::mma_m16n8k16<T>(out_[b][2 * d], w[b][n], left);
-          ptx::mma_m16n8k16<T>(out_[b][2 * d + 1], w[b][n], right);
+          ptx::mma_m16n8k16<T>(sums_.out[b][2 * d], w[b][n], left);
+          ptx::mma_m16n8k16<T>(sums_.out[b][2 * d + 1], w[b][n], right);
         }
       }
     }
@@ -318,92 +320,20 @@ class TileAttention {
   // --- results
   // ----------------------------------------------------------------------------------------------------------
 
-  __device__ int row_of_lane(int block, int half) const {
-    return (row_warp_ * S::kRowBlocks + block) * 16 + half * 8 + lane_ / 4;
-  }
-
-  __device__ void store(const RowTarget& target, int dim, float x, float y) const {
-    if (dim >= p_.head_dim) return;
-    if (target.is_final) store_pair(static_cast<T*>(p_.out) + target.at + dim, x, y);
-    else store_pair(p_.part_out + target.at + dim, x, y);
-  }
-
   __device__ void finish() {
 #pragma unroll
     for (int b = 0; b < S::kRowBlocks; ++b) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        sum_[b][half] += ptx::shfl_xor(sum_[b][half], 1);
-        sum_[b][half] += ptx::shfl_xor(sum_[b][half], 2);
+        sums_.sum[b][half] += ptx::shfl_xor(sums_.sum[b][half], 1);
+        sums_.sum[b][half] += ptx::shfl_xor(sums_.sum[b][half], 2);
       }
     }
     const bool is_bad = ptx::sync_threads_or(is_bad_);  // and nothing in the ring is used any more
-    if constexpr (S::kKeyWarps > 1) finish_together(is_bad);
-    else finish_alone(is_bad);
+    if constexpr (S::kKeyWarps > 1)
+      sums_.template finish_together<T>(p_, rows_, reinterpret_cast<float*>(shared_), is_bad);
+    else sums_.template finish_alone<T>(p_, rows_, is_bad);
     ptx::sync_threads();  // the next tile takes the place of all this
-  }
-
-  __device__ void finish_alone(bool is_bad) const {
-#pragma unroll
-    for (int b = 0; b < S::kRowBlocks; ++b) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = row_of_lane(b, half);
-        if (row >= rows_.tile.num_rows) continue;
-        float factor;
-        const RowTarget target = row_target(p_, rows_.tile, row, rows_.slot[row], max_[b][half], sum_[b][half], is_bad,
-                                            lane_ % 4 == 0, factor);
-#pragma unroll
-        for (int d = 0; d < kDim / 8; ++d) {
-          store(target, 8 * d + lane_ % 4 * 2, out_[b][d][2 * half] * factor, out_[b][d][2 * half + 1] * factor);
-        }
-      }
-    }
-  }
-
-  // Warps saw different keys of the same rows: their sums are added in the order of the warps.
-  __device__ void finish_together(bool is_bad) const {
-    float* outs = reinterpret_cast<float*>(shared_);  // [kKeyWarps, kRows, kDim]
-    float (&maxima)[kNumWarps * 16] = rows_.sums[0];
-    float (&sums)[kNumWarps * 16] = rows_.sums[1];
-    const auto top_of = [&](int row) {
-      float top = kNone;
-#pragma unroll
-      for (int w = 0; w < S::kKeyWarps; ++w) top = fmaxf(top, maxima[w * kRows + row]);
-      return top;
-    };
-    for (int half = 0; half < 2; ++half) {
-      const int at = key_warp_ * kRows + row_of_lane(0, half);
-      if (lane_ % 4 == 0) {
-        maxima[at] = max_[0][half];
-        sums[at] = sum_[0][half];
-      }
-    }
-    ptx::sync_threads();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = row_of_lane(0, half);
-      const float top = top_of(row), scale = ptx::exp2_approx(max_[0][half] - (top == kNone ? 0.0f : top));
-      float* to = outs + (key_warp_ * kRows + row) * kDim + lane_ % 4 * 2;
-#pragma unroll
-      for (int d = 0; d < kDim / 8; ++d)
-        store_pair(to + 8 * d, out_[0][d][2 * half] * scale, out_[0][d][2 * half + 1] * scale);
-    }
-    ptx::sync_threads();
-    for (int i = thread_; i < rows_.tile.num_rows * (kDim / 2); i += kAttentionThreads) {
-      const int row = i / (kDim / 2), dim = i % (kDim / 2) * 2;
-      const float top = top_of(row), base = top == kNone ? 0.0f : top;
-      float sum = 0.0f, x = 0.0f, y = 0.0f;
-#pragma unroll
-      for (int w = 0; w < S::kKeyWarps; ++w) {
-        sum += sums[w * kRows + row] * ptx::exp2_approx(maxima[w * kRows + row] - base);
-        x += outs[(w * kRows + row) * kDim + dim];
-        y += outs[(w * kRows + row) * kDim + dim + 1];
-      }
-      float factor;
-      const RowTarget target = row_target(p_, rows_.tile, row, rows_.slot[row], top, sum, is_bad, dim == 0, factor);
-      store(target, dim, x * factor, y * factor);
-    }
   }
 
   const TreeAttentionParams& p_;
@@ -419,9 +349,7 @@ class TileAttention {
   int all_begin_ = 0, all_end_ = 0;  // and that all of them see
   bool is_bad_ = false;
   uint32_t q_[S::kQueriesInRegisters ? kDim / 16 : 1][4];
-  float max_[S::kRowBlocks][2];  // of scores, in units of log2
-  float sum_[S::kRowBlocks][2];  // of this lane's probabilities, relative to 2^max
-  float out_[S::kRowBlocks][kDim / 8][4];
+  RowSums<kDim, kRows> sums_;
 };
 
 template <typename T, int kDim>

@@ -128,8 +128,7 @@ class TreePlanner {
         common -= static_cast<int>(common * p_.page_size % 2);
       }
       shared_.tree[shared_.width + row] = common;
-      const int seq_len = row < num_rows_ && q_len_of(p_, row) > 0 ? seq_len_of(p_, row) : 0;
-      lengths_[shared_.width + row] = seq_len;
+      lengths_[shared_.width + row] = row < num_rows_ && q_len_of(p_, row) > 0 ? seq_len_of(p_, row) : 0;
     });
     for_each(num_rows_, [&](int row) { children_[row] = continuing_[row] = 0; });
     ptx::sync_threads();
@@ -326,8 +325,7 @@ class TreePlanner {
   }
 
   __device__ void write_node(int node, int64_t chunk, int64_t tile) const {
-    const int64_t begin = token_begin(node), end = token_end_[node];
-    const int64_t tiles = num_tiles(node);
+    const int64_t begin = token_begin(node), end = token_end_[node], tiles = num_tiles(node);
     int part = parts_before(node);
     for (int64_t at = begin; at < end; at += step_[node], ++chunk, tile += tiles) {
       int32_t* out = p_.chunks + cpu::kChunkColumns * chunk;
