@@ -1,5 +1,5 @@
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,26 +15,43 @@ _LN2 = tl.constexpr(0.6931471805599453)
 class Config(NamedTuple):
     """What one compilation of the attention kernel is made for."""
 
-    max_rows: int  # packed rows multiplied at once at most: 16, 32, 64 or 128
+    heights: tuple[int, ...]  # blocks of packed rows, from 16 to 128: a tile takes the lowest that holds it
     block_n: int  # keys multiplied at once; divides 64, the step that chunks are cut in
     num_warps: int
     num_stages: int  # of the pipeline that loads keys and values
+    calls: bool  # each height is a function of its own, so that addresses of one do not take registers from another
 
 
-def config(head_dim: int, dtype: torch.dtype, arch: str) -> Config:
-    """The kernel's tiles for `arch`, as in "sm_90" or "gfx942": the largest that keep to its registers and memory."""
-    wide = triton.next_power_of_2(head_dim)
-    if dtype == torch.float32:  # without tensor cores: a row's sums and scores are spread over few threads
-        return Config(16, 32, 4, 1)
-    if arch.startswith("gfx"):
-        return Config(64 if wide > 64 else 128, 64 if wide <= 128 else 32, 4, 1)
-    return Config(128 if wide <= 128 else 64, 64 if wide <= 128 else 32, 4 if wide <= 64 else 8, 3)
+# By head_dim up to which they are for: as large as the registers of a multiprocessor allow. Other capabilities take
+# the lines of sm_80, which fit the 99 KB of shared memory that the smallest of them have.
+_CONFIGS = {
+    "sm_80": {64: Config((16, 32, 64, 128), 64, 8, 3, True), 128: Config((16, 32, 64, 128), 32, 8, 3, True),
+              256: Config((16, 32, 64), 32, 8, 3, True)},
+    "sm_90": {64: Config((16, 32, 64, 128), 64, 8, 3, True), 128: Config((16, 32, 64, 128), 64, 8, 3, True),
+              256: Config((16, 32, 64), 32, 8, 3, True)},
+    # Sums lie in tensor memory, which takes 64 or 128 rows and, in Triton, cannot be used in a function that is called.
+    "sm_100": {64: Config((128,), 64, 8, 3, False), 128: Config((128,), 32, 8, 3, False),
+               256: Config((64,), 32, 8, 1, False)},
+    # A call would put registers on the stack. Loads are hidden by other waves rather than by a pipeline.
+    "gfx": {64: Config((16, 128), 64, 8, 1, False), 128: Config((16, 64), 32, 4, 1, False),
+            256: Config((16, 32), 32, 4, 1, False)},
+}  # fmt: skip
+
+
+def config(head_dim: int, dtype: torch.dtype, arch: str, most_rows: int = 128) -> Config:
+    """The kernel's blocks on `arch`, such as "sm_90" or "gfx942", for tiles of up to `most_rows` packed rows."""
+    family = "gfx" if arch.startswith("gfx") else arch if arch in _CONFIGS else "sm_80"
+    c = next(c for most, c in _CONFIGS[family].items() if head_dim <= most)
+    if dtype == torch.float32:  # without tensor cores: for tests and comparisons, not for speed
+        c = Config((16,), 16, 4 if family == "gfx" else 8, 1, False)
+    highest = min(c.heights[-1], max(16, triton.next_power_of_2(most_rows)))
+    return c._replace(heights=(*(height for height in c.heights if height < highest), highest))
 
 
 @functools.cache
 def _arch(device: torch.device) -> str:
     if device.type != "cuda":
-        return "interpreter"
+        return "cpu"  # Triton's interpreter
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]
@@ -121,24 +138,26 @@ def _attend(
     slot = tl.load(part_indptr_ptr + branch)
     num_parts = (tl.load(part_indptr_ptr + branch + 1) - slot) // q_len
     slot += query * num_parts + part
+    direct = kept & (num_parts == 1)
+    in_parts = kept & (num_parts > 1) & (slot < max_parts)
+    # One number per row for wherever its result goes, so that little is kept while keys are gone through.
+    place = tl.where(direct, token, slot).to(tl.int64) * NUM_HEADS + head
     position = tl.load(seq_lens_ptr + branch) - q_len + query
     to = tl.minimum(position + 1, token_end)
+    begin, end = token_begin, tl.max(to)  # of the keys that any row sees
+    all_since, all_to = token_begin, tl.min(to)  # of the keys that every row sees
     if HAS_WINDOW:
         since = tl.maximum(position - window_left, token_begin)
-    else:
-        since = token_begin + tl.zeros([BLOCK_M], tl.int32)
+        begin += (tl.min(since) - token_begin) // BLOCK_N * BLOCK_N
+        all_since = tl.max(since)
 
     d = tl.arange(0, BLOCK_D)
-    in_head = d < D
+    in_head = (d < D if D < BLOCK_D else tl.full([BLOCK_D], True, tl.int1))[None, :]
     q_at = q_ptr + token.to(tl.int64) * q_stride_t + head.to(tl.int64) * q_stride_h
-    q = tl.load(q_at[:, None] + d, mask=in_head[None, :], other=0.0)
+    q = tl.load(q_at[:, None] + d, mask=in_head, other=0.0)
     high = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # Blocks of keys that no row sees are left out; from all_since to all_to every row sees every key.
-    begin = token_begin + (tl.min(since) - token_begin) // BLOCK_N * BLOCK_N
-    end = tl.max(to)
-    all_since, all_to = tl.max(since), tl.min(to)
     for start in tl.range(begin, end, BLOCK_N, num_stages=NUM_STAGES):
         key = start + tl.arange(0, BLOCK_N)
         # Slots past the last visible key, and entries of the table, hold anything; NaN times a probability of 0 is NaN.
@@ -148,7 +167,7 @@ def _attend(
         else:
             page = tl.load(table_ptr + key // PAGE_SIZE, mask=there, other=0).to(tl.int64)
         in_page = (key % PAGE_SIZE).to(tl.int64)
-        loaded = there[:, None] & in_head[None, :]
+        loaded = there[:, None] & in_head
         k = tl.load(k_pages_ptr + (page * k_stride_p + in_page * k_stride_t)[:, None] + d, mask=loaded, other=0.0)
         v = tl.load(v_pages_ptr + (page * v_stride_p + in_page * v_stride_t)[:, None] + d, mask=loaded, other=0.0)
         score = tl.dot(q, k.T, input_precision="ieee")
@@ -158,7 +177,9 @@ def _attend(
         else:
             scale = sm_scale * _LOG2E
         if (start < all_since) | (start + BLOCK_N > all_to):
-            score = tl.where((key >= since[:, None]) & (key < to[:, None]), score, -float("inf"))
+            score = tl.where(key < to[:, None], score, -float("inf"))
+            if HAS_WINDOW:
+                score = tl.where(key >= since[:, None], score, -float("inf"))
         new_high = tl.maximum(high, tl.max(score, 1) * scale)
         base = tl.where(new_high == -float("inf"), 0.0, new_high)  # (-inf) - (-inf) would be NaN
         weight = tl.exp2(score * scale - base[:, None])
@@ -167,7 +188,6 @@ def _attend(
         acc = tl.dot(weight.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
         high = new_high
 
-    direct = num_parts == 1
     if sinks_ptr is not None:
         # a sink joins where the denominator is complete: here, or when parts are merged
         sink = tl.load(sinks_ptr + head, mask=direct, other=-float("inf")) * _LOG2E
@@ -180,15 +200,18 @@ def _attend(
     empty = total == 0.0
     acc /= tl.where(empty, 1.0, total)[:, None]
     lse = tl.where(empty, -float("inf"), high + tl.log2(tl.where(empty, 1.0, total)))
-    at = token.to(tl.int64) * NUM_HEADS + head
-    tl.store(lse_ptr + at, lse * _LN2, mask=kept & direct)
-    stored = (kept & direct)[:, None] & in_head[None, :]
-    tl.store(out_ptr + at[:, None] * D + d, acc.to(out_ptr.dtype.element_ty), mask=stored)
-    in_parts = kept & (num_parts > 1) & (slot < max_parts)
-    at = slot.to(tl.int64) * NUM_HEADS + head
-    tl.store(part_lse_ptr + at, lse, mask=in_parts)
-    stored = (in_parts & (total != 0.0))[:, None] & in_head[None, :]  # nobody reads the out of an empty part
-    tl.store(part_out_ptr + at[:, None] * D + d, acc, mask=stored)
+    # Most tiles are of one kind.
+    if tl.max(direct.to(tl.int32)) > 0:
+        tl.store(lse_ptr + place, lse * _LN2, mask=direct)
+        stored = direct[:, None] & in_head
+        tl.store(out_ptr + place[:, None] * D + d, acc.to(out_ptr.dtype.element_ty), mask=stored)
+    if tl.max(in_parts.to(tl.int32)) > 0:
+        tl.store(part_lse_ptr + place, lse, mask=in_parts)
+        stored = (in_parts & (total != 0.0))[:, None] & in_head  # nobody reads the out of an empty part
+        tl.store(part_out_ptr + place[:, None] * D + d, acc, mask=stored)
+
+
+_attend_apart = triton.jit(noinline=True)(_attend.fn)
 
 
 @triton.jit
@@ -204,8 +227,8 @@ def _tree_attention_kernel(
     q_stride_t, q_stride_h, k_stride_p, k_stride_t, k_stride_h, v_stride_p, v_stride_t, v_stride_h, table_stride,
     num_q, num_kv_heads, max_parts, sm_scale, window_left, logits_soft_cap,
     HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, GROUP: tl.constexpr, NUM_HEADS: tl.constexpr,
-    D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, MAX_ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, HEIGHTS: tl.constexpr, BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr, ATTEND: tl.constexpr,
 ):  # fmt: skip
     TILE_ROWS: tl.constexpr = 128  # of plan_tree
     num_chunks = tl.load(counts_ptr)
@@ -225,21 +248,17 @@ def _tree_attention_kernel(
         k_ptr = k_pages_ptr + kv_head.to(tl.int64) * k_stride_h
         v_ptr = v_pages_ptr + kv_head.to(tl.int64) * v_stride_h
         while first_row < last_row:
-            left = tl.minimum(last_row - first_row, MAX_ROWS)
-            for log2_rows in tl.static_range(4, 8):
-                BLOCK_M: tl.constexpr = 1 << log2_rows
-                TOO_FEW: tl.constexpr = BLOCK_M // 2 if BLOCK_M > 16 else 0
-                if BLOCK_M <= MAX_ROWS:
-                    if (left > TOO_FEW) & (left <= BLOCK_M):
-                        _attend(
-                            out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, q_ptr, k_ptr, v_ptr, table_ptr, seq_lens_ptr,
-                            q_indptr_ptr, part_indptr_ptr, sinks_ptr, q_stride_t, q_stride_h, k_stride_p, k_stride_t,
-                            v_stride_p, v_stride_t, max_parts, sm_scale, window_left, logits_soft_cap, row_begin,
-                            row_end, token_begin, token_end, part, first_token, num_rows, first_row, kv_head,
-                            HAS_WINDOW, HAS_SOFT_CAP, GROUP, NUM_HEADS, D, PAGE_SIZE, BLOCK_D, BLOCK_M, BLOCK_N,
-                            NUM_STAGES,
-                        )  # fmt: skip
-            first_row += MAX_ROWS
+            left = tl.minimum(last_row - first_row, HEIGHTS[-1])
+            for i in tl.static_range(len(HEIGHTS)):
+                if (left <= HEIGHTS[i]) & (left > (HEIGHTS[i - 1] if i > 0 else 0)):
+                    ATTEND(
+                        out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, q_ptr, k_ptr, v_ptr, table_ptr, seq_lens_ptr,
+                        q_indptr_ptr, part_indptr_ptr, sinks_ptr, q_stride_t, q_stride_h, k_stride_p, k_stride_t,
+                        v_stride_p, v_stride_t, max_parts, sm_scale, window_left, logits_soft_cap, row_begin, row_end,
+                        token_begin, token_end, part, first_token, num_rows, first_row, kv_head, HAS_WINDOW,
+                        HAS_SOFT_CAP, GROUP, NUM_HEADS, D, PAGE_SIZE, BLOCK_D, HEIGHTS[i], BLOCK_N, NUM_STAGES,
+                    )  # fmt: skip
+            first_row += HEIGHTS[-1]
 
 
 @triton.jit
@@ -357,21 +376,30 @@ def tree_attention(
     workers, max_parts = bounds(num_q, num_branches, chunks.shape[0], group)
     part_out = q.new_empty(max_parts, num_qo_heads, head_dim, dtype=torch.float32)
     part_lse = q.new_empty(max_parts, num_qo_heads, dtype=torch.float32)
-    c = config(head_dim, q.dtype, _arch(q.device))
-    shape = {"NUM_HEADS": num_qo_heads, "D": head_dim, "PAGE_SIZE": page_size,
-             "BLOCK_D": max(16, triton.next_power_of_2(head_dim))}  # fmt: skip
+    c = config(head_dim, q.dtype, _arch(q.device), num_q * group)
+    shape = {"NUM_HEADS": num_qo_heads, "D": head_dim, "PAGE_SIZE": page_size, "BLOCK_D": block_d(head_dim)}
     _tree_attention_kernel[(workers * num_kv_heads,)](
         out, lse, part_out, part_lse, q, k_pages, v_pages, page_table, seq_lens, q_indptr, part_indptr, chunks, counts,
         sinks, *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0), num_q,
         num_kv_heads, max_parts, sm_scale, window_left, logits_soft_cap, HAS_WINDOW=window_left >= 0,
-        HAS_SOFT_CAP=logits_soft_cap > 0, GROUP=group, MAX_ROWS=min(c.max_rows, max(16, triton.next_power_of_2(num_q * group))),
-        BLOCK_N=c.block_n, NUM_STAGES=c.num_stages, num_warps=c.num_warps, **shape,
+        HAS_SOFT_CAP=logits_soft_cap > 0, GROUP=group, num_warps=c.num_warps, **shape, **constants(c),
     )  # fmt: skip
     _merge_parts_kernel[(num_q, num_qo_heads)](
         out, lse, part_out, part_lse, q_indptr, part_indptr, counts, sinks, num_q, num_branches, max_parts, BLOCK_P=8,
         num_warps=1, **shape,
     )  # fmt: skip
     return out, lse
+
+
+def block_d(head_dim: int) -> int:
+    """Width of a block of whole heads."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def constants(c: Config) -> dict[str, Any]:
+    """The constants of the kernel that follow from a configuration."""
+    attend = _attend_apart if c.calls else _attend
+    return {"HEIGHTS": c.heights, "BLOCK_N": c.block_n, "NUM_STAGES": c.num_stages, "ATTEND": attend}
 
 
 def bounds(num_q: int, num_branches: int, max_chunks: int, group: int) -> tuple[int, int]:
