@@ -44,7 +44,8 @@ def config(head_dim: int, dtype: torch.dtype, arch: str, most_rows: int = 128) -
     c = next(c for most, c in _CONFIGS[family].items() if head_dim <= most)
     if dtype == torch.float32:  # without tensor cores: for tests and comparisons, not for speed
         c = Config((16,), 16, 4 if family == "gfx" else 8, 1, False)
-    highest = min(c.heights[-1], max(16, triton.next_power_of_2(most_rows)))
+    lowest = 64 if family == "sm_100" else 16
+    highest = min(c.heights[-1], max(lowest, triton.next_power_of_2(most_rows)))
     return c._replace(heights=(*(height for height in c.heights if height < highest), highest))
 
 
