@@ -15,8 +15,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from treedecode import triton_kernels
-
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -24,7 +22,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx950": GPUTarget("hip", "gfx950", 64),
 }
-# Kernel -> types of its arguments by name ("*" and the dtype under test: "*T"; the rest are 32-bit integers), and
+# Kernel, but those of triton_compile_attention.py -> types of its arguments by name ("*" and the dtype under test: "*T"; the rest are 32-bit integers), and
 # the values of its constants.
 KERNELS = {
     "append_kv": (
@@ -78,7 +76,7 @@ def compile_one(op, target_name, dtype):
 
 
 def main():
-    jobs = [(op, target, dtype) for op in triton_kernels.OPS for target in TARGETS for dtype in ("bf16", "fp32")]
+    jobs = [(op, target, dtype) for op in KERNELS for target in TARGETS for dtype in ("bf16", "fp32")]
     with ProcessPoolExecutor(2) as pool:
         json.dump(list(pool.map(compile_one, *zip(*jobs, strict=True))), sys.stdout)
 

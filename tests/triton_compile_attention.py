@@ -10,7 +10,7 @@ import triton
 from triton.compiler import ASTSource
 from triton_compile import TARGETS, resources
 
-from treedecode.triton_kernels import tree_attention
+from treedecode.triton_kernels import plan_tree, tree_attention
 
 MMA = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma", "gfx950": "v_mfma"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -55,7 +55,7 @@ def compile_kernel(kernel, target_name, dtype, constants, num_warps):
 
 
 def compile_attention(target, dtype, head_dim, rows, constants):
-    c = tree_attention.config(head_dim, DTYPES[dtype], target, rows)
+    c = tree_attention.config(head_dim, DTYPES[dtype], target, rows, constants is PLAIN)
     constants = constants | {"D": head_dim, "BLOCK_D": tree_attention.block_d(head_dim)} | tree_attention.constants(c)
     found = compile_kernel(tree_attention._tree_attention_kernel, target, dtype, constants, c.num_warps)
     return {"op": "tree_attention", "head_dim": head_dim, **found}
@@ -67,10 +67,17 @@ def compile_merge(target):
     return {"op": "merge_parts", **found}
 
 
+def compile_plan(target, kernel):
+    found = compile_kernel(getattr(plan_tree, kernel), target, "bf16", {"BLOCK": 512}, 8)
+    return {"op": "plan_tree", "kernel": kernel, **found}
+
+
 def main():
     with ProcessPoolExecutor(2) as pool:
         jobs = [pool.submit(compile_attention, target, *case) for target in TARGETS for case in CASES]
         jobs += [pool.submit(compile_merge, target) for target in TARGETS]
+        kernels = ("_common_pages_kernel", "_nodes_kernel", "_plan_tree_kernel")
+        jobs += [pool.submit(compile_plan, target, kernel) for target in TARGETS for kernel in kernels]
         json.dump([job.result() for job in jobs], sys.stdout)
 
 

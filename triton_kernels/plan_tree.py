@@ -72,7 +72,8 @@ def _nodes_kernel(
     q_len = tl.where(seq_len > 0, q_len, 0)
     tl.store(queries_ptr + 2 * here + 1, q_len)
     tl.store(longest_ptr + 2 * here + 1, seq_len)
-    queries, longest, continuing = tl.sum(q_len) * 0, tl.sum(q_len) * 0, tl.sum(q_len) * 0
+    queries = tl.full([], 0, tl.int64)
+    longest, continuing = queries, queries
     if shared > 0:
         left, leader, end = -1, row, row
         while left < 0:
@@ -94,11 +95,11 @@ def _nodes_kernel(
             begin = left
             while begin < right:
                 i = begin + tl.arange(0, BLOCK)
-                seq_len, q_len = _lens_of(seq_lens_ptr, q_lens_ptr, i, i < right, capacity)
-                q_len = tl.where(seq_len > 0, q_len, 0)
-                queries += tl.sum(q_len)
-                longest = tl.maximum(longest, tl.max(tl.where(q_len > 0, seq_len, 0)))
-                continuing += tl.sum(tl.where(tl.cdiv(seq_len, page_size) > shared, q_len, 0))
+                seq_lens, q_lens = _lens_of(seq_lens_ptr, q_lens_ptr, i, i < right, capacity)
+                q_lens = tl.where(seq_lens > 0, q_lens, 0)
+                queries += tl.sum(q_lens)
+                longest = tl.maximum(longest, tl.max(tl.where(q_lens > 0, seq_lens, 0)))
+                continuing += tl.sum(tl.where(tl.cdiv(seq_lens, page_size) > shared, q_lens, 0))
                 begin += BLOCK
     tl.store(queries_ptr + 2 * row, queries)
     tl.store(longest_ptr + 2 * row, longest)
@@ -258,7 +259,7 @@ def _plan_tree_kernel(
             tl.store(at + 5, (tile + piece * tiles).to(tl.int32), mask=kept)
             piece += 1
 
-    num_queries = tl.sum(total) * 0
+    num_queries = tl.full([], 0, tl.int64)
     num_parts, path_tokens = num_queries, num_queries
     for first in range(0, B, BLOCK):
         row = first + tl.arange(0, BLOCK)

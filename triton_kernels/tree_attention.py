@@ -38,13 +38,21 @@ _CONFIGS = {
 }  # fmt: skip
 
 
-def config(head_dim: int, dtype: torch.dtype, arch: str, most_rows: int = 128) -> Config:
-    """The kernel's blocks on `arch`, such as "sm_90" or "gfx942", for tiles of up to `most_rows` packed rows."""
+def config(head_dim: int, dtype: torch.dtype, arch: str, most_rows: int = 128, is_plain: bool = True) -> Config:
+    """The kernel's blocks on `arch`, such as "sm_90" or "gfx942".
+
+    Args:
+        most_rows: that any tile has, in packed rows.
+        is_plain: there is no window and no soft cap, which take registers.
+    """
     family = "gfx" if arch.startswith("gfx") else arch if arch in _CONFIGS else "sm_80"
     c = next(c for most, c in _CONFIGS[family].items() if head_dim <= most)
     if dtype == torch.float32:  # without tensor cores: for tests and comparisons, not for speed
         c = Config((16,), 16, 4 if family == "gfx" else 8, 1, False)
-    lowest = 64 if family == "sm_100" else 16
+    elif family != "gfx" and not is_plain:
+        heights = c.heights if head_dim <= 128 or family == "sm_100" else (16, 32)
+        c = c._replace(heights=heights, block_n=32)
+    lowest = 64 if family == "sm_100" and dtype != torch.float32 else 16
     highest = min(c.heights[-1], max(lowest, triton.next_power_of_2(most_rows)))
     return c._replace(heights=(*(height for height in c.heights if height < highest), highest))
 
@@ -377,7 +385,8 @@ def tree_attention(
     workers, max_parts = bounds(num_q, num_branches, chunks.shape[0], group)
     part_out = q.new_empty(max_parts, num_qo_heads, head_dim, dtype=torch.float32)
     part_lse = q.new_empty(max_parts, num_qo_heads, dtype=torch.float32)
-    c = config(head_dim, q.dtype, _arch(q.device), num_q * group)
+    is_plain = window_left < 0 and logits_soft_cap == 0
+    c = config(head_dim, q.dtype, _arch(q.device), num_q * group, is_plain)
     shape = {"NUM_HEADS": num_qo_heads, "D": head_dim, "PAGE_SIZE": page_size, "BLOCK_D": block_d(head_dim)}
     _tree_attention_kernel[(workers * num_kv_heads,)](
         out, lse, part_out, part_lse, q, k_pages, v_pages, page_table, seq_lens, q_indptr, part_indptr, chunks, counts,
