@@ -73,7 +73,7 @@ def test_decode(shape):
     dtype, num_qo_heads, num_kv_heads, head_dim, page_size = shape
     sizes = {"num_qo_heads": num_qo_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     case = flat(make_case(small_forest(page_size), page_size=page_size, dtype=dtype, **sizes), 4)
-    assert num_parts(case) >= {0, 1, 2}
+    assert num_parts(case) > {0, 1}
     assert_within_budget(case, launch(case))
 
 
@@ -98,10 +98,10 @@ def test_options(dtype, options):
 
 def test_tiles_of_every_height():
     rows = tree_rows([4], [9, 1])
-    forest = ragged([*rows, [500] * 1, list(range(600, 605))], 16)
-    case = flat(make_case(forest, [1, 12, 3, 1, 5, 70], num_qo_heads=4, num_kv_heads=1, head_dim=16, dtype=FP16), 4)
-    group, chunks = 4, case.plan.chunks[: case.plan.counts[0]].tolist()
-    packed = [group * int(case.plan.q_indptr[end] - case.plan.q_indptr[begin]) for begin, end, *_ in chunks]
+    forest = ragged([*rows, [500], list(range(600, 605))], 16)
+    case = flat(make_case(forest, [1, 12, 8, 1, 2, 70], num_qo_heads=4, num_kv_heads=1, head_dim=16, dtype=FP16), 4)
+    chunks = case.plan.chunks[: case.plan.counts[0]].tolist()
+    packed = [4 * int(case.plan.q_indptr[end] - case.plan.q_indptr[begin]) for begin, end, *_ in chunks]
     assert {min(128, max(16, triton.next_power_of_2(n))) for n in packed} == {16, 32, 64, 128}
     assert max(packed) > 128  # two tiles
     assert tree_attention.config(16, FP16, "cpu", 256).heights == (16, 32, 64, 128)
@@ -189,9 +189,9 @@ def test_any_plan(forest, heads, num_workers):
 
 
 def test_plans_of_more_rows_than_a_block():
-    rows = tree_rows([5, 3, 40], [3, 2, 1, 1])
-    page_table, seq_lens = as_tables(rows, 16, [1 + i % 16 for i in range(600)])
-    q_lens = torch.tensor([i % 3 for i in range(600)], dtype=torch.int32)
+    rows = tree_rows([5, 3, 18], [3, 2, 1, 1])
+    page_table, seq_lens = as_tables(rows, 16, [1 + i % 16 for i in range(270)])
+    q_lens = torch.tensor([i % 3 for i in range(270)], dtype=torch.int32)
     args = (page_table, seq_lens, q_lens, 16, 8, 2, 64, 30)
     want = ops.TreePlan(*torch.ops.treedecode.plan_tree(*args))
     assert plain(ops.TreePlan(*triton_kernels.launcher("plan_tree")(*args))) == plain(want)
@@ -272,3 +272,5 @@ def test_compiles_for_every_target_without_spills():
         assert row["shared"] <= shared[row["target"]] << 10, row
         if row["op"] == "tree_attention" and row["dtype"] == "bf16":
             assert row["mma"] > 0, row
+            # what the loads of K and V become when they are pipelined
+            assert (row["async_copies"] > 0) == (row["target"].startswith("sm") and row["stages"] > 1), row

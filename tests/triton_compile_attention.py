@@ -12,7 +12,13 @@ from triton_compile import TARGETS, resources
 
 from treedecode.triton_kernels import plan_tree, tree_attention
 
-MMA = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma", "gfx950": "v_mfma"}
+MMA = {
+    "sm_80": "mma.sync",
+    "sm_90": r"wgmma.mma_async|mma.sync",
+    "sm_100": "tcgen05.mma",
+    "gfx942": "v_mfma",
+    "gfx950": "v_mfma",
+}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PLAIN = {"HAS_WINDOW": False, "HAS_SOFT_CAP": False, "GROUP": 4, "NUM_HEADS": 32, "PAGE_SIZE": 16, "sinks_ptr": None}
 ALL_OPTIONS = {"HAS_WINDOW": True, "HAS_SOFT_CAP": True, "GROUP": 8, "NUM_HEADS": 64, "PAGE_SIZE": 64}
@@ -47,6 +53,7 @@ def compile_kernel(kernel, target_name, dtype, constants, num_warps):
         "dtype": dtype,
         "shared": compiled.metadata.shared,
         "mma": len(re.findall(MMA[target_name], text)),
+        "async_copies": text.count("cp.async.cg"),
         **resources(compiled, target),
     }
     if target.backend == "hip":  # spilled or not, also by functions that are called
@@ -58,7 +65,7 @@ def compile_attention(target, dtype, head_dim, rows, constants):
     c = tree_attention.config(head_dim, DTYPES[dtype], target, rows, constants is PLAIN)
     constants = constants | {"D": head_dim, "BLOCK_D": tree_attention.block_d(head_dim)} | tree_attention.constants(c)
     found = compile_kernel(tree_attention._tree_attention_kernel, target, dtype, constants, c.num_warps)
-    return {"op": "tree_attention", "head_dim": head_dim, **found}
+    return {"op": "tree_attention", "head_dim": head_dim, "stages": c.num_stages, **found}
 
 
 def compile_merge(target):

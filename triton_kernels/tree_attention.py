@@ -167,7 +167,9 @@ def _attend(
     high = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in tl.range(begin, end, BLOCK_N, num_stages=NUM_STAGES):
+    # Counted from 0, for Triton pipelines no loads of a loop that begins at a number computed like this one.
+    for offset in tl.range(0, end - begin, BLOCK_N, num_stages=NUM_STAGES):
+        start = begin + offset
         key = start + tl.arange(0, BLOCK_N)
         # Slots past the last visible key, and entries of the table, hold anything; NaN times a probability of 0 is NaN.
         there = key < end
@@ -186,9 +188,10 @@ def _attend(
         else:
             scale = sm_scale * _LOG2E
         if (start < all_since) | (start + BLOCK_N > all_to):
-            score = tl.where(key < to[:, None], score, -float("inf"))
+            seen = key < to[:, None]
             if HAS_WINDOW:
-                score = tl.where(key >= since[:, None], score, -float("inf"))
+                seen &= key >= since[:, None]
+            score = tl.where(seen, score, -float("inf"))
         new_high = tl.maximum(high, tl.max(score, 1) * scale)
         base = tl.where(new_high == -float("inf"), 0.0, new_high)  # (-inf) - (-inf) would be NaN
         weight = tl.exp2(score * scale - base[:, None])
