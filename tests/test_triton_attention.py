@@ -1,4 +1,4 @@
-"""tree_attention's and plan_tree's Triton kernels without a GPU: run in the interpreter, and compiled for every target."""
+"""Triton's tree_attention and plan_tree without a GPU: run in the interpreter, and compiled for every target."""
 
 import dataclasses
 import json

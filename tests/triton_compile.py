@@ -22,8 +22,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx950": GPUTarget("hip", "gfx950", 64),
 }
-# Kernel, but those of triton_compile_attention.py -> types of its arguments by name ("*" and the dtype under test: "*T"; the rest are 32-bit integers), and
-# the values of its constants.
+# Kernel -> types of its arguments by name ("*" and the dtype under test: "*T"; the rest are 32-bit integers), and
+# the values of its constants. triton_compile_attention.py has its own.
 KERNELS = {
     "append_kv": (
         dict.fromkeys(("k_ptr", "v_ptr", "k_pages_ptr", "v_pages_ptr"), "*T")

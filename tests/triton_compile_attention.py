@@ -1,4 +1,4 @@
-"""`triton_compile.py` for the kernels of tree_attention and plan_tree, with the constants that their launchers choose."""
+"""`triton_compile.py` for tree_attention and plan_tree, with the constants that their launchers choose."""
 
 import json
 import re
