@@ -1,70 +1,15 @@
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from treedecode.triton_kernels.attention_config import Config, arch_of, config
 
 from treedecode.triton_kernels import check
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
-
-
-class Config(NamedTuple):
-    """What one compilation of the attention kernel is made for."""
-
-    heights: tuple[int, ...]  # blocks of packed rows, from 16 to 128: a tile takes the lowest that holds it
-    block_n: int  # keys multiplied at once; divides 64, the step that chunks are cut in
-    num_warps: int
-    num_stages: int  # of the pipeline that loads keys and values
-    calls: bool  # each height is a function of its own, so that addresses of one do not take registers from another
-
-
-# By head_dim up to which they are for: as large as the registers of a multiprocessor allow. Other capabilities take
-# the lines of sm_80, which fit the 99 KB of shared memory that the smallest of them have.
-_CONFIGS = {
-    "sm_80": {64: Config((16, 32, 64, 128), 64, 8, 3, True), 128: Config((16, 32, 64, 128), 32, 8, 3, True),
-              256: Config((16, 32, 64), 32, 8, 3, True)},
-    "sm_90": {64: Config((16, 32, 64, 128), 64, 8, 3, True), 128: Config((16, 32, 64, 128), 64, 8, 3, True),
-              256: Config((16, 32, 64), 32, 8, 3, True)},
-    # Sums lie in tensor memory, which takes 64 or 128 rows and, in Triton, cannot be used in a function that is called.
-    "sm_100": {64: Config((128,), 64, 8, 3, False), 128: Config((128,), 32, 8, 3, False),
-               256: Config((64,), 32, 8, 1, False)},
-    # A call would put registers on the stack. Loads are hidden by other waves rather than by a pipeline.
-    "gfx": {64: Config((16, 128), 64, 8, 1, False), 128: Config((16, 64), 32, 4, 1, False),
-            256: Config((16, 32), 32, 4, 1, False)},
-}  # fmt: skip
-
-
-def config(head_dim: int, dtype: torch.dtype, arch: str, most_rows: int = 128, is_plain: bool = True) -> Config:
-    """The kernel's blocks on `arch`, such as "sm_90" or "gfx942".
-
-    Args:
-        most_rows: that any tile has, in packed rows.
-        is_plain: there is no window and no soft cap, which take registers.
-    """
-    family = "gfx" if arch.startswith("gfx") else arch if arch in _CONFIGS else "sm_80"
-    c = next(c for most, c in _CONFIGS[family].items() if head_dim <= most)
-    if dtype == torch.float32:  # without tensor cores: for tests and comparisons, not for speed
-        c = Config((16,), 16, 4 if family == "gfx" else 8, 1, False)
-    elif family != "gfx" and not is_plain:
-        heights = c.heights if head_dim <= 128 or family == "sm_100" else (16, 32)
-        c = c._replace(heights=heights, block_n=32)
-    lowest = 64 if family == "sm_100" and dtype != torch.float32 else 16
-    highest = min(c.heights[-1], max(lowest, triton.next_power_of_2(most_rows)))
-    return c._replace(heights=(*(height for height in c.heights if height < highest), highest))
-
-
-@functools.cache
-def _arch(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "cpu"  # Triton's interpreter
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return properties.gcnArchName.split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
 
 
 @triton.jit
@@ -389,7 +334,7 @@ def tree_attention(
     part_out = q.new_empty(max_parts, num_qo_heads, head_dim, dtype=torch.float32)
     part_lse = q.new_empty(max_parts, num_qo_heads, dtype=torch.float32)
     is_plain = window_left < 0 and logits_soft_cap == 0
-    c = config(head_dim, q.dtype, _arch(q.device), num_q * group, is_plain)
+    c = config(head_dim, q.dtype, arch_of(q.device), num_q * group, is_plain)
     shape = {"NUM_HEADS": num_qo_heads, "D": head_dim, "PAGE_SIZE": page_size, "BLOCK_D": block_d(head_dim)}
     _tree_attention_kernel[(workers * num_kv_heads,)](
         out, lse, part_out, part_lse, q, k_pages, v_pages, page_table, seq_lens, q_indptr, part_indptr, chunks, counts,
