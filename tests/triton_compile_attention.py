@@ -62,7 +62,8 @@ def compile_kernel(kernel, target_name, dtype, constants, num_warps):
 
 
 def compile_attention(target, dtype, head_dim, rows, constants):
-    c = tree_attention.config(head_dim, DTYPES[dtype], target, rows, constants is PLAIN)
+    is_plain = not (constants["HAS_WINDOW"] or constants["HAS_SOFT_CAP"])
+    c = tree_attention.config(head_dim, DTYPES[dtype], target, rows, is_plain)
     constants = constants | {"D": head_dim, "BLOCK_D": tree_attention.block_d(head_dim)} | tree_attention.constants(c)
     found = compile_kernel(tree_attention._tree_attention_kernel, target, dtype, constants, c.num_warps)
     return {"op": "tree_attention", "head_dim": head_dim, "stages": c.num_stages, **found}
