@@ -20,7 +20,8 @@ __device__ inline void prepare_groups(const BeamPruneParams& p) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kLogitsThreads, 2) _beam_prune_scan_kernel(const __grid_constant__ BeamPruneParams p) {
+__global__ void __launch_bounds__(kLogitsThreads, 2)
+    _beam_prune_scan_kernel(const __grid_constant__ BeamPruneParams p) {
   prepare_groups(p);
   const uint32_t item = ptx::block_x(), row_index = item / p.logits.num_chunks;
   if (row_index >= p.logits.rows) return;
@@ -80,7 +81,7 @@ __device__ inline int64_t group_of(const BeamPruneParams& p, int64_t row) {
   if (num == 0) return -1;
   const int64_t begin = p.group_indptr[first], end = p.group_indptr[first + 1];
   return begin >= 0 && begin <= row && row < end && end <= p.logits.rows && (end - begin) * p.row_k <= INT32_MAX ? first
-                                                                                                                : -1;
+                                                                                                                 : -1;
 }
 
 __device__ inline void merge_group(const BeamPruneParams& p, int64_t group, uint64_t* shared_keys) {
@@ -102,7 +103,8 @@ __device__ inline void merge_group(const BeamPruneParams& p, int64_t group, uint
   }
 }
 
-__global__ void __launch_bounds__(kLogitsThreads, 2) _beam_prune_merge_kernel(const __grid_constant__ BeamPruneParams p) {
+__global__ void __launch_bounds__(kLogitsThreads, 2)
+    _beam_prune_merge_kernel(const __grid_constant__ BeamPruneParams p) {
   TD_SHARED(uint64_t, shared_keys, kSharedKeys);
   TD_SHARED(double, lse, 1);
   const int64_t row = ptx::block_x();

@@ -3,8 +3,8 @@
 // scan   a block per (row, chunk of the vocabulary): sum of exponentials and the chunk's best candidates
 // merge  a block per row: lse, scores, the row's candidates in order; the last row of a group merges the group
 //
-// A row with NaN or +inf gets lse NaN; a group with such a row, with NaN or +inf among its cum_logprobs, or with offsets
-// that are none gets scores NaN, parent -1 and token -1.
+// A row with NaN or +inf gets lse NaN; a group with such a row, with NaN or +inf among its cum_logprobs, or with
+// offsets that are none gets scores NaN, parent -1 and token -1.
 #pragma once
 
 #include <algorithm>
@@ -43,6 +43,9 @@ struct BeamPruneParams {
 constexpr int64_t beam_prune_slot_len(int64_t row_k, int64_t chunk_len) {
   return std::min(row_k <= 128 ? 2 * row_k : row_k, chunk_len);
 }
+
+// Room for sorting so many keys in global memory; 0 = they are sorted in shared memory.
+int64_t beam_prune_sort_len(int64_t num_keys);
 
 cudaError_t beam_prune(const BeamPruneParams& p, cudaStream_t stream);
 

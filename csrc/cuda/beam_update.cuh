@@ -100,8 +100,8 @@ struct BeamGroup {
     return low;
   }
 
-  // Merges two descending sequences, candidates that go on and candidates that hit an end with the ban added: one's place
-  // is its rank in its own sequence and the number of those of the other that go first.
+  // Merges two descending sequences, candidates that go on and candidates that hit an end with the ban added: one's
+  // place is its rank in its own sequence and the number of those of the other that go first.
   __device__ void choose_running() const {
     const auto write = [&](int place, float score, int64_t row, int32_t tok) {
       if (place >= num_beams) return;
@@ -132,8 +132,8 @@ struct BeamGroup {
     }
   }
 
-  // Only hits among the first num_beams candidates may finish. Both lists are descending, old entries win ties. The pool
-  // is its own output: no entry moves up, so parts of it move one after another, the last one first.
+  // Only hits among the first num_beams candidates may finish. Both lists are descending, old entries win ties. The
+  // pool is its own output: no entry moves up, so parts of it move one after another, the last one first.
   __device__ void merge_into_pool(int32_t new_len, float divisor) const {
     float* pool = p.pool_scores + beam_begin;
     const int top = limit < num_beams ? limit : num_beams;
@@ -163,7 +163,8 @@ struct BeamGroup {
     for (int i = ptx::thread(); i < num_new; i += kBeamUpdateThreads) {
       const int rank = ended[i];
       if (places[i] >= num_beams) continue;
-      write_pool(places[i], scores[rank] / divisor, new_len, parent[rank] - static_cast<int32_t>(row_begin), token[rank]);
+      write_pool(places[i], scores[rank] / divisor, new_len, parent[rank] - static_cast<int32_t>(row_begin),
+                 token[rank]);
     }
     ptx::sync_threads();
   }

@@ -1,4 +1,5 @@
-// beam_update on the device: one beam-search step after pruning; sorts candidates into the running and the finished beams.
+// beam_update on the device: one beam-search step after pruning; sorts candidates into the running and the finished
+// beams.
 //
 // A block per group. A group that is refused, because its lengths, offsets or candidates are none, stays as it is; its
 // running beams get score NaN, parent -1 and token -1.

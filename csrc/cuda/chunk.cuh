@@ -126,7 +126,9 @@ struct Chunk {
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) vector[j] = load_vector(row.x, token(j), token(j) < end ? row.vocab : 0);
   }
-  __device__ __forceinline__ uint32_t token(int j) const { return first + static_cast<uint32_t>(j * kLogitsThreads * N); }
+  __device__ __forceinline__ uint32_t token(int j) const {
+    return first + static_cast<uint32_t>(j * kLogitsThreads * N);
+  }
   __device__ __forceinline__ float value(int j, int e) const { return element<T>(vector[j], e); }
 
   __device__ __forceinline__ void apply_mask(const Row<T>& row) {

@@ -12,7 +12,7 @@ __device__ __forceinline__ float base_of(float top) { return top == -kInf ? 0.0f
 // Candidates of a row in a chunk: `slot` gets the chunk's best k tokens, and some more if they fit; the rest of it 0.
 // Returns the least key that a token needs to be among them; 0 when all above -inf are.
 template <typename T>
-__device__ uint64_t emit_best(Chunk<T>& chunk, int k, uint64_t* slot, int slot_len) {
+__device__ __forceinline__ uint64_t emit_best(Chunk<T>& chunk, int k, uint64_t* slot, int slot_len) {
   constexpr int N = kPerVector<T>;
   float tops[kVectors], top = -kInf;
 #pragma unroll

@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(kLogitsThreads, 2) _sample_scan_kernel(const _
 }
 
 template <typename T>
-__device__ int64_t draw_unfiltered(const SampleParams& p, const Row<T>& row, const SampleSettings& s,
-                                   const RowSums& sums, const float* chunk_sums) {
+__device__ __forceinline__ int64_t draw_unfiltered(const SampleParams& p, const Row<T>& row, const SampleSettings& s,
+                                                   const RowSums& sums, const float* chunk_sums) {
   const float scale = s.scale();
   const double target = s.uniform * sums.mass;
   double cum = 0, before = 0;
@@ -83,8 +83,8 @@ __device__ int64_t draw_unfiltered(const SampleParams& p, const Row<T>& row, con
 }
 
 template <typename T>
-__device__ int64_t draw_filtered(const SampleParams& p, const Row<T>& row, int64_t row_index, const SampleSettings& s,
-                                 const RowSums& sums) {
+__device__ __forceinline__ int64_t draw_filtered(const SampleParams& p, const Row<T>& row, int64_t row_index,
+                                                 const SampleSettings& s, const RowSums& sums) {
   TD_SHARED(uint64_t, keys, kSharedKeys);
   const int64_t first = row_index * p.logits.num_chunks, num = int64_t{p.logits.num_chunks} * kSampleSlot;
   const uint64_t* all = p.chunk_keys + first * kSampleSlot;

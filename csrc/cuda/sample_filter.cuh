@@ -13,10 +13,10 @@ __device__ inline float least_by_min_p(const SampleSettings& s, float top) {
   return static_cast<double>(least) < bound ? from_ordered_bits(ordered_bits(least) + 1) : least;
 }
 
-// Draws among the `n` best tokens of the row, ranked in keys [kSharedKeys], of which the first `complete` have no better
-// token left out; `whole` = the row has no others. Returns -1 where the border is not among the complete ones.
-__device__ inline int64_t draw_from_best(const SampleSettings& s, const RowSums& row, uint64_t* keys, int n,
-                                         int complete, bool whole) {
+// Draws among the `n` best tokens of the row, ranked in keys [kSharedKeys], of which the first `complete` have no
+// better token left out; `whole` = the row has no others. Returns -1 where the border is not among the complete ones.
+__device__ __forceinline__ int64_t draw_from_best(const SampleSettings& s, const RowSums& row, uint64_t* keys, int n,
+                                                  int complete, bool whole) {
   TD_SHARED(double, before, kSharedKeys);  // weight of the better tokens
   TD_SHARED(int, cut, 2);
   const float scale = s.scale(), least = least_by_min_p(s, row.top);
@@ -90,10 +90,10 @@ struct RowSearch {
       }
     }
   }
-  __device__ float weight(float x) const { return ptx::exp2_approx((x - sums.top) * s.scale()); }
+  __device__ __forceinline__ float weight(float x) const { return ptx::exp2_approx((x - sums.top) * s.scale()); }
 
   // The key of the worst token that top_k keeps.
-  __device__ uint64_t by_top_k() const {
+  __device__ __forceinline__ uint64_t by_top_k() const {
     int count = 0;
     each([&](float, uint32_t) { ++count; });
     if (s.top_k >= block_sum(count)) return 0;
@@ -102,7 +102,7 @@ struct RowSearch {
   }
 
   // The key of the worst token that top_p keeps of those from `least` on: first its logit, then its rank among equals.
-  __device__ uint64_t by_top_p(uint64_t least) const {
+  __device__ __forceinline__ uint64_t by_top_p(uint64_t least) const {
     constexpr int kSplits = 7;
     double mass = sums.mass;
     if (least > 0) {
@@ -158,14 +158,14 @@ struct RowSearch {
         ties);
   }
 
-  __device__ uint64_t border() const {
+  __device__ __forceinline__ uint64_t border() const {
     uint64_t least = s.top_k > 0 ? by_top_k() : 0;
     if (s.top_p < 1) least = by_top_p(least);
     const uint64_t by_min_p = static_cast<uint64_t>(ordered_bits(least_by_min_p(s, sums.top))) << 32;
     return s.min_p > 0 && by_min_p > least ? by_min_p : least;
   }
 
-  __device__ int64_t draw(const LogitsParams& p) const {
+  __device__ __forceinline__ int64_t draw(const LogitsParams& p) const {
     const uint64_t least = border();
     const auto held_by = [&](uint32_t c) {
       Chunk<T> chunk(row, static_cast<int64_t>(c) * p.chunk_len, p.chunk_len);

@@ -59,9 +59,9 @@ __device__ inline RowSums row_sums(const SampleParams& p, int64_t row, float sca
 // Draws from tokens whose key is at least `least`, in token order: the first at which the sum of their weights
 // exp((x - top) / temperature) exceeds `target`, or the last one with a weight. All threads get the token.
 template <typename T>
-__device__ int64_t draw_from(Chunk<T>& chunk, float top, float scale, uint64_t least, double target) {
+__device__ __forceinline__ int64_t draw_from(Chunk<T>& chunk, float top, float scale, uint64_t least, double target) {
   constexpr int N = kPerVector<T>, kWarps = kLogitsThreads / ptx::kWarpSize;
-  TD_SHARED(float, parts, kVectors * kWarps);  // in token order
+  TD_SHARED(float, parts, kVectors* kWarps);  // in token order
   TD_SHARED(int64_t, drawn, 1);
   const auto weight = [&](float x, uint32_t token) {
     return make_key(x, token) >= least ? ptx::exp2_approx((x - top) * scale) : 0.0f;
@@ -87,12 +87,15 @@ __device__ int64_t draw_from(Chunk<T>& chunk, float top, float scale, uint64_t l
     if (sum > target) break;
   }
   if (part >= 0 && part % kWarps == ptx::warp()) {
-    ptx::Bytes16 v = chunk.vector[0];
-    float mine = weights[0];
-    uint32_t token = chunk.token(0);
+    // A bit for the vector: from an equality of numbers the compiler would make an index, and of registers local
+    // memory.
+    const uint32_t bit = 1u << (part / kWarps);
+    ptx::Bytes16 v{};
+    float mine = 0.0f;
+    uint32_t token = 0;
 #pragma unroll
-    for (int j = 1; j < kVectors; ++j) {
-      if (j != part / kWarps) continue;
+    for (int j = 0; j < kVectors; ++j) {
+      if (!(bit >> j & 1)) continue;
       v = chunk.vector[j];
       mine = weights[j];
       token = chunk.token(j);

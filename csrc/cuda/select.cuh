@@ -43,7 +43,7 @@ __device__ __forceinline__ T block_sum(T value) {
 // The k-th largest key, equal ones counted: at least k keys reach it, and exactly k where all differ. each(visit)
 // visits a thread's own keys, the same ones each time; the block has at least k of them, k > 0.
 template <typename Key, typename Each>
-__device__ Key kth_largest(const Each& each, int k) {
+__device__ __forceinline__ Key kth_largest(const Each& each, int k) {
   constexpr int kBits = 8 * sizeof(Key), kDigits = 256;
   static_assert(kDigits == kLogitsThreads);
   TD_SHARED(uint32_t, histogram, kDigits);
@@ -114,10 +114,10 @@ __device__ inline void sort_descending(uint64_t* keys, int n) {
   }
 }
 
-// Puts the k best of the `num` keys load(i), 0 = absent, into best [power_of_two(min(k, num))], sorted. Returns how many
-// keys there were; all threads may read `best` then.
+// Puts the k best of the `num` keys load(i), 0 = absent, into best [power_of_two(min(k, num))], sorted. Returns how
+// many keys there were; all threads may read `best` then.
 template <typename Load>
-__device__ int best_sorted(const Load& load, int64_t num, int k, uint64_t* best) {
+__device__ __forceinline__ int best_sorted(const Load& load, int64_t num, int k, uint64_t* best) {
   const auto each = [&](const auto& visit) {
     for (int64_t i = ptx::thread(); i < num; i += kLogitsThreads) {
       if (const uint64_t key = load(i)) visit(key);
