@@ -119,23 +119,23 @@ def test_wide_beam():
 
 GOOD = [(-1.0, 0, 5), (-2.0, 1, 7), (-3.0, 0, 8), (-4.0, 1, 6)]
 REFUSED = [
-    {"scores": torch.tensor([[-1.0, -2.0, -1.5, -4.0]])},
-    {"scores": torch.tensor([[torch.nan, -2.0, -3.0, -4.0]])},
-    {"eos_ids": i32([5, 6])},
-    {"parent": i32([[0, 1, 2, 0]])},
-    {"parent": i32([[0, 1, -7, -1]])},
-    {"parent": i32([[0, -1, 1, 0]])},
-    {"row_indptr": i32([0, 0])},
-    {"row_indptr": i32([1, 2])},
-    {"gen_lens": i32([-1])},
-    {"gen_lens": i32([100])},
+    ("scores: expected descending", {"scores": torch.tensor([[-1.0, -2.0, -1.5, -4.0]])}),
+    ("scores: expected descending", {"scores": torch.tensor([[torch.nan, -2.0, -3.0, -4.0]])}),
+    ("scores: expected at least", {"eos_ids": i32([5, 6])}),
+    ("parent: expected -1 or a row", {"parent": i32([[0, 1, 2, 0]])}),
+    ("parent: expected -1 or a row", {"parent": i32([[0, 1, -7, -1]])}),
+    ("parent: expected absent", {"parent": i32([[0, -1, 1, 0]])}),
+    ("row_indptr: expected at least one row", {"row_indptr": i32([0, 0])}),
+    ("row_indptr: expected to start at 0", {"row_indptr": i32([1, 2])}),
+    ("gen_lens: expected 0", {"gen_lens": i32([-1])}),
+    ("gen_lens: expected 0", {"gen_lens": i32([100])}),
 ]
 
 
-@pytest.mark.parametrize("change", REFUSED, ids=str)
-def test_what_the_cpu_refuses_is_marked(change):
+@pytest.mark.parametrize(("message", "change"), REFUSED, ids=str)
+def test_what_the_cpu_refuses_is_marked(message, change):
     args = make_args(2, GOOD, eos=[5]) | change
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=message):
         ops.beam_update(**cloned(args))
     before = cloned(args)
     scores, parent, token = beam_update(args)
