@@ -65,9 +65,8 @@ def test_matches_reference(kind, k):
     groups = indptr(1, 3, 0, 2)
     for seed, dtype in enumerate(DTYPES):
         logits = make_logits(kind, 6, 1003).to(dtype)
-        for chunk_len in (None, 256):
-            got = beam_prune(logits, cum, groups, k, chunk_len=chunk_len, seed=seed, resident_blocks=3)
-            assert_pruned_right(logits, cum, groups, k, got)
+        got = beam_prune(logits, cum, groups, k, chunk_len=(256, None, 512)[seed], seed=seed, resident_blocks=3)
+        assert_pruned_right(logits, cum, groups, k, got)
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 15, 17, 63, 1025])

@@ -189,7 +189,8 @@ struct BeamGroup {
   }
 };
 
-__global__ void __launch_bounds__(kBeamUpdateThreads) _beam_update_kernel(const __grid_constant__ BeamUpdateParams p) {
+__global__ void __launch_bounds__(kBeamUpdateThreads, 4)
+    _beam_update_kernel(const __grid_constant__ BeamUpdateParams p) {
   BeamGroup g(p, ptx::block_x());
   if (!g.owns_beams()) return;
   const bool done = p.done[g.group];
