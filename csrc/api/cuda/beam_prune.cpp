@@ -9,7 +9,6 @@
 #include "../beam_prune_args.h"
 #include "device.h"
 #include "logits_params.h"
-#include "scratch.h"
 
 namespace treedecode {
 namespace {
@@ -34,33 +33,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_prune_cuda(Tensor logits, Tensor
   Tensor parent = torch::stable::new_empty(logits, {num_groups, k}, ScalarType::Int);
   Tensor token = torch::stable::new_empty(logits, {num_groups, k}, ScalarType::Int);
   Tensor lse = torch::stable::new_empty(logits, {rows}, ScalarType::Float);
-  Scratch<7> scratch(logits,
-                     {2 * chunks, chunks * slot_len, rows * row_k, rows * row_k, rows * row_sort_len,
-                      num_groups * group_sort_len, num_groups},
-                     {4, 8, 8, 4, 8, 8, 4});
-  const cuda::BeamPruneParams p{
-      l,
-      cum_logprobs.const_data_ptr<float>(),
-      group_indptr.const_data_ptr<int32_t>(),
-      scores.mutable_data_ptr<float>(),
-      parent.mutable_data_ptr<int32_t>(),
-      token.mutable_data_ptr<int32_t>(),
-      lse.mutable_data_ptr<float>(),
-      scratch.get<float>(0),
-      scratch.get<uint64_t>(1),
-      scratch.get<uint64_t>(2),
-      scratch.get<int32_t>(3),
-      scratch.get<uint64_t>(4),
-      scratch.get<uint64_t>(5),
-      scratch.get<int32_t>(6),
-      num_groups,
-      k,
-      row_k,
-      slot_len,
-      row_sort_len,
-      group_sort_len,
-      is_logprobs,
-  };
+  cuda::BeamPruneParams p{};
+  p.logits = l;
+  p.cum_logprobs = cum_logprobs.const_data_ptr<float>();
+  p.group_indptr = group_indptr.const_data_ptr<int32_t>();
+  p.scores = scores.mutable_data_ptr<float>();
+  p.parent = parent.mutable_data_ptr<int32_t>();
+  p.token = token.mutable_data_ptr<int32_t>();
+  p.lse = lse.mutable_data_ptr<float>();
+  p.num_groups = num_groups;
+  p.k = k;
+  p.row_k = row_k;
+  p.slot_len = slot_len;
+  p.row_sort_len = row_sort_len;
+  p.group_sort_len = group_sort_len;
+  p.is_logprobs = is_logprobs;
+  Scratch scratch;
+  scratch.add(&p.chunk_sums, chunks * 2);
+  scratch.add(&p.chunk_keys, chunks * slot_len);
+  scratch.add(&p.row_keys, rows * row_k);
+  scratch.add(&p.row_tokens, rows * row_k);
+  scratch.add(&p.row_sort, rows * row_sort_len);
+  scratch.add(&p.group_sort, num_groups * group_sort_len);
+  scratch.add(&p.tickets, num_groups);
+  const Tensor memory = scratch.allocate(logits);
   check_launch(cuda::beam_prune(p, current_stream(logits)), "beam_prune");
   return {scores, parent, token, lse};
 }

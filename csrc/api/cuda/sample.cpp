@@ -1,5 +1,7 @@
 #include "../../cuda/sample.h"
 
+#include <algorithm>
+#include <iterator>
 #include <optional>
 #include <tuple>
 
@@ -8,7 +10,6 @@
 #include "../sample_args.h"
 #include "device.h"
 #include "logits_params.h"
-#include "scratch.h"
 
 namespace treedecode {
 namespace {
@@ -38,25 +39,26 @@ std::tuple<Tensor, Tensor, Tensor> sample_cuda(Tensor logits, Tensor temperature
   Tensor token = torch::stable::new_empty(logits, {rows}, ScalarType::Int);
   Tensor logprob = torch::stable::new_empty(logits, {rows}, ScalarType::Float);
   Tensor entropy = torch::stable::new_empty(logits, {rows}, ScalarType::Float);
-  const cuda::LogitsParams l = logits_params(logits, token_mask);
-  const int64_t chunks = rows * l.num_chunks;
-  Scratch<3> scratch(logits, {4 * chunks, chunks, chunks * cuda::kSampleSlot}, {4, 8, 8});
-  const cuda::SampleParams p{
-      l,
-      temperatures.data,
-      top_ks.data,
-      top_ps.data,
-      min_ps.data,
-      seeds.data,
-      positions.data,
-      token.mutable_data_ptr<int32_t>(),
-      logprob.mutable_data_ptr<float>(),
-      entropy.mutable_data_ptr<float>(),
-      scratch.get<float>(0),
-      scratch.get<uint64_t>(1),
-      scratch.get<uint64_t>(2),
-      {temperatures.stride, top_ks.stride, top_ps.stride, min_ps.stride, seeds.stride, positions.stride},
-  };
+  cuda::SampleParams p{};
+  p.logits = logits_params(logits, token_mask);
+  p.temperature = temperatures.data;
+  p.top_k = top_ks.data;
+  p.top_p = top_ps.data;
+  p.min_p = min_ps.data;
+  p.seeds = seeds.data;
+  p.positions = positions.data;
+  p.token = token.mutable_data_ptr<int32_t>();
+  p.logprob = logprob.mutable_data_ptr<float>();
+  p.entropy = entropy.mutable_data_ptr<float>();
+  const int64_t strides[] = {temperatures.stride, top_ks.stride, top_ps.stride,
+                             min_ps.stride,       seeds.stride,  positions.stride};
+  std::copy(std::begin(strides), std::end(strides), p.strides);
+  const int64_t chunks = rows * p.logits.num_chunks;
+  Scratch scratch;
+  scratch.add(&p.chunk_sums, chunks * 4);
+  scratch.add(&p.chunk_least, chunks);
+  scratch.add(&p.chunk_keys, chunks * cuda::kSampleSlot);
+  const Tensor memory = scratch.allocate(logits);
   check_launch(cuda::sample(p, current_stream(logits)), "sample");
   return {token, logprob, entropy};
 }
