@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-#include "../philox.h"
 #include "dtypes.h"
 #include "isa.h"
+#include "philox.h"
 
 namespace treedecode::cpu {
 

@@ -4,7 +4,7 @@
 #include <cfloat>
 #include <cstdint>
 
-#include "../keys.h"
+#include "keys.h"
 
 namespace treedecode::cpu {
 

@@ -1,7 +1,7 @@
 // sample's parts: a row's settings and sums, and the draw from a chunk.
 #pragma once
 
-#include "../philox.h"
+#include "../cpu/philox.h"
 #include "chunk_sums.cuh"
 #include "sample.h"
 

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../keys.h"
+#include "../cpu/keys.h"
 #include "collectives.cuh"
 #include "logits.h"
 
