@@ -32,7 +32,7 @@ TD_DEFINE_LIBRARY(TD_LIBRARY) {
   m.def(
       "plan_tree(Tensor page_table, Tensor seq_lens, Tensor? q_lens, int page_size, int num_qo_heads, int "
       "num_kv_heads, "
-      "int head_dim) -> (Tensor q_indptr, Tensor part_indptr, Tensor chunks, Tensor counts)");
+      "int head_dim, int num_workers) -> (Tensor q_indptr, Tensor part_indptr, Tensor chunks, Tensor counts)");
   m.def("merge_states(Tensor part_out, Tensor part_lse, Tensor merge_indptr) -> (Tensor out, Tensor lse)");
   m.def(
       "beam_update(Tensor scores, Tensor parent, Tensor token, Tensor row_indptr, Tensor beam_indptr, "

@@ -1,9 +1,26 @@
-"""The page ops' CUDA kernels on the host, called like the ops of `treedecode.ops`."""
+"""The page ops' CUDA kernels, called like the ops of `treedecode.ops` and with tensors of the CPU."""
 
 import simt_kernels as simt
 import torch
 
+from treedecode import ops
+
 POISON = -1234567  # of scratch, which a kernel must set up before it reads it
+
+
+def on_host(op, *args, **options):
+    """Runs the page op's kernel in the shim."""
+    globals()[op](*args, **options)
+
+
+def on_device(op, state, *args, seed=0):
+    """Runs the page op with copies of its arguments on the device, and copies back what it may have written."""
+    assert ops.explain(op, "cuda").backend == "cuda"
+    moved = [value.cuda() if isinstance(value, torch.Tensor) else value for value in (*state, *args)]
+    getattr(ops, op)(ops.PageState(*moved[: len(state)]), *moved[len(state) :])
+    for old, new in zip((*state, *args), moved, strict=True):
+        if isinstance(old, torch.Tensor):
+            old.copy_(new)
 
 
 def scratch(*shape, dtype=torch.int32):

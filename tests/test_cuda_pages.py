@@ -18,6 +18,19 @@ OK, OUT_OF_PAGES, BAD_ARGUMENT = ops.pages.OK, ops.pages.OUT_OF_PAGES, ops.pages
 seeds = st.one_of(st.sampled_from([0, 1]), st.integers(2, 1000))
 
 
+# The device runs what the shim runs, where there is one.
+everywhere = pytest.mark.parametrize(
+    "run",
+    [
+        page_kernels.on_host,
+        pytest.param(
+            page_kernels.on_device,
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+        ),
+    ],
+)
+
+
 def int32(*values):
     return torch.tensor(values, dtype=torch.int32)
 
@@ -39,17 +52,18 @@ class Pair:
         pair.__init__(self.cpu._replace(**{n: getattr(self.cpu, n).clone() for n in STATE_FIELDS}), self.cpu_kv.clone())
         return pair
 
-    def call(self, op, *args, num_slots=None, **options):
+    def call(self, op, *args, num_slots=None, run=page_kernels.on_host, **options):
         """Whether the CPU op took the arguments; the slots where it gives some."""
         cpu_args, cuda_args = [self.cpu], [self.cuda]
         if op == "append_slots":
-            num_slots = int(args[1].clamp(min=0).sum()) if num_slots is None else num_slots
+            if num_slots is None:
+                num_slots = int(args[1].clamp(min=0).sum()) + options.get("seed", 0) % 2
             cpu_slots, cuda_slots = torch.full((2, num_slots), -77).unbind()
             cpu_args += [self.cpu_kv, cpu_slots]
             cuda_args += [self.cuda_kv, cuda_slots.clone()]
         before = [getattr(self.cuda, name).clone() for name in STATE_FIELDS]
         kv_before = self.cuda_kv.clone()
-        getattr(page_kernels, op)(*cuda_args, *args, **options)
+        run(op, *cuda_args, *args, **options)
         try:
             getattr(ops, op)(*cpu_args, *args)
         except ValueError:
@@ -95,9 +109,10 @@ def walks(draw):
     return Pair(pair.cpu, pair.cpu_kv), held, rng
 
 
+@everywhere
 @settings(max_examples=120, deadline=None)
-@given(walks(), seeds, st.data())
-def test_valid_calls_match_the_cpu(walk, seed, data):
+@given(walk=walks(), seed=seeds, data=st.data())
+def test_valid_calls_match_the_cpu(run, walk, seed, data):
     """Forks with any overlap, appends that may run out of pages, holds and adoptions in a row."""
     pair, held, rng = walk
     page_size = pair.cpu.page_size
@@ -110,29 +125,30 @@ def test_valid_calls_match_the_cpu(walk, seed, data):
             src = rng.integers(0, 8, n)
             lens = [int(rng.integers(0, length + 1)) for length in pair.cpu.seq_lens[src]]
             lens = int32(*lens) if rng.integers(0, 2) else None
-            assert pair.call("fork_branches", int32(*src), int32(*rows), lens, seed=seed)
+            assert pair.call("fork_branches", int32(*src), int32(*rows), lens, seed=seed, run=run)
         elif kind == "append":
             q_lens = np.minimum(rng.integers(0, 2 * page_size + 2, n), 12 * page_size - pair.cpu.seq_lens[rows].numpy())
-            assert pair.call("append_slots", int32(*rows), int32(*q_lens), seed=seed)
+            assert pair.call("append_slots", int32(*rows), int32(*q_lens), seed=seed, run=run)
         elif kind == "hold":
             used = torch.nonzero(pair.cpu.refcount).flatten().tolist()
             pages = int32(*rng.choice(used, 3)) if used else int32()
-            assert pair.call("hold_pages", pages, True, seed=seed)
+            assert pair.call("hold_pages", pages, True, seed=seed, run=run)
             held = torch.cat([held, pages]) if not pair.cpu.status[0] else held
         elif kind == "drop":
-            assert pair.call("hold_pages", held, False, seed=seed)
+            assert pair.call("hold_pages", held, False, seed=seed, run=run)
             held = held if pair.cpu.status[0] else int32()
         else:
             empty = torch.nonzero(pair.cpu.seq_lens == 0).flatten().tolist()
             if empty and len(held):
-                assert pair.call("adopt_pages", held[:12], empty[0], len(held[:12]) * page_size, seed=seed)
+                assert pair.call("adopt_pages", held[:12], empty[0], len(held[:12]) * page_size, seed=seed, run=run)
         if rng.integers(0, 2):
             pair.reset()
 
 
+@everywhere
 @settings(max_examples=200, deadline=None)
-@given(walks(), seeds, st.data())
-def test_refuses_what_the_cpu_refuses(walk, seed, data):
+@given(walk=walks(), seed=seeds, data=st.data())
+def test_refuses_what_the_cpu_refuses(run, walk, seed, data):
     """Any values in arguments and in the state: an address out of range is found before it is used."""
     pair, _, _ = walk
     num_pages, page_size = len(pair.cpu.refcount), pair.cpu.page_size
@@ -152,28 +168,29 @@ def test_refuses_what_the_cpu_refuses(walk, seed, data):
         args = data.draw(vectors(row)), data.draw(vectors(row)), data.draw(st.none() | vectors(length))
     elif op == "append_slots":
         rows, q_lens = data.draw(vectors(row)), data.draw(vectors(st.integers(-1, 3 * page_size)))
-        num_slots = int(q_lens.clamp(min=0).sum()) + data.draw(st.sampled_from([0, 0, 0, 1]))
-        pair.call(op, rows, q_lens, num_slots=num_slots, seed=seed)
+        num_slots = max(0, int(q_lens.clamp(min=0).sum()) + data.draw(st.sampled_from([0, 0, 2, -1])))
+        pair.call(op, rows, q_lens, num_slots=num_slots, seed=seed, run=run)
         return
     else:
         args = data.draw(vectors(page)), data.draw(st.booleans())
-    pair.call(op, *args, seed=seed)
+    pair.call(op, *args, seed=seed, run=run)
 
 
+@everywhere
 @pytest.mark.parametrize("seed", simt.SEEDS)
-def test_more_rows_than_threads(seed):
+def test_more_rows_than_threads(run, seed):
     """1100 rows: scans go on from one round of the block to the next, and warps take several rows."""
     pair = Pair.make(num_pages=3000, page_size=2, max_branches=1100, max_pages_per_branch=4, num_layers=1, head_dim=1)
     rows = torch.randperm(1100, dtype=torch.int32)
-    assert pair.call("append_slots", rows, torch.randint(0, 4, (1100,), dtype=torch.int32), seed=seed)
-    assert pair.call("fork_branches", torch.randint(0, 1100, (1100,), dtype=torch.int32), rows, seed=seed)
-    assert pair.call("append_slots", rows.flip(0), torch.randint(0, 3, (1100,), dtype=torch.int32), seed=seed)
+    assert pair.call("append_slots", rows, torch.randint(0, 4, (1100,), dtype=torch.int32), seed=seed, run=run)
+    assert pair.call("fork_branches", torch.randint(0, 1100, (1100,), dtype=torch.int32), rows, seed=seed, run=run)
+    assert pair.call("append_slots", rows.flip(0), torch.randint(0, 3, (1100,), dtype=torch.int32), seed=seed, run=run)
     used = torch.nonzero(pair.cpu.refcount).flatten().int()
     pages = torch.cat([used, used.flip(0)])
     assert len(pages) > 1024
-    assert pair.call("hold_pages", pages, True, seed=seed)
-    assert pair.call("fork_branches", rows, rows, torch.zeros_like(rows), seed=seed)
-    assert pair.call("hold_pages", pages.flip(0), False, seed=seed)
+    assert pair.call("hold_pages", pages, True, seed=seed, run=run)
+    assert pair.call("fork_branches", rows, rows, torch.zeros_like(rows), seed=seed, run=run)
+    assert pair.call("hold_pages", pages.flip(0), False, seed=seed, run=run)
     assert pair.cpu.status[1] == 3000
 
 
@@ -291,6 +308,7 @@ def is_wrong(pair, op, args, seed, drop):
         ("adopt_pages", {"row": 3}),
         ("adopt_pages", {"num_tokens": 4}),
         ("adopt_pages", {"num_tokens": 9}),
+        ("adopt_pages", {"num_tokens": -1, "pages": int32()}),
         ("adopt_pages", {"pages": torch.zeros(6, dtype=torch.int32)}),
         ("adopt_pages", {"page_table": torch.zeros(3, dtype=torch.int32)}),
         ("copy_pages", {"kv": torch.zeros(1, 3, 6, 2, 4, 8)}),

@@ -14,7 +14,7 @@ LONG_PREFILLS = as_tables([list(range(64 * row, 64 * row + 64)) for row in range
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "plan_tree.json").read_text())
 
 
-def plan_of(page_table, seq_lens, q_lens=None, page_size=16, num_qo_heads=4, num_kv_heads=4):
+def plan_of(page_table, seq_lens, q_lens=None, page_size=16, num_qo_heads=4, num_kv_heads=4, num_workers=0):
     return ops.plan_tree(
         page_table,
         seq_lens,
@@ -23,6 +23,7 @@ def plan_of(page_table, seq_lens, q_lens=None, page_size=16, num_qo_heads=4, num
         num_qo_heads=num_qo_heads,
         num_kv_heads=num_kv_heads,
         head_dim=64,
+        num_workers=num_workers,
     )
 
 
@@ -36,11 +37,11 @@ def plain(plan):
 
 
 @settings(max_examples=300, deadline=None)
-@given(forests(), st.sampled_from(HEADS))
-def test_matches_reference(forest, heads):
+@given(forests(), st.sampled_from(HEADS), st.sampled_from([0, 1, 30, 264]))
+def test_matches_reference(forest, heads, num_workers):
     page_table, seq_lens, q_lens, page_size = forest
-    got = plan_of(page_table, seq_lens, q_lens, page_size, *heads)
-    want = reference.plan_tree(page_table, seq_lens, q_lens, page_size, *heads, 64)
+    got = plan_of(page_table, seq_lens, q_lens, page_size, *heads, num_workers)
+    want = reference.plan_tree(page_table, seq_lens, q_lens, page_size, *heads, 64, num_workers)
     assert plain(got) == [t.tolist() for t in want]
 
 
@@ -87,8 +88,52 @@ def test_keeps_its_promises(forest, heads):
         sum(end - begin for _, _, begin, end, _, _ in chunks),
         sum(n for n, q in zip(seq_len, q_len, strict=True) if q > 0),
         page_size,
+        0,
     ]
     assert plan.counts[2] <= plan.counts[3]
+
+
+@settings(max_examples=300, deadline=None)
+@given(forests(), st.sampled_from(HEADS), st.sampled_from([1, 30, 264]))
+@example((*LONG_PREFILLS, LONG_PREFILLS[1], 64), (1, 1), 264)
+def test_a_flat_plan_keeps_its_promises(forest, heads, num_workers):
+    page_table, seq_lens, q_lens, page_size = forest
+    plan = plan_of(page_table, seq_lens, q_lens, page_size, *heads, num_workers)
+    q_len = plan.q_indptr.diff().tolist()
+    group, workers = heads[0] // heads[1], max(1, num_workers // heads[1])
+    paths = [[] for _ in q_len]
+    num_tiles = 0
+    for row_begin, row_end, token_begin, token_end, part, tile_begin in chunks_of(plan):
+        assert tile_begin == num_tiles
+        assert page_size > 64 or token_begin < min(seq_lens[row_begin:row_end].tolist())
+        pages = page_table[row_begin:row_end, token_begin // page_size : -(-token_end // page_size)]
+        rows = [row for row in range(row_begin, row_end) if q_len[row] > 0 and seq_lens[row] > 0]
+        assert (pages[[row - row_begin for row in rows]] == pages[rows[0] - row_begin]).all()
+        packed = group * sum(q_len[row] for row in rows)
+        num_tiles += -(-packed // 128)
+        for row in rows:
+            paths[row].append((part, token_begin, token_end))
+    assert num_tiles == plan.counts[5]
+    for row, path in enumerate(paths):
+        path.sort()
+        assert [part for part, _, _ in path] == list(range(len(path)))
+        borders = [0, *(end for _, _, end in path)]
+        assert [begin for _, begin, _ in path] == borders[:-1]
+        assert borders[-1] >= (seq_lens[row] if q_len[row] else 0)
+        assert plan.part_indptr[row + 1] - plan.part_indptr[row] == q_len[row] * len(path)
+    # what a kernel that knows nothing but shapes reserves for partial results
+    bound = 9 * sum(q_len) + min(sum(q_len) * 4 * workers, 512 * workers // group)
+    assert plan.counts[1] == plan.part_indptr[-1] <= bound
+
+
+def test_a_flat_plan_gives_every_worker_something_to_do():
+    page_table, seq_lens = as_tables([list(range(512))], 16, [16])
+    plan = plan_of(page_table, seq_lens, num_qo_heads=32, num_kv_heads=8, num_workers=264)
+    assert plan.counts[5] == 64  # of 128 tokens, for each of 8 kv heads
+    rows = tree_rows([64], [128, 16])
+    plan = plan_of(*as_tables(rows, 16, [16] * 64), num_qo_heads=32, num_kv_heads=8, num_workers=264)
+    assert plan.counts[2] == 16 * (128 + 64 * 16)
+    assert 33 <= plan.counts[5] <= 5 * 33 + 64
 
 
 @settings(max_examples=60, deadline=None)
@@ -114,8 +159,11 @@ def test_golden(case):
         table_row[: len(row)] = torch.tensor(row, dtype=torch.int32)
     seq_lens = torch.tensor(case["seq_lens"], dtype=torch.int32)
     q_lens = None if case["q_lens"] is None else torch.tensor(case["q_lens"], dtype=torch.int32)
-    plan = plan_of(page_table, seq_lens, q_lens, page_size, case["num_qo_heads"], case["num_kv_heads"])
-    assert plain(plan) == [case["q_indptr"], case["part_indptr"], case["chunks"], case["counts"]]
+    args = page_table, seq_lens, q_lens, page_size, case["num_qo_heads"], case["num_kv_heads"]
+    assert plain(plan_of(*args)) == [case["q_indptr"], case["part_indptr"], case["chunks"], case["counts"]]
+    for flat in case["flat"]:
+        plan = plan_of(*args, flat["num_workers"])
+        assert plain(plan) == [case["q_indptr"], flat["part_indptr"], flat["chunks"], flat["counts"]]
 
 
 def test_shares_what_is_shared():
@@ -184,16 +232,17 @@ def test_does_not_depend_on_the_number_of_threads():
     assert plans[0] == plans[1]
 
 
+@pytest.mark.parametrize("num_workers", [0, 264])
 @pytest.mark.parametrize("q_lens", [None, torch.tensor([3, 0, 1], dtype=torch.int32)])
-def test_opcheck(q_lens):
+def test_opcheck(q_lens, num_workers):
     page_table, seq_lens = as_tables([[1, 2, 3], [1, 2, 4], [1]], 16, [5, 6, 7])
-    torch.library.opcheck(torch.ops.treedecode.plan_tree, (page_table, seq_lens, q_lens, 16, 8, 2, 64))
+    torch.library.opcheck(torch.ops.treedecode.plan_tree, (page_table, seq_lens, q_lens, 16, 8, 2, 64, num_workers))
 
 
 @pytest.mark.parametrize(("num_rows", "max_pages"), [(0, 4), (3, 0), (0, 0)])
 def test_nothing_to_plan(num_rows, max_pages):
     plan = plan_of(torch.empty(num_rows, max_pages, dtype=torch.int32), torch.zeros(num_rows, dtype=torch.int32))
-    assert plain(plan) == [list(range(num_rows + 1)), [0] * (num_rows + 1), [], [0, 0, 0, 0, 16]]
+    assert plain(plan) == [list(range(num_rows + 1)), [0] * (num_rows + 1), [], [0, 0, 0, 0, 16, 0]]
 
 
 def int32(*values):
@@ -221,6 +270,7 @@ def int32(*values):
         ({"page_size": 0}, ValueError, "page_size: expected a positive number, got 0"),
         ({"num_kv_heads": 0}, ValueError, "num_kv_heads: expected a positive number, got 0"),
         ({"num_qo_heads": 3}, ValueError, "num_qo_heads: expected a multiple of num_kv_heads, got 3"),
+        ({"num_workers": -1}, ValueError, "num_workers: expected 0 .* or more, got -1"),
         ({"head_dim": 0}, ValueError, "head_dim: expected a positive number, got 0"),
     ],
 )

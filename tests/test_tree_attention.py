@@ -251,6 +251,10 @@ def int32(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
+TWO_ROWS = int32(1, 2, 3, 1, 2, 4).view(2, 3), int32(40, 37)
+SIZES = {"page_size": 16, "num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 32}
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -292,17 +296,22 @@ def int32(*values):
         ({"logits_soft_cap": -1.0}, ValueError, "logits_soft_cap: expected 0 .* got -1"),
         ({"sinks": torch.zeros(3)}, ValueError, r"sinks: expected shape \[num_qo_heads\] = \[4\], got \[3\]"),
         ({"sinks": torch.zeros(4).half()}, TypeError, "sinks: expected dtype float32, got float16"),
+        (
+            {"plan": ops.plan_tree(*TWO_ROWS, **SIZES, num_workers=8)},
+            ValueError,
+            r"plan: is flat, for a GPU; plan_tree\(..., num_workers=0\) makes one for the CPU",
+        ),
     ],
 )
 def test_bad_arguments(change, error, message):
-    page_table, seq_lens = int32(1, 2, 3, 1, 2, 4).view(2, 3), int32(40, 37)
+    page_table, seq_lens = TWO_ROWS
     args = {
         "q": torch.zeros(2, 4, 32),
         "k_pages": torch.zeros(9, 16, 2, 32),
         "v_pages": torch.zeros(9, 16, 2, 32),
         "page_table": page_table,
         "seq_lens": seq_lens,
-        "plan": ops.plan_tree(page_table, seq_lens, page_size=16, num_qo_heads=4, num_kv_heads=2, head_dim=32),
+        "plan": ops.plan_tree(page_table, seq_lens, **SIZES),
     } | change
     with pytest.raises(error, match=message):
         ops.tree_attention(**args)

@@ -21,7 +21,8 @@ const int32_t* check_lens(const Tensor& lens, const char* name, int64_t num_rows
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> plan_tree_cpu(Tensor page_table, Tensor seq_lens,
                                                          std::optional<Tensor> q_lens, int64_t page_size,
-                                                         int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim) {
+                                                         int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim,
+                                                         int64_t num_workers) {
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
   check_shape(page_table, "page_table", "[num_branches, max_pages]", {-1, -1});
   check_dtype(page_table, "page_table", ScalarType::Int);
@@ -34,6 +35,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_tree_cpu(Tensor page_table, Tens
   check_value(num_qo_heads > 0 && num_qo_heads % num_kv_heads == 0, "num_qo_heads", "a multiple of num_kv_heads",
               num_qo_heads);
   check_value(head_dim > 0, "head_dim", "a positive number", head_dim);
+  check_value(num_workers >= 0 && num_workers <= kMax, "num_workers", "0 (a chained plan) or more", num_workers);
+  const int64_t workers = num_workers ? std::max<int64_t>(1, num_workers / num_kv_heads) : 0;
   const int64_t capacity = page_table.size(1) * page_size;
   for (int64_t row = 0; row < num_rows; ++row) {
     STD_TORCH_CHECK(lens[row] >= 0 && lens[row] <= capacity,
@@ -48,8 +51,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_tree_cpu(Tensor page_table, Tens
   Tensor q_indptr = torch::stable::new_empty(seq_lens, {num_rows + 1});
   Tensor part_indptr = torch::stable::new_empty(seq_lens, {num_rows + 1});
   Tensor chunks = torch::stable::new_empty(
-      seq_lens, {cpu::max_chunks(num_rows, page_table.size(1), page_size), cpu::kChunkColumns});
-  Tensor counts = torch::stable::new_empty(seq_lens, {5});
+      seq_lens, {cpu::max_chunks(num_rows, page_table.size(1), page_size, workers), cpu::kChunkColumns});
+  Tensor counts = torch::stable::new_empty(seq_lens, {6});
   const cpu::PlanTreeParams p{
       page_table.const_data_ptr<int32_t>(),
       lens,
@@ -63,6 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_tree_cpu(Tensor page_table, Tens
       page_table.stride(0),
       page_size,
       num_qo_heads / num_kv_heads,
+      workers,
   };
   std::vector<int32_t> shared(static_cast<size_t>(num_rows));
   // A thread is worth waking for about 64k page ids.

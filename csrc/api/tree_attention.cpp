@@ -243,7 +243,7 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
   check_index(q_indptr, "plan.q_indptr", "[num_branches + 1]", {num_rows + 1});
   check_index(part_indptr, "plan.part_indptr", "[num_branches + 1]", {num_rows + 1});
   check_index(chunks, "plan.chunks", "[max_chunks, 6]", {-1, 6});
-  check_index(counts, "plan.counts", "[5]", {5});
+  check_index(counts, "plan.counts", "[6]", {6});
   check_value(is_positive_float(sm_scale), "sm_scale", "a positive number of the range of fp32", sm_scale);
   check_value(logits_soft_cap == 0 || is_positive_float(logits_soft_cap), "logits_soft_cap",
               "0 (off) or a positive number of the range of fp32", logits_soft_cap);
@@ -260,6 +260,8 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
 
   const int32_t* count = counts.const_data_ptr<int32_t>();
   const int64_t num_chunks = count[0], num_parts = count[1];
+  STD_TORCH_CHECK(count[5] == 0,
+                  "[ValueError] plan: is flat, for a GPU; plan_tree(..., num_workers=0) makes one for the CPU");
   STD_TORCH_CHECK(num_chunks >= 0 && num_chunks <= chunks.size(0) && num_parts >= 0,
                   "[ValueError] plan.counts: expected at most ", chunks.size(0), " chunks, got ", num_chunks, " and ",
                   num_parts, " parts");

@@ -31,6 +31,9 @@ struct Node {
   bool is_leaf;
   bool is_folded = false;
   int32_t round = 0;        // of its last chunk, or of what it goes on from
+  int32_t num_parts = 0;    // down to its end
+  int32_t level = 0;        // number of nodes with tokens above it
+  int32_t first_fork = 0;   // the first row of its second child
   int64_t num_queries = 0;  // query tokens of its rows
   int64_t max_seq_len = 0;  // of its rows that have queries
 };
@@ -39,6 +42,8 @@ struct Chunk {
   int32_t round;
   int64_t cost;
   int32_t row_begin, row_end, token_begin, token_end;
+  int32_t number;  // segment or part
+  int64_t num_tiles = 0;
 };
 
 class Planner {
@@ -61,7 +66,10 @@ class Planner {
       while (nodes_[open.back()].is_leaf || nodes_[open.back()].page_end > depth) {
         const int32_t closed = open.back();
         open.pop_back();
-        if (nodes_[open.back()].page_end < depth) open.push_back(add_node(nodes_[closed].row_begin, depth, false));
+        if (nodes_[open.back()].page_end < depth) {
+          open.push_back(add_node(nodes_[closed].row_begin, depth, false));
+          nodes_[open.back()].first_fork = row;
+        }
         adopt(open.back(), closed);
       }
       if (row < num_rows) open.push_back(add_leaf(row));
@@ -75,6 +83,7 @@ class Planner {
       Node& v = nodes_[i];
       const Node& parent = nodes_[v.parent];
       v.page_begin = parent.is_folded ? parent.page_begin : parent.page_end;
+      v.level = parent.level + (v.parent != 0 && !parent.is_folded);
       if (v.num_queries == 0) continue;
       order_.push_back(i);
       if (v.is_leaf) continue;
@@ -85,13 +94,14 @@ class Planner {
         ++num_children;
         if (child.page_end > v.page_end) continuing += child.num_queries;
       }
-      v.is_folded = kReadRows * (num_children - 1) * num_tokens(v) <= kPartTokens * p_.group_size * continuing;
+      v.is_folded = kReadRows * (num_children - 1) * num_tokens(v) <= kPartTokens * p_.group_size * continuing ||
+                    (p_.workers > 0 && v.level == kMaxLevels);
     }
   }
 
   // Cuts every node at the borders of segments. A chunk that begins inside of a segment goes on where its parent's last
   // one ended, so it comes one round later.
-  void cut() {
+  void cut_chained() {
     for (int32_t i : order_) {
       Node& v = nodes_[i];
       const Node& parent = nodes_[v.parent];
@@ -104,7 +114,8 @@ class Planner {
         next = std::min(end, (begin / kSegment + 1) * kSegment);
         v.round = begin % kSegment ? v.round + 1 : 0;
         chunks_.push_back({v.round, (next - begin) * (kReadRows + queries), v.row_begin, v.row_end,
-                           static_cast<int32_t>(begin), static_cast<int32_t>(next)});
+                           static_cast<int32_t>(begin), static_cast<int32_t>(next),
+                           static_cast<int32_t>(begin / kSegment)});
       }
     }
     std::stable_sort(chunks_.begin(), chunks_.end(), [](const Chunk& a, const Chunk& b) {
@@ -112,13 +123,66 @@ class Planner {
     });
   }
 
+  // Cuts every node into chunks of comparable cost. They may be computed at the same time, each a partial result.
+  void cut_flat() {
+    struct Whole {
+      int64_t begin, length, num_tiles, token_cost;
+    };
+    std::vector<Whole> wholes(nodes_.size());
+    int64_t total = 0;
+    for (int32_t i : order_) {
+      const Node& v = nodes_[i];
+      const int64_t rows = p_.group_size * v.num_queries;
+      const int64_t length = v.is_folded ? 0 : std::max<int64_t>(0, num_tokens(v));
+      wholes[i] = {v.page_begin * p_.page_size, length, ceil_div(rows, kTileRows),
+                   kReadRows + std::min(rows, kTileRows)};
+      total += wholes[i].num_tiles * wholes[i].token_cost * length;
+    }
+    const int64_t target = std::max<int64_t>(1, ceil_div(total, kTilesPerWorker * p_.workers));
+    struct Sorted {
+      int64_t size_class, order;
+      int32_t node;
+      int64_t step;
+    };
+    std::vector<Sorted> sorted;
+    for (int32_t i : order_) {
+      Node& v = nodes_[i];
+      const Whole& whole = wholes[i];
+      v.num_parts = nodes_[v.parent].num_parts;
+      if (whole.length == 0) continue;
+      const int64_t count =
+          std::min(ceil_div(whole.length * whole.token_cost, target), ceil_div(whole.length, kMinChunkTokens));
+      const int64_t step = ceil_div(ceil_div(whole.length, count), kChunkStep) * kChunkStep;
+      int64_t size_class = 0;
+      while (size_class < kNumClasses - 1 &&
+             (std::min(step, whole.length) * whole.token_cost << (size_class + 1)) <= target) {
+        ++size_class;
+      }
+      sorted.push_back({size_class, v.is_leaf ? 2 * v.row_begin + 1 : 2 * v.first_fork, i, step});
+      v.num_parts += static_cast<int32_t>(ceil_div(whole.length, step));
+    }
+    std::sort(sorted.begin(), sorted.end(), [](const Sorted& a, const Sorted& b) {
+      return a.size_class != b.size_class ? a.size_class < b.size_class : a.order < b.order;
+    });
+    for (const Sorted& s : sorted) {
+      const Node& v = nodes_[s.node];
+      const Whole& whole = wholes[s.node];
+      int32_t part = nodes_[v.parent].num_parts;
+      for (int64_t at = 0; at < whole.length; at += s.step) {
+        chunks_.push_back({0, 0, v.row_begin, v.row_end, static_cast<int32_t>(whole.begin + at),
+                           static_cast<int32_t>(whole.begin + std::min(at + s.step, whole.length)), part++,
+                           whole.num_tiles});
+      }
+    }
+  }
+
   bool write() const {
-    int64_t num_queries = 0, num_parts = 0, unique_tokens = 0, path_tokens = 0;
+    int64_t num_queries = 0, num_parts = 0, unique_tokens = 0, path_tokens = 0, num_tiles = 0;
     p_.q_indptr[0] = p_.part_indptr[0] = 0;
     constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
     for (int64_t row = 0; row < p_.num_rows; ++row) {
       num_queries += q_len(row);
-      num_parts += q_len(row) * ceil_div(p_.seq_lens[row], kSegment);
+      num_parts += q_len(row) * (p_.workers ? nodes_[leaves_[row]].num_parts : ceil_div(p_.seq_lens[row], kSegment));
       if (q_len(row) > 0) path_tokens += p_.seq_lens[row];
       if (num_queries > kMax || num_parts > kMax || path_tokens > kMax) return false;
       p_.q_indptr[row + 1] = static_cast<int32_t>(num_queries);
@@ -126,17 +190,21 @@ class Planner {
     }
     int32_t* out = p_.chunks;
     for (const Chunk& c : chunks_) {
-      const int32_t columns[kChunkColumns] = {
-          c.row_begin, c.row_end, c.token_begin, c.token_end, static_cast<int32_t>(c.token_begin / kSegment), c.round};
+      const int32_t columns[kChunkColumns] = {c.row_begin,   c.row_end,
+                                              c.token_begin, c.token_end,
+                                              c.number,      p_.workers ? static_cast<int32_t>(num_tiles) : c.round};
       std::memcpy(out, columns, sizeof columns);
       out += kChunkColumns;
       unique_tokens += c.token_end - c.token_begin;
+      num_tiles += c.num_tiles;
+      if (num_tiles > kMax) return false;
     }
     p_.counts[0] = static_cast<int32_t>(chunks_.size());
     p_.counts[1] = static_cast<int32_t>(num_parts);
     p_.counts[2] = static_cast<int32_t>(unique_tokens);  // <= path_tokens
     p_.counts[3] = static_cast<int32_t>(path_tokens);
     p_.counts[4] = static_cast<int32_t>(p_.page_size);
+    p_.counts[5] = static_cast<int32_t>(num_tiles);
     return true;
   }
 
@@ -157,6 +225,7 @@ class Planner {
   int32_t add_leaf(int32_t row) {
     const int64_t seq_len = p_.seq_lens[row];
     const int32_t leaf = add_node(row, static_cast<int32_t>(ceil_div(seq_len, p_.page_size)), true);
+    leaves_.push_back(leaf);
     if (seq_len > 0 && q_len(row) > 0) {
       nodes_[leaf].num_queries = q_len(row);
       nodes_[leaf].max_seq_len = seq_len;
@@ -186,8 +255,9 @@ class Planner {
   int64_t num_tokens(const Node& v) const { return token_at(v, v.page_end) - v.page_begin * p_.page_size; }
 
   const PlanTreeParams& p_;
-  std::vector<Node> nodes_;     // nodes_[0] stands above the roots and holds nothing
-  std::vector<int32_t> order_;  // nodes that have queries, parents before children
+  std::vector<Node> nodes_;      // nodes_[0] stands above the roots and holds nothing
+  std::vector<int32_t> leaves_;  // of the rows
+  std::vector<int32_t> order_;   // nodes that have queries, parents before children
   std::vector<Chunk> chunks_;
 };
 
@@ -211,7 +281,7 @@ bool plan_tree(const PlanTreeParams& p, const int32_t* shared) {
   Planner planner(p);
   planner.build_tree(shared);
   planner.fold();
-  planner.cut();
+  p.workers ? planner.cut_flat() : planner.cut_chained();
   return planner.write();
 }
 

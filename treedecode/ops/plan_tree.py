@@ -1,4 +1,4 @@
-"""plan_tree: which branches share which pages, cut at segment borders; made once per step, used by every layer."""
+"""plan_tree: which branches share which pages, cut into chunks; made once per step, used by every layer."""
 
 from dataclasses import dataclass
 
@@ -8,29 +8,36 @@ from torch import Tensor
 from treedecode import reference
 from treedecode.ops._native import USE_REFERENCE, call, register_fake
 
-SEGMENT = 1024  # tokens; kSegment of csrc/cpu/plan_tree.h
+# Of csrc/cpu/plan_tree.h, where they are explained.
+SEGMENT = 1024
+TILES_PER_WORKER = 4
 
 
 @dataclass(frozen=True)
 class TreePlan:
     """How `tree_attention` reads the page table of one step. All tensors are int32.
 
-    A branch's *path* is the list of its chunks from the root of its tree to its own last tokens, in token order. No
-    chunk crosses a multiple of 1024 tokens, the borders of *segments*. Query token t (0-based) of the branch attends to
-    a segment's chunks one after the other, each going on with the sums of the one before; the partial results of its
-    segments are merged.
+    A branch's *path* is the list of its chunks from the root of its tree to its own last tokens, in token order. A
+    *chained* plan is for the CPU: no chunk crosses a multiple of 1024 tokens, the borders of *segments*; a query token
+    attends to a segment's chunks one after the other, each going on with the sums of the one before, and a segment is
+    one partial result. A *flat* plan is for a GPU: chunks are cut by cost and know nothing of one another, so each
+    is a partial result. Partial results are merged in the order of the path.
 
     Attributes:
         q_indptr: `[num_branches + 1]`, offsets of each branch's query tokens.
-        part_indptr: `[num_branches + 1]`, offsets of each branch's partial results: query token t of branch b has
-            them in the slots `part_indptr[b] + t * num_parts(b) + i`, i counting segments. A branch with no tokens or
-            no queries has none.
-        chunks: `[max_chunks, 6]`, rows of row_begin, row_end, token_begin, token_end, segment, round. All branches in
+        part_indptr: `[num_branches + 1]`, offsets of each branch's partial results: query token t (0-based) of branch b
+            has them in the slots `part_indptr[b] + t * num_parts(b) + i`, i counting along the path. A branch with no
+            tokens or no queries has none.
+        chunks: `[max_chunks, 6]`, rows of row_begin, row_end, token_begin, token_end and two more. All branches in
             `[row_begin, row_end)` hold the same pages for the tokens `[token_begin, token_end)`; a branch may end
-            before token_end, but not before or at token_begin. A chunk of round r > 0 goes on from one of round r - 1.
-            Sorted by round, the most expensive of a round first.
-        counts: `[5]`, num_chunks (rows of `chunks` beyond it are undefined), num_parts, unique_tokens (read once each),
-            path_tokens (what the branches that have queries would read each for itself), page_size.
+            before token_end, and in a flat plan with pages of more than 64 tokens before token_begin.
+            Chained: segment, round. A chunk of round r > 0 goes on from one of round r - 1. Sorted by round, the most
+            expensive of a round first.
+            Flat: part, tile_begin. part is the number of the partial result on the path, tile_begin the number of
+            work tiles (of at most 128 packed rows) of all chunks before. Sorted by cost, roughly.
+        counts: `[6]`, num_chunks (rows of `chunks` beyond it are undefined), num_parts, unique_tokens (read once each),
+            path_tokens (what the branches that have queries would read each for itself), page_size, num_tiles
+            (0 in a chained plan).
     """
 
     q_indptr: Tensor
@@ -48,8 +55,9 @@ def plan_tree(
     num_qo_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    num_workers: int | None = None,
 ) -> TreePlan:
-    """Finds the tree in a page table and cuts it at segment borders.
+    """Finds the tree in a page table and cuts it into chunks.
 
     Neighbouring rows share a page when all page ids up to it are equal and both have tokens there: the tree is that of
     the longest common prefixes of adjacent rows, of any depth, with any number of roots. Rows in any order are
@@ -60,8 +68,13 @@ def plan_tree(
     and V is taken to cost 16, and a packed row's partial result 32. So a node of n tokens with c children goes to the
     children, who then read it c times, where 16 * (c - 1) * n <= 32 * (packed rows that would go on from it).
 
-    Neither sharing nor folding changes a branch's result: it is the same, to the last bit, as for the branch alone.
-    For that, neighbours that share an odd number of tokens share one page less.
+    In a chained plan neither sharing nor folding changes a branch's result: it is the same, to the last bit, as for
+    the branch alone. For that, neighbours that share an odd number of tokens share one page less.
+
+    A flat plan keeps at most 8 shared nodes on a path, the first ones that pay. A work tile is a chunk and up to 128 of
+    its packed rows, and costs its tokens times (16 + those rows). Nodes are cut into chunks of at least 128 tokens
+    (in steps of 64) whose tiles cost about a quarter of a worker's share of all tiles. Its results are
+    repeatable, but a branch's last bits depend on what else is planned.
 
     The plan depends on the arguments alone, never on the number of threads.
 
@@ -72,15 +85,24 @@ def plan_tree(
             branch out of this step.
         page_size: tokens in a page.
         num_qo_heads, num_kv_heads, head_dim: of the attention that will use the plan.
+        num_workers: thread blocks that a GPU runs at once, for a flat plan; 0 for a chained one. By default 0 on the
+            CPU, and two per multiprocessor on a GPU.
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype or stride is wrong, a seq_len is negative or beyond
             max_pages * page_size, a q_len is negative or more than the branch's seq_len, or a count exceeds int32.
     """
-    args = (page_table, seq_lens, q_lens, page_size, num_qo_heads, num_kv_heads, head_dim)
+    if num_workers is None:
+        num_workers = default_workers(page_table.device)
+    args = (page_table, seq_lens, q_lens, page_size, num_qo_heads, num_kv_heads, head_dim, num_workers)
     if USE_REFERENCE:
         return TreePlan(*reference.plan_tree(*args))
     return TreePlan(*call(torch.ops.treedecode.plan_tree.default, *args))
+
+
+def default_workers(device: torch.device) -> int:
+    """`num_workers` of plans for `device`: what `tree_attention` runs there at once."""
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 @register_fake("plan_tree")
@@ -92,12 +114,17 @@ def _(
     num_qo_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    num_workers: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_rows, max_pages = page_table.shape
-    max_chunks = torch.sym_max(0, 2 * num_rows - 1) + num_rows * (max_pages * page_size // SEGMENT)
+    nodes = torch.sym_max(0, 2 * num_rows - 1)
+    if num_workers:
+        max_chunks = nodes + torch.sym_min(1, num_rows) * TILES_PER_WORKER * max(1, num_workers // num_kv_heads)
+    else:
+        max_chunks = nodes + num_rows * (max_pages * page_size // SEGMENT)
     return (
         seq_lens.new_empty(num_rows + 1),
         seq_lens.new_empty(num_rows + 1),
         seq_lens.new_empty(max_chunks, 6),
-        seq_lens.new_empty(5),
+        seq_lens.new_empty(6),
     )

@@ -5,6 +5,10 @@ import torch
 from torch import Tensor
 
 
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 class Node(NamedTuple):
     """Rows that share the pages [page_begin, page_end), and what lies below; a leaf has one row and no children."""
 
@@ -13,6 +17,7 @@ class Node(NamedTuple):
     page_end: int
     queries: int  # of all its rows
     token_end: int  # longest seq_len of its rows that have queries
+    order: int  # of the node among all; a leaf comes after the node that its row is the first to fork from
     children: list["Node"]
 
 
@@ -24,13 +29,14 @@ def plan_tree(
     num_qo_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    num_workers: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `treedecode.ops.plan_tree`: the same plan to the last number, built from the top down."""
     num_rows = len(page_table)
     seq_len = seq_lens.tolist()
     q_len = [1] * num_rows if q_lens is None else q_lens.tolist()
     group = num_qo_heads // num_kv_heads
-    pages = [row[: -(-n // page_size)] for row, n in zip(page_table.tolist(), seq_len, strict=True)]
+    pages = [row[: ceil_div(n, page_size)] for row, n in zip(page_table.tolist(), seq_len, strict=True)]
 
     def runs(rows: list[int], depth: int) -> list[list[int]]:
         """Neighbours that share page number `depth`; a row that has none is a run of its own."""
@@ -49,26 +55,47 @@ def plan_tree(
         queries = sum(q_len[row] for row in active)
         token_end = max((seq_len[row] for row in active), default=0)
         if len(rows) == 1:
-            return Node(rows, page_begin, len(pages[rows[0]]), queries, token_end, [])
+            return Node(rows, page_begin, len(pages[rows[0]]), queries, token_end, 2 * rows[0] + 1, [])
         page_end = page_begin
         while len(runs(rows, page_end)) == 1:
             page_end += 1
         children = [grow(run, page_end) for run in runs(rows, page_end)]
-        return Node(rows, page_begin, page_end, queries, token_end, children)
+        return Node(rows, page_begin, page_end, queries, token_end, 2 * children[1].rows[0], children)
 
     def num_tokens(node: Node) -> int:
         return min(node.page_end * page_size, node.token_end) - node.page_begin * page_size
 
-    def fold(node: Node) -> list[Node]:
+    def fold(node: Node, level: int = 0) -> list[Node]:
         """The subtree without the nodes that do not pay and the rows that have no queries."""
         if node.queries == 0:
             return []
         children = [child for child in node.children if child.queries > 0]
         continuing = sum(child.queries for child in children if child.page_end > child.page_begin)
-        if children and 16 * (len(children) - 1) * num_tokens(node) <= 32 * group * continuing:
-            return [kept for child in children for kept in fold(child._replace(page_begin=node.page_begin))]
-        return [node._replace(children=[kept for child in children for kept in fold(child)])]
+        is_too_deep = num_workers > 0 and level == 8
+        if children and (is_too_deep or 16 * (len(children) - 1) * num_tokens(node) <= 32 * group * continuing):
+            return [kept for child in children for kept in fold(child._replace(page_begin=node.page_begin), level)]
+        return [node._replace(children=[kept for child in children for kept in fold(child, level + 1)])]
 
+    trees = [grow(run, 0) for run in runs(list(range(num_rows)), 0)] if num_rows else []
+    roots = [root for tree in trees for root in fold(tree)]
+    if num_workers:
+        chunks, num_parts, num_tiles = _flat(roots, num_rows, group, page_size, max(1, num_workers // num_kv_heads))
+    else:
+        chunks, num_parts, num_tiles = _chained(roots, group, page_size), [ceil_div(n, 1024) for n in seq_len], 0
+    part_lens = [q * parts for q, parts in zip(q_len, num_parts, strict=True)]
+    unique_tokens = sum(chunk[3] - chunk[2] for chunk in chunks)
+    path_tokens = sum(n for n, q in zip(seq_len, q_len, strict=True) if q > 0)
+    counts = [len(chunks), sum(part_lens), unique_tokens, path_tokens, page_size, num_tiles]
+    return (
+        torch.tensor([0, *accumulate(q_len)], dtype=torch.int32),
+        torch.tensor([0, *accumulate(part_lens)], dtype=torch.int32),
+        torch.tensor(chunks, dtype=torch.int32).reshape(-1, 6),
+        torch.tensor(counts, dtype=torch.int32),
+    )
+
+
+def _chained(roots: list[Node], group: int, page_size: int) -> list[list[int]]:
+    """Chunks that end at segment borders and go on from one another."""
     chunks: list[list[int]] = []
     costs: list[int] = []
 
@@ -83,17 +110,53 @@ def plan_tree(
         for child in node.children:
             emit(child, round_before)
 
-    for run in runs(list(range(num_rows)), 0) if num_rows else []:
-        for root in fold(grow(run, 0)):
-            emit(root, 0)
-    order = sorted(range(len(chunks)), key=lambda i: (chunks[i][5], -costs[i]))
-    num_parts = [-(-n // 1024) for n in seq_len]
-    part_lens = [q * parts for q, parts in zip(q_len, num_parts, strict=True)]
-    unique_tokens = sum(chunk[3] - chunk[2] for chunk in chunks)
-    path_tokens = sum(n for n, q in zip(seq_len, q_len, strict=True) if q > 0)
-    return (
-        torch.tensor([0, *accumulate(q_len)], dtype=torch.int32),
-        torch.tensor([0, *accumulate(part_lens)], dtype=torch.int32),
-        torch.tensor([chunks[i] for i in order], dtype=torch.int32).reshape(-1, 6),
-        torch.tensor([len(chunks), sum(part_lens), unique_tokens, path_tokens, page_size], dtype=torch.int32),
-    )
+    for root in roots:
+        emit(root, 0)
+    return [chunks[i] for i in sorted(range(len(chunks)), key=lambda i: (chunks[i][5], -costs[i]))]
+
+
+def _flat(
+    roots: list[Node], num_rows: int, group: int, page_size: int, workers: int
+) -> tuple[list[list[int]], list[int], int]:
+    """Chunks of comparable cost that know nothing of one another; also parts per row, and tiles of all chunks."""
+
+    class Piece(NamedTuple):
+        node: Node
+        begin: int
+        end: int
+        num_tiles: int
+        cost: int  # of one tile of it
+
+    nodes: list[Piece] = []
+
+    def visit(node: Node) -> None:
+        begin, end = node.page_begin * page_size, min(node.page_end * page_size, node.token_end)
+        rows = group * node.queries
+        if begin < end:
+            nodes.append(Piece(node, begin, end, ceil_div(rows, 128), (end - begin) * (16 + min(rows, 128))))
+        for child in node.children:
+            visit(child)
+
+    for root in roots:
+        visit(root)
+    target = max(1, ceil_div(sum(piece.num_tiles * piece.cost for piece in nodes), 4 * workers))
+    num_parts = [0] * num_rows
+    pieces: list[tuple[int, int, int, Piece, int]] = []  # class, order of the node, number, piece, part
+    for whole in nodes:  # parents first
+        length = whole.end - whole.begin
+        count = min(ceil_div(whole.cost, target), ceil_div(length, 128))
+        step = 64 * ceil_div(ceil_div(length, count), 64)
+        cost = min(step, length) * (whole.cost // length)
+        size_class = next((i for i in range(7) if cost << (i + 1) > target), 7)
+        part = num_parts[whole.node.rows[0]]
+        for number, begin in enumerate(range(whole.begin, whole.end, step)):
+            piece = whole._replace(begin=begin, end=min(begin + step, whole.end))
+            pieces.append((size_class, whole.node.order, number, piece, part + number))
+        for row in whole.node.rows:
+            num_parts[row] = part + ceil_div(length, step)
+    chunks, num_tiles = [], 0
+    for _, _, _, piece, part in sorted(pieces, key=lambda piece: piece[:3]):
+        rows = piece.node.rows
+        chunks.append([rows[0], rows[-1] + 1, piece.begin, piece.end, part, num_tiles])
+        num_tiles += piece.num_tiles
+    return chunks, num_parts, num_tiles
