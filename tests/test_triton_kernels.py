@@ -11,6 +11,7 @@ import torch
 from triton_cases import assert_refused_in_the_same_words
 
 from treedecode import ops, reference, triton_kernels
+from treedecode.ops import _native
 
 # The interpreter multiplies bf16 as raw bits and cuts digits off when it rounds to bf16, so the kernels are run in
 # fp32 and fp16 here, and compiled for bf16 below.
