@@ -25,7 +25,7 @@ check: lint test
 lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files -z 'csrc/*.h' 'csrc/*.cpp' | xargs -0 $(BIN)/clang-format --dry-run -Werror
+	git ls-files -z '*.h' '*.cpp' '*.cuh' '*.cu' | xargs -0 $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
 
 bench: build
@@ -34,12 +34,12 @@ bench: build
 
 # The op and host tests with the native code under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the
 # package. libstdc++ is preloaded too: the sanitizer looks for __cxa_throw once, when it starts.
-SANITIZE_TESTS ?= $(wildcard $(patsubst csrc/api/%.cpp,tests/test_%.py,$(wildcard csrc/api/*.cpp)) tests/test_prefix_index.py)
+SANITIZE_TESTS ?= $(wildcard $(patsubst csrc/api/%.cpp,tests/test_%.py,$(wildcard csrc/api/*.cpp)) tests/test_prefix_index.py tests/test_simt.py tests/test_cuda_*.py)
 SANITIZE_LIBS  := libasan.so libubsan.so libstdc++.so
 sanitize: build
 	mkdir -p build/sanitized
 	tar --exclude='*.so' --exclude=__pycache__ -cf - treedecode | tar -xf - -C build/sanitized
-	CMAKE_ARGS=-DTREEDECODE_SANITIZE=ON $(BIN)/python setup.py -q build_ext \
+	CMAKE_ARGS='-DTREEDECODE_SANITIZE=ON -DTREEDECODE_TESTS=ON' $(BIN)/python setup.py -q build_ext \
 	  --build-lib build/sanitized --build-temp build/sanitized-objects
 	cd build/sanitized && \
 	  LD_PRELOAD="$(foreach lib,$(SANITIZE_LIBS),$(shell c++ -print-file-name=$(lib)))" \

@@ -11,6 +11,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+BUILD_VARIABLES = ("TREEDECODE_CUDA", "TREEDECODE_CUDA_ARCHS")  # only the build reads them
 
 
 def torch_dir() -> Path:
@@ -45,7 +46,11 @@ class CMakeBuild(build_ext):
         configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}"]  # an isolated build's ninja is gone by the next build
         configure += [f"-DTREEDECODE_OUTPUT_DIR={out}", f"-DTREEDECODE_TORCH_DIR={torch_dir()}"]
-        configure += [f"-DPython_EXECUTABLE={sys.executable}", *os.environ.get("CMAKE_ARGS", "").split()]
+        configure += [f"-DPython_EXECUTABLE={sys.executable}"]
+        for name in BUILD_VARIABLES:  # without one CMake would go on with that of the last build
+            configure += [f"-D{name}={os.environ[name]}" if name in os.environ else f"-U{name}"]
+        configure += [f"-DTREEDECODE_TESTS={'ON' if self.inplace else 'OFF'}"]
+        configure += os.environ.get("CMAKE_ARGS", "").split()
         log = sys.stderr if self.verbose else subprocess.DEVNULL
         subprocess.run(configure, check=True, stdout=log)
         subprocess.run([cmake, "--build", str(build)], check=True, stdout=sys.stderr)

@@ -1,7 +1,14 @@
-// Every op's schema, in one place. Kernels are registered per backend in api/<op>.cpp.
+// Every op's schema, in one place. Kernels are registered per backend in api/<op>.cpp and api/cuda/<op>.cpp. The CUDA
+// library compiles this file too, for a namespace in which its ops take tensors of any device and refuse them after
+// all other checks: so the checks are tested where there is no GPU.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(treedecode, m) {
+#ifndef TD_LIBRARY
+#define TD_LIBRARY treedecode
+#endif
+#define TD_DEFINE_LIBRARY(name) STABLE_TORCH_LIBRARY(name, m)
+
+TD_DEFINE_LIBRARY(TD_LIBRARY) {
   m.def("append_kv(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slots) -> ()");
   m.def(
       "fork_branches(Tensor(a!) refcount, Tensor(b!) free_pages, Tensor(c!) page_table, Tensor(d!) seq_lens, "
@@ -11,7 +18,7 @@ STABLE_TORCH_LIBRARY(treedecode, m) {
       "Tensor(e!) status, Tensor(f!) kv, Tensor(g!) slots, Tensor rows, Tensor? q_lens, int page_size) -> ()");
   m.def("hold_pages(Tensor(a!) refcount, Tensor(b!) free_pages, Tensor(c!) status, Tensor pages, bool hold) -> ()");
   m.def(
-      "adopt_pages(Tensor(a!) refcount, Tensor(b!) page_table, Tensor(c!) seq_lens, Tensor status, Tensor pages, "
+      "adopt_pages(Tensor(a!) refcount, Tensor(b!) page_table, Tensor(c!) seq_lens, Tensor(d!) status, Tensor pages, "
       "int row, int num_tokens, int page_size) -> ()");
   m.def("copy_pages(Tensor(a!) kv, Tensor src, Tensor dst, Tensor? num_tokens) -> ()");
   m.def(

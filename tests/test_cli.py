@@ -2,10 +2,12 @@ import shutil
 import subprocess
 import sys
 
+import cuda_library
 import pytest
 
 import treedecode
 from treedecode import cli, collect_env, env, ops, triton_kernels
+from treedecode.ops import _native
 
 
 def run(*arguments, cwd=None, **variables):
@@ -24,7 +26,10 @@ def test_info_says_which_backend_each_op_takes_and_why(capsys):
     assert sorted(op for group in taken.values() for op in group) == ops.names()
     for i, group in taken.items():
         has_triton = set(group) <= set(triton_kernels.OPS)
-        assert lines[i + 1] == "not cuda: not in this build: needs the CUDA kernels"
+        has_cuda = "runs on cuda tensors only" if set(group) <= _native.CUDA_OPS else "has no CUDA kernel yet"
+        if not cuda_library.LIBRARY.exists():
+            has_cuda = "not in this build: needs the CUDA kernels"
+        assert lines[i + 1] == f"not cuda: {has_cuda}"
         assert lines[i + 2] == "not triton: " + (
             "runs on cuda tensors only" if has_triton else "has no Triton kernel yet"
         )

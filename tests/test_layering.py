@@ -82,7 +82,8 @@ def test_only_env_reads_the_environment(module):
 
 
 def test_files_stay_short():
-    paths = [*MODULES.values(), *ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("csrc/**/*.h"), *ROOT.glob("bench/*.py")]
+    native = [path for end in ("cpp", "h", "cu", "cuh") for path in ROOT.glob(f"csrc/**/*.{end}")]
+    paths = [*MODULES.values(), *native, *ROOT.glob("tests/simt/*"), *ROOT.glob("bench/*.py")]
     long = {str(path.relative_to(ROOT)): count for path in paths if (count := len(path.read_text().splitlines())) > 400}
     assert not long
 
@@ -92,6 +93,18 @@ def test_kernels_and_host_code_see_no_torch():
         includes = re.findall(r'#include [<"]([^>"]+)', path.read_text())
         assert not [name for name in includes if name.startswith(("torch/", "ATen/", "c10/"))], path
         assert not [name for name in includes if name.startswith("../")], path
+    for path in ROOT.glob("csrc/cuda/*"):
+        includes = set(re.findall(r'#include [<"]([^>"]+)', path.read_text()))
+        assert not [name for name in includes if name.startswith(("torch/", "ATen/", "c10/"))], path
+        shared = {"../cpu/dtypes.h", "../cpu/keys.h", "../cpu/philox.h"}
+        assert {name for name in includes if name.startswith("../")} <= shared, path
+
+
+def test_only_ptx_uses_what_the_host_shim_lacks():
+    for path in {*ROOT.glob("csrc/cuda/*.cuh")} - {ROOT / "csrc/cuda/ptx.cuh"}:
+        assert not re.findall(
+            r"\basm\b|\b__(?:shfl|sync|ballot|cvta|ld)\w*|\bthreadIdx\b|\b__shared__\b", path.read_text()
+        ), path
 
 
 def test_package_imports_without_torch_or_native_code():

@@ -1,28 +1,19 @@
 """Triton's tree_attention and plan_tree without a GPU: run in the interpreter, and compiled for every target."""
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+import triton
 from attention_cases import assert_within_budget, make_case, ragged
 from forests import UNUSED, as_tables, forests, tree_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_plan_tree import GOLDEN, HEADS, plain
+from triton_cases import compile_all
 
 from treedecode import ops, triton_kernels
-from treedecode.ops import _native
-
-triton = pytest.importorskip("triton")
-if not triton.knobs.runtime.interpret:
-    pytest.skip("Triton was imported before TRITON_INTERPRET=1 was set", allow_module_level=True)
-
-from treedecode.triton_kernels import tree_attention  # noqa: E402
+from treedecode.triton_kernels import tree_attention
 
 FP32, FP16 = torch.float32, torch.float16  # bf16 is wrong in the interpreter, see test_triton_kernels.py
 SHAPES = [  # dtype, num_qo_heads, num_kv_heads, head_dim, page_size
@@ -245,12 +236,7 @@ def good_arguments(op):
 
 @pytest.mark.parametrize(("op", "change"), [(op, change) for op in BAD for change in BAD[op]])
 def test_refuses_what_the_native_op_refuses_in_the_same_words(op, change):
-    args = good_arguments(op) | change
-    with pytest.raises((ValueError, TypeError)) as native:
-        _native.call(getattr(torch.ops.treedecode, op).default, *args.values())
-    with pytest.raises(native.type) as launcher:
-        triton_kernels.launcher(op)(*args.values())
-    assert str(launcher.value) == str(native.value)
+    assert_refused_in_the_same_words(op, good_arguments(op), change)
 
 
 def test_makes_flat_plans_only():
@@ -261,10 +247,7 @@ def test_makes_flat_plans_only():
 
 @pytest.mark.slow
 def test_compiles_for_every_target_without_spills():
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("triton_compile_attention.py")
-    out = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env, check=True).stdout
-    rows = json.loads(out)
+    rows = compile_all("triton_compile_attention.py")
     assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942", "gfx950"}
     shared = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64, "gfx950": 160}
     for row in rows:

@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from treedecode.triton_kernels.attention_config import Config, arch_of, config
 
 from treedecode.triton_kernels import check
+from treedecode.triton_kernels.attention_config import Config, arch_of, config
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)

@@ -75,6 +75,7 @@ Fault fork_branches(const PageState& s, const ForkParams& p);
 // A refusal for lack of pages is no fault: it is in the status word, the slots are -1 and `copies` is empty.
 Fault append_slots(const PageState& s, const AppendParams& p, PageCopies& copies);
 Fault hold_pages(const PageState& s, const int32_t* pages /* [n] */, int64_t n, bool hold);
+// The caller has checked that the row exists, and that num_tokens end in the last of n <= max_pages pages.
 Fault adopt_pages(const PageState& s, int64_t row, const int32_t* pages /* [n] */, int64_t n, int64_t num_tokens);
 // Work items are (plane, copy), plane-major: [begin, end) of num_planes * n.
 void copy_pages(const CopyPagesParams& p, int64_t begin, int64_t end);

@@ -19,6 +19,11 @@ if not _LIBRARY.exists():
     )
 torch.ops.load_library(str(_LIBRARY))
 
+_CUDA_LIBRARY = _LIBRARY.with_name("_cuda.so")
+_HAS_CUDA_LIBRARY = _CUDA_LIBRARY.exists()  # left out where there is no nvcc; it loads without a GPU too
+if _HAS_CUDA_LIBRARY:
+    torch.ops.load_library(str(_CUDA_LIBRARY))
+
 _ARGUMENT_ERROR = re.compile(r"\[(ValueError|TypeError)\] (.*?)(?:\n|$)")
 _EXCEPTIONS = {"ValueError": ValueError, "TypeError": TypeError}
 
@@ -102,12 +107,26 @@ def set_cpu_isa(name: str) -> None:
 if (_requested := env.cpu_isa()) is not None:
     set_cpu_isa(_requested)
 
+
+def names() -> list[str]:
+    """The public ops of this build, `torch.ops.treedecode.<name>`."""
+    ops = (
+        name.removeprefix("treedecode::") for name in torch._C._dispatch_get_all_op_names() if "treedecode::" in name
+    )
+    return sorted(name for name in ops if not name.startswith("_"))
+
+
 USE_REFERENCE = env.backend() == "reference"
+
+# Those with a kernel in the CUDA library.
+CUDA_OPS = frozenset(
+    op for op in names() if torch._C._dispatch_has_kernel_for_dispatch_key(f"treedecode::{op}", "CUDA")
+)
 
 try:
     import triton as _triton  # noqa: F401
 
-    for _op in triton_kernels.OPS:
+    for _op in set(triton_kernels.OPS) - CUDA_OPS:
         torch.library.register_kernel(f"treedecode::{_op}", "cuda", triton_kernels.launcher(_op))
     _NO_TRITON = None
 except ImportError as _error:
@@ -121,14 +140,6 @@ class Choice(NamedTuple):
     device: str
     backend: str
     rejected: dict[str, str]
-
-
-def names() -> list[str]:
-    """The public ops of this build, `torch.ops.treedecode.<name>`."""
-    ops = (
-        name.removeprefix("treedecode::") for name in torch._C._dispatch_get_all_op_names() if "treedecode::" in name
-    )
-    return sorted(name for name in ops if not name.startswith("_"))
 
 
 def explain(op: str, device: str = "cpu") -> Choice:
@@ -153,9 +164,15 @@ def _why_not(op: str, device: str, backend: str) -> str | None:
     if backend == "triton":
         if op not in triton_kernels.OPS:
             return "has no Triton kernel yet"
-        return _NO_TRITON or (None if device == "cuda" else "runs on cuda tensors only")
+        if _NO_TRITON or device != "cuda":
+            return _NO_TRITON or "runs on cuda tensors only"
+        return "the CUDA kernel goes first" if op in CUDA_OPS else None
     if backend == "cuda":
-        return "not in this build: needs the CUDA kernels"
+        if not _HAS_CUDA_LIBRARY:
+            return "not in this build: needs the CUDA kernels"
+        if op not in CUDA_OPS:
+            return "has no CUDA kernel yet"
+        return None if device == "cuda" else "runs on cuda tensors only"
     key = backend.upper()
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"treedecode::{op}", key):
         return f"not in this build: needs the {key} kernels"

@@ -1,0 +1,87 @@
+// Starting kernels: the same launcher code for the device and for the tests' host shim.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "runtime.h"
+
+namespace treedecode::cuda {
+
+struct Grid {
+  uint32_t x = 1;
+  uint32_t y = 1;
+  uint32_t z = 1;
+};
+
+#ifdef TREEDECODE_SIMT
+
+template <typename... Args>
+cudaError_t launch(void (*kernel)(Args...), Grid grid, int num_threads, size_t shared_bytes, cudaStream_t,
+                   std::type_identity_t<Args>... args) {
+  return simt::run(grid.x, grid.y, grid.z, num_threads, shared_bytes, [&] { kernel(args...); });
+}
+
+template <typename... Args>
+cudaError_t launch_dependent(void (*kernel)(Args...), Grid grid, int num_threads, size_t shared_bytes,
+                             cudaStream_t stream, std::type_identity_t<Args>... args) {
+  return launch(kernel, grid, num_threads, shared_bytes, stream, args...);
+}
+
+inline cudaError_t num_multiprocessors(int* count) {
+  *count = 2;
+  return cudaSuccess;
+}
+
+#else
+
+namespace launch_detail {
+
+template <typename... Args>
+cudaError_t launch(bool dependent, void (*kernel)(Args...), Grid grid, int num_threads, size_t shared_bytes,
+                   cudaStream_t stream, std::type_identity_t<Args>... args) {
+  if (shared_bytes > (48 << 10)) {  // more than every device has must be asked for
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid.x, grid.y, grid.z);
+  config.blockDim = dim3(static_cast<unsigned>(num_threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = dependent ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+}  // namespace launch_detail
+
+// Blocks are one-dimensional. Reads nothing but its arguments, so it can be captured.
+template <typename... Args>
+cudaError_t launch(void (*kernel)(Args...), Grid grid, int num_threads, size_t shared_bytes, cudaStream_t stream,
+                   std::type_identity_t<Args>... args) {
+  return launch_detail::launch(false, kernel, grid, num_threads, shared_bytes, stream, args...);
+}
+
+// The kernel may start while the one before it in the stream ends: it calls ptx::wait_for_previous_kernel before it
+// reads or writes what that one does. Before sm_90 the same as launch.
+template <typename... Args>
+cudaError_t launch_dependent(void (*kernel)(Args...), Grid grid, int num_threads, size_t shared_bytes,
+                             cudaStream_t stream, std::type_identity_t<Args>... args) {
+  return launch_detail::launch(true, kernel, grid, num_threads, shared_bytes, stream, args...);
+}
+
+inline cudaError_t num_multiprocessors(int* count) {
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  return error != cudaSuccess ? error : cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+}
+
+#endif
+
+}  // namespace treedecode::cuda

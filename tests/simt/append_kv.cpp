@@ -1,0 +1,5 @@
+#include "../../csrc/cuda/append_kv.cu"
+
+#include "bind.h"
+
+SIMT_BIND(append_kv, treedecode::cuda::AppendKvParams)
