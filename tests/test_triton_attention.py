@@ -10,7 +10,7 @@ from forests import UNUSED, as_tables, forests, tree_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_plan_tree import GOLDEN, HEADS, plain
-from triton_cases import compile_all
+from triton_cases import assert_refused_in_the_same_words, compile_all
 
 from treedecode import ops, triton_kernels
 from treedecode.triton_kernels import tree_attention
