@@ -32,12 +32,16 @@ def poison_uninitialised_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
-def make_decoder():
-    """Makes decoders; at the end of the test each is whole and has leaked nothing."""
+@pytest.fixture(params=["op by op", "captured"])
+def make_decoder(request):
+    """Makes decoders; at the end of the test each is whole and has leaked nothing.
+
+    The captured ones take decode steps as on a GPU, one step behind and with idle rows; only the graph is missing.
+    """
     from fakes import FakeModel, FakeTokenizer
 
     import treedecode as td
+    from treedecode.captured import SIZES, CapturedSteps
 
     made = []
 
@@ -46,6 +50,9 @@ def make_decoder():
         page_size = options.setdefault("page_size", 4)
         kv_memory = num_pages * page_size * 2 * model.num_layers * model.num_kv_heads * model.head_dim * 4
         made.append(td.Decoder(model, FakeTokenizer() if tokenizer else None, kv_memory=kv_memory, **options))
+        if request.param == "captured":
+            engine = made[-1].engine
+            engine.captured = CapturedSteps(model, engine.pool, SIZES[::2])
         return made[-1]
 
     yield make

@@ -4,9 +4,9 @@ import pytest
 import simt_kernels as simt
 import torch
 
-from treedecode import reference
+from treedecode import ops, reference
 
-ELEMENT = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def strides(tensor, n):
@@ -27,7 +27,7 @@ def append_kv(k, v, k_pages, v_pages, slots, **options):
 # head_dim 24, 6, 3 and an odd offset: words of 16, 4, 2 bytes, or all down to one element
 @pytest.mark.parametrize("head_dim", [24, 6, 3])
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
-@pytest.mark.parametrize("dtype", ELEMENT)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_matches_reference(dtype, layout, head_dim):
     torch.manual_seed(0)
     num_kv_heads, num_tokens = 3, 57
@@ -44,6 +44,22 @@ def test_matches_reference(dtype, layout, head_dim):
     for seed in simt.SEEDS:
         append_kv(k, v, *got, slots, seed=seed)
         assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_on_the_device(dtype):
+    assert ops.explain("append_kv", "cuda").backend == "cuda"
+    torch.manual_seed(0)
+    k, v = torch.randn(2, 57, 8, 128).to(dtype)
+    got, want = torch.full((2, 2, 9, 8, 8, 128), 7.0, dtype=dtype).transpose(3, 4).unbind()
+    slots = torch.randperm(72)[:57]
+    slots[[0, 5]] = -1
+    reference.append_kv(k, v, *want, slots)
+    pages = got.cuda()
+    ops.append_kv(k.cuda(), v.cuda(), *pages, slots.cuda())
+    assert torch.equal(pages.cpu(), want)
 
 
 def test_a_token_wider_than_a_block():

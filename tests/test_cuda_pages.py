@@ -56,7 +56,8 @@ class Pair:
         """Whether the CPU op took the arguments; the slots where it gives some."""
         cpu_args, cuda_args = [self.cpu], [self.cuda]
         if op == "append_slots":
-            num_slots = int(args[1].clamp(min=0).sum()) if num_slots is None else num_slots
+            if num_slots is None:
+                num_slots = int(args[1].clamp(min=0).sum()) + options.get("seed", 0) % 2
             cpu_slots, cuda_slots = torch.full((2, num_slots), -77).unbind()
             cpu_args += [self.cpu_kv, cpu_slots]
             cuda_args += [self.cuda_kv, cuda_slots.clone()]
@@ -167,7 +168,7 @@ def test_refuses_what_the_cpu_refuses(run, walk, seed, data):
         args = data.draw(vectors(row)), data.draw(vectors(row)), data.draw(st.none() | vectors(length))
     elif op == "append_slots":
         rows, q_lens = data.draw(vectors(row)), data.draw(vectors(st.integers(-1, 3 * page_size)))
-        num_slots = int(q_lens.clamp(min=0).sum()) + data.draw(st.sampled_from([0, 0, 0, 1]))
+        num_slots = max(0, int(q_lens.clamp(min=0).sum()) + data.draw(st.sampled_from([0, 0, 2, -1])))
         pair.call(op, rows, q_lens, num_slots=num_slots, seed=seed, run=run)
         return
     else:
@@ -307,6 +308,7 @@ def is_wrong(pair, op, args, seed, drop):
         ("adopt_pages", {"row": 3}),
         ("adopt_pages", {"num_tokens": 4}),
         ("adopt_pages", {"num_tokens": 9}),
+        ("adopt_pages", {"num_tokens": -1, "pages": int32()}),
         ("adopt_pages", {"pages": torch.zeros(6, dtype=torch.int32)}),
         ("adopt_pages", {"page_table": torch.zeros(3, dtype=torch.int32)}),
         ("copy_pages", {"kv": torch.zeros(1, 3, 6, 2, 4, 8)}),

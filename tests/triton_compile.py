@@ -1,8 +1,9 @@
-"""Compiles every Triton kernel ahead of time for every target, without a GPU; `python triton_compile.py` prints JSON.
+"""Compiles Triton kernels ahead of time for every target, without a GPU: `python triton_compile.py [op ...]`, to JSON.
 
 A process of its own: the tests beside it run the kernels in Triton's interpreter, and a process does one or the other.
 """
 
+import importlib
 import json
 import re
 import subprocess
@@ -24,21 +25,64 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx950": GPUTarget("hip", "gfx950", 64),
 }
-# Kernel -> types of its arguments by name ("*" and the dtype under test: "*T"; the rest are 32-bit integers), and
-# the values of its constants.
+LOGITS = {"logits_ptr": "*T"}
+RANK = {"scores_ptr": "*fp32", "lse_ptr": "*fp32", "keys_ptr": "*i64",
+        "refs_ptr": "*fp32", "sums_ptr": "*fp32", "cum_ptr": "*fp32"}  # fmt: skip
+MERGE = {"out_scores_ptr": "*fp32", "out_parent_ptr": "*i32", "out_token_ptr": "*i32", "scores_ptr": "*fp32",
+         "indptr_ptr": "*i32"}  # fmt: skip
+SAMPLE = LOGITS | {
+    "best_ptr": "*i64",
+    "keys_ptr": "*i64", "sums_ptr": "*fp32", "log_sums_ptr": "*fp32", "masses_ptr": "*fp32", "token_ptr": "*i32",
+    "logprob_ptr": "*fp32", "entropy_ptr": "*fp32", "temperature_ptr": "*fp32", "top_k_ptr": "*i32",
+    "top_p_ptr": "*fp32", "min_p_ptr": "*fp32", "seed_ptr": "*i64", "position_ptr": "*i64",
+}  # fmt: skip
+# Kernel -> types of its arguments by name ("*" and the dtype under test: "*T"; the other pointers point to 32-bit
+# integers, and the rest are such), the values of its constants, and how many warps run it if not 4. What follows a
+# slash tells the same kernel with other constants apart. tree_attention and plan_tree: triton_compile_attention.py.
 KERNELS = {
+    "adopt_pages": ({}, {"BLOCK": 1024}),
     "append_kv": (
         dict.fromkeys(("k_ptr", "v_ptr", "k_pages_ptr", "v_pages_ptr"), "*T")
         | {"slots_ptr": "*i64", "num_slots": "i64"},
         {"BLOCK": 1024},
     ),
-    "copy_pages": (
-        {"kv_ptr": "*T", "src_ptr": "*i32", "dst_ptr": "*i32", "num_tokens_ptr": "*i32"},
-        {"BLOCK": 4096},
+    "append_slots_fill": ({"slots_ptr": "*i64", "first_slot_ptr": "*i64"}, {"BLOCK": 256}),
+    "append_slots_plan": ({"first_slot_ptr": "*i64"}, {"BLOCK": 512}),
+    "beam_prune_scan": (
+        LOGITS | {"refs_ptr": "*fp32", "sums_ptr": "*fp32", "keys_ptr": "*i64"},
+        {"tops_ptr": None, "counts_ptr": None, "CHUNK": 4096, "SETS": 256, "SLOTS": 128},
+        8,
     ),
+    "beam_prune_scan/wide": (
+        LOGITS | {"refs_ptr": "*fp32", "sums_ptr": "*fp32"},
+        {"keys_ptr": None, "CHUNK": 4096, "SETS": 64, "SLOTS": 1024},
+        8,
+    ),
+    "beam_prune_collect": (
+        LOGITS | {"keys_ptr": "*i64"},
+        {"CHUNK": 4096, "SLOTS": 1024, "TOPS": 4096},
+        8,
+    ),
+    "beam_prune_rank": (
+        RANK,
+        {"counts_ptr": None, "IS_LOGPROBS": False, "SORTED": False, "RANKS": 32, "BLOCK": 1024, "CHUNKS": 32},
+    ),
+    "beam_prune_rank/1024": (RANK, {"IS_LOGPROBS": False, "SORTED": False, "RANKS": 1024, "BLOCK": 1024, "CHUNKS": 32}),
+    "beam_prune_merge": (MERGE, {"RANKS": 32, "BEST": 32, "BLOCK": 1024}),
+    "beam_prune_merge/1024": (MERGE, {"RANKS": 1024, "BEST": 1024, "BLOCK": 1024}),
+    "beam_update": (
+        dict.fromkeys(("running_scores_ptr", "pool_scores_ptr", "scores_ptr", "old_scores_ptr"), "*fp32")
+        | {"done_ptr": "*i1", "stop_ptr": "*i1", "penalty_bits": "i64"},
+        {"EARLY_STOPPING": 2, "BLOCK": 512},
+    ),
+    "copy_pages": ({"kv_ptr": "*T"}, {"BLOCK": 2048}),
+    "fork_branches_check": ({"last_drop_ptr": "*i64"}, {"BLOCK": 1024}),
+    "fork_branches_commit": ({}, {"BLOCK": 1024}),
+    "fork_branches_count": ({"last_drop_ptr": "*i64"}, {"BLOCK": 1024}),
+    "fork_branches_free": ({"last_drop_ptr": "*i64"}, {"BLOCK": 1024}),
+    "hold_pages": ({}, {"HOLD": False, "BLOCK": 1024}),
     "merge_states": (
-        dict.fromkeys(("out_ptr", "part_out_ptr"), "*T")
-        | {"lse_ptr": "*fp32", "part_lse_ptr": "*fp32", "indptr_ptr": "*i32"},
+        dict.fromkeys(("out_ptr", "part_out_ptr"), "*T") | {"lse_ptr": "*fp32", "part_lse_ptr": "*fp32"},
         {"BLOCK_D": 128},
     ),
     "rms_norm": (
@@ -46,6 +90,9 @@ KERNELS = {
         {"UNIT_OFFSET": False, "BLOCK": 4096},
     ),
     "rotary_embed": (dict.fromkeys(("q_ptr", "k_ptr", "cos_ptr", "sin_ptr"), "*T"), {"BLOCK": 64}),
+    "sample_collect": (SAMPLE, {"CHUNK": 4096, "SLOTS": 1024, "TOPS": 4096, "FEW": 1024}, 8),
+    "sample_draw": (SAMPLE, {"SHIFT": 0, "CHUNK": 4096, "CHUNKS": 32, "FEW": 1024}, 16),
+    "sample_scan": (SAMPLE, {"CHUNK": 4096, "SETS": 64}, 8),
 }
 
 
@@ -63,22 +110,41 @@ def resources(compiled, target):
     return {"registers": int(found[1]), "stack": int(found[2])}
 
 
-def compile_one(op, target_name, dtype):
-    module = getattr(__import__(f"treedecode.triton_kernels.{op}", fromlist=[op]), f"_{op}_kernel")
-    types, constants = KERNELS[op]
+def kernels_of(op):
+    """Every kernel in the op's module, and its keys in KERNELS."""
+    module = importlib.import_module(f"treedecode.triton_kernels.{op}")
+    for name, kernel in vars(module).items():
+        if re.fullmatch(r"_\w+_kernel", name):
+            keys = [key for key in KERNELS if key.partition("/")[0] == name[1:-7]]
+            assert keys, f"{name} of {op} is not in KERNELS"
+            yield from ((kernel, key) for key in keys)
+
+
+def compile_one(op, key, target_name, dtype):
+    function = next(kernel for kernel, known in kernels_of(op) if known == key)
+    types, constants, *warps = KERNELS[key]
     signature = {
-        name: "constexpr" if name in constants else types.get(name, "i32").replace("T", dtype)
-        for name in module.arg_names
+        name: "constexpr"
+        if name in constants
+        else types.get(name, "*i32" if name.endswith("_ptr") else "i32").replace("T", dtype)
+        for name in function.arg_names
     }
-    source = ASTSource(module, signature, constexprs=constants)
+    source = ASTSource(function, signature, constexprs=constants)
     target = TARGETS[target_name]
-    compiled = triton.compile(source, target=target, options={"num_warps": 4})
-    return {"op": op, "target": target_name, "dtype": dtype, "shared": compiled.metadata.shared,
+    compiled = triton.compile(source, target=target, options={"num_warps": warps[0] if warps else 4})
+    return {"op": op, "kernel": key, "target": target_name, "dtype": dtype, "shared": compiled.metadata.shared,
             **resources(compiled, target)}  # fmt: skip
 
 
 def main():
-    jobs = [(op, target, dtype) for op in triton_kernels.OPS for target in TARGETS for dtype in ("bf16", "fp32")]
+    # A kernel without "*T" is the same for each dtype: the second time it comes from Triton's cache.
+    jobs = [
+        (op, key, target, dtype)
+        for dtype in ("bf16", "fp32")
+        for op in sys.argv[1:] or sorted({*triton_kernels.OPS} - {"plan_tree", "tree_attention"})
+        for _, key in kernels_of(op)
+        for target in TARGETS
+    ]
     with ProcessPoolExecutor(2) as pool:
         json.dump(list(pool.map(compile_one, *zip(*jobs, strict=True))), sys.stdout)
 

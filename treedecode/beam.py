@@ -172,6 +172,8 @@ class Beams:
         scores, parent, token, _ = ops.beam_prune(
             logits, self._scores, self._row_indptr, num_candidates, token_mask=token_mask, is_logprobs=is_logprobs
         )
+        if logits.device.type != "cpu" and bool(scores.isnan().any()):  # on the CPU the op itself refuses them
+            raise ValueError("logits: expected numbers below +inf, got NaN or +inf in a group's rows")
         self._scores, running_parent, running_token = ops.beam_update(
             scores,
             parent,
@@ -194,6 +196,47 @@ class Beams:
         step = BeamStep(running_parent.long(), running_token.long(), self._place, [])
         if self.num_steps == 1:
             self._lay_out(self._num_beams)
+        return self._drop_finished(step) if bool(self._done.any()) else step
+
+    @property
+    def num_beams(self) -> tuple[int, ...]:
+        """Beams of each running group."""
+        return tuple(self._num_beams[self.groups].tolist())
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether all steps from here on are alike: a row of logits per beam, and any token allowed."""
+        settings = self.settings
+        return self.num_steps > 0 and (self.num_steps >= settings.min_new_tokens or not settings.eos_token_ids)
+
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        """`[num_rows]` each: running beams' scores; finished beams' scores, lengths, parents, tokens."""
+        return self._scores, self._pool_scores, self._pool_lens, self._pool_parents, self._pool_tokens
+
+    def resume(
+        self, history: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], state: tuple[Tensor, ...], done: Tensor
+    ) -> BeamStep:
+        """Goes on after steps that were taken elsewhere, from `state` on.
+
+        Args:
+            history: of each step (parent, token, score) of the running beams, `[num_rows]`; parents are rows.
+            state: what `state` is after the last one; copied.
+            done: `[num_groups]` bool, groups that have ended.
+
+        Returns:
+            What the last step returns, but every beam continues its own row.
+        """
+        first_row = self._first_row.numpy(force=True)
+        for parent, token, score in history:
+            self._scores = torch.from_numpy(score)
+            self._remember(torch.from_numpy(parent - first_row), torch.from_numpy(token))
+        self._scores, self._pool_scores, self._pool_lens, self._pool_parents, self._pool_tokens = (
+            values.clone() for values in state
+        )
+        self._done = done.clone()
+        own = torch.arange(self.num_rows)
+        step = BeamStep(own, torch.from_numpy(history[-1][1]).long(), own, [])
         return self._drop_finished(step) if bool(self._done.any()) else step
 
     def results(self, group: int) -> list[Hypothesis]:
@@ -232,7 +275,7 @@ class Beams:
             row = values
             if len(values) < self._first_slot[-1]:
                 row = values.new_zeros(int(self._first_slot[-1]))
-                row[self._slots] = values
+                row[self._slots.to(values.device)] = values
             history.append(row)
 
     def _drop_finished(self, step: BeamStep) -> BeamStep:
@@ -247,7 +290,8 @@ class Beams:
         self._pool_parents, self._pool_tokens = self._pool_parents[keep], self._pool_tokens[keep]
         self._done = torch.zeros(len(self.groups), dtype=torch.bool, device=self._device)
         self._lay_out(self._num_beams[self.groups])
-        return BeamStep(step.parent[keep], step.token[keep], step.row[keep], finished)
+        here = keep.to(step.parent.device)
+        return BeamStep(step.parent[here], step.token[here], step.row[here], finished)
 
     def _trace(self, group: int) -> list[Hypothesis]:
         """Follows the back-pointers of the group's pool; its columns are `_slots` of the history."""
@@ -259,7 +303,7 @@ class Beams:
             for column in (self._pool_scores, self._pool_lens, self._pool_parents, self._pool_tokens)
         )
         past_parents, past_tokens, past_scores = (
-            torch.stack([row[first:end] for row in history]).cpu().numpy()
+            np.stack([row[first:end].numpy(force=True) for row in history])
             for history in (self._parents, self._tokens, self._past_scores)
         )
         text = np.zeros((len(lens), self.num_steps), dtype=np.int64)

@@ -1,5 +1,6 @@
 """Beam search on a decoder's pages: the loop between `Beams` and the engine's shared forward."""
 
+import asyncio
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from treedecode import captured_beams
 from treedecode.beam import Beams, BeamSearch, Hypothesis
 from treedecode.completions import Completion
 from treedecode.stops import StopMatcher, StopSet
@@ -124,22 +126,30 @@ async def _search(
 ) -> list[list[Hypothesis]]:
     beams = Beams(settings, len(prompts), device=engine.pool.device)
     rows = engine.open(prompts, np.zeros(len(prompts), np.int64))
+    engine.num_searches += 1
     try:
         tokens = None
+        may_run_ahead = engine.captured is not None and stop is None and repetition_penalty == 1.0
         while True:
-            logits = await engine.logits(rows, tokens)
-            if repetition_penalty != 1.0:
-                logits = _penalise(logits, engine, rows, repetition_penalty)
-            step = beams.step(
-                logits,
-                is_logprobs=repetition_penalty != 1.0,
-                stop=None if stop is None else _asks(engine, rows, beams, stop),
-            )
+            step = None
+            if may_run_ahead and tokens is not None and beams.is_steady:
+                step = captured_beams.run(engine, beams, rows, tokens)
+                await asyncio.sleep(0)
+            if step is None:
+                logits = await engine.logits(rows, tokens)
+                if repetition_penalty != 1.0:
+                    logits = _penalise(logits, engine, rows, repetition_penalty)
+                step = beams.step(
+                    logits,
+                    is_logprobs=repetition_penalty != 1.0,
+                    stop=None if stop is None else _asks(engine, rows, beams, stop),
+                )
             rows = _move(engine, rows, step.parent.numpy(force=True), step.row.numpy(force=True))
             tokens = step.token.numpy(force=True)
             if beams.num_rows == 0:
                 return [beams.results(group) for group in range(len(prompts))]
     finally:
+        engine.num_searches -= 1
         engine.release(rows)
 
 

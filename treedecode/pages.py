@@ -10,6 +10,7 @@ from torch import Tensor
 
 from treedecode import ops
 from treedecode.ops.pages import (
+    BAD_ARGUMENT,
     OK,
     STATUS_ERROR,
     STATUS_NUM_FREE,
@@ -256,6 +257,11 @@ class PagePool:
         """The most pages that were ever in use at once."""
         return self._read_status(STATUS_PEAK_USED)
 
+    def reset_status(self) -> None:
+        """Lets page ops work again after one was refused for lack of pages."""
+        self.status[STATUS_ERROR] = OK
+        self.status[STATUS_NUM_NEEDED] = 0
+
     @property
     def page_bytes(self) -> int:
         """Bytes of one page: K and V, all layers."""
@@ -321,9 +327,10 @@ class PagePool:
         return int(self.status[i] if self._status is None else self._status[i])
 
     def _raise_refusal(self) -> None:
-        needed = self._read_status(STATUS_NUM_NEEDED)
-        self.status[STATUS_ERROR] = OK
-        self.status[STATUS_NUM_NEEDED] = 0
+        error, needed = self._read_status(STATUS_ERROR), self._read_status(STATUS_NUM_NEEDED)
+        self.reset_status()
+        if error == BAD_ARGUMENT:  # by this call, or by one before it that nobody waited for
+            raise ValueError(f"PagePool: a page op on {self.device} was given rows, lengths or pages out of range")
         raise OutOfPages(needed, self.num_free_pages)
 
 

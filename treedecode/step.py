@@ -86,4 +86,8 @@ def choose(
         if len(bad) == 0:
             raise
         raise BadLogits(bad, table.num_tokens[bad]) from None
-    return token.numpy(force=True), logprob.numpy(force=True)
+    tokens = token.numpy(force=True)
+    bad = chosen[tokens < 0]  # on a GPU the op marks such rows
+    if len(bad):
+        raise BadLogits(bad, table.num_tokens[bad])
+    return tokens, logprob.numpy(force=True)

@@ -5,12 +5,40 @@ AMD's too). It checks shapes, dtypes and strides, and reads no value: the host n
 `treedecode.triton_kernels`, never under its own name, which belongs to a package of triton-lang.
 """
 
+import functools
 import importlib
 
+import torch
+
 # Ops that have a kernel here, each in a module of its name.
-OPS = ("append_kv", "copy_pages", "merge_states", "rms_norm", "rotary_embed")
+OPS = (
+    "adopt_pages",
+    "append_kv",
+    "append_slots",
+    "beam_prune",
+    "beam_update",
+    "copy_pages",
+    "fork_branches",
+    "hold_pages",
+    "merge_states",
+    "plan_tree",
+    "rms_norm",
+    "rotary_embed",
+    "sample",
+    "tree_attention",
+)
 
 
 def launcher(op: str):
     """The function that runs `op` on CUDA tensors."""
-    return getattr(importlib.import_module(f"{__name__}.{op}"), op)
+    run = getattr(importlib.import_module(f"{__name__}.{op}"), op)
+
+    @functools.wraps(run)
+    def launch(*args):
+        device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return run(*args)
+        with torch.cuda.device(device):  # Triton launches on the current device, wherever the tensors are
+            return run(*args)
+
+    return launch

@@ -36,3 +36,23 @@ def value(ok: bool, name: str, expected: str, got: float) -> None:
     """Raises ValueError unless `ok`."""
     if not ok:
         raise ValueError(f"{name}: expected {expected}, got {got:g}")
+
+
+def logits(t: Tensor, token_mask: Tensor | None) -> None:
+    """Logits `[rows, vocab]` and the packed mask of the tokens that are allowed."""
+    tensor(t, "logits", "[rows, vocab]", (-1, -1), *FLOATS)
+    rows, vocab = t.shape
+    if not 0 < vocab < 2**31 - 1:
+        raise ValueError(f"logits: expected shape [rows, vocab] with 1 to 2^31 - 2 tokens, got {list(t.shape)}")
+    if token_mask is not None:
+        text = "[rows, ceil(vocab / 32)]"
+        tensor(token_mask, "token_mask", text, (rows, (vocab + 31) // 32), torch.int32)
+
+
+def per_row(t: Tensor, name: str, rows: int, dtype: torch.dtype) -> None:
+    """One value per row, or a single value for all rows, with any stride."""
+    if t.dim() != 1 or t.shape[0] not in (rows, 1):
+        raise ValueError(f"{name}: expected shape [rows] = [{rows}] or [1], got {list(t.shape)}")
+    if t.dtype != dtype:
+        names = (str(d).removeprefix("torch.") for d in (dtype, t.dtype))
+        raise TypeError("{}: expected dtype {}, got {}".format(name, *names))

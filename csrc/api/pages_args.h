@@ -64,7 +64,7 @@ inline void check_kv(const Tensor& kv, int64_t page_size) {
 inline void check_slots(const Tensor& slots, const Tensor& kv, int64_t num_pages, int64_t page_size) {
   check_kv(kv, page_size);
   STD_TORCH_CHECK(kv.size(2) == num_pages, "[ValueError] kv: expected num_pages = ", num_pages, ", got ", kv.size(2));
-  check_shape(slots, "slots", "[sum of q_lens]", {-1});
+  check_shape(slots, "slots", "[num_slots]", {-1});
   check_dtype(slots, "slots", ScalarType::Long);
   check_contiguous(slots, "slots");
 }
@@ -77,7 +77,7 @@ void check_adopt(const State& s, int64_t row, int64_t num_pages, int64_t num_tok
   STD_TORCH_CHECK(num_pages <= s.max_pages, "[ValueError] pages: expected at most as many as a row holds, ",
                   s.max_pages, ", got ", num_pages);
   const int64_t limit = num_pages * s.page_size;
-  STD_TORCH_CHECK(num_tokens <= limit && num_tokens > limit - s.page_size && (num_tokens > 0 || num_pages == 0),
+  STD_TORCH_CHECK(num_tokens <= limit && (num_pages > 0 ? num_tokens > limit - s.page_size : num_tokens == 0),
                   "[ValueError] num_tokens: expected a length that ends in the last page, at most ", limit, ", got ",
                   num_tokens);
 }

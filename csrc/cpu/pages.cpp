@@ -139,7 +139,7 @@ Fault append_slots(const PageState& s, const AppendParams& p, PageCopies& copies
       return {"q_lens", "lengths from 0 to the room left in the row's page table,", room, q_len, i};
     num_slots += q_len;
   }
-  if (num_slots != p.num_slots) return {"slots", "as many as the sum of q_lens,", num_slots, p.num_slots, 0};
+  if (num_slots > p.num_slots) return {"slots", "at least the sum of q_lens,", num_slots, p.num_slots, 0};
 
   // Count. Of the rows that share a partial last page, the first refcount - 1 in this call copy it and the last one,
   // if all sharers are here, writes in place: row i copies when refcount > 1 + (earlier sharers in this call).
@@ -205,6 +205,7 @@ Fault append_slots(const PageState& s, const AppendParams& p, PageCopies& copies
     }
     s.seq_lens[p.rows[i]] = static_cast<int32_t>(end);
   }
+  std::fill_n(slot, p.num_slots - num_slots, int64_t{-1});
   s.status[kNumFree] -= static_cast<int32_t>(num_needed);
   s.status[kPeakUsed] = std::max(s.status[kPeakUsed], static_cast<int32_t>(s.num_pages) - s.status[kNumFree]);
   return {};

@@ -149,8 +149,8 @@ __global__ void __launch_bounds__(kMaxPageThreads, 1) _fork_branches_kernel(cons
 
 namespace pages {
 
-__device__ __forceinline__ void no_slots(const AppendParams& p) {
-  for (int64_t i = ptx::thread(); i < p.num_slots; i += ptx::num_threads()) p.slots[i] = -1;
+__device__ __forceinline__ void no_slots(const AppendParams& p, int64_t begin = 0) {
+  for (int64_t i = begin + ptx::thread(); i < p.num_slots; i += ptx::num_threads()) p.slots[i] = -1;
 }
 
 __device__ __forceinline__ int32_t q_len(const AppendParams& p, int i) { return p.q_lens ? p.q_lens[i] : 1; }
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kMaxPageThreads, 1) _append_slots_kernel(const
     num_slots += slots.total;
     num_copies += copies.total;
   }
-  if (num_slots != p.num_slots) return refuse_all();
+  if (num_slots > p.num_slots) return refuse_all();
   if (num_needed > num_free) {
     if (ptx::thread() == 0) {
       s.status[kError] = kOutOfPages;
@@ -248,6 +248,7 @@ __global__ void __launch_bounds__(kMaxPageThreads, 1) _append_slots_kernel(const
   for (int k = ptx::thread(); k < num_needed; k += ptx::num_threads()) bad |= !is_page(s, top[-k]);
   if (ptx::sync_threads_or(bad)) return refuse_all();
 
+  no_slots(p, num_slots);
   // The k-th page that the call takes, in row order and ascending position (a copy counts as the first), is the k-th
   // from the top of the stack.
   for (int i = ptx::warp(); i < n; i += num_warps) {

@@ -104,6 +104,7 @@ inline int clz(uint32_t x) { return std::countl_zero(x); }
 inline int clz(uint64_t x) { return std::countl_zero(x); }
 inline uint32_t float_bits(float x) { return std::bit_cast<uint32_t>(x); }
 inline float bits_float(uint32_t x) { return std::bit_cast<float>(x); }
+inline void opaque(uint32_t&) {}
 
 template <typename T, typename F>
 T atomic_update(T* p, F update) {

@@ -53,6 +53,7 @@ uint64_t draw_priority(uint64_t warp_index) {
   if (options().seed == 1) return (uint64_t{1} << 32) - 1 - warp_index;
   return random() >> 34 << 32 | warp_index;
 }
+
 // A warp that comes first runs ahead of all others as far as barriers let it; that shows more mistakes than threads
 // drawn one by one, which stay close together. How long one comes first depends on the seed.
 Thread& next_thread() {

@@ -20,7 +20,8 @@ if not _LIBRARY.exists():
 torch.ops.load_library(str(_LIBRARY))
 
 _CUDA_LIBRARY = _LIBRARY.with_name("_cuda.so")
-if _CUDA_LIBRARY.exists():  # left out where there is no nvcc; it loads without a GPU too
+_HAS_CUDA_LIBRARY = _CUDA_LIBRARY.exists()  # left out where there is no nvcc; it loads without a GPU too
+if _HAS_CUDA_LIBRARY:
     torch.ops.load_library(str(_CUDA_LIBRARY))
 
 _ARGUMENT_ERROR = re.compile(r"\[(ValueError|TypeError)\] (.*?)(?:\n|$)")
@@ -167,7 +168,7 @@ def _why_not(op: str, device: str, backend: str) -> str | None:
             return _NO_TRITON or "runs on cuda tensors only"
         return "the CUDA kernel goes first" if op in CUDA_OPS else None
     if backend == "cuda":
-        if not _CUDA_LIBRARY.exists():
+        if not _HAS_CUDA_LIBRARY:
             return "not in this build: needs the CUDA kernels"
         if op not in CUDA_OPS:
             return "has no CUDA kernel yet"

@@ -37,7 +37,9 @@ def beam_prune(
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype or value is wrong; a row of logits or its `cum_logprobs`
-            is NaN or +inf (the message names the row).
+            is NaN or +inf (the message names the row). On a GPU values are not looked at: `lse` of a row with a NaN or
+            +inf logit is NaN, and a group with such a row, or such a `cum_logprobs`, gets scores NaN, parent -1, token
+            -1 throughout; offsets that are none give some rows' candidates.
     """
     if USE_REFERENCE:
         scores, parent, token, lse = reference.beam_prune(

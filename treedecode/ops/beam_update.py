@@ -68,7 +68,8 @@ def beam_update(
         and the parent some row of the group.
 
     Raises:
-        ValueError, TypeError: an argument is out of range; nothing is written.
+        ValueError, TypeError: an argument is out of range; nothing is written. On a GPU, where the host does not wait
+            to look at values, a group with such a value is left alone and its running scores are NaN.
 
     Source: the semantics, rounding of the 1e9 included, are those of beam search in Hugging Face Transformers 5.
     """

@@ -2,7 +2,8 @@
 
 Every op checks, counts, then commits; an op that is refused has written nothing. Running out of pages is no exception
 here but an error in the status word, so that a device needs no host sync: the error stays until the owner resets it,
-and until then the page ops do nothing and hand out slots of -1, which `append_kv` skips.
+and until then the page ops do nothing and hand out slots of -1, which `append_kv` skips. On a GPU, where the host does
+not wait to look at values, a value that is refused with a ValueError on the CPU is such an error too: `BAD_ARGUMENT`.
 
 Order of page ids: the free stack's top is taken first; a call takes pages row by row in the order of its `rows`, each
 row's in ascending position. Pages go back on the stack row by row in the order of `dst`, each row's last page first; a
@@ -31,8 +32,8 @@ class PageState(NamedTuple):
     free_pages: `[num_pages]` int32, a stack of `num_free` page ids; what lies above is undefined.
     page_table: `[max_branches, max_pages]` int32; entries from `ceil(seq_len / page_size)` on are undefined.
     seq_lens: `[max_branches]` int32, tokens per row.
-    status: `[4]` int32: error (`OK` or `OUT_OF_PAGES`, sticky), num_free, pages the refused call needed, the most pages
-        ever used at once.
+    status: `[4]` int32: error (`OK`, `OUT_OF_PAGES` or `BAD_ARGUMENT`; sticky), num_free, pages the refused call
+        needed, the most pages ever used at once.
     page_size: tokens per page.
     """
 
@@ -74,7 +75,8 @@ def append_slots(state: PageState, kv: Tensor, slots: Tensor, rows: Tensor, q_le
 
     Args:
         kv: `[num_layers, 2, num_pages, num_kv_heads, page_size, head_dim]`, any dtype, each page contiguous.
-        slots: `[sum of q_lens]` int64, written: `page * page_size + offset` of each new token, in the order of rows.
+        slots: `[num_slots]` int64, written: `page * page_size + offset` of each new token, in the order of rows, and -1
+            beyond the sum of q_lens. So the same buffer serves any number of rows, as a captured step needs.
         rows: `[n]` int32 row ids, each at most once.
         q_lens: `[n]` int32 new tokens per row, 0 allowed; None = 1 each.
 

@@ -58,7 +58,8 @@ def sample(
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype or value is wrong; a row has NaN or +inf, or no token that is
-            possible and allowed (the message names the row).
+            possible and allowed (the message names the row). On a GPU values are not looked at: such a row, or one of a
+            setting out of range, gets token -1, logprob and entropy NaN.
     """
     device = logits.device
     one_row = _kept_row if not torch.compiler.is_compiling() and _is_plain(logits) else _one_row

@@ -75,8 +75,8 @@ def append_slots(state: Any, kv: Tensor, slots: Tensor, rows: Tensor, q_lens: Te
     room = state.page_table.shape[1] * state.page_size
     if any(n < 0 or int(state.seq_lens[row]) + n > room for row, n in zip(rows.tolist(), new, strict=True)):
         raise ValueError(f"q_lens: expected rows of at most {room} tokens, got {new}")
-    if sum(new) != len(slots):
-        raise ValueError(f"slots: expected {sum(new)} of them, got {len(slots)}")
+    if sum(new) > len(slots):
+        raise ValueError(f"slots: expected at least {sum(new)} of them, got {len(slots)}")
 
     needed = 0
     left = state.refcount.tolist()  # references left on each page as sharers copy it
@@ -96,6 +96,7 @@ def append_slots(state: Any, kv: Tensor, slots: Tensor, rows: Tensor, q_lens: Te
         return
 
     out = []
+    slots.fill_(-1)
     for row, n in zip(rows.tolist(), new, strict=True):
         length = int(state.seq_lens[row])
         if n and length % state.page_size:
