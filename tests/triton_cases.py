@@ -1,6 +1,11 @@
 """What the tests of the Triton kernels share: they run in the interpreter, and launchers refuse what native ops do."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,3 +28,12 @@ def assert_refused_in_the_same_words(op, good, change):
     with pytest.raises(native.type) as launcher:
         launch(*args)
     assert str(launcher.value) == str(native.value)
+
+
+def compile_all(script, *args):
+    """What a script of this folder prints that compiles kernels, in a process without the interpreter."""
+    path = Path(__file__).with_name(script)
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(path.parent.parent)
+    out = subprocess.run([sys.executable, path, *args], capture_output=True, text=True, env=env, check=True).stdout
+    return json.loads(out)

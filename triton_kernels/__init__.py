@@ -21,9 +21,11 @@ OPS = (
     "fork_branches",
     "hold_pages",
     "merge_states",
+    "plan_tree",
     "rms_norm",
     "rotary_embed",
     "sample",
+    "tree_attention",
 )
 
 

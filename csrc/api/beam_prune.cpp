@@ -8,7 +8,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "logits.h"
+#include "beam_prune_args.h"
 
 namespace treedecode {
 namespace {
@@ -16,23 +16,16 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor> beam_prune_cpu(Tensor logits, Tensor cum_logprobs, Tensor group_indptr,
                                                           int64_t num_candidates, std::optional<Tensor> token_mask,
                                                           bool is_logprobs) {
-  check_logits(logits);
+  check_beam_prune(logits, cum_logprobs, group_indptr, num_candidates, token_mask);
   const int64_t rows = logits.size(0), vocab = logits.size(1), k = num_candidates;
   const int64_t row_k = std::min(k, vocab);
-  check_shape(cum_logprobs, "cum_logprobs", "[rows]", {rows});
-  check_dtype(cum_logprobs, "cum_logprobs", ScalarType::Float);
-  check_contiguous(cum_logprobs, "cum_logprobs");
-  check_shape(group_indptr, "group_indptr", "[num_groups + 1]", {-1});
-  check_dtype(group_indptr, "group_indptr", ScalarType::Int);
-  check_contiguous(group_indptr, "group_indptr");
   for (int64_t r = 0; r < rows; ++r) {
     const float cum = cum_logprobs.const_data_ptr<float>()[r];
     STD_TORCH_CHECK(cum < INFINITY, "[ValueError] cum_logprobs: expected numbers below +inf, got ", cum, " in row ", r);
   }
-  check_value(k >= 1 && k <= 65536, "num_candidates", "1 to 65536", static_cast<double>(k));
   const int64_t num_groups = group_indptr.size(0) - 1;
   const int32_t* indptr = group_indptr.const_data_ptr<int32_t>();
-  STD_TORCH_CHECK(num_groups >= 0 && indptr[0] == 0 && indptr[num_groups] == rows,
+  STD_TORCH_CHECK(indptr[0] == 0 && indptr[num_groups] == rows,
                   "[ValueError] group_indptr: expected offsets from 0 to rows = ", rows);
   int64_t largest_group = 0;
   for (int64_t g = 0; g < num_groups; ++g) {
@@ -44,7 +37,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_prune_cpu(Tensor logits, Tensor 
   STD_TORCH_CHECK(largest_group * row_k <= INT32_MAX,
                   "[ValueError] num_candidates: expected rows of a group * min(num_candidates, vocab) below 2^31, got ",
                   largest_group * row_k);
-  if (token_mask) check_token_mask(*token_mask, logits);
 
   Tensor scores = torch::stable::new_empty(logits, {num_groups, k}, ScalarType::Float);
   Tensor parent = torch::stable::new_empty(logits, {num_groups, k}, ScalarType::Int);

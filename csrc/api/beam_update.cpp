@@ -6,22 +6,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "../check.h"
+#include "beam_update_args.h"
 
 namespace treedecode {
 namespace {
-
-void check_vector(const Tensor& t, const char* name, const char* text, int64_t size, ScalarType dtype) {
-  check_shape(t, name, text, {size});
-  check_dtype(t, name, dtype);
-  check_contiguous(t, name);
-}
-
-void check_candidates(const Tensor& t, const char* name, const Tensor& scores, ScalarType dtype) {
-  check_shape(t, name, "the shape of scores", {scores.size(0), scores.size(1)});
-  check_dtype(t, name, dtype);
-  check_contiguous(t, name);
-}
 
 void check_indptr(const int32_t* indptr, const char* name, int64_t num_groups) {
   STD_TORCH_CHECK(indptr[0] == 0, "[ValueError] ", name, ": expected to start at 0, got ", indptr[0]);
@@ -68,28 +56,9 @@ std::tuple<Tensor, Tensor, Tensor> beam_update_cpu(Tensor scores, Tensor parent,
                                                    Tensor gen_lens, Tensor max_new_tokens, Tensor eos_ids,
                                                    double length_penalty, int64_t early_stopping,
                                                    std::optional<Tensor> stop) {
-  check_shape(scores, "scores", "[num_groups, num_candidates]", {-1, -1});
-  check_dtype(scores, "scores", ScalarType::Float);
-  check_contiguous(scores, "scores");
-  check_candidates(parent, "parent", scores, ScalarType::Int);
-  check_candidates(token, "token", scores, ScalarType::Int);
-  if (stop.has_value()) check_candidates(*stop, "stop", scores, ScalarType::Bool);
-  const int64_t num_groups = scores.size(0);
-  check_vector(row_indptr, "row_indptr", "[num_groups + 1]", num_groups + 1, ScalarType::Int);
-  check_vector(beam_indptr, "beam_indptr", "[num_groups + 1]", num_groups + 1, ScalarType::Int);
-  check_vector(pool_scores, "pool_scores", "[num_beams]", -1, ScalarType::Float);
-  const int64_t num_pool = pool_scores.size(0);
-  check_vector(pool_lens, "pool_lens", "the shape of pool_scores", num_pool, ScalarType::Int);
-  check_vector(pool_parents, "pool_parents", "the shape of pool_scores", num_pool, ScalarType::Int);
-  check_vector(pool_tokens, "pool_tokens", "the shape of pool_scores", num_pool, ScalarType::Int);
-  check_vector(done, "done", "[num_groups]", num_groups, ScalarType::Bool);
-  check_vector(gen_lens, "gen_lens", "[num_groups]", num_groups, ScalarType::Int);
-  check_vector(max_new_tokens, "max_new_tokens", "[num_groups]", num_groups, ScalarType::Int);
-  check_vector(eos_ids, "eos_ids", "[num_eos]", -1, ScalarType::Int);
-  check_value(early_stopping >= 0 && early_stopping <= 2, "early_stopping", "0, 1 or 2",
-              static_cast<double>(early_stopping));
-  check_value(length_penalty - length_penalty == 0.0, "length_penalty", "a finite number", length_penalty);
-
+  check_beam_update(scores, parent, token, row_indptr, beam_indptr, pool_scores, pool_lens, pool_parents, pool_tokens,
+                    done, gen_lens, max_new_tokens, eos_ids, length_penalty, early_stopping, stop);
+  const int64_t num_groups = scores.size(0), num_pool = pool_scores.size(0);
   Tensor running_scores = torch::stable::new_empty(pool_scores, {num_pool});
   Tensor running_parent = torch::stable::new_empty(pool_lens, {num_pool});
   Tensor running_token = torch::stable::new_empty(pool_lens, {num_pool});

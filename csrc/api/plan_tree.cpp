@@ -7,35 +7,19 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "../check.h"
+#include "plan_tree_args.h"
 
 namespace treedecode {
 namespace {
-
-const int32_t* check_lens(const Tensor& lens, const char* name, int64_t num_rows) {
-  check_shape(lens, name, "[num_branches]", {num_rows});
-  check_dtype(lens, name, ScalarType::Int);
-  check_contiguous(lens, name);
-  return lens.const_data_ptr<int32_t>();
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> plan_tree_cpu(Tensor page_table, Tensor seq_lens,
                                                          std::optional<Tensor> q_lens, int64_t page_size,
                                                          int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim,
                                                          int64_t num_workers) {
-  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
-  check_shape(page_table, "page_table", "[num_branches, max_pages]", {-1, -1});
-  check_dtype(page_table, "page_table", ScalarType::Int);
-  check_unit_stride(page_table, "page_table");
+  check_plan_tree(page_table, seq_lens, q_lens, page_size, num_qo_heads, num_kv_heads, head_dim, num_workers);
   const int64_t num_rows = page_table.size(0);
-  const int32_t* lens = check_lens(seq_lens, "seq_lens", num_rows);
-  const int32_t* queries = q_lens ? check_lens(*q_lens, "q_lens", num_rows) : nullptr;
-  check_value(page_size > 0 && page_size <= kMax, "page_size", "a positive number", page_size);
-  check_value(num_kv_heads > 0, "num_kv_heads", "a positive number", num_kv_heads);
-  check_value(num_qo_heads > 0 && num_qo_heads % num_kv_heads == 0, "num_qo_heads", "a multiple of num_kv_heads",
-              num_qo_heads);
-  check_value(head_dim > 0, "head_dim", "a positive number", head_dim);
-  check_value(num_workers >= 0 && num_workers <= kMax, "num_workers", "0 (a chained plan) or more", num_workers);
+  const int32_t* lens = seq_lens.const_data_ptr<int32_t>();
+  const int32_t* queries = q_lens ? q_lens->const_data_ptr<int32_t>() : nullptr;
   const int64_t workers = num_workers ? std::max<int64_t>(1, num_workers / num_kv_heads) : 0;
   const int64_t capacity = page_table.size(1) * page_size;
   for (int64_t row = 0; row < num_rows; ++row) {
@@ -74,7 +58,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_tree_cpu(Tensor page_table, Tens
   torch::stable::parallel_for(0, num_rows, grain,
                               [&](int64_t begin, int64_t end) { cpu::common_pages(p, shared.data(), begin, end); });
   STD_TORCH_CHECK(cpu::plan_tree(p, shared.data()),
-                  "[ValueError] seq_lens: the branches' tokens, queries or partial results add up to more than ", kMax);
+                  "[ValueError] seq_lens: the branches' tokens, queries or partial results add up to more than ",
+                  std::numeric_limits<int32_t>::max());
   return {q_indptr, part_indptr, chunks, counts};
 }
 

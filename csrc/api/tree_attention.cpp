@@ -12,7 +12,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "../check.h"
+#include "kernel_dtype.h"
+#include "tree_attention_args.h"
 
 namespace treedecode {
 namespace {
@@ -148,22 +149,6 @@ void run_round(const cpu::TreeAttentionParams& p, const std::vector<Cell>& cells
   });
 }
 
-void check_pages(const Tensor& pages, const char* name, const Tensor& q) {
-  check_shape(pages, name, "[num_pages, page_size, num_kv_heads, head_dim]", {-1, -1, -1, q.size(2)});
-  check_dtype(pages, name, q.scalar_type());
-  check_unit_stride(pages, name);
-}
-
-void check_index(const Tensor& t, const char* name, const char* text, std::initializer_list<int64_t> shape) {
-  check_shape(t, name, text, shape);
-  check_dtype(t, name, ScalarType::Int);
-  check_contiguous(t, name);
-}
-
-bool is_positive_float(double x) {
-  return x >= std::numeric_limits<float>::min() && x <= std::numeric_limits<float>::max();
-}
-
 // Everything the kernel will use as an address: one pass over the plan and the page ids of its chunks.
 void check_plan(const cpu::TreeAttentionParams& p, int64_t num_q, int64_t num_pages, int64_t max_pages,
                 const int32_t* count) {
@@ -220,38 +205,11 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
                                               Tensor seq_lens, Tensor q_indptr, Tensor part_indptr, Tensor chunks,
                                               Tensor counts, double sm_scale, int64_t window_left,
                                               double logits_soft_cap, std::optional<Tensor> sinks) {
-  check_shape(q, "q", "[num_q, num_qo_heads, head_dim]", {-1, -1, -1});
-  check_float_dtype(q, "q");
-  check_unit_stride(q, "q");
-  const int64_t num_q = q.size(0), num_qo_heads = q.size(1), head_dim = q.size(2);
-  STD_TORCH_CHECK(head_dim >= 8 && head_dim <= 256 && head_dim % 8 == 0,
-                  "[ValueError] q: expected head_dim a multiple of 8 up to 256, got ", head_dim);
-  check_pages(k_pages, "k_pages", q);
-  check_pages(v_pages, "v_pages", q);
-  check_shape(v_pages, "v_pages", "the shape of k_pages",
-              {k_pages.size(0), k_pages.size(1), k_pages.size(2), k_pages.size(3)});
-  const int64_t num_kv_heads = k_pages.size(2);
-  STD_TORCH_CHECK(num_kv_heads > 0 && num_qo_heads > 0 && num_qo_heads % num_kv_heads == 0,
-                  "[ValueError] q: expected num_qo_heads a positive multiple of num_kv_heads = ", num_kv_heads,
-                  ", got ", num_qo_heads);
-  STD_TORCH_CHECK(k_pages.size(1) > 0, "[ValueError] k_pages: expected page_size above 0, got 0");
-  check_shape(page_table, "page_table", "[num_branches, max_pages]", {-1, -1});
-  check_dtype(page_table, "page_table", ScalarType::Int);
-  check_unit_stride(page_table, "page_table");
+  check_tree_attention(q, k_pages, v_pages, page_table, seq_lens, q_indptr, part_indptr, chunks, counts, sm_scale,
+                       window_left, logits_soft_cap, sinks);
+  const int64_t num_q = q.size(0), num_qo_heads = q.size(1), head_dim = q.size(2), num_kv_heads = k_pages.size(2);
   const int64_t num_rows = page_table.size(0);
-  check_index(seq_lens, "seq_lens", "[num_branches]", {num_rows});
-  check_index(q_indptr, "plan.q_indptr", "[num_branches + 1]", {num_rows + 1});
-  check_index(part_indptr, "plan.part_indptr", "[num_branches + 1]", {num_rows + 1});
-  check_index(chunks, "plan.chunks", "[max_chunks, 6]", {-1, 6});
-  check_index(counts, "plan.counts", "[6]", {6});
-  check_value(is_positive_float(sm_scale), "sm_scale", "a positive number of the range of fp32", sm_scale);
-  check_value(logits_soft_cap == 0 || is_positive_float(logits_soft_cap), "logits_soft_cap",
-              "0 (off) or a positive number of the range of fp32", logits_soft_cap);
-  check_value(window_left >= -1, "window_left", "-1 (no limit) or more", window_left);
   if (sinks) {
-    check_shape(*sinks, "sinks", "[num_qo_heads]", {num_qo_heads});
-    check_dtype(*sinks, "sinks", ScalarType::Float);
-    check_contiguous(*sinks, "sinks");
     for (int64_t h = 0; h < num_qo_heads; ++h) {
       const float sink = sinks->const_data_ptr<float>()[h];
       check_value(sink < std::numeric_limits<float>::infinity(), "sinks", "numbers below +inf", sink);
@@ -265,7 +223,6 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
   STD_TORCH_CHECK(num_chunks >= 0 && num_chunks <= chunks.size(0) && num_parts >= 0,
                   "[ValueError] plan.counts: expected at most ", chunks.size(0), " chunks, got ", num_chunks, " and ",
                   num_parts, " parts");
-  const ScalarType dtype = q.scalar_type();
   cpu::TreeAttentionParams p{
       .q = q.const_data_ptr(),
       .k_pages = k_pages.const_data_ptr(),
@@ -291,9 +248,7 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
       .sm_scale = static_cast<float>(sm_scale),
       .soft_cap = static_cast<float>(logits_soft_cap),
       .window_left = window_left,
-      .dtype = dtype == ScalarType::Float      ? DType::F32
-               : dtype == ScalarType::BFloat16 ? DType::BF16
-                                               : DType::F16,
+      .dtype = kernel_dtype(q),
   };
   check_plan(p, num_q, k_pages.size(0), page_table.size(1), count);
 

@@ -3,6 +3,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <tuple>
 #include <type_traits>
 
 #include "runtime.h"
@@ -32,6 +35,13 @@ cudaError_t launch_dependent(void (*kernel)(Args...), Grid grid, int num_threads
 inline cudaError_t num_multiprocessors(int* count) {
   *count = 2;
   return cudaSuccess;
+}
+
+// A grid that strides over whatever work there is: few blocks, so that each of them goes on to a second item.
+template <typename... Args>
+cudaError_t launch_persistent(void (*kernel)(Args...), int num_threads, size_t shared_bytes, cudaStream_t stream,
+                              std::type_identity_t<Args>... args) {
+  return launch(kernel, {3}, num_threads, shared_bytes, stream, args...);
 }
 
 #else
@@ -80,6 +90,36 @@ inline cudaError_t num_multiprocessors(int* count) {
   int device = 0;
   const cudaError_t error = cudaGetDevice(&device);
   return error != cudaSuccess ? error : cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+}
+
+// As many blocks as run at once, striding over whatever work there is.
+template <typename... Args>
+cudaError_t launch_persistent(void (*kernel)(Args...), int num_threads, size_t shared_bytes, cudaStream_t stream,
+                              std::type_identity_t<Args>... args) {
+  using Known = std::map<std::tuple<const void*, int, size_t>, int>;
+  static std::mutex mutex;
+  static Known known;
+  int device = 0, num_blocks = 0, per_multiprocessor = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const std::tuple key(reinterpret_cast<const void*>(kernel), device, shared_bytes);
+  {
+    const std::lock_guard lock(mutex);
+    if (const auto found = known.find(key); found != known.end()) num_blocks = found->second;
+  }
+  if (num_blocks == 0) {
+    cudaError_t error = num_multiprocessors(&num_blocks);
+    if (error == cudaSuccess) {
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    }
+    if (error == cudaSuccess) {
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, num_threads, shared_bytes);
+    }
+    if (error != cudaSuccess) return error;
+    num_blocks *= per_multiprocessor > 0 ? per_multiprocessor : 1;
+    const std::lock_guard lock(mutex);
+    known[key] = num_blocks;
+  }
+  return launch(kernel, {static_cast<uint32_t>(num_blocks)}, num_threads, shared_bytes, stream, args...);
 }
 
 #endif

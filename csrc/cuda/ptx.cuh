@@ -57,6 +57,13 @@ __device__ __forceinline__ T* dynamic_shared() {
   return reinterpret_cast<T*>(td_dynamic_shared);
 }
 
+// x, but the compiler takes it for a new value: what is computed from it is computed here, not kept in registers from
+// before a loop.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // --- barriers
 // ---------------------------------------------------------------------------------------------------------
 
@@ -125,6 +132,8 @@ __device__ __forceinline__ int clz(uint32_t x) { return __clz(static_cast<int>(x
 __device__ __forceinline__ int clz(uint64_t x) { return __clzll(static_cast<long long>(x)); }
 __device__ __forceinline__ uint32_t float_bits(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float bits_float(uint32_t x) { return __uint_as_float(x); }
+// Makes the compiler forget what it knows of x, so that it does not keep what it has computed from it.
+__device__ __forceinline__ void opaque(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
 // --- atomics on integers, in global or shared memory, relaxed; they return the old value
 // ---------------------------------

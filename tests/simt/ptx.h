@@ -31,6 +31,8 @@ inline uint32_t grid_x() { return simt::position().grid[0]; }
 inline uint32_t grid_y() { return simt::position().grid[1]; }
 inline uint32_t grid_z() { return simt::position().grid[2]; }
 
+inline int opaque(int x) { return x; }
+
 template <typename T>
 T* dynamic_shared() {
   return static_cast<T*>(simt::dynamic_shared());
@@ -102,6 +104,7 @@ inline int clz(uint32_t x) { return std::countl_zero(x); }
 inline int clz(uint64_t x) { return std::countl_zero(x); }
 inline uint32_t float_bits(float x) { return std::bit_cast<uint32_t>(x); }
 inline float bits_float(uint32_t x) { return std::bit_cast<float>(x); }
+inline void opaque(uint32_t&) {}
 
 template <typename T, typename F>
 T atomic_update(T* p, F update) {

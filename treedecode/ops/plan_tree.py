@@ -90,7 +90,9 @@ def plan_tree(
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype or stride is wrong, a seq_len is negative or beyond
-            max_pages * page_size, a q_len is negative or more than the branch's seq_len, or a count exceeds int32.
+            max_pages * page_size, a q_len is negative or more than the branch's seq_len, or a count exceeds int32. On
+            a GPU nobody waits to look at values: lengths are clamped to these ranges, and counts that do not fit leave
+            -1 in counts[0].
     """
     if num_workers is None:
         num_workers = default_workers(page_table.device)

@@ -49,7 +49,9 @@ def tree_attention(
 
     Raises:
         ValueError, TypeError: an argument's shape, dtype, stride or value is wrong, the plan is not of this batch
-            (other lengths, page size or shared pages), or a page id is out of range.
+            (other lengths, page size or shared pages), or a page id is out of range. On a GPU nobody waits to look at
+            values: `out` and `lse` are NaN where a page id is out of range, and everywhere when the plan is not flat or
+            is of other query tokens or another page size.
 
     Sources: online softmax, https://arxiv.org/abs/1805.02867; merging by lse, https://arxiv.org/abs/2501.01005.
     """

@@ -1,0 +1,77 @@
+// The second launch of tree_attention: partial results of a query token, merged along its branch's path.
+#pragma once
+
+#include "attention_tiles.cuh"
+
+namespace treedecode::cuda {
+
+inline constexpr int kMergeQuads = 2;  // of dimensions that a lane holds: 4 * 32 * 2 = 256
+
+template <typename T>
+__device__ __forceinline__ void store_quad(T* to, const float (&x)[4], float factor) {
+  store_pair(to, x[0] * factor, x[1] * factor);
+  store_pair(to + 2, x[2] * factor, x[3] * factor);
+}
+
+// A warp takes a query token and head. Parts are added in the order of the path.
+template <typename T>
+__global__ void __launch_bounds__(kAttentionThreads)
+    _tree_attention_merge_kernel(const __grid_constant__ TreeAttentionParams p) {
+  ptx::wait_for_previous_kernel();
+  constexpr int kWarps = kAttentionThreads / ptx::kWarpSize;
+  const int64_t at = static_cast<int64_t>(ptx::block_x()) * kWarps + ptx::warp();
+  if (at >= p.num_q * p.num_qo_heads) return;
+  const int token = static_cast<int>(at / p.num_qo_heads), head = static_cast<int>(at % p.num_qo_heads);
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  int first_part = 0, num_parts = 0;
+  const bool fits = plan_fits(p);
+  if (fits) {
+    const int b = warp_search(static_cast<int>(p.num_rows), token, [&](int i) { return p.q_indptr[i]; });
+    const int first = p.q_indptr[b], q_len = p.q_indptr[b + 1] - first;
+    num_parts = (p.part_indptr[b + 1] - p.part_indptr[b]) / q_len;
+    first_part = p.part_indptr[b] + (token - first) * num_parts;
+    if (num_parts == 1) return;  // already final
+  }
+  const auto lse_of = [&](int i) { return p.part_lse[(first_part + static_cast<int64_t>(i)) * p.num_qo_heads + head]; };
+  const float sink = p.sinks ? p.sinks[head] : kNone;
+  float top = kNone;
+  bool is_nan = !fits;  // a maximum would lose it
+  for (int i = ptx::lane(); i < num_parts; i += ptx::kWarpSize) {
+    top = fmaxf(top, lse_of(i));
+    is_nan |= lse_of(i) != lse_of(i);
+  }
+  top = fmaxf(warp_max(top), sink);
+  is_nan = ptx::any(is_nan);
+  const float base = top == kNone ? 0.0f : top;  // (-inf) - (-inf) would be NaN
+  float sum = 0.0f, x[kMergeQuads][4] = {};
+  for (int begin = 0; begin < num_parts; begin += ptx::kWarpSize) {
+    const int mine = begin + ptx::lane(), end = num_parts - begin < ptx::kWarpSize ? num_parts - begin : ptx::kWarpSize;
+    const float weight = mine < num_parts ? ptx::exp2_approx((lse_of(mine) - base) * kLog2e) : 0.0f;
+    for (int i = 0; i < end; ++i) {
+      const float w = ptx::shfl(weight, i);
+      sum += w;
+      if (w == 0.0f) continue;
+      const float* part =
+          p.part_out + ((first_part + static_cast<int64_t>(begin + i)) * p.num_qo_heads + head) * p.head_dim;
+#pragma unroll
+      for (int quad = 0; quad < kMergeQuads; ++quad) {
+        const int dim = 4 * (quad * ptx::kWarpSize + ptx::lane());
+        if (dim >= p.head_dim) break;
+        const ptx::Bytes16 four = *reinterpret_cast<const ptx::Bytes16*>(part + dim);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) x[quad][j] = ptx::fma(w, ptx::bits_float(four.word[j]), x[quad][j]);
+      }
+    }
+  }
+  const float total = sum + ptx::exp2_approx((sink - base) * kLog2e);
+  const float factor = is_nan ? nan : sum == 0.0f ? 0.0f : 1.0f / total;
+  T* out = static_cast<T*>(p.out) + at * p.head_dim;
+#pragma unroll
+  for (int quad = 0; quad < kMergeQuads; ++quad) {
+    const int dim = 4 * (quad * ptx::kWarpSize + ptx::lane());
+    if (dim < p.head_dim) store_quad(out + dim, x[quad], factor);
+  }
+  if (ptx::lane() == 0) p.lse[at] = is_nan ? nan : sum == 0.0f ? sink : base + logf(total);
+}
+
+}  // namespace treedecode::cuda

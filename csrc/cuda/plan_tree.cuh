@@ -1,0 +1,400 @@
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "collectives.cuh"
+#include "minima.cuh"
+#include "plan_tree.h"
+
+namespace treedecode::cuda {
+
+inline constexpr int kCompareThreads = 256;
+inline constexpr int kPlanThreads = 1024;
+
+__device__ __forceinline__ int64_t ceil_quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Lengths as the CPU op takes them, whatever they are.
+__device__ inline int seq_len_of(const PlanTreeParams& p, int64_t row) {
+  const int64_t n = p.seq_lens[row], capacity = p.max_pages * p.page_size;
+  return static_cast<int>(n < 0 ? 0 : n > capacity ? capacity : n);
+}
+__device__ inline int q_len_of(const PlanTreeParams& p, int64_t row) {
+  const int n = p.q_lens ? p.q_lens[row] : 1, seq_len = seq_len_of(p, row);
+  return n < 0 ? 0 : n > seq_len && seq_len > 0 ? seq_len : n;
+}
+
+// Of the pages that rows row - 1 and row both have.
+__device__ inline int pages_in_both(const PlanTreeParams& p, int64_t row) {
+  const int before = seq_len_of(p, row - 1), here = seq_len_of(p, row);
+  return static_cast<int>(ceil_quotient(before < here ? before : here, p.page_size));
+}
+
+// matches[row, segment]: the first page of a segment that rows row - 1 and row do not share, or the segment's end. A
+// block takes one of them.
+__global__ void __launch_bounds__(kCompareThreads) _compare_pages_kernel(const __grid_constant__ PlanTreeParams p) {
+  TD_SHARED(int, first, kCompareThreads / ptx::kWarpSize);
+  const int64_t segments = num_page_segments(p.max_pages);
+  const int64_t row = 1 + ptx::block_x() / segments, segment = ptx::block_x() % segments;
+  const int end = static_cast<int>(std::min((segment + 1) * kPageSegment, static_cast<int64_t>(pages_in_both(p, row))));
+  const int32_t* table = p.page_table + row * p.table_stride;
+  int differs = end;
+#pragma unroll
+  for (int i = 0; i < kPageSegment / kCompareThreads; ++i) {
+    const int page = static_cast<int>(segment * kPageSegment) + i * kCompareThreads + ptx::thread();
+    if (page < end && table[page] != table[page - p.table_stride]) differs = std::min(differs, page);
+  }
+  differs = -warp_max(-differs);
+  if (ptx::lane() == 0) first[ptx::warp()] = differs;
+  ptx::sync_threads();
+  if (ptx::thread() != 0) return;
+  for (int warp = 1; warp < kCompareThreads / ptx::kWarpSize; ++warp) differs = std::min(differs, first[warp]);
+  p.scratch[row * segments + segment] = differs;
+}
+
+// The longest-common-prefix intervals of the rows, in arrays. Node 2 * row + 1 is the leaf of a row, what it has alone.
+// Node 2 * row, where there is one, is the interval whose rows fork first before `row`. In this order chunks of one
+// class of cost are sorted, as on the CPU.
+class TreePlanner {
+ public:
+  __device__ TreePlanner(const PlanTreeParams& p, int* words)
+      : p_(p), num_rows_(static_cast<int>(p.num_rows)), num_nodes_(2 * num_rows_) {
+    int width = 1;
+    while (width < num_rows_ + 1) width *= 2;
+    const auto take = [&](int count) {
+      int* at = words;
+      words += count;
+      return at;
+    };
+    shared_ = {take(2 * width), width};
+    lengths_ = take(2 * width);
+    queries_ = take(num_rows_ + 1);
+    fork_ = take(num_rows_ + 1);
+    row_begin_ = take(num_rows_);
+    row_end_ = take(num_rows_);
+    children_ = take(num_rows_);
+    continuing_ = take(num_rows_);
+    parent_ = take(num_nodes_);
+    page_begin_ = take(num_nodes_);
+    token_end_ = take(num_nodes_);
+    kept_ = take(num_nodes_);
+    level_ = take(num_nodes_);
+    ready_ = take(num_nodes_);
+    step_ = take(num_nodes_);
+  }
+
+  __device__ void run() {
+    read_rows();
+    find_intervals();
+    link_nodes();
+    fold();
+    cut();
+    write_chunks();
+    write_rows();
+  }
+
+ private:
+  template <typename F>
+  __device__ static void for_each(int n, F f) {
+    for (int i = ptx::thread(); i < n; i += kPlanThreads) f(i);
+  }
+
+  // A thread's part of what is scanned over [0, n): in order, so that sums before it are sums before its first element.
+  struct Range {
+    int begin, end;
+  };
+  __device__ static Range my_range(int n) {
+    const int each = (n + kPlanThreads - 1) / kPlanThreads, begin = std::min(n, ptx::thread() * each);
+    return {begin, std::min(n, begin + each)};
+  }
+
+  __device__ int shared(int row) const { return shared_.tree[shared_.width + row]; }
+
+  __device__ void read_rows() {
+    const int64_t segments = num_page_segments(p_.max_pages);
+    for_each(shared_.width, [&](int row) {
+      int common = row <= num_rows_ ? 0 : std::numeric_limits<int>::max();
+      if (row > 0 && row < num_rows_) {
+        const int both = pages_in_both(p_, row);
+        common = both;
+        for (int64_t s = 0; s * kPageSegment < both; ++s) {
+          const int match = p_.scratch[row * segments + s];
+          if (match < std::min(both, static_cast<int>((s + 1) * kPageSegment))) {
+            common = match;
+            break;
+          }
+        }
+        // An even number of tokens, as everywhere.
+        common -= static_cast<int>(common * p_.page_size % 2);
+      }
+      shared_.tree[shared_.width + row] = common;
+      lengths_[shared_.width + row] = row < num_rows_ && q_len_of(p_, row) > 0 ? seq_len_of(p_, row) : 0;
+    });
+    for_each(num_rows_, [&](int row) { children_[row] = continuing_[row] = 0; });
+    ptx::sync_threads();
+    for (int n = shared_.width / 2; n > 0; n /= 2) {
+      for_each(n, [&](int i) {
+        const int node = n + i;
+        shared_.tree[node] = std::min(shared_.tree[2 * node], shared_.tree[2 * node + 1]);
+        lengths_[node] = std::max(lengths_[2 * node], lengths_[2 * node + 1]);
+      });
+      ptx::sync_threads();
+    }
+    const Range mine = my_range(num_rows_);
+    const auto queries_of = [&](int row) { return lengths_[shared_.width + row] > 0 ? q_len_of(p_, row) : 0; };
+    int sum = 0;
+    for (int row = mine.begin; row < mine.end; ++row) sum += queries_of(row);
+    const BlockScan<int> scan = block_scan(sum);
+    int before = scan.before;
+    for (int row = mine.begin; row < mine.end; ++row) {
+      queries_[row] = before;
+      before += queries_of(row);
+    }
+    if (ptx::thread() == 0) queries_[num_rows_] = scan.total;
+  }
+
+  // Longest seq_len of the rows [begin, end) that have queries.
+  __device__ int max_length(int begin, int end) const {
+    int longest = 0;
+    for (begin += shared_.width, end += shared_.width; begin < end; begin /= 2, end /= 2) {
+      if (begin % 2) longest = std::max(longest, lengths_[begin++]);
+      if (end % 2) longest = std::max(longest, lengths_[--end]);
+    }
+    return longest;
+  }
+
+  // fork_[row]: the row before which the interval around the border between row - 1 and row forks first; 0 for none.
+  __device__ void find_intervals() {
+    for_each(num_rows_ + 1, [&](int row) {
+      const int pages = shared(row);
+      fork_[row] = 0;
+      if (pages == 0) return;
+      const int begin = shared_.last(row - 1, pages - 1);
+      fork_[row] = shared_.first(begin + 1, pages);
+      if (fork_[row] != row) return;
+      row_begin_[row] = begin;
+      row_end_[row] = shared_.first(row + 1, pages - 1);
+    });
+    ptx::sync_threads();
+  }
+
+  __device__ bool is_leaf(int node) const { return node % 2; }
+  __device__ bool is_node(int node) const { return is_leaf(node) || (node > 0 && fork_[node / 2] == node / 2); }
+  __device__ int first_row(int node) const { return is_leaf(node) ? node / 2 : row_begin_[node / 2]; }
+  __device__ int last_row(int node) const { return is_leaf(node) ? node / 2 + 1 : row_end_[node / 2]; }
+  __device__ int num_queries(int node) const { return queries_[last_row(node)] - queries_[first_row(node)]; }
+  __device__ int page_end(int node) const {
+    if (!is_leaf(node)) return shared(node / 2);
+    return static_cast<int>(ceil_quotient(seq_len_of(p_, node / 2), p_.page_size));
+  }
+  __device__ int64_t token_begin(int node) const { return page_begin_[node] * p_.page_size; }
+  __device__ int64_t num_tokens(int node) const { return token_end_[node] - token_begin(node); }
+
+  // Nodes without queries are left out.
+  __device__ void link_nodes() {
+    for_each(num_nodes_, [&](int node) {
+      parent_[node] = -1;
+      ready_[node] = std::numeric_limits<int>::max();
+      step_[node] = 0;
+      if (!is_node(node) || num_queries(node) == 0) return;
+      ready_[node] = -1;
+      const int before = first_row(node), after = last_row(node), end = page_end(node);
+      token_end_[node] =
+          static_cast<int>(std::min(end * p_.page_size, static_cast<int64_t>(max_length(before, after))));
+      const int border = shared(before) >= shared(after) ? before : after;
+      if (shared(border) == 0) return;
+      const int parent = 2 * fork_[border];
+      parent_[node] = parent;
+      ptx::atomic_add(&children_[parent / 2], 1);
+      if (end > shared(border)) ptx::atomic_add(&continuing_[parent / 2], num_queries(node));
+    });
+    ptx::sync_threads();
+  }
+
+  // From the roots down, a generation at a time: where keeping a node's pages costs more than it saves, they go to its
+  // children. Within a round a parent's `ready_` may be read before or after it is written; both mean "not yet".
+  __device__ void fold() {
+    bool more = true;
+    for (int round = 0; more; ++round) {
+      more = false;
+      for_each(num_nodes_, [&](int node) {
+        if (ready_[node] != -1) return;
+        const int parent = parent_[node];
+        if (parent >= 0 && (ready_[parent] == -1 || ready_[parent] == round)) {
+          more = true;
+          return;
+        }
+        place(node, parent);
+        ready_[node] = round;
+      });
+      more = ptx::sync_threads_or(more);
+    }
+  }
+
+  __device__ bool is_folded(int node) const { return level_[node] < 0; }
+  __device__ int level(int node) const { return is_folded(node) ? ~level_[node] : level_[node]; }
+
+  __device__ void place(int node, int parent) {
+    const bool parent_folded = parent >= 0 && is_folded(parent);
+    page_begin_[node] = parent < 0 ? 0 : parent_folded ? page_begin_[parent] : page_end(parent);
+    kept_[node] = parent < 0 || !parent_folded ? parent : kept_[parent];
+    level_[node] = parent < 0 ? 0 : level(parent) + !parent_folded;
+    if (is_leaf(node)) return;
+    const int64_t saved = cpu::kReadRows * (children_[node / 2] - 1) * num_tokens(node);
+    const int64_t paid = cpu::kPartTokens * p_.group_size * continuing_[node / 2];
+    if (saved <= paid || level_[node] == cpu::kMaxLevels) level_[node] = ~level_[node];
+  }
+
+  // Tokens that become chunks of the node.
+  __device__ int64_t own_tokens(int node) const {
+    if (ready_[node] == std::numeric_limits<int>::max() || is_folded(node)) return 0;
+    return std::max(int64_t{0}, num_tokens(node));
+  }
+  __device__ int64_t packed_rows(int node) const { return p_.group_size * num_queries(node); }
+  __device__ int64_t num_tiles(int node) const { return ceil_quotient(packed_rows(node), cpu::kTileRows); }
+  __device__ int64_t token_cost(int node) const {
+    const int64_t rows = packed_rows(node);
+    return cpu::kReadRows + (rows < cpu::kTileRows ? rows : cpu::kTileRows);
+  }
+  __device__ int num_chunks(int node) const {
+    return step_[node] ? static_cast<int>(ceil_quotient(own_tokens(node), step_[node])) : 0;
+  }
+
+  __device__ void cut() {
+    int64_t cost = 0;
+    for_each(num_nodes_, [&](int node) {
+      if (const int64_t tokens = own_tokens(node)) cost += num_tiles(node) * token_cost(node) * tokens;
+    });
+    const int64_t total = block_scan(cost).total;
+    target_ = std::max(int64_t{1}, ceil_quotient(total, cpu::kTilesPerWorker * p_.workers));
+    for_each(num_nodes_, [&](int node) {
+      const int64_t tokens = own_tokens(node);
+      if (tokens == 0) return;
+      const int64_t count =
+          std::min(ceil_quotient(tokens * token_cost(node), target_), ceil_quotient(tokens, cpu::kMinChunkTokens));
+      step_[node] = static_cast<int>(ceil_quotient(ceil_quotient(tokens, count), cpu::kChunkStep) * cpu::kChunkStep);
+    });
+    ptx::sync_threads();
+  }
+
+  __device__ int size_class(int node) const {
+    const int64_t cost = std::min(static_cast<int64_t>(step_[node]), own_tokens(node)) * token_cost(node);
+    int i = 0;
+    while (i < cpu::kNumClasses - 1 && cost << (i + 1) <= target_) ++i;
+    return i;
+  }
+
+  // Parts of a path before the node's.
+  __device__ int parts_before(int node) const {
+    int parts = 0;
+    for (int above = kept_[node]; above >= 0; above = kept_[above]) parts += num_chunks(above);
+    return parts;
+  }
+
+  // A counting sort by class of cost.
+  __device__ void write_chunks() {
+    constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+    const Range mine = my_range(num_nodes_);
+    int64_t done_chunks = 0, done_tiles = 0, unique_tokens = 0;
+    for (int c = 0; c < cpu::kNumClasses; ++c) {
+      int64_t chunks = 0, tiles = 0;
+      for (int node = mine.begin; node < mine.end; ++node) {
+        if (step_[node] == 0 || size_class(node) != c) continue;
+        chunks += num_chunks(node);
+        tiles += num_chunks(node) * num_tiles(node);
+        unique_tokens += own_tokens(node);
+      }
+      const BlockScan<int64_t> chunk_scan = block_scan(chunks), tile_scan = block_scan(tiles);
+      int64_t chunk = done_chunks + chunk_scan.before, tile = done_tiles + tile_scan.before;
+      for (int node = mine.begin; node < mine.end; ++node) {
+        if (step_[node] == 0 || size_class(node) != c) continue;
+        write_node(node, chunk, tile);
+        chunk += num_chunks(node);
+        tile += num_chunks(node) * num_tiles(node);
+      }
+      done_chunks += chunk_scan.total;
+      done_tiles += tile_scan.total;
+    }
+    const int64_t tokens = block_scan(unique_tokens).total;
+    fits_ = done_tiles <= kMax;
+    if (ptx::thread() != 0) return;
+    p_.counts[0] = static_cast<int32_t>(done_chunks);
+    p_.counts[2] = static_cast<int32_t>(tokens);
+    p_.counts[4] = static_cast<int32_t>(p_.page_size);
+    p_.counts[5] = static_cast<int32_t>(done_tiles);
+  }
+
+  __device__ void write_node(int node, int64_t chunk, int64_t tile) const {
+    const int64_t begin = token_begin(node), end = token_end_[node], tiles = num_tiles(node);
+    int part = parts_before(node);
+    for (int64_t at = begin; at < end; at += step_[node], ++chunk, tile += tiles) {
+      int32_t* out = p_.chunks + cpu::kChunkColumns * chunk;
+      out[0] = first_row(node);
+      out[1] = last_row(node);
+      out[2] = static_cast<int32_t>(at);
+      out[3] = static_cast<int32_t>(std::min(at + step_[node], end));
+      out[4] = part++;
+      out[5] = static_cast<int32_t>(tile);
+    }
+  }
+
+  __device__ void write_rows() {
+    constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+    const Range mine = my_range(num_rows_);
+    int64_t queries = 0, parts = 0, tokens = 0;
+    const auto parts_of = [&](int row) -> int64_t {
+      const int leaf = 2 * row + 1;
+      if (num_queries(leaf) == 0) return 0;
+      return static_cast<int64_t>(q_len_of(p_, row)) * (parts_before(leaf) + num_chunks(leaf));
+    };
+    for (int row = mine.begin; row < mine.end; ++row) {
+      queries += q_len_of(p_, row);
+      parts += parts_of(row);
+      if (q_len_of(p_, row) > 0) tokens += seq_len_of(p_, row);
+    }
+    const BlockScan<int64_t> query_scan = block_scan(queries), part_scan = block_scan(parts);
+    const int64_t path_tokens = block_scan(tokens).total;
+    int64_t query = query_scan.before, part = part_scan.before;
+    for (int row = mine.begin; row < mine.end; ++row) {
+      p_.q_indptr[row] = static_cast<int32_t>(query);
+      p_.part_indptr[row] = static_cast<int32_t>(part);
+      query += q_len_of(p_, row);
+      part += parts_of(row);
+    }
+    if (ptx::thread() != 0) return;
+    p_.q_indptr[num_rows_] = static_cast<int32_t>(query_scan.total);
+    p_.part_indptr[num_rows_] = static_cast<int32_t>(part_scan.total);
+    p_.counts[1] = static_cast<int32_t>(part_scan.total);
+    p_.counts[3] = static_cast<int32_t>(path_tokens);
+    if (!fits_ || query_scan.total > kMax || part_scan.total > kMax || path_tokens > kMax) p_.counts[0] = -1;
+  }
+
+  const PlanTreeParams& p_;
+  int num_rows_, num_nodes_;
+  Minima shared_;       // of pages that a row shares with the one before; 0 for row 0 and for row num_rows
+  int* lengths_;        // [2 * width] maxima of the seq_lens of rows that have queries
+  int* queries_;        // [num_rows + 1] of rows before
+  int* fork_;           // [num_rows + 1]
+  int* row_begin_;      // [num_rows] of node 2 * row
+  int* row_end_;        // [num_rows]
+  int* children_;       // [num_rows] of node 2 * row
+  int* continuing_;     // [num_rows] query tokens of children that have pages of their own
+  int* parent_;         // [num_nodes], -1: a root
+  int* page_begin_;     // [num_nodes]
+  int* token_end_;      // [num_nodes]
+  int* kept_;           // [num_nodes] nearest node above that keeps its pages, -1: none
+  int* level_;          // [num_nodes] how many above do; complemented where the node itself does not
+  int* ready_;          // [num_nodes] round of fold() it was placed in; -1: not yet; the largest int: left out
+  int* step_;           // [num_nodes] tokens of a chunk, 0: none
+  int64_t target_ = 0;  // cost of a tile
+  bool fits_ = true;
+};
+
+__global__ void __launch_bounds__(kPlanThreads) _plan_tree_kernel(const __grid_constant__ PlanTreeParams p) {
+  ptx::wait_for_previous_kernel();
+  int* words =
+      p.num_rows > kSharedRows ? p.scratch + p.num_rows * num_page_segments(p.max_pages) : ptx::dynamic_shared<int>();
+  TreePlanner(p, words).run();
+}
+
+}  // namespace treedecode::cuda

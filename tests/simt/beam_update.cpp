@@ -1,0 +1,5 @@
+#include "../../csrc/cuda/beam_update.cu"
+
+#include "bind.h"
+
+SIMT_BIND(beam_update, treedecode::cuda::BeamUpdateParams)

@@ -1,0 +1,5 @@
+#include "../../csrc/cuda/plan_tree.cu"
+
+#include "bind.h"
+
+SIMT_BIND(plan_tree, treedecode::cuda::PlanTreeParams)

@@ -1,0 +1,5 @@
+#include "../../csrc/cuda/sample.cu"
+
+#include "bind.h"
+
+SIMT_BIND(sample, treedecode::cuda::SampleParams)

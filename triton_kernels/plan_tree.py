@@ -1,0 +1,355 @@
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from treedecode.triton_kernels import check
+
+# Of csrc/cpu/plan_tree.h, where they are explained.
+_READ_ROWS = tl.constexpr(16)
+_PART_TOKENS = tl.constexpr(32)
+_MAX_LEVELS = tl.constexpr(8)
+_TILE_ROWS = tl.constexpr(128)
+_TILES_PER_WORKER = tl.constexpr(4)
+_MIN_CHUNK_TOKENS = tl.constexpr(128)
+_CHUNK_STEP = tl.constexpr(64)
+_NUM_CLASSES = tl.constexpr(8)
+
+_NO_ROW = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def _lens_of(seq_lens_ptr, q_lens_ptr, row, kept, capacity):
+    """(seq_len, q_len) of rows, brought into the range that the op allows: the host has not looked at them."""
+    seq_len = tl.load(seq_lens_ptr + row, mask=kept, other=0).to(tl.int64)
+    seq_len = tl.maximum(tl.minimum(seq_len, capacity), 0)
+    if q_lens_ptr is None:
+        q_len = kept.to(tl.int64)
+    else:
+        q_len = tl.maximum(tl.load(q_lens_ptr + row, mask=kept, other=0).to(tl.int64), 0)
+        q_len = tl.where(seq_len > 0, tl.minimum(q_len, seq_len), q_len)
+    return seq_len, q_len
+
+
+@triton.jit
+def _common_pages_kernel(
+    shared_ptr,  # [B] out: leading pages that a row has in common with the row before; 0 for the first
+    page_table_ptr,  # [B, max_pages], stride (row)
+    seq_lens_ptr,  # [B]
+    table_stride, max_pages, page_size,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    before = tl.maximum(row - 1, 0)
+    shorter = tl.minimum(tl.load(seq_lens_ptr + before), tl.load(seq_lens_ptr + row))
+    used = tl.where(row > 0, tl.minimum(tl.cdiv(tl.maximum(shorter, 0), page_size), max_pages), 0)
+    a_ptr = page_table_ptr + before.to(tl.int64) * table_stride
+    b_ptr = page_table_ptr + row.to(tl.int64) * table_stride
+    common = used
+    first = 0
+    while first < common:
+        i = first + tl.arange(0, BLOCK)
+        a, b = tl.load(a_ptr + i, mask=i < used, other=0), tl.load(b_ptr + i, mask=i < used, other=0)
+        common = tl.minimum(common, tl.min(tl.where(a != b, i, _NO_ROW)))
+        first += BLOCK
+    # An even number of tokens, as in csrc/cpu/plan_tree.cpp.
+    tl.store(shared_ptr + row, common - common * (page_size % 2) % 2)
+
+
+@triton.jit
+def _nodes_kernel(
+    left_ptr, right_ptr, leader_ptr,  # [B] out: of the interval of rows that share shared[row] pages across row
+    queries_ptr, longest_ptr, continuing_ptr, children_ptr,  # [2 B] out, by node
+    shared_ptr, seq_lens_ptr, q_lens_ptr,  # [B], q_lens may be null
+    B, capacity, page_size,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Nodes 2 i and 2 i + 1: the run of pages that branches first at row i, if there is one, and the rest of row i."""
+    row = tl.program_id(0)
+    shared = tl.load(shared_ptr + row)
+    here = tl.arange(0, 1) + row
+    seq_len, q_len = _lens_of(seq_lens_ptr, q_lens_ptr, here, here < B, capacity)
+    q_len = tl.where(seq_len > 0, q_len, 0)
+    tl.store(queries_ptr + 2 * here + 1, q_len)
+    tl.store(longest_ptr + 2 * here + 1, seq_len)
+    queries = tl.full([], 0, tl.int64)
+    longest, continuing = queries, queries
+    if shared > 0:
+        left, leader, end = -1, row, row
+        while left < 0:
+            i = end - 1 - tl.arange(0, BLOCK)
+            other = tl.load(shared_ptr + i, mask=i >= 0, other=0)
+            left = tl.max(tl.where((i >= 0) & (other < shared), i, -1))
+            leader = tl.minimum(leader, tl.min(tl.where((i > left) & (other == shared), i, _NO_ROW)))
+            end -= BLOCK
+        right, begin = B + 1, row + 1
+        while right > B:
+            i = begin + tl.arange(0, BLOCK)
+            other = tl.load(shared_ptr + i, mask=i < B, other=0)
+            right = tl.minimum(right, tl.min(tl.where((i <= B) & (other < shared), i, _NO_ROW)))
+            begin += BLOCK
+        tl.store(left_ptr + row, left)
+        tl.store(right_ptr + row, right)
+        tl.store(leader_ptr + row, leader)
+        if leader == row:
+            begin = left
+            while begin < right:
+                i = begin + tl.arange(0, BLOCK)
+                seq_lens, q_lens = _lens_of(seq_lens_ptr, q_lens_ptr, i, i < right, capacity)
+                q_lens = tl.where(seq_lens > 0, q_lens, 0)
+                queries += tl.sum(q_lens)
+                longest = tl.maximum(longest, tl.max(tl.where(q_lens > 0, seq_lens, 0)))
+                continuing += tl.sum(tl.where(tl.cdiv(seq_lens, page_size) > shared, q_lens, 0))
+                begin += BLOCK
+    tl.store(queries_ptr + 2 * row, queries)
+    tl.store(longest_ptr + 2 * row, longest)
+    tl.store(continuing_ptr + 2 * row, continuing)
+    tl.store(continuing_ptr + 2 * row + 1, 0)
+    tl.store(children_ptr + 2 * row, 0)
+    tl.store(children_ptr + 2 * row + 1, 0)
+
+
+@triton.jit
+def _kept_tokens(longest, page_begin, page_end, folded, page_size):
+    tokens = tl.minimum(page_end.to(tl.int64) * page_size, longest) - page_begin.to(tl.int64) * page_size
+    return tl.where(folded != 0, 0, tl.maximum(tokens, 0))
+
+
+@triton.jit
+def _cut(length, queries, target, group):
+    """(work tiles per piece, cost of one token of a tile, tokens of a piece, pieces) of nodes."""
+    rows = group * queries
+    token_cost = _READ_ROWS + tl.minimum(rows, _TILE_ROWS)
+    count = tl.minimum(tl.cdiv(length * token_cost, target), tl.cdiv(length, _MIN_CHUNK_TOKENS))
+    step = tl.cdiv(tl.cdiv(length, tl.maximum(count, 1)), _CHUNK_STEP) * _CHUNK_STEP
+    return tl.cdiv(rows, _TILE_ROWS), token_cost, step, tl.cdiv(length, tl.maximum(step, 1))
+
+
+@triton.jit
+def _plan_tree_kernel(
+    q_indptr_ptr, part_indptr_ptr, chunks_ptr, counts_ptr,  # [B + 1], [B + 1], [max_chunks, 6], [6] out
+    shared_ptr, left_ptr, right_ptr, leader_ptr,  # [B]
+    queries_ptr, longest_ptr, continuing_ptr, children_ptr,  # [2 B], by node
+    parent_ptr, page_begin_ptr, level_ptr, folded_ptr, above_ptr, parts_ptr,  # [2 B] scratch
+    seq_lens_ptr, q_lens_ptr,  # [B], q_lens may be null
+    B, capacity, page_size, group, workers, max_chunks,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: what lies above a node decides about it, and every cost about the size of every chunk."""
+    # Parents: the interval around a node is that of the row at its border with which it shares more.
+    for first in range(0, 2 * B, BLOCK):
+        node = first + tl.arange(0, BLOCK)
+        row = node // 2
+        exists = tl.load(queries_ptr + node, mask=node < 2 * B, other=0) > 0
+        is_leaf = node % 2 == 1
+        a = tl.where(is_leaf, row, tl.load(left_ptr + row, mask=exists & (node % 2 == 0), other=0))
+        b = tl.where(is_leaf, row + 1, tl.load(right_ptr + row, mask=exists & (node % 2 == 0), other=0))
+        depth_a = tl.load(shared_ptr + a, mask=exists, other=0)
+        depth_b = tl.load(shared_ptr + b, mask=exists & (b < B), other=0)
+        has_parent = exists & (tl.maximum(depth_a, depth_b) > 0)
+        parent = 2 * tl.load(leader_ptr + tl.where(depth_a >= depth_b, a, b), mask=has_parent, other=0)
+        tl.store(parent_ptr + node, tl.where(has_parent, parent, -1), mask=node < 2 * B)
+        tl.store(page_begin_ptr + node, -1, mask=node < 2 * B)
+        tl.atomic_add(children_ptr + parent, 1, mask=has_parent)
+    tl.debug_barrier()
+
+    # From the roots down, a node whose sharing does not pay gives its pages to its children.
+    changed = 1
+    while changed > 0:
+        changed = 0
+        for first in range(0, 2 * B, BLOCK):
+            node = first + tl.arange(0, BLOCK)
+            row = node // 2
+            queries = tl.load(queries_ptr + node, mask=node < 2 * B, other=0)
+            is_open = (queries > 0) & (tl.load(page_begin_ptr + node, mask=queries > 0, other=0) < 0)
+            parent = tl.load(parent_ptr + node, mask=is_open, other=-1)
+            inner = is_open & (parent >= 0)
+            begin = tl.load(page_begin_ptr + parent, mask=inner, other=0)
+            level = tl.load(level_ptr + parent, mask=inner, other=0)
+            folded = tl.load(folded_ptr + parent, mask=inner, other=0)
+            above = tl.load(above_ptr + parent, mask=inner, other=-1)
+            end = tl.load(shared_ptr + parent // 2, mask=inner, other=0)
+            settled = is_open & (begin >= 0)
+            kept = inner & (folded == 0)
+            begin = tl.where(kept, end, begin)
+            level += kept.to(tl.int32)
+            above = tl.where(kept, parent, above)
+            # of a branching node: are its own pages worth keeping?
+            is_inner = settled & (node % 2 == 0)
+            children = tl.load(children_ptr + node, mask=is_inner, other=0).to(tl.int64)
+            continuing = tl.load(continuing_ptr + node, mask=is_inner, other=0).to(tl.int64)
+            longest = tl.load(longest_ptr + node, mask=is_inner, other=0).to(tl.int64)
+            page_end = tl.load(shared_ptr + row, mask=is_inner, other=0).to(tl.int64)
+            tokens = tl.minimum(page_end * page_size, longest) - begin.to(tl.int64) * page_size
+            pays = _READ_ROWS * (children - 1) * tokens > _PART_TOKENS * group * continuing
+            folded = is_inner & ((level == _MAX_LEVELS) | (pays == 0))
+            tl.debug_barrier()  # a parent is read whole or not at all
+            tl.store(level_ptr + node, level, mask=settled)
+            tl.store(folded_ptr + node, folded.to(tl.int32), mask=settled)
+            tl.store(above_ptr + node, above, mask=settled)
+            tl.store(page_begin_ptr + node, begin, mask=settled)
+            tl.debug_barrier()
+            changed += tl.sum(settled.to(tl.int32))
+
+    # What everything costs, and so how much a chunk should.
+    total = tl.zeros([BLOCK], tl.int64)
+    unique_tokens = tl.zeros([BLOCK], tl.int64)
+    for first in range(0, 2 * B, BLOCK):
+        node = first + tl.arange(0, BLOCK)
+        queries = tl.load(queries_ptr + node, mask=node < 2 * B, other=0).to(tl.int64)
+        longest = tl.load(longest_ptr + node, mask=queries > 0, other=0).to(tl.int64)
+        begin = tl.load(page_begin_ptr + node, mask=queries > 0, other=0)
+        inner_end = tl.load(shared_ptr + node // 2, mask=queries > 0, other=0).to(tl.int64)
+        end = tl.where(node % 2 == 1, tl.cdiv(longest, page_size), inner_end)
+        folded = tl.load(folded_ptr + node, mask=queries > 0, other=1)
+        length = _kept_tokens(longest, begin, end, folded, page_size)
+        rows = group * queries
+        total += tl.cdiv(rows, _TILE_ROWS) * (_READ_ROWS + tl.minimum(rows, _TILE_ROWS)) * length
+        unique_tokens += length
+        tl.store(longest_ptr + node, length, mask=node < 2 * B)  # from here on the tokens that are kept
+    target = tl.maximum(tl.cdiv(tl.sum(total), _TILES_PER_WORKER * workers), 1)
+    tl.debug_barrier()
+
+    # Chunks are sorted by class of cost, those of a class by node: a class begins where the cheaper ones' count ends.
+    number = tl.arange(0, _NUM_CLASSES)[None, :]
+    class_chunks = tl.zeros([1, _NUM_CLASSES], tl.int64)
+    class_tiles = tl.zeros([1, _NUM_CLASSES], tl.int64)
+    for first in range(0, 2 * B, BLOCK):
+        node = first + tl.arange(0, BLOCK)
+        queries = tl.load(queries_ptr + node, mask=node < 2 * B, other=0).to(tl.int64)
+        length = tl.load(longest_ptr + node, mask=node < 2 * B, other=0).to(tl.int64)
+        tiles, token_cost, step, pieces = _cut(length, queries, target, group)
+        size_class = _class_of(tl.minimum(step, length) * token_cost, target)
+        pieces = tl.where((size_class[:, None] == number), pieces[:, None], 0)
+        class_chunks += tl.sum(pieces, 0)[None, :]
+        class_tiles += tl.sum(pieces * tiles[:, None], 0)[None, :]
+        tl.store(parts_ptr + node, tl.sum(pieces, 1), mask=node < 2 * B)
+    num_chunks, num_tiles = tl.sum(class_chunks), tl.sum(class_tiles)
+    chunk_begin = tl.cumsum(class_chunks, 1) - class_chunks
+    tile_begin = tl.cumsum(class_tiles, 1) - class_tiles
+    tl.debug_barrier()
+    for first in range(0, 2 * B, BLOCK):
+        node = first + tl.arange(0, BLOCK)
+        row = node // 2
+        queries = tl.load(queries_ptr + node, mask=node < 2 * B, other=0).to(tl.int64)
+        length = tl.load(longest_ptr + node, mask=node < 2 * B, other=0).to(tl.int64)
+        tiles, token_cost, step, count = _cut(length, queries, target, group)
+        is_mine = _class_of(tl.minimum(step, length) * token_cost, target)[:, None] == number
+        pieces = tl.where(is_mine, count[:, None], 0)
+        cut_tiles = pieces * tiles[:, None]
+        chunk = tl.sum(tl.where(is_mine, chunk_begin + tl.cumsum(pieces, 0) - pieces, 0), 1)
+        tile = tl.sum(tl.where(is_mine, tile_begin + tl.cumsum(cut_tiles, 0) - cut_tiles, 0), 1)
+        chunk_begin += tl.sum(pieces, 0)[None, :]
+        tile_begin += tl.sum(cut_tiles, 0)[None, :]
+        exists = queries > 0
+        part = _parts_above(parts_ptr, above_ptr, node, exists)
+        token = tl.load(page_begin_ptr + node, mask=exists, other=0).to(tl.int64) * page_size
+        row_begin = tl.where(node % 2 == 1, row, tl.load(left_ptr + row, mask=exists & (node % 2 == 0), other=0))
+        row_end = tl.where(node % 2 == 1, row + 1, tl.load(right_ptr + row, mask=exists & (node % 2 == 0), other=0))
+        most = tl.max(count)
+        piece = 0
+        while piece < most:
+            at = chunks_ptr + (chunk + piece) * 6
+            kept = (piece < count) & (chunk + piece < max_chunks)
+            tl.store(at, row_begin, mask=kept)
+            tl.store(at + 1, row_end, mask=kept)
+            tl.store(at + 2, (token + piece * step).to(tl.int32), mask=kept)
+            tl.store(at + 3, (token + tl.minimum((piece + 1) * step, length)).to(tl.int32), mask=kept)
+            tl.store(at + 4, (part + piece).to(tl.int32), mask=kept)
+            tl.store(at + 5, (tile + piece * tiles).to(tl.int32), mask=kept)
+            piece += 1
+
+    num_queries = tl.full([], 0, tl.int64)
+    num_parts, path_tokens = num_queries, num_queries
+    for first in range(0, B, BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        seq_len, q_len = _lens_of(seq_lens_ptr, q_lens_ptr, row, row < B, capacity)
+        active = (q_len > 0) & (seq_len > 0)
+        own = tl.load(parts_ptr + 2 * row + 1, mask=active, other=0)
+        parts = tl.where(active, q_len * (own + _parts_above(parts_ptr, above_ptr, 2 * row + 1, active)), 0)
+        tl.store(q_indptr_ptr + 1 + row, (num_queries + tl.cumsum(q_len, 0)).to(tl.int32), mask=row < B)
+        tl.store(part_indptr_ptr + 1 + row, (num_parts + tl.cumsum(parts, 0)).to(tl.int32), mask=row < B)
+        num_queries += tl.sum(q_len)
+        num_parts += tl.sum(parts)
+        path_tokens += tl.sum(tl.where(active, seq_len, 0))
+    tl.store(q_indptr_ptr, 0)
+    tl.store(part_indptr_ptr, 0)
+    tl.store(counts_ptr, num_chunks.to(tl.int32))
+    tl.store(counts_ptr + 1, num_parts.to(tl.int32))
+    tl.store(counts_ptr + 2, tl.sum(unique_tokens).to(tl.int32))
+    tl.store(counts_ptr + 3, path_tokens.to(tl.int32))
+    tl.store(counts_ptr + 4, page_size)
+    tl.store(counts_ptr + 5, num_tiles.to(tl.int32))
+
+
+@triton.jit
+def _class_of(cost, target):
+    """0 for the most expensive; the cost halves from one class to the next."""
+    size_class = tl.zeros_like(cost)
+    for i in tl.static_range(1, _NUM_CLASSES):
+        size_class += ((cost << i) <= target).to(tl.int64)
+    return size_class
+
+
+@triton.jit
+def _parts_above(parts_ptr, above_ptr, node, mask):
+    """Partial results of the nodes that are kept above."""
+    parts = tl.zeros_like(node)
+    for _ in tl.static_range(_MAX_LEVELS):
+        node = tl.load(above_ptr + node, mask=mask, other=-1)
+        mask &= node >= 0
+        parts += tl.load(parts_ptr + node, mask=mask, other=0)
+    return parts
+
+
+def plan_tree(
+    page_table: Tensor,
+    seq_lens: Tensor,
+    q_lens: Tensor | None,
+    page_size: int,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    num_workers: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `treedecode.ops.plan_tree`; makes flat plans only.
+
+    Values are not looked at: lengths are brought into their range, and counts beyond int32 wrap around.
+    """
+    int32 = torch.int32
+    check.tensor(page_table, "page_table", "[num_branches, max_pages]", (-1, -1), int32)
+    num_rows, max_pages = page_table.shape
+    check.tensor(seq_lens, "seq_lens", "[num_branches]", (num_rows,), int32, contiguous=True)
+    if q_lens is not None:
+        check.tensor(q_lens, "q_lens", "[num_branches]", (num_rows,), int32, contiguous=True)
+    most = torch.iinfo(int32).max
+    check.value(0 < page_size <= most, "page_size", "a positive number", page_size)
+    check.value(num_kv_heads > 0, "num_kv_heads", "a positive number", num_kv_heads)
+    is_multiple = num_qo_heads > 0 and num_kv_heads > 0 and num_qo_heads % num_kv_heads == 0
+    check.value(is_multiple, "num_qo_heads", "a multiple of num_kv_heads", num_qo_heads)
+    check.value(head_dim > 0, "head_dim", "a positive number", head_dim)
+    text = "a positive number (a flat plan; chained ones are made on the CPU)"
+    check.value(0 < num_workers <= most, "num_workers", text, num_workers)
+
+    workers = max(1, num_workers // num_kv_heads)
+    q_indptr, part_indptr = seq_lens.new_empty(num_rows + 1), seq_lens.new_empty(num_rows + 1)
+    if num_rows == 0:
+        counts = seq_lens.new_zeros(6)
+        counts[4] = page_size
+        return q_indptr.zero_(), part_indptr.zero_(), seq_lens.new_empty(0, 6), counts
+    counts = seq_lens.new_empty(6)
+    chunks = seq_lens.new_empty(2 * num_rows - 1 + 4 * workers, 6)
+    of_rows = seq_lens.new_empty(4, num_rows)
+    of_nodes = seq_lens.new_empty(10, 2 * num_rows)
+    lens = (seq_lens, q_lens, num_rows, max_pages * page_size, page_size)
+    shared, *interval = of_rows.unbind()
+    _common_pages_kernel[(num_rows,)](
+        shared, page_table, seq_lens, page_table.stride(0), max_pages, page_size, BLOCK=512, num_warps=4
+    )
+    _nodes_kernel[(num_rows,)](*interval, *of_nodes[:4].unbind(), shared, *lens, BLOCK=512, num_warps=4)
+    block = min(512, max(16, triton.next_power_of_2(2 * num_rows)))
+    _plan_tree_kernel[(1,)](
+        q_indptr, part_indptr, chunks, counts, *of_rows.unbind(), *of_nodes.unbind(), *lens,
+        num_qo_heads // num_kv_heads, workers, chunks.shape[0], BLOCK=block, num_warps=8,
+    )  # fmt: skip
+    return q_indptr, part_indptr, chunks, counts

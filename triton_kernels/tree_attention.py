@@ -1,0 +1,375 @@
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from treedecode.triton_kernels import check
+from treedecode.triton_kernels.attention_config import Config, arch_of, config
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _tanh(x):
+    """To a few ulps, also near 0, where 1 - 2 / (exp(2 x) + 1) would cancel."""
+    z = x * x
+    p = -5.704986925e-3 * z + 2.063908716e-2
+    p = p * z - 5.373971505e-2
+    p = p * z + 1.333144220e-1
+    p = p * z - 3.333328194e-1
+    return tl.where(tl.abs(x) < 0.625, p * z * x + x, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
+
+
+@triton.jit
+def _chunk_of(
+    chunks_ptr,  # [max_chunks, 6]
+    num_chunks, tile,
+    FANOUT: tl.constexpr,
+):  # fmt: skip
+    """The chunk that work tile `tile` belongs to; narrowed FANOUT-fold a step, for each step waits for memory."""
+    chunk = 0
+    i = tl.arange(0, FANOUT)
+    while num_chunks > 1:
+        step = tl.cdiv(num_chunks, FANOUT)
+        probed = i * step < num_chunks
+        begins = tl.load(chunks_ptr + (chunk + i * step) * 6 + 5, mask=probed, other=0)
+        passed = (tl.sum((probed & (begins <= tile)).to(tl.int32)) - 1) * step
+        chunk += passed
+        num_chunks = tl.minimum(step, num_chunks - passed)
+    return chunk
+
+
+@triton.jit
+def _branch_of(
+    q_indptr_ptr,  # [num_branches + 1]
+    token, begin, end, typical_len,
+):  # fmt: skip
+    """Which of the branches [begin, end) each query token of a block belongs to.
+
+    The first guess is right for all tokens when branches have typical_len queries each, as in decode.
+    """
+    first = tl.load(q_indptr_ptr + begin)
+    guess = tl.minimum(begin + (token - first) // typical_len, end - 1)
+    low = tl.where(tl.load(q_indptr_ptr + guess) <= token, guess, begin)
+    high = tl.where(tl.load(q_indptr_ptr + guess + 1) > token, guess + 1, end)
+    while tl.max(high - low) > 1:
+        middle = (low + high) // 2
+        below = tl.load(q_indptr_ptr + middle) <= token
+        low = tl.where(below, middle, low)
+        high = tl.where(below, high, middle)
+    return low
+
+
+@triton.jit
+def _attend(
+    out_ptr, lse_ptr,  # [num_q, Hq, D], [num_q, Hq]
+    part_out_ptr, part_lse_ptr,  # [max_parts, Hq, D], [max_parts, Hq]
+    q_ptr,  # [num_q, Hq, D], strides (token, head)
+    k_pages_ptr, v_pages_ptr,  # [num_pages, PAGE_SIZE, Hkv, D], strides (page, token, head), here of one kv head
+    table_ptr,  # [max_pages], of a row of the chunk
+    seq_lens_ptr, q_indptr_ptr, part_indptr_ptr,  # [B], [B + 1], [B + 1]
+    sinks_ptr,  # [Hq] or null
+    q_stride_t, q_stride_h, k_stride_p, k_stride_t, v_stride_p, v_stride_t,
+    max_parts, sm_scale, window_left, logits_soft_cap,
+    row_begin, row_end, token_begin, token_end, part, first_token, num_rows, first_row, kv_head,
+    HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, GROUP: tl.constexpr, NUM_HEADS: tl.constexpr,
+    D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """The packed rows from first_row on of a chunk, at most BLOCK_M of its num_rows, with one kv head."""
+    row = first_row + tl.arange(0, BLOCK_M)
+    kept = row < num_rows
+    row = tl.minimum(row, num_rows - 1)  # what is beyond repeats the last row, so it widens no range of keys
+    token = first_token + row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    typical_len = tl.maximum(1, num_rows // GROUP // (row_end - row_begin))
+    branch = _branch_of(q_indptr_ptr, token, row_begin, row_end, typical_len)
+    query = token - tl.load(q_indptr_ptr + branch)  # of the branch's q_len
+    q_len = tl.load(q_indptr_ptr + branch + 1) - token + query
+    slot = tl.load(part_indptr_ptr + branch)
+    num_parts = (tl.load(part_indptr_ptr + branch + 1) - slot) // q_len
+    slot += query * num_parts + part
+    direct = kept & (num_parts == 1)
+    in_parts = kept & (num_parts > 1) & (slot < max_parts)
+    # One number per row for wherever its result goes, so that little is kept while keys are gone through.
+    place = tl.where(direct, token, slot).to(tl.int64) * NUM_HEADS + head
+    position = tl.load(seq_lens_ptr + branch) - q_len + query
+    to = tl.minimum(position + 1, token_end)
+    begin, end = token_begin, tl.max(to)  # of the keys that any row sees
+    all_since, all_to = token_begin, tl.min(to)  # of the keys that every row sees
+    if HAS_WINDOW:
+        since = tl.maximum(position - window_left, token_begin)
+        begin += (tl.min(since) - token_begin) // BLOCK_N * BLOCK_N
+        all_since = tl.max(since)
+
+    d = tl.arange(0, BLOCK_D)
+    in_head = (d < D if D < BLOCK_D else tl.full([BLOCK_D], True, tl.int1))[None, :]
+    q_at = q_ptr + token.to(tl.int64) * q_stride_t + head.to(tl.int64) * q_stride_h
+    q = tl.load(q_at[:, None] + d, mask=in_head, other=0.0)
+    high = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # Counted from 0, for Triton pipelines no loads of a loop that begins at a number computed like this one.
+    for offset in tl.range(0, end - begin, BLOCK_N, num_stages=NUM_STAGES):
+        start = begin + offset
+        key = start + tl.arange(0, BLOCK_N)
+        # Slots past the last visible key, and entries of the table, hold anything; NaN times a probability of 0 is NaN.
+        there = key < end
+        if PAGE_SIZE % BLOCK_N == 0:
+            page = tl.load(table_ptr + start // PAGE_SIZE).to(tl.int64)
+        else:
+            page = tl.load(table_ptr + key // PAGE_SIZE, mask=there, other=0).to(tl.int64)
+        in_page = (key % PAGE_SIZE).to(tl.int64)
+        loaded = there[:, None] & in_head
+        k = tl.load(k_pages_ptr + (page * k_stride_p + in_page * k_stride_t)[:, None] + d, mask=loaded, other=0.0)
+        v = tl.load(v_pages_ptr + (page * v_stride_p + in_page * v_stride_t)[:, None] + d, mask=loaded, other=0.0)
+        score = tl.dot(q, k.T, input_precision="ieee")
+        if HAS_SOFT_CAP:
+            score = _tanh(score * (sm_scale / logits_soft_cap)) * logits_soft_cap
+            scale = _LOG2E
+        else:
+            scale = sm_scale * _LOG2E
+        if (start < all_since) | (start + BLOCK_N > all_to):
+            seen = key < to[:, None]
+            if HAS_WINDOW:
+                seen &= key >= since[:, None]
+            score = tl.where(seen, score, -float("inf"))
+        new_high = tl.maximum(high, tl.max(score, 1) * scale)
+        base = tl.where(new_high == -float("inf"), 0.0, new_high)  # (-inf) - (-inf) would be NaN
+        weight = tl.exp2(score * scale - base[:, None])
+        rescale = tl.exp2(high - base)
+        total = total * rescale + tl.sum(weight, 1)
+        acc = tl.dot(weight.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+        high = new_high
+
+    if sinks_ptr is not None:
+        # a sink joins where the denominator is complete: here, or when parts are merged
+        sink = tl.load(sinks_ptr + head, mask=direct, other=-float("inf")) * _LOG2E
+        new_high = tl.maximum(high, sink)
+        base = tl.where(new_high == -float("inf"), 0.0, new_high)
+        rescale = tl.exp2(high - base)
+        total = total * rescale + tl.exp2(sink - base)
+        acc *= rescale[:, None]
+        high = new_high
+    empty = total == 0.0
+    acc /= tl.where(empty, 1.0, total)[:, None]
+    lse = tl.where(empty, -float("inf"), high + tl.log2(tl.where(empty, 1.0, total)))
+    # Most tiles are of one kind.
+    if tl.max(direct.to(tl.int32)) > 0:
+        tl.store(lse_ptr + place, lse * _LN2, mask=direct)
+        stored = direct[:, None] & in_head
+        tl.store(out_ptr + place[:, None] * D + d, acc.to(out_ptr.dtype.element_ty), mask=stored)
+    if tl.max(in_parts.to(tl.int32)) > 0:
+        tl.store(part_lse_ptr + place, lse, mask=in_parts)
+        stored = (in_parts & (total != 0.0))[:, None] & in_head  # nobody reads the out of an empty part
+        tl.store(part_out_ptr + place[:, None] * D + d, acc, mask=stored)
+
+
+_attend_apart = triton.jit(noinline=True)(_attend.fn)
+
+
+@triton.jit
+def _tree_attention_kernel(
+    out_ptr, lse_ptr,  # [num_q, Hq, D], [num_q, Hq]
+    part_out_ptr, part_lse_ptr,  # [max_parts, Hq, D], [max_parts, Hq] in log2
+    q_ptr,  # [num_q, Hq, D], strides (token, head)
+    k_pages_ptr, v_pages_ptr,  # [num_pages, PAGE_SIZE, Hkv, D], strides (page, token, head)
+    page_table_ptr,  # [B, max_pages], stride (branch)
+    seq_lens_ptr, q_indptr_ptr, part_indptr_ptr,  # [B], [B + 1], [B + 1]
+    chunks_ptr, counts_ptr,  # [max_chunks, 6], [6], as in TreePlan
+    sinks_ptr,  # [Hq] or null
+    q_stride_t, q_stride_h, k_stride_p, k_stride_t, k_stride_h, v_stride_p, v_stride_t, v_stride_h, table_stride,
+    num_q, num_kv_heads, max_parts, sm_scale, window_left, logits_soft_cap,
+    HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, GROUP: tl.constexpr, NUM_HEADS: tl.constexpr,
+    D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, HEIGHTS: tl.constexpr, BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr, ATTEND: tl.constexpr,
+):  # fmt: skip
+    TILE_ROWS: tl.constexpr = 128  # of plan_tree
+    num_chunks = tl.load(counts_ptr)
+    num_items = tl.load(counts_ptr + 5) * num_kv_heads
+    num_items = tl.where(tl.load(counts_ptr + 4) == PAGE_SIZE, num_items, 0)
+    # Heads of one tile are next to one another, and so are tiles of one chunk: they share pages or lines of pages.
+    for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0), num_stages=1):
+        tile, kv_head = item // num_kv_heads, item % num_kv_heads
+        at = chunks_ptr + 6 * _chunk_of(chunks_ptr, num_chunks, tile, 64)
+        row_begin, row_end = tl.load(at), tl.load(at + 1)
+        token_begin, token_end, part = tl.load(at + 2), tl.load(at + 3), tl.load(at + 4)
+        first_token = tl.load(q_indptr_ptr + row_begin)
+        num_rows = (tl.minimum(tl.load(q_indptr_ptr + row_end), num_q) - first_token) * GROUP
+        first_row = (tile - tl.load(at + 5)) * TILE_ROWS
+        last_row = tl.minimum(first_row + TILE_ROWS, num_rows)
+        table_ptr = page_table_ptr + row_begin.to(tl.int64) * table_stride
+        k_ptr = k_pages_ptr + kv_head.to(tl.int64) * k_stride_h
+        v_ptr = v_pages_ptr + kv_head.to(tl.int64) * v_stride_h
+        while first_row < last_row:
+            left = tl.minimum(last_row - first_row, HEIGHTS[-1])
+            for i in tl.static_range(len(HEIGHTS)):
+                if (left <= HEIGHTS[i]) & (left > (HEIGHTS[i - 1] if i > 0 else 0)):
+                    ATTEND(
+                        out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, q_ptr, k_ptr, v_ptr, table_ptr, seq_lens_ptr,
+                        q_indptr_ptr, part_indptr_ptr, sinks_ptr, q_stride_t, q_stride_h, k_stride_p, k_stride_t,
+                        v_stride_p, v_stride_t, max_parts, sm_scale, window_left, logits_soft_cap, row_begin, row_end,
+                        token_begin, token_end, part, first_token, num_rows, first_row, kv_head, HAS_WINDOW,
+                        HAS_SOFT_CAP, GROUP, NUM_HEADS, D, PAGE_SIZE, BLOCK_D, HEIGHTS[i], BLOCK_N, NUM_STAGES,
+                    )  # fmt: skip
+            first_row += HEIGHTS[-1]
+
+
+@triton.jit
+def _merge_parts_kernel(
+    out_ptr, lse_ptr,  # [num_q, Hq, D], [num_q, Hq]
+    part_out_ptr, part_lse_ptr,  # [max_parts, Hq, D], [max_parts, Hq] in log2
+    q_indptr_ptr, part_indptr_ptr, counts_ptr,  # [B + 1], [B + 1], [6]
+    sinks_ptr,  # [Hq] or null
+    num_q, num_branches, max_parts,
+    NUM_HEADS: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    token, head = tl.program_id(0), tl.program_id(1)
+    d = tl.arange(0, BLOCK_D)
+    at = token.to(tl.int64) * NUM_HEADS + head
+    # The host has not seen the plan: nothing but NaN can come of one that is not for this call.
+    is_flat = (tl.load(counts_ptr + 5) > 0) | (tl.load(counts_ptr) == 0)
+    fits = is_flat & (tl.load(counts_ptr + 4) == PAGE_SIZE) & (tl.load(q_indptr_ptr + num_branches) == num_q)
+    if fits:
+        typical_len = tl.maximum(1, num_q // num_branches)
+        branch = tl.max(_branch_of(q_indptr_ptr, token + tl.arange(0, 1), 0, num_branches, typical_len))
+        begin, q_begin = tl.load(part_indptr_ptr + branch), tl.load(q_indptr_ptr + branch)
+        num_parts = (tl.load(part_indptr_ptr + branch + 1) - begin) // (tl.load(q_indptr_ptr + branch + 1) - q_begin)
+        if num_parts != 1:
+            begin += (token - q_begin) * num_parts
+            end = tl.minimum(begin + num_parts, max_parts)
+            high = -float("inf")
+            total = 0.0
+            acc = tl.zeros([BLOCK_D], tl.float32)
+            for first in range(begin, end, BLOCK_P):
+                part = first + tl.arange(0, BLOCK_P)
+                part_at = part.to(tl.int64) * NUM_HEADS + head
+                lse = tl.load(part_lse_ptr + part_at, mask=part < end, other=-float("inf"))
+                loaded = (lse != -float("inf"))[:, None] & (d < D)[None, :]
+                x = tl.load(part_out_ptr + part_at[:, None] * D + d, mask=loaded, other=0.0)
+                new_high = tl.maximum(high, tl.max(lse))
+                base = tl.where(new_high == -float("inf"), 0.0, new_high)  # (-inf) - (-inf) would be NaN
+                weight = tl.exp2(lse - base)
+                rescale = tl.exp2(high - base)
+                total = total * rescale + tl.sum(weight)
+                acc = acc * rescale + tl.sum(weight[:, None] * x, 0)
+                high = new_high
+            if sinks_ptr is not None:
+                sink = tl.load(sinks_ptr + head) * _LOG2E
+                new_high = tl.maximum(high, sink)
+                base = tl.where(new_high == -float("inf"), 0.0, new_high)
+                rescale = tl.exp2(high - base)
+                total = total * rescale + tl.exp2(sink - base)
+                acc *= rescale
+                high = new_high
+            empty = total == 0.0
+            acc /= tl.where(empty, 1.0, total)
+            tl.store(out_ptr + at * D + d, acc.to(out_ptr.dtype.element_ty), mask=d < D)
+            lse = tl.where(empty, -float("inf"), high + tl.log2(tl.where(empty, 1.0, total)))
+            tl.store(lse_ptr + at, lse * _LN2)
+    else:
+        tl.store(out_ptr + at * D + d, tl.full([BLOCK_D], float("nan"), out_ptr.dtype.element_ty), mask=d < D)
+        tl.store(lse_ptr + at, float("nan"))
+
+
+def tree_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    q_indptr: Tensor,
+    part_indptr: Tensor,
+    chunks: Tensor,
+    counts: Tensor,
+    sm_scale: float,
+    window_left: int,
+    logits_soft_cap: float,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `treedecode.ops.tree_attention`; takes flat plans only.
+
+    Values are not looked at. A plan that is chained, for another page size or for another number of query tokens makes
+    all results NaN; nothing is written out of bounds whatever a plan says.
+    """
+    check.tensor(q, "q", "[num_q, num_qo_heads, head_dim]", (-1, -1, -1), *check.FLOATS)
+    num_q, num_qo_heads, head_dim = q.shape
+    fits = 8 <= head_dim <= 256 and head_dim % 8 == 0
+    check.value(fits, "q", "head_dim a multiple of 8 up to 256", head_dim)
+    text = "[num_pages, page_size, num_kv_heads, head_dim]"
+    check.tensor(k_pages, "k_pages", text, (-1, -1, -1, head_dim), q.dtype)
+    check.tensor(v_pages, "v_pages", text, (-1, -1, -1, head_dim), q.dtype)
+    check.tensor(v_pages, "v_pages", "the shape of k_pages", tuple(k_pages.shape), q.dtype)
+    page_size, num_kv_heads = k_pages.shape[1:3]
+    fits = num_kv_heads > 0 and num_qo_heads > 0 and num_qo_heads % num_kv_heads == 0
+    check.value(fits, "q", f"num_qo_heads a positive multiple of num_kv_heads = {num_kv_heads}", num_qo_heads)
+    check.value(page_size > 0, "k_pages", "page_size above 0", page_size)
+    check.tensor(page_table, "page_table", "[num_branches, max_pages]", (-1, -1), torch.int32)
+    num_branches = page_table.shape[0]
+    check.tensor(seq_lens, "seq_lens", "[num_branches]", (num_branches,), torch.int32, contiguous=True)
+    for offsets, name in ((q_indptr, "plan.q_indptr"), (part_indptr, "plan.part_indptr")):
+        check.tensor(offsets, name, "[num_branches + 1]", (num_branches + 1,), torch.int32, contiguous=True)
+    check.tensor(chunks, "plan.chunks", "[max_chunks, 6]", (-1, 6), torch.int32, contiguous=True)
+    check.tensor(counts, "plan.counts", "[6]", (6,), torch.int32, contiguous=True)
+    is_positive = _is_positive_float(sm_scale)
+    check.value(is_positive, "sm_scale", "a positive number of the range of fp32", sm_scale)
+    is_off_or_positive = logits_soft_cap == 0 or _is_positive_float(logits_soft_cap)
+    text = "0 (off) or a positive number of the range of fp32"
+    check.value(is_off_or_positive, "logits_soft_cap", text, logits_soft_cap)
+    check.value(window_left >= -1, "window_left", "-1 (no limit) or more", window_left)
+    if sinks is not None:
+        check.tensor(sinks, "sinks", "[num_qo_heads]", (num_qo_heads,), torch.float32, contiguous=True)
+
+    out = q.new_empty(num_q, num_qo_heads, head_dim)
+    lse = q.new_empty(num_q, num_qo_heads, dtype=torch.float32)
+    if num_q == 0:
+        return out, lse
+    if num_branches == 0:
+        return out.fill_(torch.nan), lse.fill_(torch.nan)
+    group = num_qo_heads // num_kv_heads
+    workers, max_parts = bounds(num_q, num_branches, chunks.shape[0], group)
+    part_out = q.new_empty(max_parts, num_qo_heads, head_dim, dtype=torch.float32)
+    part_lse = q.new_empty(max_parts, num_qo_heads, dtype=torch.float32)
+    is_plain = window_left < 0 and logits_soft_cap == 0
+    c = config(head_dim, q.dtype, arch_of(q.device), num_q * group, is_plain)
+    shape = {"NUM_HEADS": num_qo_heads, "D": head_dim, "PAGE_SIZE": page_size, "BLOCK_D": block_d(head_dim)}
+    _tree_attention_kernel[(workers * num_kv_heads,)](
+        out, lse, part_out, part_lse, q, k_pages, v_pages, page_table, seq_lens, q_indptr, part_indptr, chunks, counts,
+        sinks, *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0), num_q,
+        num_kv_heads, max_parts, sm_scale, window_left, logits_soft_cap, HAS_WINDOW=window_left >= 0,
+        HAS_SOFT_CAP=logits_soft_cap > 0, GROUP=group, num_warps=c.num_warps, **shape, **constants(c),
+    )  # fmt: skip
+    _merge_parts_kernel[(num_q, num_qo_heads)](
+        out, lse, part_out, part_lse, q_indptr, part_indptr, counts, sinks, num_q, num_branches, max_parts, BLOCK_P=8,
+        num_warps=1, **shape,
+    )  # fmt: skip
+    return out, lse
+
+
+def block_d(head_dim: int) -> int:
+    """Width of a block of whole heads."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def constants(c: Config) -> dict[str, Any]:
+    """The constants of the kernel that follow from a configuration."""
+    attend = _attend_apart if c.calls else _attend
+    return {"HEIGHTS": c.heights, "BLOCK_N": c.block_n, "NUM_STAGES": c.num_stages, "ATTEND": attend}
+
+
+def bounds(num_q: int, num_branches: int, max_chunks: int, group: int) -> tuple[int, int]:
+    """(workers per kv head that a plan of these shapes is for, partial results of it at most).
+
+    A path has at most 8 shared nodes and a leaf, and no more of them than other branches to share with. A cut adds a
+    part to the rows of one work tile, of which there are about 4 per worker, of 128 packed rows.
+    """
+    workers = max(1, (max_chunks - max(0, 2 * num_branches - 1)) // 4)
+    cuts = min(4 * workers * num_q, 512 * workers // group)
+    return workers, (1 + min(8, num_branches - 1)) * num_q + cuts
+
+
+def _is_positive_float(x: float) -> bool:
+    return torch.finfo(torch.float32).tiny <= x <= torch.finfo(torch.float32).max
