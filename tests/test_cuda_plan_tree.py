@@ -145,17 +145,26 @@ def test_counts_that_do_not_fit_are_marked():
 
 def test_every_barrier_is_needed():
     """Without any one of them the plan is wrong under some order of the threads."""
-    rows = [row for i in range(40) for row in [[i // 20, i // 5 + 100, i + 1000, j + 5000 + 3 * i] for j in range(2)]]
-    args = *as_tables(rows, 64, [64] * len(rows)), None, 64, 8, 2, 64
-    want = native(*args)
+
+    def forest(num_inner):  # roots that are worth keeping for all of their children only
+        rows = []
+        for i in range(num_inner):
+            path = [*range(i // 20 * 8, i // 20 * 8 + 8), i // 5 + 10_000, i + 20_000]
+            rows += [[*path, 30_000 + 2 * i + j] for j in range(2)]
+        return *as_tables(rows, 64, [64] * len(rows)), None, 64, 8, 2, 64
+
+    cases = [(args, native(*args)) for args in (forest(40), forest(300))]  # the second: several nodes to a thread
     simt.barriers_seen()
-    assert plain(*run(*args)) == want
+    for args, want in cases:
+        assert plain(*run(*args)) == want
     barriers = [site for site in simt.barriers_seen() if site.startswith("plan_tree.cuh")]
     assert len(barriers) >= 6
     for barrier in barriers:
 
         def goes_wrong(barrier=barrier):
-            return any(plain(*run(*args, seed=seed, drop=barrier)) != want for seed in range(12))
+            return any(
+                plain(*run(*args, seed=seed, drop=barrier)) != want for seed in range(12) for args, want in cases
+            )
 
         assert simt.is_noticed(goes_wrong), barrier
 

@@ -34,6 +34,7 @@ struct Thread {
   const char* waits_at = nullptr;  // nullptr = may run
   Site site;
   std::vector<std::vector<Copy>> copy_groups;  // oldest first; the last one is open
+  uint64_t num_drops = 0;                      // passes of a barrier that is left out
 
   struct Warp& warp();
 };
@@ -83,6 +84,7 @@ struct Scheduler {
   size_t shared_bytes = 0;
   std::map<uint64_t, Warp*> ready;
   uint64_t num_back_offs = 0;
+
   uint64_t state = 0;
   bool failed = false;
   std::string error;

@@ -8,6 +8,7 @@ namespace simt {
 namespace {
 
 constexpr uint64_t kMaxBackOffs = 1 << 20;
+constexpr uint64_t kMaxDrops = 1 << 12;
 
 bool same(const Site& a, const Site& b) {
   return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
@@ -63,7 +64,10 @@ bool sync_threads(bool value, const Site& site) {
   Thread& t = self();
   const std::string name = name_of(site);
   scheduler().barriers.insert(name);
-  if (options().drop && name == options().drop) return value;
+  if (options().drop && name == options().drop) {
+    if (++self().num_drops > kMaxDrops) fail_here(site, "livelock: this thread goes round in circles");
+    return value;
+  }
   Barrier& b = t.block->barriers[0];
   if (b.waiting.empty()) b.site = site;
   else if (!same(b.site, site)) fail_here(site, "sync_threads, while others wait at that of " + name_of(b.site));
