@@ -1,5 +1,6 @@
 """Inputs of tree_attention with poison wherever the op must not look, and the error it is allowed."""
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from itertools import pairwise
@@ -185,3 +186,14 @@ def ragged(rows, page_size, seed=0):
     """(page_table, seq_lens) of rows of page ids, the last pages filled to random heights."""
     generator = torch.Generator().manual_seed(seed)
     return as_tables(rows, page_size, torch.randint(1, page_size + 1, (len(rows),), generator=generator).tolist())
+
+
+def assert_idle_tokens_are_left_out(case, run):
+    """Query tokens beyond those of the plan: `run(case)` gives them 0 and -inf, and changes nothing for the others."""
+    want = run(case)
+    more = dataclasses.replace(case, q=torch.cat([case.q, torch.full_like(case.q[:3], torch.nan)]))
+    out, lse = run(more)
+    assert torch.equal(out[:-3], want[0])
+    assert torch.equal(lse[:-3], want[1])
+    assert not out[-3:].any()
+    assert lse[-3:].isneginf().all()

@@ -8,7 +8,7 @@ import cuda_library
 import pytest
 import simt_kernels as simt
 import torch
-from attention_cases import assert_within_budget, make_case, ragged
+from attention_cases import assert_idle_tokens_are_left_out, assert_within_budget, make_case, ragged
 from forests import as_tables, forests, tree_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -220,6 +220,14 @@ def test_a_page_id_out_of_range_is_marked(dtype):
         for row in (0, 2):
             assert torch.equal(out[row], good[0][row])
             assert torch.equal(lse[row], good[1][row])
+
+
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -1.0, 0.0, 2.0])])
+def test_tokens_beyond_the_plan_belong_to_no_branch(sinks):
+    for q_lens in ([1, 2], [3, 0]):
+        case = make_case(ragged(tree_rows([2], [3, 1]), 16), q_lens, dtype=torch.bfloat16, sinks=sinks)
+        plan = flat_plan(case, 3)
+        assert_idle_tokens_are_left_out(case, lambda case, plan=plan: attend(case, plan=plan))
 
 
 def test_a_plan_that_does_not_fit_is_marked():

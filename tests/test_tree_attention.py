@@ -4,12 +4,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from attention_cases import assert_within_budget, make_case, ragged
+from attention_cases import assert_idle_tokens_are_left_out, assert_within_budget, make_case, ragged
 from forests import as_tables, forests, tree_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from treedecode import ops
+from treedecode import ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [  # num_qo_heads, num_kv_heads, head_dim, page_size
@@ -229,6 +229,13 @@ def test_a_query_does_not_depend_on_its_batch(isa, forest, dtype, window_left, r
         assert torch.equal(got[1], lse[begin : begin + taken])
 
 
+@pytest.mark.parametrize("module", [ops, reference])
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -1.0, 0.0, 2.0])])
+def test_tokens_beyond_the_plan_belong_to_no_branch(module, sinks):
+    case = make_case(ragged(tree_rows([2], [3, 1]), 16), [0, 2], sinks=sinks)
+    assert_idle_tokens_are_left_out(case, lambda case: module.tree_attention(*case.args, **case.options))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype):
     case = make_case(ragged(tree_rows([2], [3, 1]), 16), dtype=dtype, sinks=torch.zeros(4))
@@ -266,7 +273,7 @@ SIZES = {"page_size": 16, "num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 32}
         ),
         ({"q": torch.zeros(2, 3, 32)}, ValueError, "q: expected num_qo_heads a positive multiple of .* = 2, got 3"),
         ({"q": torch.zeros(2, 0, 32)}, ValueError, "q: expected num_qo_heads a positive multiple .* got 0"),
-        ({"q": torch.zeros(3, 4, 32)}, ValueError, "plan: expected q_indptr from 0 to the number of query tokens 3"),
+        ({"q": torch.zeros(1, 4, 32)}, ValueError, "plan: expected q_indptr from 0 to at most the .* query tokens 1"),
         ({"q": torch.zeros(2, 4, 30)}, ValueError, "q: expected head_dim a multiple of 8 up to 256, got 30"),
         ({"q": torch.zeros(2, 4, 264)}, ValueError, "q: expected head_dim a multiple of 8 up to 256, got 264"),
         ({"k_pages": torch.zeros(9, 16, 2, 24)}, ValueError, "k_pages: expected shape"),

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import triton
-from attention_cases import assert_within_budget, make_case, ragged
+from attention_cases import assert_idle_tokens_are_left_out, assert_within_budget, make_case, ragged
 from forests import UNUSED, as_tables, forests, tree_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -138,6 +138,13 @@ def test_without_keys():
         assert not out[[0, 1, 3]].any()
         assert torch.equal(lse[[0, 1, 3]], torch.full((3, 4), -torch.inf) if sinks is None else sinks.expand(3, 4))
         assert_within_budget(case, (out, lse))
+
+
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -1.0, 0.0, 2.0])])
+def test_tokens_beyond_the_plan_belong_to_no_branch(sinks):
+    for q_lens in ([1, 2], [3, 0]):
+        case = flat(make_case(ragged(tree_rows([2], [3, 1]), 16), q_lens, head_dim=16, sinks=sinks), 3)
+        assert_idle_tokens_are_left_out(case, launch)
 
 
 def test_a_plan_for_something_else_gives_nan():

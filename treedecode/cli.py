@@ -1,6 +1,7 @@
 """The `treedecode` command (short: `td`)."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from treedecode import __version__, collect_env
@@ -11,12 +12,25 @@ def _info(_: argparse.Namespace) -> int:
     return 0
 
 
+def _tune(_: argparse.Namespace) -> int:
+    from treedecode import tune  # imports torch
+
+    try:
+        print(tune.tune())
+    except RuntimeError as error:
+        print(f"treedecode tune: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="treedecode", description="Shared-prefix decoding of search trees.")
     parser.add_argument("--version", action="version", version=f"treedecode {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     info = commands.add_parser("info", help="versions, instruction set, and which backend each op uses and why")
     info.set_defaults(run=_info)
+    tune = commands.add_parser("tune", help="measure which backend of each op is faster on this GPU, and keep that")
+    tune.set_defaults(run=_tune)
     return parser
 
 

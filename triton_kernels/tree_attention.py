@@ -232,12 +232,14 @@ def _merge_parts_kernel(
     at = token.to(tl.int64) * NUM_HEADS + head
     # The host has not seen the plan: nothing but NaN can come of one that is not for this call.
     is_flat = (tl.load(counts_ptr + 5) > 0) | (tl.load(counts_ptr) == 0)
-    fits = is_flat & (tl.load(counts_ptr + 4) == PAGE_SIZE) & (tl.load(q_indptr_ptr + num_branches) == num_q)
+    num_owned = tl.load(q_indptr_ptr + num_branches)  # tokens beyond belong to no branch
+    fits = is_flat & (tl.load(counts_ptr + 4) == PAGE_SIZE) & (num_owned <= num_q)
     if fits:
         typical_len = tl.maximum(1, num_q // num_branches)
         branch = tl.max(_branch_of(q_indptr_ptr, token + tl.arange(0, 1), 0, num_branches, typical_len))
         begin, q_begin = tl.load(part_indptr_ptr + branch), tl.load(q_indptr_ptr + branch)
-        num_parts = (tl.load(part_indptr_ptr + branch + 1) - begin) // (tl.load(q_indptr_ptr + branch + 1) - q_begin)
+        q_len = tl.maximum(1, tl.load(q_indptr_ptr + branch + 1) - q_begin)
+        num_parts = tl.where(token < num_owned, (tl.load(part_indptr_ptr + branch + 1) - begin) // q_len, 0)
         if num_parts != 1:
             begin += (token - q_begin) * num_parts
             end = tl.minimum(begin + num_parts, max_parts)
@@ -258,7 +260,7 @@ def _merge_parts_kernel(
                 acc = acc * rescale + tl.sum(weight[:, None] * x, 0)
                 high = new_high
             if sinks_ptr is not None:
-                sink = tl.load(sinks_ptr + head) * _LOG2E
+                sink = tl.load(sinks_ptr + head, mask=token < num_owned, other=-float("inf")) * _LOG2E
                 new_high = tl.maximum(high, sink)
                 base = tl.where(new_high == -float("inf"), 0.0, new_high)
                 rescale = tl.exp2(high - base)
@@ -292,7 +294,7 @@ def tree_attention(
 ) -> tuple[Tensor, Tensor]:
     """See `treedecode.ops.tree_attention`; takes flat plans only.
 
-    Values are not looked at. A plan that is chained, for another page size or for another number of query tokens makes
+    Values are not looked at. A plan that is chained, for another page size or for more query tokens makes
     all results NaN; nothing is written out of bounds whatever a plan says.
     """
     check.tensor(q, "q", "[num_q, num_qo_heads, head_dim]", (-1, -1, -1), *check.FLOATS)
@@ -328,7 +330,7 @@ def tree_attention(
     if num_q == 0:
         return out, lse
     if num_branches == 0:
-        return out.fill_(torch.nan), lse.fill_(torch.nan)
+        return out.zero_(), lse.fill_(-torch.inf)
     group = num_qo_heads // num_kv_heads
     workers, max_parts = bounds(num_q, num_branches, chunks.shape[0], group)
     part_out = q.new_empty(max_parts, num_qo_heads, head_dim, dtype=torch.float32)

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -153,8 +154,8 @@ void run_round(const cpu::TreeAttentionParams& p, const std::vector<Cell>& cells
 void check_plan(const cpu::TreeAttentionParams& p, int64_t num_q, int64_t num_pages, int64_t max_pages,
                 const int32_t* count) {
   const int64_t num_chunks = count[0], num_parts = count[1];
-  STD_TORCH_CHECK(p.q_indptr[0] == 0 && p.q_indptr[p.num_rows] == num_q,
-                  "[ValueError] plan: expected q_indptr from 0 to the number of query tokens ", num_q, ", got ",
+  STD_TORCH_CHECK(p.q_indptr[0] == 0 && p.q_indptr[p.num_rows] <= num_q,
+                  "[ValueError] plan: expected q_indptr from 0 to at most the number of query tokens ", num_q, ", got ",
                   p.q_indptr[0], " to ", p.q_indptr[p.num_rows], " (was the plan made for this batch?)");
   STD_TORCH_CHECK(p.part_indptr[0] == 0 && p.part_indptr[p.num_rows] == num_parts,
                   "[ValueError] plan: expected part_indptr from 0 to ", num_parts, ", got ", p.part_indptr[0], " to ",
@@ -272,6 +273,11 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
     torch::stable::parallel_for(0, num_rows, std::max<int64_t>(1, 65536 / (num_qo_heads * head_dim)),
                                 [&](int64_t begin, int64_t end) { TD_DISPATCH(tree_attention_merge)(p, begin, end); });
   }
+  // Tokens that belong to no branch.
+  const int64_t first_idle = p.q_indptr[num_rows] * num_qo_heads;
+  std::memset(static_cast<char*>(p.out) + first_idle * head_dim * q.element_size(), 0,
+              static_cast<size_t>((num_q * num_qo_heads - first_idle) * head_dim * q.element_size()));
+  std::fill(p.lse + first_idle, p.lse + num_q * num_qo_heads, -std::numeric_limits<float>::infinity());
   return {out, lse};
 }
 

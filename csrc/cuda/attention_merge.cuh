@@ -25,7 +25,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
   const float nan = std::numeric_limits<float>::quiet_NaN();
   int first_part = 0, num_parts = 0;
   const bool fits = plan_fits(p);
-  if (fits) {
+  const bool idle = token >= p.q_indptr[p.num_rows];  // belongs to no branch
+  if (fits && !idle) {
     const int b = warp_search(static_cast<int>(p.num_rows), token, [&](int i) { return p.q_indptr[i]; });
     const int first = p.q_indptr[b], q_len = p.q_indptr[b + 1] - first;
     num_parts = (p.part_indptr[b + 1] - p.part_indptr[b]) / q_len;
@@ -33,7 +34,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
     if (num_parts == 1) return;  // already final
   }
   const auto lse_of = [&](int i) { return p.part_lse[(first_part + static_cast<int64_t>(i)) * p.num_qo_heads + head]; };
-  const float sink = p.sinks ? p.sinks[head] : kNone;
+  const float sink = p.sinks && !idle ? p.sinks[head] : kNone;
   float top = kNone;
   bool is_nan = !fits;  // a maximum would lose it
   for (int i = ptx::lane(); i < num_parts; i += ptx::kWarpSize) {

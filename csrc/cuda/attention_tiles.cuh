@@ -51,12 +51,12 @@ __device__ inline int row_of(const int32_t* indptr, int begin, int end, int x) {
   return begin;
 }
 
-// Whether the plan is for as many query tokens, pages of this size and a GPU. What the host cannot know without
+// Whether the plan is for no more query tokens, pages of this size and a GPU. What the host cannot know without
 // waiting.
 __device__ inline bool plan_fits(const TreeAttentionParams& p) {
   const int32_t* n = p.counts;
   return n[0] >= 0 && n[0] <= p.max_chunks && (n[5] > 0) == (n[0] > 0) && n[1] >= 0 && n[1] <= p.max_parts &&
-         n[4] == p.page_size && p.q_indptr[0] == 0 && p.q_indptr[p.num_rows] == p.num_q;
+         n[4] == p.page_size && p.q_indptr[0] == 0 && p.q_indptr[p.num_rows] <= p.num_q;
 }
 
 // Tiles of one chunk are num_kv_heads items apart, near enough to find their pages in L2; all lanes of a warp call it.

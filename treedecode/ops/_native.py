@@ -2,6 +2,7 @@
 
 import functools
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from treedecode import env, triton_kernels
+from treedecode.ops import _tuned
 
 _LIBRARY = Path(__file__).parent.parent / "_ops.so"
 if not _LIBRARY.exists():
@@ -126,8 +128,14 @@ CUDA_OPS = frozenset(
 try:
     import triton as _triton  # noqa: F401
 
-    for _op in set(triton_kernels.OPS) - CUDA_OPS:
-        torch.library.register_kernel(f"treedecode::{_op}", "cuda", triton_kernels.launcher(_op))
+    for _op in triton_kernels.OPS:
+        _launch = triton_kernels.launcher(_op)
+        if _op not in CUDA_OPS:
+            torch.library.register_kernel(f"treedecode::{_op}", "cuda", _launch)
+        elif _tuned.takes_triton(_op):
+            _launch = _tuned.chooser(_op, getattr(torch.ops.treedecode_cuda, _op), _launch)
+            with warnings.catch_warnings(action="ignore"):  # that it takes the place of another is the point
+                torch.library.register_kernel(f"treedecode::{_op}", "cuda", _launch)
     _NO_TRITON = None
 except ImportError as _error:
     _NO_TRITON = f"Triton cannot be imported ({_error}): pip install 'treedecode[gpu]'"
@@ -166,13 +174,17 @@ def _why_not(op: str, device: str, backend: str) -> str | None:
             return "has no Triton kernel yet"
         if _NO_TRITON or device != "cuda":
             return _NO_TRITON or "runs on cuda tensors only"
-        return "the CUDA kernel goes first" if op in CUDA_OPS else None
+        if op in CUDA_OPS and not _tuned.takes_triton(op):
+            return "the CUDA kernel goes first"
+        return None if op not in CUDA_OPS or _tuned.takes_only_triton(op) else "taken at sizes where it measured faster"
     if backend == "cuda":
         if not _HAS_CUDA_LIBRARY:
             return "not in this build: needs the CUDA kernels"
         if op not in CUDA_OPS:
             return "has no CUDA kernel yet"
-        return None if device == "cuda" else "runs on cuda tensors only"
+        if device != "cuda":
+            return "runs on cuda tensors only"
+        return "measured slower at every size" if _NO_TRITON is None and _tuned.takes_only_triton(op) else None
     key = backend.upper()
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"treedecode::{op}", key):
         return f"not in this build: needs the {key} kernels"

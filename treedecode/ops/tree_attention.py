@@ -32,7 +32,8 @@ def tree_attention(
 
     Args:
         q: `[num_q, num_qo_heads, head_dim]`, fp32, bf16 or fp16, the branches' query tokens in row order; unit stride
-            in the last dimension, head_dim a multiple of 8 up to 256.
+            in the last dimension, head_dim a multiple of 8 up to 256. Tokens beyond those of the plan belong to no
+            branch: they see no key and no sink.
         k_pages, v_pages: `[num_pages, page_size, num_kv_heads, head_dim]`, dtype of q, any strides with unit head_dim
             stride; num_qo_heads is a multiple of num_kv_heads.
         page_table: `[num_branches, max_pages]` int32, unit stride in the last dimension.
@@ -51,7 +52,7 @@ def tree_attention(
         ValueError, TypeError: an argument's shape, dtype, stride or value is wrong, the plan is not of this batch
             (other lengths, page size or shared pages), or a page id is out of range. On a GPU nobody waits to look at
             values: `out` and `lse` are NaN where a page id is out of range, and everywhere when the plan is not flat or
-            is of other query tokens or another page size.
+            is of more query tokens or another page size.
 
     Sources: online softmax, https://arxiv.org/abs/1805.02867; merging by lse, https://arxiv.org/abs/2501.01005.
     """

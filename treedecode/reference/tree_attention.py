@@ -31,9 +31,9 @@ def tree_attention(
     scale = head_dim**-0.5 if sm_scale is None else sm_scale
     out = torch.zeros(num_q, num_qo_heads, head_dim, dtype=torch.float64)
     lse = torch.full((num_q, num_qo_heads), -torch.inf, dtype=torch.float64)
-    if sinks is not None:
-        lse[:] = sinks.double()
     q_indptr = plan.q_indptr.tolist()
+    if sinks is not None:
+        lse[: q_indptr[-1]] = sinks.double()
     for row, seq_len in enumerate(seq_lens.tolist()):
         q_begin, q_end = q_indptr[row], q_indptr[row + 1]
         if seq_len == 0 or q_begin == q_end:
