@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -103,3 +106,21 @@ def test_kernels_are_those_of_this_build():
     for op in ("sample", "append_kv"):
         found = tune.kernels(op)
         assert ("cuda" in found) == (op in _native.CUDA_OPS)
+
+
+@pytest.mark.skipif("sample" not in _native.CUDA_OPS, reason="this build has no CUDA kernels")
+@pytest.mark.parametrize(("sizes", "backend"), [({"9": "cuda", "20": "triton"}, "cuda"), ({"9": "triton"}, "triton")])
+def test_a_table_is_in_force_in_the_next_process(cache, sizes, backend):
+    path = _tuned.path_of("Some GPU")
+    path.parent.mkdir()
+    path.write_text(json.dumps({"format": 1, "choices": {"sample": sizes}}))
+    code = (
+        "from treedecode import ops; print(*ops.explain('sample', 'cuda')); print(*ops.explain('beam_prune', 'cuda'))"
+    )
+    env = {**os.environ, "TREEDECODE_CACHE": str(cache)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    sample, beam_prune = done.stdout.splitlines()
+    assert sample.startswith(f"sample cuda {backend} ")
+    assert ("measured slower at every size" if backend == "triton" else "taken at sizes where it measured") in sample
+    assert beam_prune.startswith("beam_prune cuda cuda ")
+    assert done.stderr == ""
