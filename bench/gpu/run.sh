@@ -58,7 +58,7 @@ part_build() {
 
 part_tests() {
   limited "$LIMIT" tests.log "$PYTHON" -m pytest -m gpu -p no:cacheprovider --durations=10 "--junitxml=$OUT/tests.xml" \
-    tests/test_gpu_*.py
+    tests/test_gpu_*.py tests/test_cuda_*.py
 }
 
 part_sanitizer() {
