@@ -37,8 +37,7 @@ struct Pair {
 
 namespace treedecode::cuda::ptx {
 
-// --- where am I
-// -------------------------------------------------------------------------------------------------------
+// Where am I.
 
 __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x); }
 __device__ __forceinline__ int num_threads() { return static_cast<int>(blockDim.x); }
@@ -64,8 +63,7 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
-// --- barriers
-// ---------------------------------------------------------------------------------------------------------
+// Barriers.
 
 __device__ __forceinline__ void sync_threads() { __syncthreads(); }
 __device__ __forceinline__ bool sync_threads_or(bool value) { return __syncthreads_or(value) != 0; }
@@ -97,8 +95,7 @@ __device__ __forceinline__ void launch_next_kernel() {
 #endif
 }
 
-// --- warp collectives
-// -------------------------------------------------------------------------------------------------
+// Warp collectives.
 
 template <typename T>
 __device__ __forceinline__ T shfl(T value, int source_lane, uint32_t mask = kAllLanes) {
@@ -121,8 +118,7 @@ __device__ __forceinline__ uint32_t ballot(bool value, uint32_t mask = kAllLanes
 __device__ __forceinline__ bool any(bool value, uint32_t mask = kAllLanes) { return __any_sync(mask, value) != 0; }
 __device__ __forceinline__ bool all(bool value, uint32_t mask = kAllLanes) { return __all_sync(mask, value) != 0; }
 
-// --- bits
-// -------------------------------------------------------------------------------------------------------------
+// Bits.
 
 __device__ __forceinline__ int popc(uint32_t x) { return __popc(x); }
 __device__ __forceinline__ int popc(uint64_t x) { return __popcll(x); }
@@ -135,8 +131,7 @@ __device__ __forceinline__ float bits_float(uint32_t x) { return __uint_as_float
 // Makes the compiler forget what it knows of x, so that it does not keep what it has computed from it.
 __device__ __forceinline__ void opaque(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
-// --- atomics on integers, in global or shared memory, relaxed; they return the old value
-// ---------------------------------
+// Atomics on integers, in global or shared memory, relaxed; they return the old value.
 
 template <typename T>
 using AtomicType = std::conditional_t<sizeof(T) == 8, unsigned long long, T>;
@@ -166,8 +161,7 @@ __device__ __forceinline__ T atomic_cas(T* p, std::type_identity_t<T> expected, 
   return static_cast<T>(atomicCAS(reinterpret_cast<A*>(p), static_cast<A>(expected), static_cast<A>(value)));
 }
 
-// --- global memory
-// ----------------------------------------------------------------------------------------------------
+// Global memory.
 
 // 16 aligned bytes that nothing writes while the kernel runs, and that are read once.
 __device__ __forceinline__ Bytes16 load_once(const Bytes16* p) {
@@ -178,8 +172,7 @@ __device__ __forceinline__ Bytes16 load_once(const Bytes16* p) {
   return v;
 }
 
-// --- asynchronous copies from global to shared memory
-// -----------------------------------------------------------------
+// Asynchronous copies from global to shared memory.
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -207,8 +200,7 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// --- matrix fragments
-// -------------------------------------------------------------------------------------------------
+// Matrix fragments.
 
 // Four 8x8 matrices of 16-bit values; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
@@ -243,8 +235,7 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
   }
 }
 
-// --- arithmetic
-// -------------------------------------------------------------------------------------------------------
+// Arithmetic.
 
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

@@ -34,8 +34,7 @@ const char* error();
 // "file:line" of every sync_threads that ran since the last call, newline separated.
 const char* barriers();
 
-// --- for ptx.h: called from inside of a thread
-// --------------------------------------------------------------------------
+// For ptx.h: called from inside of a thread.
 
 struct Position {
   int thread;
