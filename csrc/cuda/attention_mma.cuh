@@ -58,8 +58,7 @@ class TileAttention {
   }
 
  private:
-  // --- copies
-  // -----------------------------------------------------------------------------------------------------------
+  // Copies.
 
   __device__ char* keys(int n) const { return shared_ + n % S::kStages * 2 * S::kTileBytes; }
   __device__ char* values(int n) const { return keys(n) + S::kTileBytes; }
@@ -114,8 +113,7 @@ class TileAttention {
     if (n < num_tiles_) copy(values_, rows_.value_at[n % kLookahead], values(n));
   }
 
-  // --- rows
-  // -------------------------------------------------------------------------------------------------------------
+  // Rows.
 
   // Rows beyond the last repeat it, so that they neither ask for more keys nor for a mask.
   __device__ void prepare_rows(const Tile& tile) {
@@ -146,8 +144,7 @@ class TileAttention {
     all_end_ = -warp_max(-rows_.end[row]);
   }
 
-  // --- products
-  // ---------------------------------------------------------------------------------------------------------
+  // Products.
 
   __device__ void query_fragment(uint32_t (&a)[4], int lane, int block, int step) const {
     const int row = (row_warp_ * S::kRowBlocks + block) * 16 + lane % 16, word = 2 * step + lane / 16;
@@ -317,8 +314,7 @@ class TileAttention {
     }
   }
 
-  // --- results
-  // ----------------------------------------------------------------------------------------------------------
+  // Results.
 
   __device__ void finish() {
 #pragma unroll
