@@ -17,8 +17,9 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 demo: build
 	$(BIN)/python -m examples.demo
 
+# Several processes of one thread each: tests that are about threads set their number themselves.
 test: build
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
 check: lint test
 

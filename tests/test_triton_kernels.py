@@ -23,7 +23,6 @@ def compiled():
 def test_compiles_for_every_target_without_spills(compiled, op):
     rows = [row for row in compiled if row["op"] == op]
     assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942", "gfx950"}
-    assert {row["dtype"] for row in rows} == {"bf16", "fp32"}
     for row in rows:
         assert row.get("stack", 0) == row.get("vgpr_spill_count", 0) == 0, row
         assert row.get("registers", row.get("vgpr_count")) <= 128, row

@@ -52,12 +52,12 @@ def adopt_pages(
     page_state.check_indices(pages, "pages")
     (max_branches, max_pages), n = page_table.shape, pages.shape[0]
     if not 0 <= row < max_branches:
-        raise ValueError(f"row: expected a row in 0 .. {max_branches - 1}, got {row} at index 0")
+        raise ValueError(f"row: expected a row in 0 .. {max_branches - 1}, got {row}")
     if n > max_pages:
-        raise ValueError(f"pages: expected at most as many as a row holds, {max_pages}, got {n} at index 0")
+        raise ValueError(f"pages: expected at most as many as a row holds, {max_pages}, got {n}")
     if num_tokens < 0 or triton.cdiv(num_tokens, page_size) != n:
         expected = f"a length that ends in the last page, at most {n * page_size}"
-        raise ValueError(f"num_tokens: expected {expected}, got {num_tokens} at index 0")
+        raise ValueError(f"num_tokens: expected {expected}, got {num_tokens}")
     _adopt_pages_kernel[(1,)](
         refcount, page_table[row], seq_lens[row:], status, pages, refcount.shape[0], n, num_tokens,
         BLOCK=min(1024, max(32, triton.next_power_of_2(n))), num_warps=4,
