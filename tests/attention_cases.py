@@ -191,7 +191,7 @@ def ragged(rows, page_size, seed=0):
 def assert_idle_tokens_are_left_out(case, run):
     """Query tokens beyond those of the plan: `run(case)` gives them 0 and -inf, and changes nothing for the others."""
     want = run(case)
-    more = dataclasses.replace(case, q=torch.cat([case.q, torch.full_like(case.q[:3], torch.nan)]))
+    more = dataclasses.replace(case, q=torch.cat([case.q, case.q.new_full((3, *case.q.shape[1:]), torch.nan)]))
     out, lse = run(more)
     assert torch.equal(out[:-3], want[0])
     assert torch.equal(lse[:-3], want[1])
