@@ -9,6 +9,7 @@ from torch import Tensor
 from treedecode import ops
 from treedecode.branches import BranchTable, Ints
 from treedecode.models.context import StepContext
+from treedecode.models.prefill import Prefill
 from treedecode.pages import PagePool
 from treedecode.schedule import Batch
 from treedecode.stops import StopMatcher
@@ -30,18 +31,37 @@ def forward(model: Any, pool: PagePool, table: BranchTable, batch: Batch, slots:
     width = -(-int((table.num_cached[batch.rows] + batch.q_lens).max()) // pool.page_size)
     page_table = pool.page_table[:, :width].index_select(0, batch.row_ids)
     seq_lens = pool.seq_lens.index_select(0, batch.row_ids)
+    prefills, rest, q_lens = dense_prefills(model, table, batch, pool.device)
     plan = ops.plan_tree(
         page_table,
         seq_lens,
-        batch.q_lens_tensor,
+        q_lens,
         page_size=pool.page_size,
         num_qo_heads=model.num_qo_heads,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
     )
-    context = StepContext(layer=pool.layer, page_table=page_table, seq_lens=seq_lens, plan=plan, slots=slots)
+    context = StepContext(pool.layer, page_table, seq_lens, plan, slots, prefills, rest)
     put = [torch.from_numpy(array).to(pool.device) for array in (ids, positions, last[batch.wanted])]
     return model.forward(put[0], put[1], context, put[2])
+
+
+def dense_prefills(
+    model: Any, table: BranchTable, batch: Batch, device: torch.device
+) -> tuple[tuple[Prefill, ...], Tensor | None, Tensor | None]:
+    """Branches with so many query tokens that the model wants them dense; the others' tokens and the plan's q_lens."""
+    min_prefill = getattr(model, "min_prefill", None)
+    if batch.decode_only or min_prefill is None or batch.q_lens.max() < min_prefill:
+        return (), None, batch.q_lens_tensor
+    is_long = batch.q_lens >= min_prefill
+    ends = np.cumsum(batch.q_lens)
+    seq_lens = table.num_cached[batch.rows] + batch.q_lens
+    prefills = tuple(
+        Prefill(int(i), int(ends[i] - batch.q_lens[i]), int(ends[i]), int(seq_lens[i])) for i in np.flatnonzero(is_long)
+    )
+    rest = np.flatnonzero(~np.repeat(is_long, batch.q_lens))
+    q_lens = np.where(is_long, 0, batch.q_lens).astype(np.int32)
+    return prefills, torch.from_numpy(rest).to(device), torch.from_numpy(q_lens).to(device)
 
 
 def choose(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from treedecode.models import prefill
 from treedecode.models.context import StepContext
 from treedecode.models.fused import FastForward
 from treedecode.models.watch import Watch
@@ -24,6 +25,7 @@ from treedecode.models.watch import Watch
 __all__ = ["StepContext", "TransformersModel"]
 
 ATTENTION = "treedecode"
+_MIN_PREFILL = 256  # query tokens, two work tiles of a group of one
 # Layer types whose attention is what tree_attention computes. Anything else keeps state outside of K and V pages
 # (linear attention, state spaces) or masks differently (chunked attention).
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -125,6 +127,8 @@ class TransformersModel:
         max_position: the longest sequence the model was made for, in tokens.
         dtype, device: of the activations, and so of the K/V cache.
         eos_token_ids: tokens that end a sequence, from the generation config.
+        min_prefill: from how many query tokens on a branch's attention is dense (`prefill.attend`); None = never, as on
+            the CPU, where a token's bits must not depend on how many come with it.
         num_changes: changes of the model that were seen; K and V from before the last one are stale.
     """
 
@@ -145,8 +149,10 @@ class TransformersModel:
         self.max_position: int = config.max_position_embeddings
         self._fast: FastForward | None = None
         with exclusive(self._configs):
-            self._check_layers(config, self._observe())
+            seen = self._observe()
+            self._check_layers(config, seen)
             self._prepare()
+        self.min_prefill = _MIN_PREFILL if self.device.type == "cuda" and self._may_prefill_dense(seen) else None
         self.num_changes = 0
         # Others, like the -1 of some checkpoints, are never generated.
         self.eos_token_ids: tuple[int, ...] = tuple(i for i in _eos_token_ids(model) if 0 <= i < self.vocab_size)
@@ -207,6 +213,17 @@ class TransformersModel:
                 "tree attention needs one size"
             )
         self.num_layers: int = len(layers)
+
+    def _may_prefill_dense(self, seen: _Observer) -> bool:
+        return all(
+            prefill.supports(
+                head_dim=self.head_dim,
+                dtype=self.dtype,
+                softcap=bool(describe["softcap"]),
+                sinks=describe["sinks"] is not None,
+            )
+            for _, describe in seen.calls
+        )
 
     @contextmanager
     def _tree_attention(self) -> Iterator[None]:
