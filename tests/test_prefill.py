@@ -6,7 +6,7 @@ import treedecode as td
 from treedecode import ops, reference
 from treedecode.models import TransformersModel, prefill
 
-PROMPTS = [list(range(5, 75)), list(range(5, 40)) + [9, 8, 7, 6], [7, 8, 9]]
+PROMPTS = [list(range(5, 75)), [*range(5, 40), 9, 8, 7, 6], [7, 8, 9]]
 GREEDY = td.Sampling(temperature=0, ignore_eos=True)
 
 
@@ -33,9 +33,12 @@ def test_decoding_after_dense_prefills(name, prefill_tokens, monkeypatch):
     assert adapter.min_prefill is None  # on the CPU
     calls = []
     attend = prefill.attend
-    monkeypatch.setattr(
-        prefill, "attend", lambda q, k, v, **o: (calls.append((len(q), len(k))), attend(q, k, v, **o))[1]
-    )
+
+    def recorded(q, k, v, **options):
+        calls.append((len(q), len(k)))
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr(prefill, "attend", recorded)
     outs = []
     for adapter.min_prefill in (None, 8):
         dec = td.Decoder(adapter, kv_memory="16MiB", prefill_tokens=prefill_tokens)
