@@ -26,9 +26,8 @@ def decoder():
 
     def make(name="llama", device=DEVICE, captured=True, overrides=(), **options):
         model = make_model(name, **dict(overrides)).to(device)
-        made.append(td.Decoder(TransformersModel(model), page_size=4, **({"kv_memory": "16MiB"} | options)))
-        if not captured:
-            made[-1].engine.captured = None
+        options = {"kv_memory": "16MiB", "cuda_graphs": captured} | options
+        made.append(td.Decoder(TransformersModel(model), page_size=4, **options))
         return made[-1]
 
     yield make

@@ -13,6 +13,7 @@ import torch
 from treedecode import beam_search, completions
 from treedecode.arguments import memory_bytes, sampling_or, token_ids
 from treedecode.branches import Ints, child_seeds
+from treedecode.captured import CapturedSteps
 from treedecode.completions import Completion
 from treedecode.engine import OUTER_LOOPS, Engine
 from treedecode.jobs import Stats
@@ -38,6 +39,8 @@ class Decoder:
         page_size: tokens per page.
         max_branches: branches alive at once; `generate` queues what is beyond.
         prefill_tokens: prompt tokens computed per forward, beside the tokens being decoded.
+        cuda_graphs: on a GPU, whether decode steps are captured in CUDA graphs and launched one step ahead. False for a
+            model whose forward waits for the device, which capturing forbids.
 
     Raises:
         TypeError, ValueError: the model is not supported, or an argument is out of range (named).
@@ -52,6 +55,7 @@ class Decoder:
         page_size: int = 16,
         max_branches: int = 512,
         prefill_tokens: int = 512,
+        cuda_graphs: bool = True,
     ) -> None:
         for name, value in (
             ("page_size", page_size),
@@ -88,7 +92,10 @@ class Decoder:
         self._capacity = num_pages * page_size
         self._max_tokens = min(model.max_position, self._capacity)
         matcher = StopMatcher(tokenizer, model.vocab_size)
-        self.engine = Engine(model, pool, matcher, max_tokens=self._max_tokens, prefill_tokens=prefill_tokens)
+        captured = CapturedSteps(model, pool) if cuda_graphs and pool.device.type == "cuda" else None
+        self.engine = Engine(
+            model, pool, matcher, max_tokens=self._max_tokens, prefill_tokens=prefill_tokens, captured=captured
+        )
 
     @classmethod
     def from_pretrained(

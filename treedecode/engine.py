@@ -11,6 +11,7 @@ from torch import Tensor
 
 from treedecode import step
 from treedecode.branches import Finish, Ints, Work
+from treedecode.captured import CapturedSteps
 from treedecode.jobs import Callback, Job, Stats, settle
 from treedecode.pages import PagePool
 from treedecode.sampling import Sampling
@@ -25,9 +26,16 @@ class Engine(Ticker):
     """A ticker and the calls it works for. Coroutines may come from several event loops."""
 
     def __init__(
-        self, model: Any, pool: PagePool, matcher: StopMatcher, *, max_tokens: int, prefill_tokens: int
+        self,
+        model: Any,
+        pool: PagePool,
+        matcher: StopMatcher,
+        *,
+        max_tokens: int,
+        prefill_tokens: int,
+        captured: CapturedSteps | None = None,
     ) -> None:
-        super().__init__(model, pool, matcher, max_tokens=max_tokens, prefill_tokens=prefill_tokens)
+        super().__init__(model, pool, matcher, max_tokens=max_tokens, prefill_tokens=prefill_tokens, captured=captured)
         self._num_jobs = 0
         self.num_searches = 0  # beam searches, which have jobs only now and then
         self._drivers: dict[asyncio.AbstractEventLoop, asyncio.Task] = {}

@@ -25,7 +25,14 @@ class Ticker(Forest):
     """
 
     def __init__(
-        self, model: Any, pool: PagePool, matcher: StopMatcher, *, max_tokens: int, prefill_tokens: int
+        self,
+        model: Any,
+        pool: PagePool,
+        matcher: StopMatcher,
+        *,
+        max_tokens: int,
+        prefill_tokens: int,
+        captured: CapturedSteps | None = None,
     ) -> None:
         super().__init__(pool, max_tokens=max_tokens)
         self.model = model
@@ -34,8 +41,7 @@ class Ticker(Forest):
         self._stats = Stats()
         self._jobs: dict[int, Job] = {}
         self._batch: Batch | None = None
-        # None: every step is launched op by op, and waited for
-        self.captured = CapturedSteps(model, pool) if pool.device.type == "cuda" else None
+        self.captured = captured  # None: every step is launched op by op, and waited for
         self._run_ahead: Run | None = None
         self._num_changes = getattr(model, "num_changes", 0)
         self._thread_in_callback: int | None = None
