@@ -61,15 +61,16 @@ class Captured:
         self._host = [torch.empty_like(self.result, device="cpu", pin_memory=True) for _ in range(MAX_IN_FLIGHT)]
         # Nothing is appended while all lengths are 0. The first runs load and compile kernels, which capture forbids.
         self.idle(np.arange(self.size))
-        stream = torch.cuda.Stream(self.pool.device)
-        stream.wait_stream(torch.cuda.current_stream(self.pool.device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):
+        with torch.cuda.device(self.pool.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._step()
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, pool=memory):
                 self._step()
-        torch.cuda.current_stream(self.pool.device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=memory):
-            self._step()
 
     def replay(self, number: int) -> tuple[Tensor, torch.cuda.Event | None]:
         """Launches the step; its result is in the tensor returned once the event has passed.
@@ -80,11 +81,12 @@ class Captured:
         if self._graph is None:
             self._step()
             return self.result.clone(), None
-        self._graph.replay()
-        host = self._host[number % MAX_IN_FLIGHT]
-        host.copy_(self.result, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+        with torch.cuda.device(self.pool.device):
+            self._graph.replay()
+            host = self._host[number % MAX_IN_FLIGHT]
+            host.copy_(self.result, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
         return host, event
 
     def _step(self) -> None:
