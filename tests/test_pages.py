@@ -378,3 +378,12 @@ def test_opcheck():
     torch.library.opcheck(native.adopt_pages, adopt)
     torch.library.opcheck(native.copy_pages, (pool.kv, int32(0), int32(5), None))
     torch.library.opcheck(native.copy_pages, (pool.kv, int32(0), int32(5), int32(2)))
+
+
+def test_slots_are_at_least_as_many_as_tokens():
+    pool = make_pool(num_pages=6, page_size=4, max_branches=3)
+    before = snapshot(pool)
+    for module in (ops, reference):
+        with pytest.raises(ValueError, match=r"slots: expected at least"):
+            module.append_slots(pool.state, pool.kv, torch.zeros(2, dtype=torch.int64), int32(0, 1), int32(1, 2))
+        assert_unchanged(pool, before)
