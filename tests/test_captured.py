@@ -209,6 +209,17 @@ def test_beam_search(decoder, beam_steps, early_stopping, eos_logit):
     assert dec.num_branches == 0
 
 
+def test_beam_searches_of_other_lengths_share_a_step(decoder):
+    plain, dec = (
+        td.Decoder(FakeModel(eos_logit=-50.0), FakeTokenizer(), page_size=4),
+        decoder(FakeModel(eos_logit=-50.0)),
+    )
+    for length in (9, 14):
+        settings = {"num_beams": 3, "max_new_tokens": length}
+        assert dec.beam_search([[2, 3, 4]], **settings) == plain.beam_search([[2, 3, 4]], **settings)
+    assert len(dec.engine.captured._steps) == 1
+
+
 def test_beam_search_with_a_minimum_length(decoder, beam_steps):
     settings = {"num_beams": 3, "max_new_tokens": 12, "min_new_tokens": 8}
     plain = td.Decoder(FakeModel(eos_logit=2.0), FakeTokenizer(), page_size=4)

@@ -112,6 +112,35 @@ class Captured:
         return model.forward(self.ids, positions, context, self._last), seq_lens
 
 
+class Flight:
+    """The replays of a step that are under way; its length is how many have not been taken."""
+
+    def __init__(self, step: Captured) -> None:
+        self._step = step
+        self._num_launched = 0
+        self._pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a result must be taken before another launch."""
+        return len(self._pending) == MAX_IN_FLIGHT
+
+    def launch(self) -> None:
+        """One more replay."""
+        self._pending.append(self._step.replay(self._num_launched))
+        self._num_launched += 1
+
+    def take(self) -> np.ndarray:
+        """Waits for the oldest replay: its `result`, copied."""
+        result, event = self._pending.popleft()
+        if event is not None:
+            event.synchronize()
+        return result.numpy().copy()
+
+
 class CapturedStep(Captured):
     """A step of up to `size` rows: each appends the token sampled last and samples the next.
 
@@ -157,38 +186,32 @@ class Run:
     def __init__(self, step: CapturedStep, batch: Batch, table: BranchTable) -> None:
         self.batch = batch
         self.alive = np.ones(len(batch.rows), bool)
-        self._step = step
-        self._num_launched = 0
-        self._pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self._flight = Flight(step)
+        self._size = step.size
         step.load(batch, table)
 
     @property
     def num_in_flight(self) -> int:
         """Replays whose tokens have not been taken."""
-        return len(self._pending)
+        return len(self._flight)
 
     @property
     def is_full(self) -> bool:
         """Whether tokens must be taken before another launch."""
-        return len(self._pending) == MAX_IN_FLIGHT
+        return self._flight.is_full
 
     def launch(self) -> None:
         """One more step for all rows."""
-        self._pending.append(self._step.replay(self._num_launched))
-        self._num_launched += 1
+        self._flight.launch()
 
     def take(self) -> tuple[Ints, np.ndarray, Ints]:
         """Waits for the oldest replay in flight: (tokens, log-probabilities, page status), rows as in the batch.
 
         A token of -1 means that nothing could be sampled from the row's logits.
         """
-        result, event = self._pending.popleft()
-        if event is not None:
-            event.synchronize()
-        size, count = self._step.size, len(self.alive)
-        values = result.numpy()
-        logprobs = values[size : size + count].view(np.float32)
-        return values[:count].copy(), logprobs.copy(), values[2 * size :].copy()
+        size, count = self._size, len(self.alive)
+        values = self._flight.take()
+        return values[:count], values[size : size + count].view(np.float32), values[2 * size :]
 
 
 class CapturedSteps:

@@ -3,17 +3,16 @@
 As in `captured`, the host is one step behind. It takes a few steps at a time and then lets other work have its turn.
 """
 
-from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from treedecode import ops
 from treedecode.beam import Beams, BeamSearch, BeamStep
 from treedecode.branches import Ints
-from treedecode.captured import MAX_IN_FLIGHT, Captured
+from treedecode.captured import Captured, Flight
 from treedecode.ops.pages import OK, OUT_OF_PAGES, STATUS_ERROR
 from treedecode.pages import PagePool
 
@@ -38,7 +37,7 @@ class CapturedBeamStep(Captured):
         self.group = torch.arange(groups, device=device).repeat_interleave(torch.tensor(num_beams, device=device))
         self.indptr = torch.tensor([0, *np.cumsum(num_beams)], dtype=torch.int32, device=device)
         self.eos = torch.tensor(settings.eos_token_ids, dtype=torch.int32, device=device)
-        self.max_new_tokens = torch.full((groups,), settings.max_new_tokens, dtype=torch.int32, device=device)
+        self.max_new_tokens = self.buffer(torch.int32, groups)
         self.gen_lens = self.buffer(torch.int32, groups)
         self.done = torch.ones(groups, dtype=torch.bool, device=device)  # so that capturing forks nothing
         self.scores = self.buffer(torch.float32)
@@ -50,6 +49,7 @@ class CapturedBeamStep(Captured):
         self.q_lens.fill_(1)
         self.ids.copy_(torch.from_numpy(np.asarray(tokens, np.int64)))
         self.gen_lens.fill_(beams.num_steps)
+        self.max_new_tokens.fill_(beams.settings.max_new_tokens)
         self.done.zero_()
         for mine, theirs in zip((self.scores, *self.finished), beams.state, strict=True):
             mine.copy_(theirs)
@@ -109,7 +109,7 @@ def run(engine: "Engine", beams: Beams, rows: Ints, tokens: Ints) -> BeamStep | 
     """Takes some steps of searches that are past their first one.
 
     Args:
-        rows: branches of the running beams, wholly in the cache; at the end those of the beams that run then.
+        rows: branches of the running beams, wholly in the cache.
         tokens: the next token of each.
 
     Returns:
@@ -124,27 +124,22 @@ def run(engine: "Engine", beams: Beams, rows: Ints, tokens: Ints) -> BeamStep | 
         if captured is None or not engine.is_alone or (table.num_cached[rows] != table.num_tokens[rows]).any():
             return None
         settings, num_beams = beams.settings, beams.num_beams
-        step = captured.get(
-            (settings, num_beams), lambda: CapturedBeamStep(engine.model, engine.pool, settings, num_beams)
-        )
+        kind = replace(settings, max_new_tokens=1, min_new_tokens=0)  # limits are loaded, not captured
+        step = captured.get((kind, num_beams), lambda: CapturedBeamStep(engine.model, engine.pool, kind, num_beams))
         step.load(beams, rows, tokens)
-        in_flight: deque[tuple[Tensor, Any]] = deque()
+        flight = Flight(step)
         history: list[tuple[Ints, Ints, np.ndarray]] = []
         most = min(_STEPS, settings.max_new_tokens - beams.num_steps)
         launched, stop = 0, False
         while True:
-            while not stop and launched < most and len(in_flight) < MAX_IN_FLIGHT:
-                in_flight.append(step.replay(launched))
+            while not stop and launched < most and not flight.is_full:
+                flight.launch()
                 launched += 1
-            if not in_flight:
+            if not flight:
                 break
-            host, event = in_flight.popleft()
-            if event is not None:
-                event.synchronize()
-            parents, new_tokens, scores, done, bad, status = step.unpack(host.numpy().copy())
+            parents, new_tokens, scores, done, bad, status = step.unpack(flight.take())
             if status != OK or bad:
-                _wait(in_flight)
-                engine.pool.reset_status()
+                engine.pool.reset_status()  # on the device after what is in flight, which is void
                 if bad:
                     raise ValueError("the model gave logits that are NaN or +inf for a beam")
                 if status != OUT_OF_PAGES:
@@ -161,9 +156,3 @@ def run(engine: "Engine", beams: Beams, rows: Ints, tokens: Ints) -> BeamStep | 
         if not history:
             return None
         return beams.resume(history, (step.scores, *step.finished), step.done)
-
-
-def _wait(in_flight: deque[tuple[Tensor, Any]]) -> None:
-    for _, event in in_flight:
-        if event is not None:
-            event.synchronize()
