@@ -1,0 +1,64 @@
+"""What a task is: problems, how to read an answer out of a text, and when an answer is right."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem.
+
+    Attributes:
+        id: unique within a run; random numbers and the journal go by it.
+        prompt: what the model reads, worked examples and chat template not included.
+        answer: the reference answer; None where only checking can tell (many solutions, or none known).
+        group: of the user's choosing, for audits.
+        data: what the task needs to check an answer.
+    """
+
+    id: str
+    prompt: str
+    answer: str | None = None
+    group: str | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Task(Protocol):
+    """Where problems come from, and how texts about them are read.
+
+    Attributes:
+        name: as on the command line.
+        stop: the string that ends a step of reasoning; a solution is a sequence of steps.
+        max_step_tokens: a step that has not ended by then is cut.
+        max_new_tokens: the same for a whole solution.
+    """
+
+    name: str
+    stop: str
+    max_step_tokens: int
+    max_new_tokens: int
+
+    def problems(self, num_problems: int, *, split: str = "test", seed: int = 0) -> list[Problem]:
+        """So many problems of a split ("train", "validation" or "test"); the same ones for the same seed."""
+        ...
+
+    def examples(self, count: int) -> Sequence[tuple[str, str]]:
+        """Worked examples for a few-shot prompt: (prompt, solution)."""
+        ...
+
+    def extract(self, text: str) -> str | None:
+        """The answer a solution comes to, in a form that can be compared; None where it has none (yet)."""
+        ...
+
+    def equivalent(self, first: str, second: str) -> bool:
+        """Whether two extracted answers are the same answer."""
+        ...
+
+    def is_final(self, text: str) -> bool:
+        """Whether the solution has come to its answer, so that no further step is wanted."""
+        ...
+
+    def verify(self, problem: Problem, text: str) -> bool:
+        """Whether a solution is right: the grade, which no strategy sees unless its verifier is this."""
+        ...
