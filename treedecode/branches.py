@@ -25,6 +25,7 @@ class Work(IntEnum):
     PREFILL = 1  # all tokens but the last into the cache
     SAMPLE = 2  # new tokens until a stop
     LOGITS = 3  # the last token's logits, once
+    HIDDEN = 4  # the last token's final hidden state, once
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -51,7 +52,7 @@ class BranchTable:
     branch has been extended, so that any child can go on from it; a preempted branch has `num_cached == 0`.
     """
 
-    _COPIED = ("num_tokens", "prompt_len", "step_begin", "cum_logprob", "finish", "stop")
+    _COPIED = ("num_tokens", "prompt_len", "step_begin", "cum_logprob", "finish", "stop", "account", "node")
 
     def __init__(self, max_branches: int, max_tokens: int) -> None:
         n = max_branches
@@ -67,6 +68,8 @@ class BranchTable:
         self.cum_logprob = np.zeros(n, np.float64)
         self.finish = np.zeros(n, np.int8)
         self.stop = np.zeros(n, np.int32)  # id of the latest extend's stop set
+        self.account = np.full(n, -1, np.int64)  # who pays for it; -1 = nobody
+        self.node = np.full(n, -1, np.int64)  # where it is in the record of its account; -1 = nowhere
         self.handles = np.zeros(n, np.int32)  # frontiers that hold the branch; 0 = the row is free
         self.work = np.zeros(n, np.int8)  # Work still to do; NONE = at rest
         self.job = np.full(n, -1, np.int64)
@@ -92,7 +95,7 @@ class BranchTable:
             new[:, :have] = old
             setattr(self, name, new)
 
-    def open(self, rows: Ints, prompts: list[Ints], seeds: Ints) -> None:
+    def open(self, rows: Ints, prompts: list[Ints], seeds: Ints, account: int = -1) -> None:
         """Starts fresh branches on their prompts; nothing is cached yet."""
         self.reserve(max(len(prompt) for prompt in prompts))
         for row, prompt in zip(rows, prompts, strict=True):
@@ -107,6 +110,8 @@ class BranchTable:
         self.cum_logprob[rows] = 0
         self.finish[rows] = Finish.NONE
         self.stop[rows] = 0
+        self.account[rows] = account
+        self.node[rows] = -1
         self.handles[rows] = 1
         self.work[rows] = Work.NONE
         self.job[rows] = -1

@@ -12,12 +12,13 @@ import torch
 
 from treedecode import beam_search, completions
 from treedecode.arguments import memory_bytes, sampling_or, token_ids
-from treedecode.branches import Ints, child_seeds
+from treedecode.branches import Ints
 from treedecode.captured import CapturedSteps
 from treedecode.completions import Completion
 from treedecode.engine import OUTER_LOOPS, Engine
 from treedecode.jobs import Stats
 from treedecode.pages import PagePool
+from treedecode.roots import roots
 from treedecode.sampling import Sampling
 from treedecode.stops import StopLike, StopMatcher, StopSet, parse_stop
 from treedecode.tree import Frontier
@@ -302,35 +303,20 @@ class Decoder:
         stops = self.parse_stop(settings.pop("stop", None))
         return await beam_search.complete(self.engine, self._prompts(prompts), stops, **settings)
 
-    async def roots(self, prompts: Prompt | Sequence[Prompt], *, sampling: Sampling | None = None) -> Frontier:
+    async def roots(
+        self, prompts: Prompt | Sequence[Prompt], *, sampling: Sampling | None = None, account: int = -1
+    ) -> Frontier:
         """One branch per prompt, computed up to its last token: where a search begins.
 
         Args:
             prompts: strings or lists of token ids.
             sampling: the default for this search; its seed, if it has one, is that of every tree.
+            account: of `engine.meter`, to which all that grows from here is charged; -1 = none.
 
         Raises:
             TypeError, ValueError: a prompt is wrong (named). OutOfBranches: more prompts than free branches.
         """
-        sampling = sampling_or(sampling, Sampling())
-        tokens = self._prompts(prompts)
-        seen: dict[bytes, int] = {}
-        first = np.array([seen.setdefault(prompt.tobytes(), i) for i, prompt in enumerate(tokens)])
-        repeats = np.array([int((first[:i] == first[i]).sum()) for i in range(len(first))])
-        seeds = np.array([completions.root_seed(sampling) for _ in tokens])
-        seeds = np.where(repeats > 0, child_seeds(seeds, np.array(-1), repeats), seeds)
-        unique = np.unique(first)
-        rows = np.full(len(tokens), -1, np.int64)
-        rows[unique] = self.engine.open([tokens[i] for i in unique], seeds[unique])
-        try:
-            await self.engine.prefill(rows[unique])
-            again = np.flatnonzero(rows < 0)
-            if len(again):
-                rows[again] = self.engine.fork(rows[first[again]], seeds=seeds[again])
-        except BaseException:
-            self.engine.release(rows[rows >= 0])
-            raise
-        return Frontier(self, rows, np.arange(len(tokens)), len(tokens), sampling)
+        return await roots(self, self._prompts(prompts), sampling_or(sampling, Sampling()), account)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine to its end from code that is not one; inside a running event loop (Jupyter) in a thread.

@@ -13,6 +13,7 @@ from treedecode import step
 from treedecode.branches import Finish, Ints, Work
 from treedecode.captured import CapturedSteps
 from treedecode.jobs import Callback, Job, Stats, settle
+from treedecode.meter import BudgetExhausted
 from treedecode.pages import PagePool
 from treedecode.sampling import Sampling
 from treedecode.stops import StopMatcher, StopSet
@@ -111,6 +112,16 @@ class Engine(Ticker):
             self.append(rows, [np.array([token]) for token in np.asarray(tokens)])
         return await self._run(Work.LOGITS, rows)
 
+    async def hidden(self, rows: Ints) -> Tensor:
+        """The final hidden states `[n, hidden_size]` of the last tokens of rows, computed in the shared forward.
+
+        Raises:
+            ValueError: the model's adapter gives none.
+        """
+        if not hasattr(self.model, "forward_hidden"):
+            raise ValueError(f"model: {type(self.model).__name__} has no forward_hidden, so it gives no hidden states")
+        return await self._run(Work.HIDDEN, rows)
+
     async def _run(
         self,
         work: Work,
@@ -131,6 +142,7 @@ class Engine(Ticker):
             self.require_resting(rows)
             if len(np.unique(rows)) < len(rows):
                 raise RuntimeError("a branch appears twice in one call")
+            self._require_funds(rows)
             live = rows
             if work == Work.SAMPLE:
                 assert sampling is not None
@@ -150,7 +162,7 @@ class Engine(Ticker):
             if work != Work.PREFILL and first is None:
                 self._uncache_last(live)
             if len(live) == 0:
-                return torch.empty(0, self.model.vocab_size) if work == Work.LOGITS else None
+                return torch.empty(0, _width(self.model, work)) if work in (Work.LOGITS, Work.HIDDEN) else None
             job_id, self._num_jobs = self._num_jobs, self._num_jobs + 1
             job = Job(rows, loop.create_future(), len(live), callback)
             self._jobs[job_id] = job
@@ -190,8 +202,14 @@ class Engine(Ticker):
                 every = logits.expand(len(rows), -1).contiguous()
                 self._record(batch, batch.rows, *step.choose(self.table, self.matcher, self._eos_ids, batch, every))
                 self._stats.num_sampled_tokens += len(rows)
+                self.meter.charge_sampled(self.table.account[rows])
         except Exception as error:
             self._end_work(rows, error)
+
+    def _require_funds(self, rows: Ints) -> None:
+        """Raises if an account of rows is over its limits."""
+        if any(self.meter.is_over(int(account)) for account in np.unique(self.table.account[rows])):
+            raise BudgetExhausted("the budget is spent")
 
     def close(self) -> None:
         """Ends all jobs with an error and gives everything back."""
@@ -215,3 +233,7 @@ class Engine(Ticker):
         if len(full):
             self.table.num_cached[full] = self.table.num_tokens[full] - 1
             self.pool.truncate(full.astype(np.int32), self.table.num_cached[full].astype(np.int32))
+
+
+def _width(model: Any, work: Work) -> int:
+    return model.vocab_size if work == Work.LOGITS else model.hidden_size

@@ -34,11 +34,11 @@ class Forest:
         self.collect()
         return self.pool.num_free_rows
 
-    def open(self, prompts: Sequence[Ints], seeds: Ints) -> Ints:
-        """New branches on prompts (token ids); nothing is computed yet."""
+    def open(self, prompts: Sequence[Ints], seeds: Ints, account: int = -1) -> Ints:
+        """New branches on prompts (token ids), paid for by `account`; nothing is computed yet."""
         with self.open_lock():
             rows = self.pool.allocate_rows(len(prompts)).astype(np.int64)
-            self.table.open(rows, list(prompts), seeds)
+            self.table.open(rows, list(prompts), seeds, account)
             self._caller[rows] = _running_loop()
             return rows
 

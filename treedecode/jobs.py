@@ -23,6 +23,7 @@ class Stats:
     num_sampled_tokens: int = 0
     num_prefix_tokens: int = 0  # not computed: found in the prefix index
     num_preemptions: int = 0
+    busy_seconds: float = 0.0  # in forwards and what goes with each
 
 
 @dataclass(eq=False)
@@ -34,7 +35,7 @@ class Job:
     num_live: int
     callback: Callback | None = None
     streams: dict[int, TextStream] = field(default_factory=dict)
-    logits: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # row -> (logits of a forward, row in them)
+    found: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # row -> (tensor of a forward, its row there)
 
     def resolve(self) -> None:
         """The work is done; from whichever thread."""
@@ -45,15 +46,15 @@ class Job:
         settle(self.future, None, error if error is not None else asyncio.CancelledError())
 
     def _result(self) -> Tensor | None:
-        if not self.logits:
+        if not self.found:
             return None
-        found = [self.logits[int(row)] for row in self.rows]
-        if all(logits is found[0][0] for logits, _ in found):
-            logits, order = found[0][0], [i for _, i in found]
-            if order == list(range(len(logits))):
-                return logits
-            return logits.index_select(0, torch.tensor(order, device=logits.device))
-        return torch.stack([logits[i] for logits, i in found])
+        found = [self.found[int(row)] for row in self.rows]
+        if all(values is found[0][0] for values, _ in found):
+            values, order = found[0][0], [i for _, i in found]
+            if order == list(range(len(values))):
+                return values
+            return values.index_select(0, torch.tensor(order, device=values.device))
+        return torch.stack([values[i] for values, i in found])
 
 
 def settle(future: asyncio.Future, result: Tensor | None = None, error: BaseException | None = None) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from treedecode.branches import BranchTable, Ints, Work
+from treedecode.meter import Meter, Shares
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Batch:
     inputs: SampleInputs
     penalised: bool  # whether a sampled row has a repetition penalty
     stop_ids: list[int]  # stop sets in use among the sampled rows
+    shares: list[Shares]  # of the accounts that pay for rows
 
 
 class Scheduler:
@@ -46,8 +48,9 @@ class Scheduler:
     A row whose prompt begins like one that is being prefilled waits for it and then starts on its pages.
     """
 
-    def __init__(self, table: BranchTable, pool: Any, index: Any, *, prefill_tokens: int) -> None:
+    def __init__(self, table: BranchTable, pool: Any, index: Any, meter: Meter, *, prefill_tokens: int) -> None:
         self.table = table
+        self.meter = meter
         self.pool = pool
         self.index = index
         self.prefill_tokens = prefill_tokens
@@ -170,7 +173,8 @@ class Scheduler:
     def batch(self, rows: Ints, lens: Ints, *, complete: bool = False) -> Batch:
         """The batch that takes the next `lens` tokens of `rows`; `complete`: logits are wanted of all of them."""
         table = self.table
-        order = self._depth_first(rows)
+        pages, used = self._pages(rows)
+        order = _depth_first(rows, pages, used)
         rows, lens = rows[order], lens[order]
         wanted = np.flatnonzero((table.num_cached[rows] + lens == table.num_tokens[rows]) | complete)
         out = rows[wanted]
@@ -195,13 +199,8 @@ class Scheduler:
             ),
             penalised=bool((table.penalty[chosen] != 1).any()),
             stop_ids=[int(stop) for stop in np.unique(table.stop[chosen]) if stop],
+            shares=self.meter.shares(table.account[rows], pages[order], used[order], table.num_cached[rows]),
         )
-
-    def _depth_first(self, rows: Ints) -> list[int]:
-        """Order of rows in which equal leading pages are adjacent: any fixed order of the page-table rows will do."""
-        pages, used = self._pages(rows)
-        keys = [line.tobytes() for line in np.where(used, pages, -1)]
-        return sorted(range(len(rows)), key=lambda i: (keys[i], rows[i]))
 
     def _pages(self, rows: Ints) -> tuple[Ints, np.ndarray]:
         """(page ids, which of them the row has), `[n, most pages of a row]`; 0 where it has none."""
@@ -210,3 +209,9 @@ class Scheduler:
         used = np.arange(width) < num_pages[:, None]
         table = self.pool.page_table[torch.from_numpy(rows).to(self.pool.device), :width]
         return np.where(used, table.numpy(force=True), 0), used
+
+
+def _depth_first(rows: Ints, pages: Ints, used: np.ndarray) -> list[int]:
+    """Order of rows in which equal leading pages are adjacent: any fixed order of the page-table rows will do."""
+    keys = [line.tobytes() for line in np.where(used, pages, -1)]
+    return sorted(range(len(rows)), key=lambda i: (keys[i], rows[i]))

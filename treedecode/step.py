@@ -24,8 +24,14 @@ class BadLogits(ValueError):
         self.rows = rows
 
 
-def forward(model: Any, pool: PagePool, table: BranchTable, batch: Batch, slots: Tensor) -> Tensor:
-    """Runs the batch's tokens through the model; logits `[len(batch.wanted), vocab_size]`."""
+def forward(
+    model: Any, pool: PagePool, table: BranchTable, batch: Batch, slots: Tensor, *, wants_hidden: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Runs the batch's tokens through the model.
+
+    Returns:
+        logits `[len(batch.wanted), vocab_size]`, and with `wants_hidden` the hidden states they were computed from.
+    """
     ids, positions = table.packed(batch.rows, batch.q_lens)
     last = np.cumsum(batch.q_lens, dtype=np.int64) - 1
     width = -(-int((table.num_cached[batch.rows] + batch.q_lens).max()) // pool.page_size)
@@ -43,7 +49,9 @@ def forward(model: Any, pool: PagePool, table: BranchTable, batch: Batch, slots:
     )
     context = StepContext(pool.layer, page_table, seq_lens, plan, slots, prefills, rest)
     put = [torch.from_numpy(array).to(pool.device) for array in (ids, positions, last[batch.wanted])]
-    return model.forward(put[0], put[1], context, put[2])
+    if wants_hidden:
+        return model.forward_hidden(put[0], put[1], context, put[2])
+    return model.forward(put[0], put[1], context, put[2]), None
 
 
 def dense_prefills(

@@ -1,7 +1,9 @@
 """Ticker: one ragged forward, or one captured step, for everything that is due."""
 
 import threading
-from typing import Any
+import time
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -12,10 +14,15 @@ from treedecode.branches import Finish, Ints, Work
 from treedecode.captured import CapturedSteps, Run, fits
 from treedecode.forest import Forest
 from treedecode.jobs import Job, Stats
+from treedecode.meter import BudgetExhausted, Meter
 from treedecode.ops.pages import OK, OUT_OF_PAGES, STATUS_ERROR, STATUS_NUM_FREE, STATUS_NUM_NEEDED
 from treedecode.pages import OutOfPages, PagePool
 from treedecode.schedule import Batch, Scheduler
+from treedecode.search_tree import SearchTree
 from treedecode.stops import StopMatcher, TextStream
+
+if TYPE_CHECKING:
+    from treedecode.tree import Frontier
 
 
 class Ticker(Forest):
@@ -37,7 +44,10 @@ class Ticker(Forest):
         super().__init__(pool, max_tokens=max_tokens)
         self.model = model
         self.matcher = matcher
-        self.scheduler = Scheduler(self.table, pool, self.index, prefill_tokens=prefill_tokens)
+        self.meter = Meter(model, pool.page_size)
+        self.trees: dict[int, SearchTree] = {}  # account -> the record of its branches
+        self.frontiers: dict[int, WeakSet[Frontier]] = {}  # account -> handles that end with it
+        self.scheduler = Scheduler(self.table, pool, self.index, self.meter, prefill_tokens=prefill_tokens)
         self._stats = Stats()
         self._jobs: dict[int, Job] = {}
         self._batch: Batch | None = None
@@ -54,6 +64,7 @@ class Ticker(Forest):
     def tick(self) -> None:
         """One forward over everything that is due. An error in it fails the jobs of its rows; their branches stay."""
         with self.lock:
+            begin = time.perf_counter()
             self.collect()
             if self._run_ahead is not None and hasattr(self.model, "refresh"):
                 self.model.refresh()  # replays do not go through the model, which looks before each forward
@@ -79,6 +90,8 @@ class Ticker(Forest):
                 self._end_work(error.rows if isinstance(error, step.BadLogits) else rows, error)
                 if not isinstance(error, Exception):
                     raise
+            finally:
+                self._stats.busy_seconds += time.perf_counter() - begin
 
     def check_integrity(self) -> None:
         """See `Forest.check_integrity`; what is in flight is taken first."""
@@ -134,8 +147,9 @@ class Ticker(Forest):
     def _step(self, batch: Batch, slots: Tensor) -> None:
         table = self.table
         cached = table.num_cached[batch.rows]
+        wants_hidden = bool((table.work[batch.rows[batch.wanted]] == Work.HIDDEN).any())
         try:
-            logits = step.forward(self.model, self.pool, table, batch, slots)
+            logits, hidden = step.forward(self.model, self.pool, table, batch, slots, wants_hidden=wants_hidden)
             tokens, logprobs = step.choose(table, self.matcher, self._eos_ids, batch, logits)
         except BaseException:
             self.pool.truncate(batch.rows.astype(np.int32), cached.astype(np.int32))
@@ -147,9 +161,23 @@ class Ticker(Forest):
         if len(batch.sampled) < len(out):
             given = np.setdiff1d(np.arange(len(out)), batch.sampled)
             for i in given:
-                self._jobs[int(table.job[out[i]])].logits[int(out[i])] = (logits, int(i))
+                found = hidden if hidden is not None and table.work[out[i]] == Work.HIDDEN else logits
+                self._jobs[int(table.job[out[i]])].found[int(out[i])] = (found, int(i))
             self._finish(out[given])
         self._record(batch, out[batch.sampled], tokens, logprobs)
+        self._charge(batch, cached, batch.q_lens)
+
+    def _charge(self, batch: Batch, cached: Ints, q_lens: Ints) -> None:
+        """Charges a forward to the accounts of its rows; what an account that is now over had under way ends."""
+        if not batch.shares:
+            return
+        wanted, sampled = np.zeros(len(q_lens), bool), np.zeros(len(q_lens), bool)
+        wanted[batch.wanted] = sampled[batch.wanted[batch.sampled]] = True
+        over = self.meter.charge(batch.shares, cached, q_lens, wanted & (q_lens > 0), sampled & (q_lens > 0))
+        if len(over):
+            working = np.flatnonzero(self.table.work)
+            ended = working[self.meter.members(self.table.account[working], over)]
+            self._end_work(ended, BudgetExhausted("the budget is spent"))
 
     def _start_run(self) -> Run | None:
         """Puts the batch on a captured step, if there is one for what it does."""
@@ -181,7 +209,9 @@ class Ticker(Forest):
         rows = run.batch.rows[good]
         table.num_cached[rows] += 1
         self._count(run.batch)
+        cached = table.num_cached[run.batch.rows] - good
         self._record(run.batch, rows, tokens[good], logprobs[good])
+        self._charge(run.batch, cached, good.astype(np.int64))
         if len(bad):
             self._end_work(bad, step.BadLogits(bad, table.num_tokens[bad]))
 

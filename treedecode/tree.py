@@ -5,11 +5,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
 from treedecode.arguments import sampling_or, token_ids, whole_numbers
 from treedecode.branches import Finish, Ints, child_seeds
 from treedecode.completions import Completion, completions_of, text_of
 from treedecode.sampling import Sampling
+from treedecode.search_tree import Node
 from treedecode.stops import StopLike
 
 if TYPE_CHECKING:
@@ -27,7 +29,6 @@ class Frontier:
 
     Attributes:
         tree: `[n]` int64, the prompt each branch grew from.
-        scores: `[n]` float64, nan until scored; children start with their parent's.
         counts: `[n]` int64, how many branches `merge` has put into each.
     """
 
@@ -39,8 +40,10 @@ class Frontier:
         self._num_trees = num_trees
         self._sampling = sampling
         self.tree = tree
-        self.scores = np.full(len(rows), np.nan)
+        self._scores = np.full(len(rows), np.nan)
         self.counts = np.ones(len(rows), np.int64)
+        if len(rows) and (handles := self._engine.frontiers.get(int(self._engine.table.account[rows[0]]))) is not None:
+            handles.add(self)
 
     def __len__(self) -> int:
         return len(self.branches)
@@ -58,6 +61,20 @@ class Frontier:
         if self._rows is None:
             raise RuntimeError("this frontier was released, pruned or merged; use the one that came back")
         return self._rows
+
+    @property
+    def scores(self) -> np.ndarray:
+        """`[n]` float64, nan until scored; children start with their parent's."""
+        return self._scores
+
+    @scores.setter
+    def scores(self, values: Scores) -> None:
+        self._scores = np.asarray(values, np.float64)
+        if self._scores.shape != (len(self),):
+            raise ValueError(f"scores: expected {len(self)} numbers, one per branch, got {values!r}")
+        for node, score in zip(self._nodes(), self._scores, strict=True):
+            if node is not None and not np.isnan(score):
+                node.score = float(score)
 
     @property
     def num_tokens(self) -> Ints:
@@ -139,6 +156,9 @@ class Frontier:
 
         Returns:
             this frontier.
+
+        Raises:
+            BudgetExhausted: the account that pays for the branches has spent what it may; they keep what they have.
         """
         rows = self.branches
         stops = self._decoder.parse_stop(stop)
@@ -148,7 +168,11 @@ class Frontier:
         if sampling is not None and sampling.seed is not None:
             within = np.array([np.count_nonzero(self.tree[:i] == self.tree[i]) for i in range(len(rows))])
             seeds = child_seeds(np.array(sampling.seed), self.num_tokens, within)
-        await self._engine.sample(rows, chosen, stops, limit, callback, seeds=seeds)
+        begins = self.num_tokens
+        try:
+            await self._engine.sample(rows, chosen, stops, limit, callback, seeds=seeds)
+        finally:
+            self._record(begins, "generated")
         return self
 
     def append(self, text: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]) -> "Frontier":
@@ -176,8 +200,18 @@ class Frontier:
         for i, ids in enumerate(tokens):
             if self.num_tokens[i] + len(ids) > self._engine.table.max_tokens:
                 raise ValueError(f"text: branch {i} would be longer than {self._engine.table.max_tokens} tokens")
+        begins = self.num_tokens
         self._engine.append(self.branches, tokens)
+        self._record(begins, "given")
         return self
+
+    async def hidden(self) -> Tensor:
+        """Final hidden states `[n, hidden_size]` at the branches' last tokens, of the model's dtype.
+
+        Raises:
+            ValueError: the model's adapter gives none. BudgetExhausted: as `extend`.
+        """
+        return await self._engine.hidden(self.branches)
 
     # -- choosing --
 
@@ -206,7 +240,7 @@ class Frontier:
 
     def _view(self, rows: Ints, parents: Ints) -> "Frontier":
         child = Frontier(self._decoder, rows, self.tree[parents], self._num_trees, self._sampling)
-        child.scores, child.counts = self.scores[parents].copy(), self.counts[parents].copy()
+        child._scores, child.counts = self._scores[parents], self.counts[parents]
         return child
 
     async def score(
@@ -235,12 +269,13 @@ class Frontier:
             values = await _numbers(fn, self.texts(), len(self))
         else:
             with self.fork(num_samples) as side:
+                side.leave_record()
                 side.append(judge)
                 await side.extend(stop=stop, max_new_tokens=max_new_tokens, sampling=sampling)
                 values = await _numbers(fn, side.step_texts(), len(side))
             values = values.reshape(len(self), num_samples).mean(axis=1)
         self.scores = values
-        return values
+        return self.scores
 
     def prune(self, keep: int, per: str = "tree") -> "Frontier":
         """The `keep` best-scored branches, of every tree or of all; the others are released, and so is this handle.
@@ -257,7 +292,7 @@ class Frontier:
         for one in np.unique(group):
             members = np.flatnonzero(group == one)
             kept.extend(members[np.argsort(badness[members], kind="stable")[:keep]])
-        return self._hand_on(np.sort(np.array(kept, np.int64)))
+        return self._hand_on(np.sort(np.array(kept, np.int64)), "pruned")
 
     def merge(self) -> "Frontier":
         """The first of each set of branches of a tree with the same tokens; `counts` add up. Releases this handle."""
@@ -269,14 +304,64 @@ class Frontier:
             into[i] = first.setdefault(key, i)
         kept = np.unique(into)
         counts = np.bincount(into, weights=self.counts, minlength=len(self))[kept].astype(np.int64)
-        merged = self._hand_on(kept)
+        merged = self._hand_on(kept, "merged")
         merged.counts = counts
         return merged
 
-    def _hand_on(self, which: Ints) -> "Frontier":
+    def join(self, *others: "Frontier") -> "Frontier":
+        """The branches of this frontier and of others of the same search, one after another; releases their handles.
+
+        Raises:
+            ValueError: a frontier of another decoder.
+        """
+        parts = (self, *others)
+        if any(part._engine is not self._engine for part in parts):
+            raise ValueError("others: expected frontiers of the same decoder")
+        rows = np.concatenate([part.branches for part in parts])
+        self._engine.retain(rows)
+        num_trees = max(part._num_trees for part in parts)
+        joined = Frontier(self._decoder, rows, np.concatenate([p.tree for p in parts]), num_trees, self._sampling)
+        joined._scores = np.concatenate([part._scores for part in parts])
+        joined.counts = np.concatenate([part.counts for part in parts])
+        for part in parts:
+            part.release()
+        return joined
+
+    def _hand_on(self, which: Ints, fate: str) -> "Frontier":
         chosen = self.select(which)
+        kept = {id(node) for node in chosen._nodes()}
+        for node in self._nodes():
+            if node is not None and node.status == "open" and id(node) not in kept:
+                node.status = fate
         self.release()
         return chosen
+
+    # -- the record of the search, if its account keeps one --
+
+    def _nodes(self) -> list[Node | None]:
+        """The latest step of every branch."""
+        table, trees = self._engine.table, self._engine.trees
+        owners = [trees.get(int(account)) for account in table.account[self.branches]]
+        steps = table.node[self.branches]
+        return [
+            None if tree is None or step < 0 else tree.nodes[step] for tree, step in zip(owners, steps, strict=True)
+        ]
+
+    def leave_record(self) -> None:
+        """What these branches and their children do from here on is not recorded: a judge's words, say."""
+        self._engine.table.node[self.branches] = -1
+
+    def _record(self, begins: Ints, kind: str) -> None:
+        """What branches have beyond `begins` tokens is a step."""
+        table, trees = self._engine.table, self._engine.trees
+        if self._rows is None or not trees or self._engine.closed:
+            return
+        for row, begin in zip(self.branches, begins, strict=True):
+            tree, end = trees.get(int(table.account[row])), int(table.num_tokens[row])
+            if tree is not None and table.node[row] >= 0 and end > begin:
+                text = text_of(self._engine, int(row), cut=False, begin=int(begin))
+                logprob = float(table.logprobs[row, begin:end].sum(dtype=np.float64))
+                table.node[row] = tree.add(int(table.node[row]), kind, text, end - int(begin), logprob)
 
     # -- ending --
 

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from treedecode.models import prefill
 from treedecode.models.context import StepContext
+from treedecode.models.costs import product_flops
 from treedecode.models.fused import FastForward
 from treedecode.models.watch import Watch
 
@@ -130,6 +131,8 @@ class TransformersModel:
         min_prefill: from how many query tokens on a branch's attention is dense (`prefill.attend`); None = never, as on
             the CPU, where a token's bits must not depend on how many come with it.
         num_changes: changes of the model that were seen; K and V from before the last one are stale.
+        flops_per_token, flops_per_logits: of the products with weights, as `product_flops` counts them.
+        hidden_size: of the states that the language model head reads.
     """
 
     def __init__(self, model: PreTrainedModel, *, optimize: bool = True) -> None:
@@ -154,6 +157,7 @@ class TransformersModel:
             self._prepare()
         self.min_prefill = _MIN_PREFILL if self.device.type == "cuda" and self._may_prefill_dense(seen) else None
         self.num_changes = 0
+        self.flops_per_token, self.flops_per_logits = product_flops(model, config)
         # Others, like the -1 of some checkpoints, are never generated.
         self.eos_token_ids: tuple[int, ...] = tuple(i for i in _eos_token_ids(model) if 0 <= i < self.vocab_size)
 
@@ -192,8 +196,9 @@ class TransformersModel:
         observer, count = _Observer(), 5
         ids = torch.arange(1, count + 1, device=self.device) % self._config.vocab_size
         positions = torch.arange(count, device=self.device) * 3 % self.max_position
-        logits = self._run(ids, positions, observer, ids[:1])
+        logits, hidden = self._run_hidden(ids, positions, observer, ids[:1])
         self.vocab_size: int = logits.shape[-1]
+        self.hidden_size: int = hidden.shape[-1]
         return observer
 
     def _check_layers(self, config: Any, seen: _Observer) -> None:
@@ -249,6 +254,18 @@ class TransformersModel:
             )
         return out.logits[0]
 
+    def _run_hidden(
+        self, input_ids: Tensor, position_ids: Tensor, context: Context, logit_rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`_run`, and what the language model head was given."""
+        seen: list[Tensor] = []
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            logits = self._run(input_ids, position_ids, context, logit_rows)
+        finally:
+            handle.remove()
+        return logits, seen[0][0]
+
     def forward(self, input_ids: Tensor, position_ids: Tensor, context: StepContext, logit_rows: Tensor) -> Tensor:
         """One forward over the packed query tokens of all branches; their K and V are in the cache afterwards.
 
@@ -266,6 +283,14 @@ class TransformersModel:
         with exclusive(self._configs):
             self.refresh()
             return self._run(input_ids, position_ids, context, logit_rows)
+
+    def forward_hidden(
+        self, input_ids: Tensor, position_ids: Tensor, context: StepContext, logit_rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`forward`, and the states `[n, hidden_size]` that the logits were computed from."""
+        with exclusive(self._configs):
+            self.refresh()
+            return self._run_hidden(input_ids, position_ids, context, logit_rows)
 
 
 def check_supported(model: PreTrainedModel) -> Any:

@@ -30,12 +30,14 @@ class Task(Protocol):
     Attributes:
         name: as on the command line.
         stop: the string that ends a step of reasoning; a solution is a sequence of steps.
+        end: strings that end a whole solution, beside the model's end of sequence.
         max_step_tokens: a step that has not ended by then is cut.
         max_new_tokens: the same for a whole solution.
     """
 
     name: str
     stop: str
+    end: tuple[str, ...]
     max_step_tokens: int
     max_new_tokens: int
 

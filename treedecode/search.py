@@ -1,0 +1,227 @@
+"""Search: one problem under way. What a strategy knows of it, and how its branches go a step or to their end."""
+
+import hashlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from treedecode.branches import Ints, child_seeds
+from treedecode.meter import Spending
+from treedecode.sampling import Sampling
+from treedecode.search_tree import SearchTree
+from treedecode.tasks.base import Problem, Task
+
+if TYPE_CHECKING:
+    from treedecode.decoder import Decoder, Prompt
+    from treedecode.places import Places
+    from treedecode.tree import Frontier
+
+ScoreFunction = Callable[["Frontier", Problem], Awaitable[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a strategy has found.
+
+    Attributes:
+        answer: as the task extracts it; None = none.
+        text: the solution it is from.
+        score: how good the strategy thinks it is, on the strategy's own scale; None where it does not say.
+        node: the solution's last step in the search tree; -1 = none.
+    """
+
+    answer: str | None
+    text: str
+    score: float | None = None
+    node: int = -1
+
+
+class Search:
+    """One problem under way.
+
+    Branches end in two ways: `step` lets each go on by one step, `complete` to the end of its solution. Branches whose
+    solution is complete stay as they are in both.
+
+    Attributes:
+        decoder, task, problem: what is searched, with what.
+        prompt: all that the model reads before the solution.
+        sampling: how branches sample, where a strategy does not say otherwise. The seed is this problem's own.
+        tree: the record of the search.
+    """
+
+    def __init__(
+        self,
+        decoder: "Decoder",
+        task: Task,
+        problem: Problem,
+        *,
+        prompt: "Prompt",
+        sampling: Sampling,
+        seed: int,
+        account: int,
+        places: "Places | None" = None,
+        num_places: int = 0,
+        score: ScoreFunction | None = None,
+    ) -> None:
+        self.decoder, self.task, self.problem = decoder, task, problem
+        self.prompt = prompt
+        self.sampling = replace(sampling, seed=problem_seed(seed, problem.id))
+        self.tree = SearchTree()
+        self._account = account
+        self._places, self._num_places, self._holds_places = places, num_places, False
+        self._score = score
+        self._num_roots = 0
+
+    @property
+    def spending(self) -> Spending:
+        """What this problem has cost so far."""
+        return self.decoder.engine.meter.spending(self._account)
+
+    @property
+    def has_scorer(self) -> bool:
+        """Whether `score` can say anything."""
+        return self._score is not None
+
+    async def root(self, prompt: "Prompt | None" = None) -> "Frontier":
+        """A branch on the problem's prompt, or on another one for it; each call's branches sample anew."""
+        assert self.sampling.seed is not None
+        seed = child_seeds(np.array(self.sampling.seed), np.array(-1), np.array(self._num_roots))[0]
+        self._num_roots += 1
+        sampling = replace(self.sampling, seed=int(seed))
+        return await self.decoder.roots(
+            [self.prompt if prompt is None else prompt],  # type: ignore[list-item]
+            sampling=sampling,
+            account=self._account,
+        )
+
+    # -- growing --
+
+    def final(self, frontier: "Frontier") -> np.ndarray:
+        """`[n]` bool: the branch's solution is complete."""
+        return frontier.finished | np.array([self.is_final(text) for text in frontier.texts()], bool)
+
+    def is_final(self, text: str) -> bool:
+        """Whether the text alone shows that its solution is complete; an end of sequence is not in the text."""
+        return text.endswith(self.task.end) or self.task.is_final(text)
+
+    async def step(self, frontier: "Frontier", sampling: Sampling | None = None) -> None:
+        """Lets every branch generate one step, up to and with the task's stop."""
+        await self._extend(frontier, (self.task.stop, *self.task.end), self.task.max_step_tokens, sampling)
+
+    async def complete(self, frontier: "Frontier", sampling: Sampling | None = None) -> None:
+        """Lets every branch generate to the end of its solution, or to the most tokens one may have."""
+        await self._extend(frontier, self.task.end, self.task.max_new_tokens, sampling)
+
+    async def _extend(self, frontier: "Frontier", stop: tuple[str, ...], limit: int, sampling: Sampling | None) -> None:
+        left = self.task.max_new_tokens - (frontier.num_tokens - frontier.num_prompt_tokens)
+        going = np.flatnonzero(~self.final(frontier) & (left > 0))
+        if len(going):
+            limit = min(limit, int(left[going].max()))
+            with frontier.select(going) as live:
+                await live.extend(stop=list(stop) or None, max_new_tokens=limit, sampling=sampling)
+
+    # -- judging --
+
+    async def score(self, frontier: "Frontier") -> np.ndarray:
+        """Scores of the branches by the run's verifier, `[n]`; they are the frontier's scores from here on.
+
+        Raises:
+            ValueError: the run has no verifier.
+        """
+        if self._score is None:
+            raise ValueError("verifier: this strategy scores branches and needs one")
+        values = np.asarray(await self._score(frontier, self.problem), np.float64)
+        frontier.scores = values
+        return frontier.scores
+
+    def answers(self, frontier: "Frontier") -> list[str | None]:
+        """The answer of every branch whose solution is complete."""
+        texts = frontier.texts()
+        return [self.task.extract(t) if done else None for t, done in zip(texts, self.final(frontier), strict=True)]
+
+    def classes(self, answers: list[str | None]) -> Ints:
+        """`[n]` int64, equal where the task takes two answers for the same one; -1 = no answer."""
+        found: list[str] = []
+        classes = np.full(len(answers), -1, np.int64)
+        for i, answer in enumerate(answers):
+            if answer is None:
+                continue
+            known = (j for j, other in enumerate(found) if other == answer or self.task.equivalent(other, answer))
+            classes[i] = next(known, len(found))
+            if classes[i] == len(found):
+                found.append(answer)
+        return classes
+
+    def outcome(self, frontier: "Frontier", which: int, score: float | None = None) -> Outcome:
+        """The solution of one branch."""
+        node = int(self.decoder.engine.table.node[frontier.branches[which]])
+        return Outcome(self.answers(frontier)[which], frontier.texts()[which], score, node)
+
+    def majority(self, frontier: "Frontier", weights: np.ndarray | None = None) -> Outcome:
+        """The answer with the most votes, or weight; of equals the one given first. Branches without one abstain.
+
+        The outcome's score is its share of all votes.
+        """
+        answers = self.answers(frontier)
+        classes = self.classes(answers)
+        votes = np.bincount(
+            classes[classes >= 0],
+            (frontier.counts if weights is None else weights)[classes >= 0],
+        )
+        if len(votes) == 0:
+            return self.outcome(frontier, 0, 0.0)
+        winner = int(votes.argmax())
+        members = np.flatnonzero(classes == winner)
+        shown = members[0] if weights is None else members[np.argmax(weights[members])]
+        return self.outcome(frontier, int(shown), float(votes[winner] / votes.sum()) if votes.sum() else 0.0)
+
+    def best_so_far(self) -> Outcome:
+        """What the record of a search that was cut short has to offer.
+
+        Of complete solutions the best scored one, without scores the one with the most votes; else the likeliest text.
+        """
+        leaves = [i for i in self.tree.leaves() if self.tree.nodes[i].kind != "prompt"]
+        texts = {i: self.tree.text(i) for i in leaves}
+        found = [
+            (i, answer)
+            for i in leaves
+            if self.is_final(texts[i]) and (answer := self.task.extract(texts[i])) is not None
+        ]
+        if not found:
+            best = max(leaves, key=lambda i: sum(self.tree.nodes[j].logprob for j in self.tree.path(i)), default=-1)
+            return Outcome(None, texts.get(best, ""), node=best)
+        scores = [self.tree.nodes[i].score for i, _ in found]
+        if any(score is not None for score in scores):
+            at = int(np.argmax([-np.inf if score is None else score for score in scores]))
+            return Outcome(found[at][1], texts[found[at][0]], scores[at], found[at][0])
+        classes = self.classes([answer for _, answer in found])
+        at = int(np.flatnonzero(classes == np.bincount(classes).argmax())[0])
+        return Outcome(found[at][1], texts[found[at][0]], node=found[at][0])
+
+    @asynccontextmanager
+    async def pause(self) -> AsyncIterator[None]:
+        """While this problem waits for others inside of the block, they may have its branches: release them before."""
+        self.give_places()
+        yield
+        await self.take_places()
+
+    async def take_places(self) -> None:
+        """Waits until the run has branches for this problem."""
+        if self._places is not None and not self._holds_places:
+            await self._places.take(self._num_places)
+            self._holds_places = True
+
+    def give_places(self) -> None:
+        """Lets other problems of the run have this one's branches."""
+        if self._places is not None and self._holds_places:
+            self._places.give(self._num_places)
+            self._holds_places = False
+
+
+def problem_seed(seed: int, problem_id: str) -> int:
+    """The seed of a problem's tree: of the run's seed and the problem alone, not of its place among others."""
+    digest = hashlib.blake2b(f"{seed}/{problem_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)

@@ -1,0 +1,80 @@
+"""SearchTree: the record of a search, a node per step of a branch."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+SCHEMA = "treedecode.search_tree/1"
+
+# What may become of a node: nothing yet or given up with its search, dropped for a better one, put into an equal one,
+# come to an answer, and the one whose answer was taken.
+STATUSES = ("open", "pruned", "merged", "final", "answer")
+KINDS = ("prompt", "generated", "given")
+
+
+@dataclass
+class Node:
+    """A step of a branch.
+
+    Attributes:
+        parent: index of the node it goes on from; -1 = none, a prompt.
+        kind: "prompt", "generated", or "given" (text that the search put there).
+        text: of this step alone, with the stop string that ended it.
+        num_tokens: of this step; they are in the cache once, whatever the number of branches below.
+        logprob: of its generated tokens, in all, nats.
+        score: the latest one given to a branch that ends here; None = none.
+        status: one of `STATUSES`.
+    """
+
+    parent: int
+    kind: str
+    text: str
+    num_tokens: int
+    logprob: float = 0.0
+    score: float | None = None
+    status: str = "open"
+
+
+class SearchTree:
+    """The nodes of one problem's search, parents before children."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+
+    def add(self, parent: int, kind: str, text: str, num_tokens: int, logprob: float = 0.0) -> int:
+        """A new node; its index."""
+        self.nodes.append(Node(parent, kind, text, num_tokens, logprob))
+        return len(self.nodes) - 1
+
+    def path(self, node: int) -> list[int]:
+        """Indices from the prompt down to `node`."""
+        found = []
+        while node >= 0:
+            found.append(node)
+            node = self.nodes[node].parent
+        return found[::-1]
+
+    def text(self, node: int) -> str:
+        """All text after the prompt, down to `node`."""
+        return "".join(self.nodes[i].text for i in self.path(node) if self.nodes[i].kind != "prompt")
+
+    def leaves(self) -> list[int]:
+        """Nodes that nothing goes on from, prompts among them only if nothing does from them."""
+        parents = {node.parent for node in self.nodes}
+        return [i for i in range(len(self.nodes)) if i not in parents]
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"schema", "nodes"}`; a node has the attributes of `Node`."""
+        return {"schema": SCHEMA, "nodes": [asdict(node) for node in self.nodes]}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "SearchTree":
+        """The tree that `to_json` described.
+
+        Raises:
+            ValueError: another schema.
+        """
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"data: expected the schema {SCHEMA}, got {data.get('schema')!r}")
+        tree = cls()
+        tree.nodes = [Node(**node) for node in data["nodes"]]
+        return tree

@@ -1,0 +1,284 @@
+"""solve: a strategy on many problems, all in the same forwards."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+from weakref import WeakSet
+
+from treedecode.budget import Budget
+from treedecode.decoder import Decoder, Prompt
+from treedecode.energy import Counter
+from treedecode.journal import Journal
+from treedecode.ledger import Ledger
+from treedecode.meter import BudgetExhausted, Spending
+from treedecode.places import Places
+from treedecode.sampling import Sampling
+from treedecode.search import Outcome, Search
+from treedecode.search_tree import SearchTree
+from treedecode.strategies.base import Strategy
+from treedecode.tasks.base import Problem, Task
+from treedecode.verify.scorers import as_scorer
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a run has to say of one problem.
+
+    Attributes:
+        problem: the problem.
+        answer, text, score: as in `Outcome`.
+        is_cut: the budget ended the search; this is the best it had.
+        correct: the task's verdict on the text; None where it was not asked.
+        spending: what the problem cost.
+        seconds: from the moment its search began; other problems ran meanwhile.
+        tree: the record of the search; the answer's last step has the status "answer".
+    """
+
+    problem: Problem
+    answer: str | None
+    text: str
+    score: float | None
+    is_cut: bool
+    correct: bool | None
+    spending: Spending
+    seconds: float
+    tree: SearchTree
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"id", "answer", "text", "score", "is_cut", "correct", "spending", "seconds", "tree"}`."""
+        values = {name: getattr(self, name) for name in ("answer", "text", "score", "is_cut", "correct", "seconds")}
+        return {"id": self.problem.id, **values, "spending": asdict(self.spending), "tree": self.tree.to_json()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], problem: Problem) -> "Solution":
+        """The solution of `problem` that `to_json` described."""
+        names = ("answer", "text", "score", "is_cut", "correct", "seconds")
+        tree = SearchTree.from_json(data["tree"])
+        spending = Spending(**data["spending"])
+        return cls(problem=problem, spending=spending, tree=tree, **{name: data[name] for name in names})
+
+
+@dataclass(frozen=True)
+class Result:
+    """Solutions in the order of the problems, and what they cost together."""
+
+    solutions: list[Solution]
+    ledger: Ledger
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of correct solutions; None where nothing was graded."""
+        graded = [solution.correct for solution in self.solutions if solution.correct is not None]
+        return sum(graded) / len(graded) if graded else None
+
+
+def solve(decoder: Decoder, problems: Iterable[Problem], **settings: Any) -> Result:
+    """Runs a strategy on problems; `solve_async` has the arguments."""
+    return decoder.run(solve_async(decoder, problems, **settings))
+
+
+async def solve_async(
+    decoder: Decoder,
+    problems: Iterable[Problem],
+    *,
+    strategy: Strategy,
+    task: Task,
+    verifier: Any = None,
+    budget: Budget | None = None,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    prompt: Callable[[Problem], Prompt] | None = None,
+    grade: bool = True,
+    journal: str | None = None,
+    callback: Callable[[Solution], None] | None = None,
+) -> Result:
+    """Runs a strategy on problems: as many side by side as the decoder has branches for, all in the same forwards.
+
+    A problem's solution depends on the problem, the seed and the strategy alone: not on what runs beside it, nor on
+    their order (where no budget of the whole run, no limit in seconds and no strategy that divides a budget among
+    problems says otherwise).
+
+    Args:
+        strategy: for instance `TreeOfThoughts(depth=3, width=5)`.
+        task: how texts are read.
+        verifier: scores branches: a scorer of `treedecode.verify`, or a function of (problem, text).
+        budget: hard limits. A problem they cut short gets the best answer it had; one they kept from starting, none.
+        sampling: how branches sample; its seed is not used.
+        seed: of the run.
+        prompt: what the model reads for a problem; by default the problem's own prompt.
+        grade: whether the task checks the solutions, which the strategy never sees.
+        journal: a file that solutions are written to as they come. A later call with the same arguments takes them from
+            there and solves the rest.
+        callback: called with every solution as it comes, those of the journal first.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong (named); nothing has been started then.
+        Exception: of a verifier or a strategy, with the problem's id in a note; the run ends, the journal stays.
+    """
+    run = _Run(decoder, list(problems), strategy, task, verifier, budget, sampling or Sampling(), seed, prompt, grade)
+    book = Journal(journal, run.description) if journal is not None else None
+    try:
+        return await run.run(book, callback)
+    finally:
+        if book is not None:
+            book.close()
+
+
+class _Run:
+    """One call of `solve`."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        problems: Sequence[Problem],
+        strategy: Strategy,
+        task: Task,
+        verifier: Any,
+        budget: Budget | None,
+        sampling: Sampling,
+        seed: int,
+        prompt: Callable[[Problem], Prompt] | None,
+        grade: bool,
+    ) -> None:
+        if not isinstance(strategy, Strategy):
+            raise TypeError(f"strategy: expected a treedecode.strategies.Strategy, got {strategy!r}")
+        if len({problem.id for problem in problems}) < len(problems):
+            raise ValueError("problems: two have the same id")
+        scorer = as_scorer(verifier)
+        if strategy.needs_verifier and scorer is None:
+            raise ValueError(f"verifier: {strategy.name} scores branches and needs one")
+        self._num_places = strategy.num_branches * (1 + getattr(scorer, "num_samples", 0))
+        if self._num_places > decoder.engine.pool.max_branches:
+            raise ValueError(
+                f"strategy: {strategy.name} needs {self._num_places} branches for a problem, and the decoder has "
+                f"{decoder.engine.pool.max_branches} (max_branches)"
+            )
+        self.decoder, self.problems, self.strategy, self.task = decoder, problems, strategy, task
+        self.scorer, self.budget, self.sampling, self.seed, self.grade = (
+            scorer,
+            budget or Budget(),
+            sampling,
+            seed,
+            grade,
+        )
+        self._prompt = prompt or (lambda problem: problem.prompt)
+        self._places = Places(decoder.engine.pool.max_branches - decoder.num_branches)
+        self._energy = Counter(decoder.engine.pool.device)
+        self._account = -1
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What the solutions depend on, for the journal."""
+        model = self.decoder.model
+        return {
+            "strategy": repr(self.strategy),
+            "task": self.task.name,
+            "sampling": repr(self.sampling),
+            "seed": self.seed,
+            "verifier": repr(self.scorer),
+            "budget": repr(self.budget),
+            "model": [model.vocab_size, model.num_layers, str(model.dtype)],
+            "problems": [problem.id for problem in self.problems],
+        }
+
+    async def run(self, journal: Journal | None, callback: Callable[[Solution], None] | None) -> Result:
+        meter, stats = self.decoder.engine.meter, self.decoder.stats
+        known = journal.solutions if journal is not None else {}
+        done = {p.id: Solution.from_json(known[p.id], p) for p in self.problems if p.id in known}
+        begin, busy = time.perf_counter(), stats.busy_seconds
+        energy = self._energy.joules if self._energy.is_available else None
+        self._account = self.budget.open(meter, energy=energy)
+        before = sum((solution.spending for solution in done.values()), Spending())
+        meter.add(self._account, before)
+
+        async def one(problem: Problem) -> None:
+            solution = await self._solve(problem)
+            done[problem.id] = solution
+            if journal is not None:
+                journal.add(solution.to_json())
+            if callback is not None:
+                callback(solution)
+
+        try:
+            for solution in done.values() if callback is not None else ():
+                callback(solution)
+            await _all([one(problem) for problem in self.problems if problem.id not in done])
+        finally:
+            total = meter.close(self._account)
+        solutions = [done[problem.id] for problem in self.problems]
+        ledger = Ledger(
+            problems={solution.problem.id: solution.spending for solution in solutions},
+            total=total,
+            seconds={solution.problem.id: solution.seconds for solution in solutions},
+            total_seconds=time.perf_counter() - begin,
+            busy_seconds=stats.busy_seconds - busy,
+            joules=None if energy is None else energy(),
+            energy_source=self._energy.source,
+        )
+        return Result(solutions, ledger)
+
+    async def _solve(self, problem: Problem) -> Solution:
+        engine = self.decoder.engine
+        account = (self.budget.per_problem or Budget()).open(engine.meter, self._account)
+        search = Search(
+            self.decoder,
+            self.task,
+            problem,
+            prompt=self._prompt(problem),
+            sampling=self.sampling,
+            seed=self.seed,
+            account=account,
+            places=self._places,
+            num_places=self._num_places,
+            score=self.scorer,
+        )
+        engine.trees[account], engine.frontiers[account] = search.tree, WeakSet()
+        begin, is_cut = time.perf_counter(), False
+        try:
+            await search.take_places()
+            begin = time.perf_counter()
+            outcome = await self.strategy.solve(search)
+        except BudgetExhausted:
+            outcome, is_cut = search.best_so_far(), True
+        except Exception as error:
+            error.add_note(f"while solving the problem {problem.id!r}")
+            raise
+        finally:
+            del engine.trees[account]
+            for frontier in list(engine.frontiers.pop(account)):
+                frontier.release()
+            spending = engine.meter.close(account)
+            search.give_places()
+        return self._solution(search, outcome, is_cut, spending, time.perf_counter() - begin)
+
+    def _solution(self, search: Search, outcome: Outcome, is_cut: bool, spending: Spending, seconds: float) -> Solution:
+        for leaf in search.tree.leaves():
+            if search.tree.nodes[leaf].status == "open" and search.is_final(search.tree.text(leaf)):
+                search.tree.nodes[leaf].status = "final"
+        if outcome.node >= 0:
+            search.tree.nodes[outcome.node].status = "answer"
+        correct = self.task.verify(search.problem, outcome.text) if self.grade else None
+        return Solution(
+            search.problem,
+            outcome.answer,
+            outcome.text,
+            outcome.score,
+            is_cut,
+            correct,
+            spending,
+            seconds,
+            search.tree,
+        )
+
+
+async def _all(work: list[Coroutine[Any, Any, None]]) -> None:
+    """Runs coroutines side by side; the first error ends the others, and is raised once they have."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

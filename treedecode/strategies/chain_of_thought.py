@@ -1,0 +1,81 @@
+"""Chain of thought, with budget forcing (2501.19393: s1, simple test-time scaling)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from treedecode.sampling import Sampling
+from treedecode.search import Outcome, Search
+from treedecode.strategies.base import Strategy, require
+from treedecode.tree import Frontier
+
+
+@dataclass(frozen=True)
+class ChainOfThought(Strategy):
+    """One chain. Below `min_tokens` its end is replaced by `wait`; at `max_tokens` `answer_prompt` forces an answer.
+
+    Args:
+        min_tokens: a chain that ends earlier is made to go on; 0 = never.
+        wait: what it goes on from ("Wait" in the paper).
+        max_waits: how often at most.
+        max_tokens: where thinking is cut and the answer forced; None = at the task's own limit, without forcing.
+        answer_prompt: what forces it.
+        answer_tokens: how long the forced answer may be.
+        sampling: in place of the run's.
+    """
+
+    name: ClassVar[str] = "chain_of_thought"
+
+    min_tokens: int = 0
+    wait: str = "Wait"
+    max_waits: int = 8
+    max_tokens: int | None = None
+    answer_prompt: str = "\nFinal Answer:"
+    answer_tokens: int = 32
+    sampling: Sampling | None = None
+
+    def __post_init__(self) -> None:
+        require("min_tokens", self.min_tokens, int, 0)
+        require("max_waits", self.max_waits, int, 0)
+        require("answer_tokens", self.answer_tokens, int, 1)
+        if self.max_tokens is not None:
+            require("max_tokens", self.max_tokens, int, max(1, self.min_tokens))
+
+    @property
+    def num_branches(self) -> int:
+        return 2
+
+    async def solve(self, search: Search) -> Outcome:
+        chain = await search.root()
+        await self._think(search, chain)
+        for _ in range(self.max_waits):
+            if self._length(chain) >= self.min_tokens or not search.final(chain).all():
+                break
+            chain = without_end(search, chain).append(self.wait)
+            await self._think(search, chain)
+        if self.max_tokens is not None and not search.final(chain).all():
+            chain.append(self.answer_prompt)
+            await chain.extend(stop=search.task.stop, max_new_tokens=self.answer_tokens, sampling=self.sampling)
+            text = chain.texts()[0]
+            return Outcome(search.task.extract(text), text)
+        return search.outcome(chain, 0)
+
+    async def _think(self, search: Search, chain: Frontier) -> None:
+        if self.max_tokens is None:
+            await search.complete(chain, self.sampling)
+        elif (left := self.max_tokens - self._length(chain)) > 0:
+            stop = list(search.task.end) or None
+            await chain.extend(stop=stop, max_new_tokens=left, sampling=self.sampling)
+
+    def _length(self, chain: Frontier) -> int:
+        return int((chain.num_tokens - chain.num_prompt_tokens)[0])
+
+
+def without_end(search: Search, chain: Frontier) -> Frontier:
+    """The chain before the token that ended it: its end of sequence, or the last one of the string that did."""
+    last = np.array([ids[-1] for ids in chain.token_ids()])
+    ended = np.isin(last, search.decoder.model.eos_token_ids) | [t.endswith(search.task.end) for t in chain.texts()]
+    shorter = chain.fork_at(np.maximum(chain.num_tokens - ended, chain.num_prompt_tokens))
+    chain.release()
+    return shorter

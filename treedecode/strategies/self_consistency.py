@@ -1,0 +1,75 @@
+"""Self-consistency (2203.11171): sample chains, take the answer of most."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from treedecode.sampling import Sampling
+from treedecode.search import Outcome, Search
+from treedecode.strategies.base import Strategy, require
+from treedecode.tree import Frontier
+
+
+@dataclass(frozen=True)
+class SelfConsistency(Strategy):
+    """The majority of `num_samples` chains over classes of equal answers; with `stop`, as few as are enough.
+
+    Args:
+        num_samples: chains at most (40 in the paper).
+        stop: when to stop early: "never"; "beta" (adaptive-consistency, 2305.11860: the first of the two leading
+            answers is the more frequent one with probability `confidence` or more, under a uniform prior);
+            "window" (early-stopping self-consistency, 2401.10480: `window` chains in a row agree).
+        window: chains sampled at a time where it may stop early.
+        confidence: of "beta".
+        sampling: in place of the run's.
+    """
+
+    name: ClassVar[str] = "self_consistency"
+
+    num_samples: int = 40
+    stop: str = "never"
+    window: int = 5
+    confidence: float = 0.95
+    sampling: Sampling | None = None
+
+    def __post_init__(self) -> None:
+        require("num_samples", self.num_samples, int, 1)
+        require("window", self.window, int, 1)
+        require("confidence", self.confidence, float, 0, 1)
+        if self.stop not in ("never", "beta", "window"):
+            raise ValueError(f"stop: expected 'never', 'beta' or 'window', got {self.stop!r}")
+
+    @property
+    def num_branches(self) -> int:
+        return self.num_samples + 1
+
+    async def solve(self, search: Search) -> Outcome:
+        root = await search.root()
+        portion = self.num_samples if self.stop == "never" else min(self.window, self.num_samples)
+        counts = np.zeros(1, np.int64)
+        chains: Frontier | None = None
+        while (done := 0 if chains is None else len(chains)) < self.num_samples:
+            more = root.fork(min(portion, self.num_samples - done))
+            await search.complete(more, self.sampling)
+            chains = more if chains is None else chains.join(more)
+            classes = search.classes(search.answers(chains))
+            counts = np.bincount(classes[classes >= 0], minlength=2)
+            if self.stop == "beta" and leads(counts) >= self.confidence:
+                break
+            if self.stop == "window" and len(set(classes[-portion:])) == 1 and classes[-1] >= 0:
+                break
+        assert chains is not None
+        return search.majority(chains)
+
+
+def leads(counts: np.ndarray) -> float:
+    """P(the leading answer is more frequent than the second), given their votes and a uniform prior.
+
+    The posterior of the leader's share among the two is Beta(a + 1, b + 1) (2305.11860), and for whole numbers
+    P(share > 1/2) = P(Binomial(a + b + 1, 1/2) <= a), a finite sum.
+    """
+    second, first = np.sort(counts)[-2:].tolist()
+    n = first + second + 1
+    return sum(math.comb(n, k) for k in range(first + 1)) / 2**n

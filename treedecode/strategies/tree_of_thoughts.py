@@ -1,0 +1,117 @@
+"""Tree of Thoughts (2305.10601): breadth-first and depth-first search over steps of reasoning."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from treedecode.sampling import Sampling
+from treedecode.search import Outcome, Search
+from treedecode.strategies.base import Strategy, require
+from treedecode.tree import Frontier
+
+
+@dataclass(frozen=True)
+class TreeOfThoughts(Strategy):
+    """Every thought is a step; those that the verifier rates best are followed.
+
+    Args:
+        depth: steps chosen by search; what is left of a solution after them is generated in one go.
+        width: steps tried from each branch (5 in the paper).
+        keep: branches kept after each step (`b` of the paper's BFS, 5 for the Game of 24).
+        order: "bfs", or "dfs": the best child first, back to its siblings when it is dead or its solution falls short.
+        dead: a branch scored below this is given up; None = none is ("dfs": the paper's threshold).
+        good: "dfs" ends with the first solution scored at least this; None = looks at all it has the visits for.
+        max_visits: "dfs": steps of search at most.
+        sampling: in place of the run's.
+    """
+
+    name: ClassVar[str] = "tree_of_thoughts"
+    needs_verifier: ClassVar[bool] = True
+
+    depth: int = 3
+    width: int = 5
+    keep: int = 5
+    order: str = "bfs"
+    dead: float | None = None
+    good: float | None = None
+    max_visits: int = 100
+    sampling: Sampling | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "width", "keep", "max_visits"):
+            require(name, getattr(self, name), int, 1)
+        if self.order not in ("bfs", "dfs"):
+            raise ValueError(f"order: expected 'bfs' or 'dfs', got {self.order!r}")
+
+    @property
+    def num_branches(self) -> int:
+        if self.order == "bfs":
+            return self.keep * (1 + self.width)
+        return 1 + self.width * self.depth
+
+    async def solve(self, search: Search) -> Outcome:
+        return await (self._bfs(search) if self.order == "bfs" else self._dfs(search))
+
+    async def _bfs(self, search: Search) -> Outcome:
+        states = await search.root()
+        for _ in range(self.depth):
+            states = await self._thoughts(search, states)
+            states = self._alive(states).prune(self.keep)
+            if search.final(states).all():
+                break
+        await search.complete(states, self.sampling)
+        scores = await search.score(states)
+        return best(search, states, scores)
+
+    async def _thoughts(self, search: Search, states: Frontier) -> Frontier:
+        """The children of every state, scored; a complete solution is its own and only child. Equal ones are one."""
+        children = states.fork(np.where(search.final(states), 1, self.width))
+        states.release()
+        await search.step(children, self.sampling)
+        children = children.merge()
+        await search.score(children)
+        return children
+
+    def _alive(self, states: Frontier) -> Frontier:
+        if self.dead is None or (states.scores < self.dead).all():
+            return states  # with nothing alive, the least bad ones go on
+        return states.prune(int((states.scores >= self.dead).sum()))
+
+    async def _dfs(self, search: Search) -> Outcome:
+        found: list[Outcome] = []
+        visits = self.max_visits
+
+        async def visit(state: Frontier, depth: int) -> bool:
+            """Searches below a state; whether a solution was good enough."""
+            nonlocal visits
+            if depth == self.depth or search.final(state).all():
+                await search.complete(state, self.sampling)
+                [score] = await search.score(state)
+                found.append(search.outcome(state, 0, float(score)))
+                return self.good is not None and score >= self.good
+            if visits == 0:
+                return False
+            visits -= 1
+            children = await self._thoughts(search, state.select([0]))
+            order = np.argsort(-children.scores, kind="stable")[: self.keep]
+            with children:
+                for child in order:
+                    if self.dead is not None and children.scores[child] < self.dead:
+                        break
+                    with children.select([child]) as one:
+                        if await visit(one, depth + 1):
+                            return True
+            return False
+
+        await visit(await search.root(), 0)
+        if not found:
+            return search.best_so_far()
+        return max(found, key=lambda outcome: (outcome.answer is not None, outcome.score))
+
+
+def best(search: Search, states: Frontier, scores: np.ndarray) -> Outcome:
+    """The best scored complete solution that comes to an answer; failing that, the best scored branch."""
+    answered = np.array([answer is not None for answer in search.answers(states)])
+    order = np.lexsort((np.arange(len(states)), -scores, ~answered))
+    return search.outcome(states, int(order[0]), float(scores[order[0]]))
