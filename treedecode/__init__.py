@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from treedecode.integrations.transformers import generate as generate
     from treedecode.sampling import Sampling as Sampling
     from treedecode.solving import solve as solve
-    from treedecode.strategies import *  # noqa: F403 (td.TreeOfThoughts is treedecode.strategies.TreeOfThoughts)
     from treedecode.tree import Frontier as Frontier
 
 # An installed package holds the Triton kernels; a source checkout has them beside it.
@@ -45,7 +44,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"treedecode.{name}")
     if name in _EXPORTS:
         return getattr(importlib.import_module(_EXPORTS[name]), name)
-    if name[:1].isupper():  # strategies, which have a list of their own
+    if name[:1].isupper():  # td.TreeOfThoughts is td.strategies.TreeOfThoughts
         strategies = importlib.import_module("treedecode.strategies")
         if name in strategies.__all__:
             return getattr(strategies, name)

@@ -1,13 +1,16 @@
-"""temp"""
+"""Scorers of live branches."""
+
+from typing import Any
 
 import numpy as np
 
 
-def as_scorer(x):
-    if x is None or hasattr(x, "num_samples"):
-        return x
+def as_scorer(scorer: Any) -> Any:
+    """A scorer from a function of (problem, text)."""
+    if scorer is None or hasattr(scorer, "num_samples"):
+        return scorer
 
-    async def score(f, p):
-        return np.array([x(p, t) for t in f.texts()])
+    async def score(frontier: Any, problem: Any) -> np.ndarray:
+        return np.array([scorer(problem, text) for text in frontier.texts()])
 
     return score
