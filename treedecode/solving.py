@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 from weakref import WeakSet
@@ -202,8 +202,9 @@ class _Run:
                 callback(solution)
 
         try:
-            for solution in done.values() if callback is not None else ():
-                callback(solution)
+            if callback is not None:
+                for solution in list(done.values()):
+                    callback(solution)
             await _all([one(problem) for problem in self.problems if problem.id not in done])
         finally:
             total = meter.close(self._account)

@@ -93,13 +93,13 @@ class TreeOfThoughts(Strategy):
             if visits == 0:
                 return False
             visits -= 1
-            children = await self._thoughts(search, state.select([0]))
+            children = await self._thoughts(search, state.select(np.array([0])))
             order = np.argsort(-children.scores, kind="stable")[: self.keep]
             with children:
                 for child in order:
                     if self.dead is not None and children.scores[child] < self.dead:
                         break
-                    with children.select([child]) as one:
+                    with children.select(np.array([child])) as one:
                         if await visit(one, depth + 1):
                             return True
             return False
