@@ -156,13 +156,8 @@ class _Run:
                 f"{decoder.engine.pool.max_branches} (max_branches)"
             )
         self.decoder, self.problems, self.strategy, self.task = decoder, problems, strategy, task
-        self.scorer, self.budget, self.sampling, self.seed, self.grade = (
-            scorer,
-            budget or Budget(),
-            sampling,
-            seed,
-            grade,
-        )
+        self.scorer, self.budget, self.sampling = scorer, budget or Budget(), sampling
+        self.seed, self.grade = seed, grade
         self._prompt = prompt or (lambda problem: problem.prompt)
         self._places = Places(decoder.engine.pool.max_branches - decoder.num_branches)
         self._energy = Counter(decoder.engine.pool.device)

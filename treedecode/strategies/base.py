@@ -39,7 +39,7 @@ def require(name: str, value: Any, kind: type, low: float, high: float = float("
     Raises:
         TypeError: not a number of the kind. ValueError: outside of [low, high].
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and isinstance(value, float)):
         raise TypeError(f"{name}: expected {'a number' if kind is float else 'an int'}, got {value!r}")
     if not low <= value <= high:
         bounds = f">= {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
