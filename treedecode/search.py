@@ -92,7 +92,7 @@ class Search:
         self._num_roots += 1
         sampling = replace(self.sampling, seed=int(seed))
         return await self.decoder.roots(
-            [self.prompt if prompt is None else prompt],  # type: ignore[list-item]
+            [self.prompt if prompt is None else prompt],
             sampling=sampling,
             account=self._account,
         )
