@@ -208,6 +208,8 @@ class Frontier:
     async def hidden(self) -> Tensor:
         """Final hidden states `[n, hidden_size]` at the branches' last tokens, of the model's dtype.
 
+        Of a finished branch it is the one before its end of sequence.
+
         Raises:
             ValueError: the model's adapter gives none. BudgetExhausted: as `extend`.
         """
