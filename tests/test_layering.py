@@ -26,6 +26,8 @@ ALLOWED = {
     "completions": {"pages", "branches", "jobs", "sampling", "stops"},
     "tree": {"arguments", "pages", "branches", "completions", "sampling", "stops"},
     "models": {"env", "ops"},
+    "verify": {"sampling", "stops"},
+    "tasks": {"verify"},
     "strategies": {"decoder", "tree", "sampling", "budget", "ledger", "verify"},
 }
 

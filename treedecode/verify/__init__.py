@@ -1,0 +1,1 @@
+"""Judging what was decoded: equivalence of answers, and scores of live branches."""
