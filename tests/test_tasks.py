@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import subprocess
 import sys
 
 import pytest
@@ -267,6 +268,14 @@ def test_errors(reasoning_gym):
         load("reasoning_gym:leg_counting").problems(1, seed=2**14)
     with pytest.raises(ValueError, match="split: expected one of train, validation, test, got 'dev'"):
         load("reasoning_gym:leg_counting").problems(1, split="dev")
+
+
+def test_importing_tasks_and_scorers_costs_nothing():
+    code = (
+        "import sys, treedecode, treedecode.tasks, treedecode.verify\n"
+        "print(*sorted({'torch', 'transformers', 'math_verify', 'sympy', 'reasoning_gym'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
 
 
 def test_reasoning_gym_missing_is_said(monkeypatch):

@@ -63,7 +63,7 @@ class Judge:
 
 
 def parse_value(answer: str) -> float:
-    """The weight of the last of sure (20), likely (1) and impossible (0.001) in an answer; 0 if it says none of them."""
+    """The weight of the last of sure (20), likely (1) and impossible (0.001) in an answer; 0 if it says none."""
     found = re.findall(rf"\b({'|'.join(VALUES)})\b", answer.lower())
     return VALUES[found[-1]] if found else 0.0
 

@@ -18,16 +18,17 @@ _AGGREGATES: dict[str, Callable[[np.ndarray], float]] = {
     "min": lambda steps: float(steps.min()),
     "prod": lambda steps: float(steps.prod()),
 }
+_Solution = tuple[tuple[int, ...], tuple[int, ...]]  # token ids, and where steps end
 _HEADS = {"ForSequenceClassification": False, "ForTokenClassification": True}  # whether it grades steps
 
 
 class RewardModel:
     """Scores branches by a reward model: one grade for the text, or one for each of its steps.
 
-    A sequence classification head gives a text the probability of `positive_label`, or, with one label, its output as it
-    is. A token classification head is a process reward model, read as TRL trains one: the prompt, then each step's tokens
-    followed by the step token's, whose last one carries the probability that the step is right (one label: its sigmoid).
-    A branch without a step yet is graded behind its prompt.
+    A sequence classification head gives a text the probability of `positive_label`, or, with one label, its output as
+    it is. A token classification head is a process reward model, read as TRL trains one: the prompt, then each step's
+    tokens followed by the step token's, whose last one carries the probability that the step is right (one label: its
+    sigmoid). A branch without a step yet is graded behind its prompt.
 
     Each different text of a call is computed once, in batches of similar length. Batches hold texts of one call alone:
     what else is being decoded must not change a score. The model runs in a thread of its own.
@@ -78,6 +79,8 @@ class RewardModel:
         self.model = model
         self.tokenizer = tokenizer
         self.grades_steps = _grades_steps(type(model).__name__)
+        if model.training:
+            raise ValueError("path_or_model: the model is in training mode, which is random; call its eval()")
         if not self.grades_steps and aggregate != "last":
             raise ValueError(
                 f"aggregate: {type(model).__name__} grades no steps, so expected 'last', got {aggregate!r}"
@@ -108,23 +111,22 @@ class RewardModel:
     def grade(self, prompt: str, texts: Sequence[str]) -> np.ndarray:
         """`[len(texts)]` float64 scores of solutions of one prompt; computed in the calling thread."""
         built = [self._build(prompt, text) for text in texts]
-        unique = sorted({(tuple(ids), tuple(at)) for ids, at in built}, key=lambda item: len(item[0]))
-        scores: dict[tuple[int, ...], float] = {}
+        unique = sorted(dict.fromkeys(built), key=lambda solution: len(solution[0]))
+        scores: dict[_Solution, float] = {}
         for i in range(0, len(unique), self._batch_size):
             batch = unique[i : i + self._batch_size]
-            for (ids, at), values in zip(batch, self._forward([ids for ids, _ in batch]), strict=True):
-                scores[ids] = self._aggregate(values[list(at)]) if self.grades_steps else float(values)
-        return np.array([scores[tuple(ids)] for ids, _ in built], np.float64)
+            for solution, values in zip(batch, self._forward([ids for ids, _ in batch]), strict=True):
+                scores[solution] = self._aggregate(values[list(solution[1])]) if self.grades_steps else float(values)
+        return np.array([scores[solution] for solution in built], np.float64)
 
-    def _build(self, prompt: str, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of a solution, and where its steps end."""
+    def _build(self, prompt: str, text: str) -> _Solution:
         if not self.grades_steps:
             if self._chat:
                 turns = [{"role": "user", "content": prompt.strip()}, {"role": "assistant", "content": text.strip()}]
                 ids = self._template(turns, add_generation_prompt=False)
             else:
                 ids = list(self.tokenizer(prompt + text)["input_ids"])
-            return self._checked(ids), []
+            return self._checked(ids), ()
         if self._chat:
             ids = self._template([{"role": "user", "content": prompt.strip()}], add_generation_prompt=True)
         else:
@@ -134,7 +136,7 @@ class RewardModel:
         for step in [step for step in text.split(self._separator) if step.strip()] or [""]:
             ids += self._encode(step) + self._mark
             ends.append(len(ids) - 1)
-        return self._checked(ids), ends
+        return self._checked(ids), tuple(ends)
 
     def _template(self, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
         options = {"tokenize": True, "return_dict": False, "add_generation_prompt": add_generation_prompt}
@@ -143,11 +145,11 @@ class RewardModel:
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _checked(self, ids: list[int]) -> list[int]:
+    def _checked(self, ids: list[int]) -> tuple[int, ...]:
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit is not None and len(ids) > limit:
             raise ValueError(f"a text of {len(ids)} tokens is longer than the reward model's {limit}")
-        return ids
+        return tuple(ids)
 
     @torch.no_grad()
     def _forward(self, batch: list[tuple[int, ...]]) -> np.ndarray:
