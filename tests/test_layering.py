@@ -29,6 +29,7 @@ ALLOWED = {
     "roots": {"branches", "completions", "sampling", "tree"},
     "tree": {"arguments", "pages", "branches", "completions", "sampling", "search_tree", "stops"},
     "models": {"env", "ops"},
+    "verify": {"sampling", "stops", "models", "tasks", "tree"},
     "tasks": {"verify"},
     "budget": {"meter"},
     "energy": set(),

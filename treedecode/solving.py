@@ -146,7 +146,7 @@ class _Run:
             raise TypeError(f"strategy: expected a treedecode.strategies.Strategy, got {strategy!r}")
         if len({problem.id for problem in problems}) < len(problems):
             raise ValueError("problems: two have the same id")
-        scorer = as_scorer(verifier)
+        scorer = None if verifier is None else as_scorer(verifier)
         if strategy.needs_verifier and scorer is None:
             raise ValueError(f"verifier: {strategy.name} scores branches and needs one")
         self._num_places = strategy.num_branches * (1 + getattr(scorer, "num_samples", 0))
