@@ -38,7 +38,7 @@ ALLOWED = {
     "ledger": {"meter"},
     "places": set(),
     "search": {"branches", "meter", "places", "sampling", "search_tree", "tasks"},
-    "strategies": {"meter", "tree", "sampling", "search"},
+    "strategies": {"branches", "meter", "tree", "sampling", "search"},
 }
 
 

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from treedecode.branches import Ints
 from treedecode.completions import text_of
 from treedecode.search_tree import Node
@@ -30,6 +32,22 @@ def record(engine: "Engine", rows: Ints, begins: Ints, kind: str) -> None:
             step = tree.add(int(table.node[row]), kind, text, end - int(begin), logprob)
             tree.nodes[step].ended = int(table.tokens[row, end - 1]) in engine.model.eos_token_ids
             table.node[row] = step
+
+
+def cut_back(engine: "Engine", rows: Ints) -> None:
+    """Branches that have lost their last tokens are at the step that ends there, or at a new one for part of a step."""
+    table = engine.table
+    for row in rows:
+        tree, step = engine.trees.get(int(table.account[row])), int(table.node[row])
+        if tree is None or step < 0:
+            continue
+        path = tree.path(step)
+        ends = np.cumsum([tree.nodes[i].num_tokens for i in path])
+        last = int(np.searchsorted(ends, table.num_tokens[row]))
+        table.node[row] = path[last]
+        if ends[last] > table.num_tokens[row]:
+            table.node[row] = path[last - 1]
+            record(engine, np.array([row]), ends[last - 1 : last], tree.nodes[path[last]].kind)
 
 
 def mark(nodes: list[Node | None], kept: list[Node | None], fate: str) -> None:

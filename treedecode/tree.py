@@ -11,7 +11,7 @@ from treedecode.arguments import sampling_or, whole_numbers
 from treedecode.branches import Finish, Ints, child_seeds
 from treedecode.completions import Completion, completions_of, text_of
 from treedecode.given import Given, given_tokens
-from treedecode.recording import mark, nodes_of, record
+from treedecode.recording import cut_back, mark, nodes_of, record
 from treedecode.sampling import Sampling
 from treedecode.stops import StopLike
 
@@ -24,9 +24,9 @@ Scores = Sequence[float] | np.ndarray
 class Frontier:
     """Branches of one search over many prompts: `[n]` arrays, one entry per branch, children beside their siblings.
 
-    `fork`, `fork_at` and `select` leave this frontier as it is; `prune`, `spread`, `merge` and `join` hand its branches on
-    to the frontier they return. Branches nobody holds any more give their pages back: on `release()`, at the end of a `with`
-    block, or when the frontier is garbage.
+    `fork`, `fork_at` and `select` leave this frontier as it is; `prune`, `spread`, `merge` and `join` hand its branches
+    on to the frontier they return. Branches nobody holds any more give their pages back: on `release()`, at the end of
+    a `with` block, or when the frontier is garbage.
 
     Attributes:
         tree: `[n]` int64, the prompt each branch grew from.
@@ -134,7 +134,9 @@ class Frontier:
         lens = whole_numbers(position, len(self), "position")
         if (lens < self.num_prompt_tokens).any() or (lens > self.num_tokens).any():
             raise ValueError(f"position: expected from {self.num_prompt_tokens} to {self.num_tokens}, got {position}")
-        return self._children(np.arange(len(self)), lens)
+        children = self._children(np.arange(len(self)), lens)
+        cut_back(self._engine, children.branches)
+        return children
 
     def _children(self, parents: Ints, lens: Ints | None = None) -> "Frontier":
         return self._view(self._engine.fork(self.branches[parents], lens), parents)
@@ -173,7 +175,8 @@ class Frontier:
         try:
             await self._engine.sample(rows, chosen, stops, limit, callback, seeds=seeds)
         finally:
-            self._record(begins, "generated")
+            if self._rows is not None:
+                record(self._engine, rows, begins, "generated")
         return self
 
     def append(self, text: Given) -> "Frontier":
@@ -189,7 +192,7 @@ class Frontier:
         tokens = given_tokens(self._decoder, text, self.num_tokens)
         begins = self.num_tokens
         self._engine.append(self.branches, tokens)
-        self._record(begins, "given")
+        record(self._engine, self.branches, begins, "given")
         return self
 
     async def hidden(self) -> Tensor:
@@ -331,8 +334,8 @@ class Frontier:
             raise ValueError("others: expected frontiers of the same decoder")
         rows = np.concatenate([part.branches for part in parts])
         self._engine.retain(rows)
-        num_trees = max(part._num_trees for part in parts)
-        joined = Frontier(self._decoder, rows, np.concatenate([p.tree for p in parts]), num_trees, self._sampling)
+        tree, num_trees = np.concatenate([part.tree for part in parts]), max(part._num_trees for part in parts)
+        joined = Frontier(self._decoder, rows, tree, num_trees, self._sampling)
         joined._scores = np.concatenate([part._scores for part in parts])
         joined.counts = np.concatenate([part.counts for part in parts])
         for part in parts:
@@ -355,10 +358,6 @@ class Frontier:
     def leave_record(self) -> None:
         """What these branches and their children do from here on is not recorded: a judge's words, say."""
         self._engine.table.node[self.branches] = -1
-
-    def _record(self, begins: Ints, kind: str) -> None:
-        if self._rows is not None:
-            record(self._engine, self._rows, begins, kind)
 
     # -- ending --
 
