@@ -27,7 +27,9 @@ ALLOWED = {
     "jobs": {"branches", "stops"},
     "completions": {"pages", "branches", "jobs", "sampling", "stops"},
     "roots": {"branches", "completions", "sampling", "tree"},
-    "tree": {"arguments", "pages", "branches", "completions", "sampling", "search_tree", "stops"},
+    "given": {"arguments", "branches"},
+    "recording": {"branches", "completions", "search_tree"},
+    "tree": {"arguments", "branches", "completions", "given", "recording", "sampling", "stops"},
     "models": {"env", "ops"},
     "verify": {"sampling", "stops", "models", "tasks", "tree"},
     "tasks": {"verify"},
@@ -37,7 +39,7 @@ ALLOWED = {
     "ledger": {"meter"},
     "places": set(),
     "search": {"branches", "meter", "places", "sampling", "search_tree", "tasks"},
-    "strategies": {"meter", "tree", "sampling", "search"},
+    "strategies": {"branches", "meter", "tree", "sampling", "search"},
 }
 
 

@@ -87,7 +87,7 @@ class Engine(Ticker):
         rows: Ints,
         sampling: Sampling,
         stops: StopSet,
-        max_new_tokens: int,
+        max_new_tokens: int | Ints,
         callback: Callback | None = None,
         first: Tensor | None = None,
         seeds: Ints | None = None,
@@ -95,6 +95,7 @@ class Engine(Ticker):
         """Extends rows until a stop; a row that is at its end of sequence or full stays as it is.
 
         Args:
+            max_new_tokens: of all rows, or `[n]`.
             first: `[vocab_size]` logits of the first new token of all rows, which all end alike and had them computed.
             callback: called as `callback(i, token_id, text)` for `rows[i]` with every new token.
             seeds: `[n]`, in place of those the rows have.
@@ -130,7 +131,7 @@ class Engine(Ticker):
         rows: Ints,
         sampling: Sampling | None = None,
         stops: StopSet | None = None,
-        max_new_tokens: int = 0,
+        max_new_tokens: int | Ints = 0,
         callback: Callback | None = None,
         first: Tensor | None = None,
         seeds: Ints | None = None,

@@ -251,7 +251,7 @@ class _Run:
 
     def _solution(self, search: Search, outcome: Outcome, is_cut: bool, spending: Spending, seconds: float) -> Solution:
         for leaf in search.tree.leaves():
-            if search.tree.nodes[leaf].status == "open" and search.is_final(search.tree.text(leaf)):
+            if search.tree.nodes[leaf].status == "open" and search.is_complete(leaf):
                 search.tree.nodes[leaf].status = "final"
         if outcome.node >= 0:
             search.tree.nodes[outcome.node].status = "answer"
