@@ -140,6 +140,10 @@ def test_settings_are_checked():
         TextScorer(length, workers=True)
     with pytest.raises(ValueError, match=r"prompt: expected a text with \{choices\} in it"):
         Vote("which?")
+    with pytest.raises(TypeError, match="prompt: expected a text or a function of the problem, got 3"):
+        Judge(3, len)
+    with pytest.raises(TypeError, match="parse: expected a function of an answer, got None"):
+        Judge("good?", None)
     with pytest.raises(ValueError, match="num_samples: expected an int >= 1, got 0"):
         Vote(num_samples=0)
 

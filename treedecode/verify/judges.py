@@ -36,6 +36,9 @@ class Judge:
         stop: ends an answer.
         sampling: of answers; None takes the search's own.
         probability: whether `parse` returns probabilities.
+
+    Raises:
+        TypeError: `prompt` or `parse` is something else.
     """
 
     prompt: "str | Callable[[Problem], str]"
@@ -45,6 +48,12 @@ class Judge:
     stop: StopLike = "\n"
     sampling: Sampling | None = None
     probability: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str) and not callable(self.prompt):
+            raise TypeError(f"prompt: expected a text or a function of the problem, got {self.prompt!r}")
+        if not callable(self.parse):
+            raise TypeError(f"parse: expected a function of an answer, got {self.parse!r}")
 
     async def __call__(self, frontier: "Frontier", problem: "Problem") -> np.ndarray:
         """`[n]` float64.
