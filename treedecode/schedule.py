@@ -100,7 +100,7 @@ class Scheduler:
             if empty and not self._adopt(int(row), ahead):
                 continue
             cached = int(table.num_cached[row])
-            todo = int(table.goal(row)) - cached
+            todo = int(table.goal(np.array([row]))[0]) - cached
             if todo <= 0:
                 self.num_prefix_tokens += cached
                 continue  # the index had all of it; the next call reports it
@@ -127,7 +127,7 @@ class Scheduler:
         known = np.ascontiguousarray(table.tokens[row, : table.num_tokens[row] - 1])
         pages, found = self.index.match(known)
         for other in ahead:
-            both = min(len(known), int(table.goal(other)))
+            both = min(len(known), int(table.goal(np.array([other]))[0]))
             differ = np.flatnonzero(known[:both] != table.tokens[other, :both])
             common = int(differ[0]) if len(differ) else both
             if common // page * page > found:

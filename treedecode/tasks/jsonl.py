@@ -31,7 +31,7 @@ class Jsonl:
     """
 
     stop = "\n"
-    end = (_NEXT_QUESTION,)
+    end: tuple[str, ...] = (_NEXT_QUESTION,)
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ class ReasoningGym:
     """
 
     stop = "\n"
-    end = ()
+    end: tuple[str, ...] = ()
 
     def __init__(self, dataset: str, *, max_step_tokens: int = 128, max_new_tokens: int = 512, **config: Any) -> None:
         known = dataset_names()

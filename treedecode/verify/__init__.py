@@ -9,8 +9,9 @@ from treedecode.verify.scorers import Likelihood, Scorer, TextScorer, as_scorer
 
 if TYPE_CHECKING:
     from treedecode.verify.reward_model import RewardModel as RewardModel
+    from treedecode.verify.value import Value as Value
 
-_LAZY = {"RewardModel": "treedecode.verify.reward_model"}  # the only one that needs torch
+_LAZY = {"RewardModel": "treedecode.verify.reward_model", "Value": "treedecode.verify.value"}  # these need torch
 
 __all__ = [
     "Judge",
@@ -18,6 +19,7 @@ __all__ = [
     "RewardModel",
     "Scorer",
     "TextScorer",
+    "Value",
     "Vote",
     "as_scorer",
     "classes",

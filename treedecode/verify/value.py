@@ -23,6 +23,8 @@ class Value:
         FileNotFoundError, ValueError: the file is missing, or holds no value head.
     """
 
+    probability = True
+
     def __init__(self, head: ValueHead | str | os.PathLike[str]) -> None:
         self._source = "" if isinstance(head, ValueHead) else os.fspath(head)
         self.head = head if isinstance(head, ValueHead) else ValueHead.load(head)
