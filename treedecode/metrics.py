@@ -54,7 +54,7 @@ class DecoderCollector:
         ):
             tokens.add_metric([*self._labels.values(), kind], count)
         yield tokens
-        yield self._counter("preemptions", "Branches whose pages were taken, to be computed again.", stats.num_preemptions)
+        yield self._counter("preemptions", "Branches that lost their pages for a time.", stats.num_preemptions)
         yield self._counter("busy_seconds", "Time in forwards and what goes with each.", stats.busy_seconds)
 
     def _gauge(self, name: str, text: str, value: float) -> Any:

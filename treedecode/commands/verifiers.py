@@ -15,11 +15,11 @@ VERIFIERS = {
 }
 
 
-def verifier_named(name: str, task: Task, model: str) -> Any:
+def verifier_named(name: str, task: Task, model: str, device: str = "cpu") -> Any:
     """The scorer that `--verifier NAME` means; None for none.
 
     Args:
-        model: the folder or hub name of the model that decodes.
+        model: the folder or hub name of the model that decodes. device: where a reward model is put.
 
     Raises:
         FileNotFoundError, OSError, ValueError: there is no such verifier, or it cannot be loaded.
@@ -33,9 +33,9 @@ def verifier_named(name: str, task: Task, model: str) -> Any:
 
         return Likelihood()
     if name == "judge":
-        from treedecode.verify.scorers import Judge
+        from treedecode.verify.judges import value_judge
 
-        return Judge.sure_likely_impossible()
+        return value_judge()
     kind, _, path = name.partition(":")
     if kind == "value_head":
         from treedecode.verify.value import Value
@@ -44,9 +44,9 @@ def verifier_named(name: str, task: Task, model: str) -> Any:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"verifier: no value head at {path}")
         return Value(path)
-    from treedecode.verify.scorers import RewardModel
+    from treedecode.verify.reward_model import RewardModel
 
-    return RewardModel(name)
+    return RewardModel(name, device=device)
 
 
 class Oracle:
