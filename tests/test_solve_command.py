@@ -109,10 +109,11 @@ def test_the_same_command_goes_on_where_it_ended(solve, tmp_path):
         for solution in solutions.values():
             solution.pop("spending", None)  # who shares a forward with whom differs
     assert same[0] == same[1]
-    before = (part / "solutions.jsonl").read_bytes()
-    status, _, err = solve("--out", str(part))
+    before = {name: (part / name).read_bytes() for name in ("solutions.jsonl", "ledger.json")}
+    status, text, err = solve("--out", str(part))
     assert (status, err) == (0, f"resuming: 4 of 4 problems are solved in {part}/solutions.jsonl\n")
-    assert (part / "solutions.jsonl").read_bytes() == before
+    assert {name: (part / name).read_bytes() for name in before} == before
+    assert "seconds" not in table(text)
 
 
 @pytest.mark.parametrize(

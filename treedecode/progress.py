@@ -41,7 +41,7 @@ class Progress:
         self._file = sys.stderr if file is None else file
         self.is_shown = self._file.isatty() if show is None else show
         self._sizes = num_problems, num_done
-        self._stats, self._monitor = decoder.stats, Monitor(decoder)
+        self._engine, self._stats, self._monitor = decoder.engine, decoder.stats, Monitor(decoder)
         self._looks: deque[tuple[float, int]] = deque(maxlen=_WINDOW + 1)
         self._bar: Any = None
         self._end = threading.Event()
@@ -61,6 +61,7 @@ class Progress:
         if self._thread is not None:
             self._end.set()
             self._thread.join()
+            self._engine.collect()  # branches whose handles are gone, so that they are not shown as left
             self._look()
             self._bar.close()
 

@@ -57,10 +57,12 @@ class Outputs:
         _write(path.with_name(f"{path.name}.html"), page)
         _write(path.with_name(f"{path.name}.json"), _json(solution.tree.to_json()))
 
-    def finish(self, result: "Result") -> None:
-        """Writes the ledger."""
+    def finish(self, result: "Result", num_new: int) -> None:
+        """Writes the ledger; a call that solved nothing leaves the ledger of the one that did."""
         if self._folder is not None:
-            _write(self._folder / "ledger.json", _json(result.ledger.to_json()))
+            path = self._folder / "ledger.json"
+            if num_new or not path.exists():
+                _write(path, _json(result.ledger.to_json()))
 
 
 def file_name(problem_id: str) -> str:
@@ -105,8 +107,9 @@ def summary(result: "Result", strategy: "Strategy", verifier: str, num_known: in
     yield _line("answers", f"{answered} of {count}" + (f", {cut} cut short by the budget" if cut else ""))
     yield _line("tokens", f"{total.generated_tokens:,} generated, {total.prompt_tokens:,} of prompts")
     new = count - num_known
-    time = f"{ledger.total_seconds:.1f}" + (f", {ledger.total_seconds / new:.2f} a problem" if new else "")
-    yield _line("seconds", f"{time}; the decoder worked in {ledger.occupancy:.0%} of them")
+    if new:
+        share = f"the decoder worked in {ledger.occupancy:.0%} of them"
+        yield _line("seconds", f"{ledger.total_seconds:.1f}, {ledger.total_seconds / new:.2f} a problem; {share}")
     source = ledger.energy_source
     yield _line("energy", source if ledger.joules is None else f"{ledger.joules:,.1f} J ({source})")
     yield ""

@@ -125,6 +125,8 @@ def strategy_named(text: str) -> "Strategy":
 def _solve(arguments: argparse.Namespace) -> int:
     # what needs no model comes first: a typing error should not cost the loading of one
     strategy = strategy_named(arguments.strategy)
+    from transformers.utils import logging as transformers_logging
+
     from treedecode import tasks
     from treedecode.budget import Budget
     from treedecode.commands.outputs import Outputs, summary
@@ -153,6 +155,8 @@ def _solve(arguments: argparse.Namespace) -> int:
         raise ValueError(f"metrics-port: expected 0 to {2**16 - 1}, got {port}")
     outputs = Outputs(arguments.out, [problem.id for problem in problems[: arguments.trees]])
 
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     options = {"max_branches": arguments.max_branches, "kv_memory": arguments.kv_memory}
     with Decoder.from_pretrained(model, dtype=arguments.dtype, device=arguments.device, **options) as decoder:
         prompts = tasks.format_prompts(problems, examples, tokenizer=decoder.tokenizer, chat=arguments.chat)
@@ -196,7 +200,7 @@ def _solve(arguments: argparse.Namespace) -> int:
         finally:
             if end is not None:
                 end()
-        outputs.finish(result)
+        outputs.finish(result, len(problems) - num_known)
     print("\n".join(summary(result, strategy, arguments.verifier, num_known)))
     return 0
 
