@@ -100,6 +100,9 @@ class RewardModel:
         self._chat = chat
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="treedecode-reward")
 
+    def __repr__(self) -> str:
+        return f"RewardModel({self.model.name_or_path!r})"
+
     async def __call__(self, frontier: "Frontier", problem: "Problem") -> np.ndarray:
         """`[n]` float64; in [0, 1] where `probability`."""
 
