@@ -1,5 +1,6 @@
 """Self-Refine (2303.17651): solve, criticise, revise, and keep what the verifier likes best."""
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -118,5 +119,6 @@ class IterativeRefinement(Strategy):
         return len(classes) - len(set(classes)) < self.max_repeats
 
     def _filled(self, search: Search, prompt: str, outcome: Outcome) -> list[int]:
-        text = prompt.replace("{problem}", search.problem.prompt).replace("{solution}", outcome.text)
+        said = {"{problem}": search.problem.prompt, "{solution}": outcome.text}
+        text = re.sub(r"{problem}|{solution}", lambda match: said[match[0]], prompt)
         return search.decoder.encode(text, special=False)
