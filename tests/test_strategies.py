@@ -398,15 +398,42 @@ def test_puct_by_hand():
 
 
 def test_mcts_expands_what_puct_says():
-    asked = Recorder()
-    task = ENDLESS
-    solution = solve_one(td.MCTS(num_simulations=3, width=3, parallel=1), asked, task=task)
-    assert len(asked.calls) >= 3
-    first, second = asked.calls[0], asked.calls[1]
-    # all have been visited once and have the same prior: the best scored one is next
-    best = max(first, key=lambda one: one[1])[0]
-    assert all(text.startswith(best) for text, _ in second)
-    assert solution.text in {text for call in asked.calls for text, _ in call}
+    asked, simulations, depth = Recorder(), 14, 5
+    strategy = td.MCTS(num_simulations=simulations, width=2, parallel=1, answer="visits")
+    solution = solve_one(strategy, asked, task=ENDLESS)
+    calls = list(asked.calls)
+    children, value, visits, total = {"": []}, {}, {"": 0}, {"": 0.0}
+
+    def path_of(text):
+        return [above for above in visits if text.startswith(above)]
+
+    for _ in range(simulations):
+        leaf = ""
+        low, high = min(value.values(), default=0), max(value.values(), default=0)
+        while children.get(leaf):
+            n, siblings = visits[leaf], children[leaf]
+            c = 1.25 + math.log((19653 + n) / 19652)
+            q = [(total[one] / visits[one] - low) / (high - low) for one in siblings]
+            u = [c * math.sqrt(n) / (1 + visits[one]) / len(siblings) for one in siblings]
+            leaf = siblings[int(np.argmax(np.add(q, u)))]
+        if len(path_of(leaf)) == depth + 1:  # 14 tokens, three a step
+            backed_up = [(leaf, value[leaf])]
+        else:
+            backed_up = calls.pop(0)
+            assert all(text.startswith(leaf) for text, _ in backed_up), "another leaf was expanded"
+            children[leaf] = [text for text, _ in backed_up]
+        for text, score in backed_up:
+            value[text] = score
+            visits.setdefault(text, 0)
+            total.setdefault(text, 0.0)
+            for above in path_of(text):
+                visits[above] += 1
+                total[above] += score
+    leaf = ""
+    while children.get(leaf):
+        leaf = max(children[leaf], key=lambda one: (visits[one], value[one]))
+    assert solution.text.startswith(leaf)
+    assert len(calls) == (0 if len(path_of(leaf)) == depth + 1 else 1), "what is left is the score of the whole"
 
 
 def test_the_answer_is_the_best_or_the_most_visited():
