@@ -463,6 +463,7 @@ def test_the_answer_is_the_best_or_the_most_visited():
         (lambda: td.MCTS(width=2.5), TypeError, "width: expected an int, got 2.5"),
         (lambda: td.ParticleFilter(ess_threshold=2), ValueError, "ess_threshold: expected a number from 0 to 1"),
         (lambda: td.IterativeRefinement(revise_prompt=""), ValueError, "revise_prompt: is empty"),
+        (lambda: td.IterativeRefinement(critique_stop="no"), TypeError, "critique_stop: expected a tuple of strings"),
     ],
 )
 def test_settings_are_checked(make, error, match):

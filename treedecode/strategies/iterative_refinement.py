@@ -52,6 +52,8 @@ class IterativeRefinement(Strategy):
         require("max_passes", self.max_passes, int, 0)
         require("critique_tokens", self.critique_tokens, int, 1)
         require("max_repeats", self.max_repeats, int, 1)
+        if isinstance(self.critique_stop, str):
+            raise TypeError(f"critique_stop: expected a tuple of strings, got {self.critique_stop!r}")
         if self.critique_prompt and not self.revise_prompt:
             raise ValueError("revise_prompt: is empty; the critique has to be followed by a new solution")
 
