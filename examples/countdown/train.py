@@ -13,6 +13,7 @@ import copy
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import treedecode as td
@@ -71,12 +73,11 @@ def batches(
         chunk, first_step = chunk + 1, 0
 
 
-def loss_sum(model: LlamaForCausalLM, ids: Tensor, prompt_len: int) -> tuple[Tensor, int]:
-    """Cross entropy of the solutions' tokens, summed, and their number; the prompt is given, not learned."""
+def loss_sum(model: LlamaForCausalLM, ids: Tensor, prompt_len: int) -> Tensor:
+    """Cross entropy of the solutions' tokens, summed; the prompt is given, not learned."""
     hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
     logits = model.lm_head(hidden[:, prompt_len - 1 :])
-    targets = ids[:, prompt_len:]
-    return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum"), targets.numel()
+    return cross_entropy(logits.flatten(0, 1).float(), ids[:, prompt_len:].flatten(), reduction="sum")
 
 
 def pass_at_1(
@@ -109,29 +110,28 @@ def optimizers(model: LlamaForCausalLM, learning_rate: float) -> list[torch.opti
     ]
 
 
-def average_gradients(model: LlamaForCausalLM) -> None:
-    """Sums the gradients of all processes; each has divided by the tokens of all of them."""
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Linear from 0 over 100 steps, then constant, then linear to 0 over the last 40%."""
+    return min((step + 1) / 100, 1.0, (steps - step) / (0.4 * steps))
+
+
+def sum_gradients(model: LlamaForCausalLM) -> None:
+    """Adds up the gradients of all processes."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch._utils._flatten_dense_tensors(grads)
+    flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat)
-    for grad, summed in zip(grads, torch._utils._unflatten_dense_tensors(flat, grads), strict=True):
-        grad.copy_(summed)
+    for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(summed.view_as(grad))
 
 
 def train(arguments: argparse.Namespace) -> None:
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     torch.manual_seed(arguments.seed)
-    torch.set_num_threads(1)
+    device = torch.device(arguments.device)
     task, tokenizer = Countdown(), build_tokenizer()
-    model = build_model(tokenizer, arguments.hidden_size, arguments.layers)
-    print(f"{model.num_parameters() / 1e6:.2f}M parameters", flush=True)
+    model = build_model(tokenizer, arguments.hidden_size, arguments.layers).to(device)
     steppers = optimizers(model, arguments.learning_rate)
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(
-            stepper, lambda step: min((step + 1) / 100, 1.0, (arguments.steps - step) / (0.4 * arguments.steps))
-        )
-        for stepper in steppers
-    ]
+    schedules = [LambdaLR(stepper, partial(learning_rate_factor, steps=arguments.steps)) for stepper in steppers]
     checkpoint, step = arguments.out / "checkpoint.pt", 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -139,41 +139,48 @@ def train(arguments: argparse.Namespace) -> None:
         for part, saved in zip([*steppers, *schedules], state["parts"], strict=True):
             part.load_state_dict(saved)
         step = state["step"]
-        print(f"resumed at step {step}", flush=True)
+    if rank == 0:
+        print(f"{model.num_parameters() / 1e6:.2f}M parameters, from step {step}", flush=True)
     problems = task.problems(arguments.eval_problems, split="validation")
-    begin, seconds, num_tokens, losses = time.perf_counter(), 0.0, 0, []
-    for parts in batches(task, tokenizer, batch_size=arguments.batch_size, seed=arguments.seed, first_step=step):
-        if step == arguments.steps:
-            break
-        tick = time.perf_counter()
-        parts = [(ids[rank::world], prompt_len) for ids, prompt_len in parts]
-        count = world * sum(ids.shape[0] * (ids.shape[1] - prompt_len) for ids, prompt_len in parts)
-        total = 0.0
+    stream = batches(task, tokenizer, batch_size=arguments.batch_size, seed=arguments.seed, first_step=step)
+    seconds, num_tokens, losses = 0.0, 0, []
+    while step < arguments.steps:
+        parts = [(ids[rank::world].to(device), prompt_len) for ids, prompt_len in next(stream)]
+        begin = time.perf_counter()
+        count = sum(arguments.batch_size * (ids.shape[1] - prompt_len) for ids, prompt_len in parts)
+        loss = torch.zeros((), device=device)
         for ids, prompt_len in parts:
-            with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
-                summed, _ = loss_sum(model, ids, prompt_len)
-            (summed / count).backward()
-            total += summed.item() / count
-        average_gradients(model)
+            with torch.autocast(device.type, torch.bfloat16):
+                part_loss = loss_sum(model, ids, prompt_len) / count
+            part_loss.backward()
+            loss += part_loss.detach()
+        if world > 1:
+            sum_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for part in [*steppers, *schedules]:
             part.step()
         for stepper in steppers:
             stepper.zero_grad()
         step += 1
-        losses.append(total)
-        num_tokens += world * sum(ids.numel() for ids, _ in parts)
-        seconds += time.perf_counter() - tick
-        if step % arguments.log_every == 0 and rank == 0:
-            loss, losses = np.mean(losses), []
-            speed = num_tokens / seconds
-            print(f"step {step}  loss {loss:.4f}  {speed:.0f} tokens/s  {time.perf_counter() - begin:.0f} s", flush=True)
-            num_tokens, seconds = 0, 0.0
-        if (step % arguments.eval_every == 0 or step == arguments.steps) and rank == 0:
+        losses.append(world * loss.item())  # this process's share of the batch stands for all
+        num_tokens += sum(arguments.batch_size * ids.shape[1] for ids, _ in parts)
+        seconds += time.perf_counter() - begin
+        if rank > 0:
+            continue
+        if step % arguments.log_every == 0:
+            print(f"step {step}  loss {np.mean(losses):.4f}  {num_tokens / seconds:.0f} tokens/s", flush=True)
+            seconds, num_tokens, losses = 0.0, 0, []
+        if step % arguments.eval_every == 0 or step == arguments.steps:
             shares = pass_at_1(model, tokenizer, problems, task, branches=4)
-            print("  validation pass@1  " + "  ".join(f"{name}: {share:.3f}" for name, share in shares.items()), flush=True)
-            parts_state = [part.state_dict() for part in [*steppers, *schedules]]
-            torch.save({"model": model.state_dict(), "parts": parts_state, "step": step}, checkpoint)
+            print(
+                "  validation pass@1  " + "  ".join(f"{name}: {share:.3f}" for name, share in shares.items()),
+                flush=True,
+            )
+            states = [part.state_dict() for part in [*steppers, *schedules]]
+            torch.save({"model": model.state_dict(), "parts": states, "step": step}, checkpoint)
+    if rank == 0:
+        model.to(torch.bfloat16).save_pretrained(arguments.out / "model")
+        tokenizer.save_pretrained(arguments.out / "model")
 
 
 def main() -> None:
@@ -185,15 +192,18 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--log-every", type=int, default=20)
     parser.add_argument("--eval-every", type=int, default=200)
     parser.add_argument("--eval-problems", type=int, default=90)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    dist.init_process_group("gloo")
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo")
+        torch.set_num_threads(1)
     train(arguments)
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ _NUMBER = "[1-9][0-9]{0,8}"
 _LINE = re.compile(rf" *({_NUMBER}) ([+*/-]) ({_NUMBER}) = ({_NUMBER}), left((?: {_NUMBER})+) *")
 _HELD_OUT = 20  # one key in so many is a test problem, another one a validation problem
 _BATCH = 1024  # derivations drawn at once; part of what a seed means
+_PATIENCE = 100  # batches without anything new, after which there is nothing new to come
 
 
 def prompt_of(numbers: Sequence[int], target: int) -> str:
@@ -121,12 +122,12 @@ class Countdown:
         return found
 
     def _distinct(self, count: int, split: str, seed: int) -> Iterator[tuple[tuple[int, ...], int]]:
-        seen = set()
+        seen: set[tuple[tuple[int, ...], int]] = set()
         misses = 0
         for numbers, steps in self.derivations(count, split=split, seed=seed):
             key = numbers, steps[-1][3]
             misses = misses + 1 if key in seen else 0
-            if misses > 100 * _BATCH:
+            if misses > _PATIENCE * _BATCH:
                 raise ValueError(f"num_problems: the {split} split has about {len(seen)} problems of {count} numbers")
             if key not in seen:
                 seen.add(key)
@@ -139,11 +140,16 @@ class Countdown:
 
         Pairs and the allowed operations on them are equally likely; the larger number stands first. A division by one
         is left out, as it is a multiplication by one.
+
+        Raises:
+            ValueError: no such split, or it has no such problems.
         """
         if split not in SPLITS:
             raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
         rng = np.random.default_rng([seed, count])
-        while True:
+        barren = 0
+        while barren < _PATIENCE:
+            barren += 1
             numbers = rng.integers(1, self.max_number + 1, (_BATCH, count))
             steps = self._random_steps(rng, numbers)  # [_BATCH, count - 1, 4]
             targets = steps[:, -1, 3]
@@ -151,7 +157,9 @@ class Countdown:
             for row in np.flatnonzero((targets >= self.min_target) & (targets <= self.max_target)):
                 key = tuple(numbers[row].tolist())
                 if split_of(key, int(targets[row])) == split:
+                    barren = 0
                     yield key, [(a, OPERATORS[op], b, result) for a, op, b, result in steps[row].tolist()]
+        raise ValueError(f"split: {self} has no {split} problems of {count} numbers, or hardly any")
 
     def _random_steps(self, rng: np.random.Generator, numbers: np.ndarray) -> np.ndarray:
         """`[n, count - 1, 4]`: (first, index of the operator, second, result) of random operations on `[n, count]`."""
@@ -224,8 +232,8 @@ class _Item:
     def text(self) -> str:
         if not self.operators:
             return self.direct[0]
-        plus, minus = self.operators
-        return f" {plus} ".join(self.direct) + "".join(f" {minus} {part}" for part in self.inverse)
+        direct, inverse = (f" {operator} " for operator in self.operators)
+        return direct.join(self.direct) + "".join(inverse + part for part in self.inverse)
 
     def parts(self, operators: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """What it puts into a sum or product."""
