@@ -26,6 +26,7 @@ ALLOWED = {
     "completions": {"pages", "branches", "jobs", "sampling", "stops"},
     "tree": {"arguments", "pages", "branches", "completions", "sampling", "stops"},
     "models": {"env", "ops"},
+    "tasks": set(),
     "strategies": {"decoder", "tree", "sampling", "budget", "ledger", "verify"},
 }
 
