@@ -1,33 +1,54 @@
 """Rollouts of the countdown model: sampled solutions, the states they pass through, and how they came out."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import treedecode as td
 from treedecode.tasks.base import Problem
 from treedecode.tasks.countdown import Countdown
 
+MAX_NEW_TOKENS = 64  # the solution of a problem of five numbers has 43
+
 
 @dataclass(frozen=True)
-class States:
-    """States that rollouts passed through, one row each: after the prompt, and after every line.
+class Rollouts:
+    """Sampled solutions, a row each.
+
+    A state is what stands before the next line: a rollout passes through one at the end of its prompt and of every
+    line. `ends` marks their last tokens.
 
     Attributes:
-        hidden: `[n, hidden_size]` in the model's dtype, what its head reads where the state's last token came in.
-        success: `[n]` bool, whether the rollout came out right.
-        steps: `[n]` int64, lines written so far.
+        ids: `[n, length]` int64 prompt and solution, padded at the end.
+        ends: `[n, length]` bool, where there is a newline.
+        success: `[n]` bool, whether the solution is right.
         counts: `[n]` int64, numbers of the problem.
     """
 
-    hidden: Tensor
-    success: np.ndarray
-    steps: np.ndarray
-    counts: np.ndarray
+    ids: Tensor
+    ends: Tensor
+    success: Tensor
+    counts: Tensor
+
+    def __getitem__(self, rows: Tensor | slice) -> "Rollouts":
+        return Rollouts(self.ids[rows], self.ends[rows], self.success[rows], self.counts[rows])
+
+    def to(self, device: torch.device) -> "Rollouts":
+        return Rollouts(self.ids.to(device), self.ends.to(device), self.success.to(device), self.counts.to(device))
+
+    def state_labels(self) -> Tensor:
+        """`[number of states]` bool: whether the rollout that passed through came out right, in order of `ends`."""
+        return self.success[self.ends.nonzero()[:, 0]]
+
+
+def make_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> td.Decoder:
+    """A decoder on a bfloat16 copy of a model in training, since a decoder puts its own attention into a model."""
+    return td.Decoder(copy.deepcopy(model).to(torch.bfloat16).eval(), tokenizer, kv_memory="128MiB")
 
 
 def sample(dec: td.Decoder, problems: Sequence[Problem], *, branches: int, seed: int) -> list[list[td.Completion]]:
@@ -36,7 +57,7 @@ def sample(dec: td.Decoder, problems: Sequence[Problem], *, branches: int, seed:
         [problem.prompt for problem in problems],
         num_branches=branches,
         sampling=td.Sampling(seed=seed),
-        max_new_tokens=64,
+        max_new_tokens=MAX_NEW_TOKENS,
     )
 
 
@@ -47,36 +68,22 @@ def grades(problems: Sequence[Problem], outs: Sequence[Sequence[td.Completion]])
     return np.array([[task.verify(problem, out.text) for out in completions] for problem, completions in pairs])
 
 
-@torch.inference_mode()
-def states(
-    dec: td.Decoder,
-    model: PreTrainedModel,
-    problems: Sequence[Problem],
-    outs: Sequence[Sequence[td.Completion]],
-    *,
-    batch_size: int = 256,
-) -> States:
-    """The states of rollouts, their hidden states computed by `model`, which holds the weights that sampled them."""
-    right = grades(problems, outs)
-    rows = []  # (token ids, count of numbers, success)
-    for problem, completions, successes in zip(problems, outs, right, strict=True):
+def roll_out(dec: td.Decoder, problems: Sequence[Problem], outs: Sequence[Sequence[td.Completion]]) -> Rollouts:
+    """The samples of `sample` as arrays."""
+    rows, counts = [], []
+    for problem, completions in zip(problems, outs, strict=True):
         prompt = dec.encode(problem.prompt)
-        count = len(problem.data["numbers"])
-        rows += [(prompt + out.token_ids, count, ok) for out, ok in zip(completions, successes, strict=True)]
-    rows.sort(key=lambda row: len(row[0]))  # so that batches need little padding
+        rows += [prompt + out.token_ids for out in completions]
+        counts += [len(problem.data["numbers"])] * len(completions)
+    ids = torch.full((len(rows), max(map(len, rows))), dec.tokenizer.pad_token_id)
+    for i, tokens in enumerate(rows):
+        ids[i, : len(tokens)] = torch.tensor(tokens)
     (newline,) = dec.encode("\n", special=False)
-    hidden, success, steps, counts = [], [], [], []
-    for begin in range(0, len(rows), batch_size):
-        batch = rows[begin : begin + batch_size]
-        ids = torch.full((len(batch), len(batch[-1][0])), dec.tokenizer.pad_token_id)
-        for i, (tokens, _, _) in enumerate(batch):
-            ids[i, : len(tokens)] = torch.tensor(tokens)
-        # padding comes after what is read, so causal attention needs no further mask
-        last = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        ends = ids == newline
-        index = ends.nonzero()[:, 0].numpy()
-        hidden.append(last[ends])
-        success.append(np.array([ok for _, _, ok in batch])[index])
-        counts.append(np.array([count for _, count, _ in batch])[index])
-        steps.append((ends.cumsum(dim=1)[ends] - 1).numpy())
-    return States(torch.cat(hidden), *(np.concatenate(parts) for parts in (success, steps, counts)))
+    success = torch.from_numpy(grades(problems, outs).reshape(-1))
+    return Rollouts(ids, ids == newline, success, torch.tensor(counts))
+
+
+def hidden_states(model: PreTrainedModel, rollouts: Rollouts) -> Tensor:
+    """`[number of states, hidden_size]`: what the model's head reads at the states' last tokens, in order of `ends`."""
+    # padding comes after all that is read, so causal attention needs no further mask
+    return model.model(input_ids=rollouts.ids, use_cache=False).last_hidden_state[rollouts.ends]

@@ -9,15 +9,17 @@ rollout that passed through it came out right, so the head learns the probabilit
 
 import argparse
 import json
-import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
+from tqdm import tqdm
 
 import treedecode as td
-from examples.countdown.rollouts import States, grades, sample, states
+from examples.countdown.rollouts import Rollouts, grades, hidden_states, roll_out, sample
 from treedecode.models import load_pretrained
 from treedecode.models.value_head import ValueHead
 from treedecode.tasks.countdown import Countdown
@@ -45,48 +47,46 @@ def log_loss(values: np.ndarray, success: np.ndarray) -> float:
     return float(-np.where(success, np.log(clipped), np.log1p(-clipped)).mean())
 
 
-def fit(head: ValueHead, data: States, *, epochs: int, batch_size: int, learning_rate: float) -> None:
-    success = torch.from_numpy(data.success).float()
+def fit(
+    head: ValueHead, hidden: Tensor, success: Tensor, *, epochs: int, batch_size: int, learning_rate: float
+) -> None:
+    """Fits the head to `[n]` outcomes of states with `[n, hidden_size]` hidden states."""
     optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=0.01)
     total = epochs * -(-len(success) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=total, pct_start=0.1)
     for _ in range(epochs):
         for index in torch.randperm(len(success)).split(batch_size):
-            loss = binary_cross_entropy_with_logits(head.logits(data.hidden[index]), success[index])
+            loss = binary_cross_entropy_with_logits(head.logits(hidden[index]), success[index].float())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
 
 
-@torch.inference_mode()
-def measure(head: ValueHead, data: States) -> dict[str, object]:
-    """Figures of a value head: over all states, and by how many lines a state has."""
-    values = head(data.hidden).numpy()
-    figures: dict[str, object] = {
+def all_hidden_states(model: Any, rollouts: Rollouts) -> Tensor:
+    batches = tqdm(torch.arange(len(rollouts.ids)).split(256), desc="hidden states", unit="batch")
+    with torch.no_grad():
+        return torch.cat([hidden_states(model, rollouts[rows]) for rows in batches])
+
+
+def measure(values: np.ndarray, rollouts: Rollouts) -> dict[str, float]:
+    """Figures of `[number of states]` values: over all states, and by how many lines a state has."""
+    success = rollouts.state_labels().numpy()
+    rows = rollouts.ends.nonzero()[:, 0]
+    counts = rollouts.counts[rows].numpy()
+    lines = (rollouts.ends.cumsum(dim=1)[rollouts.ends] - 1).numpy()  # the prompt's newline is the first
+    figures = {
         "states": len(values),
-        "log_loss": log_loss(values, data.success),
-        "log_loss_of_the_mean": log_loss(np.full(len(values), data.success.mean()), data.success),
-        "ece": calibration_error(values, data.success),
-        "auc": auc(values, data.success),
+        "log-loss": log_loss(values, success),
+        "log-loss of the mean": log_loss(np.full(len(values), success.mean()), success),
+        "ECE": calibration_error(values, success),
+        "AUC": auc(values, success),
     }
-    for count in np.unique(data.counts):
-        for step in range(count):
-            rows = (data.counts == count) & (data.steps == step)
-            figures[f"auc, {count} numbers, after {step} lines"] = auc(values[rows], data.success[rows])
+    for count in np.unique(counts):
+        for line in range(count):
+            chosen = (counts == count) & (lines == line)
+            figures[f"AUC, {count} numbers, {line} lines"] = auc(values[chosen], success[chosen])
     return figures
-
-
-def rolled_out(
-    dec: td.Decoder, model: torch.nn.Module, split: str, num_problems: int, branches: int, seed: int
-) -> States:
-    begin = time.perf_counter()
-    problems = Countdown().problems(num_problems, split=split, seed=seed)
-    outs = sample(dec, problems, branches=branches, seed=seed)
-    data = states(dec, model, problems, outs)
-    seconds = time.perf_counter() - begin
-    print(f"{split}: {num_problems} problems x {branches}, {len(data.success)} states, {seconds:.0f} s", flush=True)
-    return data
 
 
 def pass_at_k(right: np.ndarray, k: int) -> float:
@@ -98,13 +98,13 @@ def pass_at_k(right: np.ndarray, k: int) -> float:
     return float(1 - failing.mean())
 
 
-def report_model(dec: td.Decoder, num_problems: int, branches: int) -> dict[str, object]:
+def report_model(dec: td.Decoder, num_problems: int, branches: int) -> dict[str, Any]:
     """pass@1 and pass@8 on test problems, and how problems spread: the figures of the model card."""
     problems = Countdown().problems(num_problems, split="test")
     right = grades(problems, sample(dec, problems, branches=branches, seed=0))
     counts = np.array([len(problem.data["numbers"]) for problem in problems])
     share = right.mean(axis=1)
-    figures: dict[str, object] = {"problems": num_problems, "samples": branches}
+    figures: dict[str, Any] = {"problems": num_problems, "samples": branches}
     for name, rows in (("all", counts > 0), *((f"{count} numbers", counts == count) for count in np.unique(counts))):
         figures[f"pass@1, {name}"] = pass_at_k(right[rows], 1)
         figures[f"pass@8, {name}"] = pass_at_k(right[rows], 8)
@@ -125,26 +125,32 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
+    task = Countdown()
     model, _ = load_pretrained(arguments.model)
     with td.Decoder.from_pretrained(arguments.model) as dec:
         figures = {"model": report_model(dec, arguments.eval_problems, arguments.eval_branches)}
         print(json.dumps(figures["model"], indent=2), flush=True)
-        data = rolled_out(dec, model, "train", arguments.problems, arguments.branches, arguments.seed)
-        held_out = rolled_out(
-            dec, model, "validation", arguments.eval_problems, arguments.eval_branches, arguments.seed
-        )
+        data = []
+        for split, num_problems, branches in (
+            ("train", arguments.problems, arguments.branches),
+            ("validation", arguments.eval_problems, arguments.eval_branches),
+        ):
+            problems = task.problems(num_problems, split=split, seed=arguments.seed)
+            data.append(roll_out(dec, problems, sample(dec, problems, branches=branches, seed=arguments.seed)))
     head = ValueHead(model.config.hidden_size)
     fit(
         head,
-        data,
+        all_hidden_states(model, data[0]),
+        data[0].state_labels(),
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
     )
-    figures["value head"] = measure(head, held_out)
+    with torch.no_grad():
+        figures["value head"] = measure(head(all_hidden_states(model, data[1])).numpy(), data[1])
     print(json.dumps(figures["value head"], indent=2))
     head.save(arguments.model / "value_head.safetensors")
-    (arguments.model / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    (arguments.model.parent / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":
