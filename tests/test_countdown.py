@@ -218,6 +218,7 @@ def test_when_a_solution_is_final():
     assert TASK.is_final(GOOD)
     assert TASK.is_final(GOOD.removesuffix("\n"))
     assert TASK.is_final("25 + 5 = 31, left 3 7 31\n")  # wrong: nothing mends it
+    assert TASK.is_final(lines[0] + "\n")
     assert TASK.extract("25 + 5 = 31, left 3 7 31\n") is None
     assert not TASK.is_final("25 + 5 = 31")  # not a line yet
 

@@ -203,12 +203,12 @@ class Countdown:
 
     def is_final(self, text: str) -> bool:
         """Whether one number is left, or a line is wrong, which no later line mends."""
-        done, _, begun = text.rpartition("\n")
-        pool = _replay(done)
+        ended = text[: text.rfind("\n") + 1]
+        pool = _replay(ended)
         if pool is None or len(pool) == 1:
             return True
         pool = _replay(text)  # with the line that has not ended, which may be wrong only because it has not
-        return bool(begun) and pool is not None and len(pool) == 1
+        return pool is not None and len(pool) == 1
 
     def verify(self, problem: Problem, text: str) -> bool:
         """Whether every line is right, the numbers are the problem's, all are used, and the target is left.
