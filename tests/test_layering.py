@@ -36,7 +36,8 @@ ALLOWED = {
     "ledger": {"meter"},
     "places": set(),
     "search": {"branches", "meter", "places", "sampling", "search_tree", "tasks"},
-    "strategies": {"meter", "tree", "sampling", "search"},
+    "gate": {"search", "tree"},
+    "strategies": {"gate", "meter", "tree", "sampling", "search"},
 }
 
 

@@ -1,12 +1,15 @@
 """What the problems of a run share while one budget is divided among them."""
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from treedecode.gate.allocate import Bid, Grant, allocate, at_price
 from treedecode.search import Search
+
+_MIN_PRICE = 1e-4  # from which a price that nobody had to pay for long comes back soon; a chain gains 1 at most
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,9 @@ class Record:
     @classmethod
     def of(cls, notes: Mapping[str, Any]) -> "Record":
         """The record in the notes of a solution."""
-        tuples = ("trees", "tree_costs")
-        bids = [Bid(**{k: tuple(v) if k in tuples else v for k, v in bid.items()}) for bid in notes.get("bids", ())]
-        return cls(bids, notes["spent"])
+        bids = [Bid(**bid) for bid in notes.get("bids", ())]
+        lists = [replace(bid, trees=tuple(bid.trees), tree_costs=tuple(bid.tree_costs)) for bid in bids]
+        return cls(lists, notes["spent"])
 
 
 class Meeting:
@@ -150,9 +153,12 @@ class Meeting:
 class Stream:
     """Problems come one after another; a price follows what they spend, so that in the mean it is the budget.
 
-    The dual's projected subgradient (Zinkevich, 2003): after every problem the price rises by `step` times what it
-    spent above the budget, and never below 0. Spending is counted in chains of mean cost, the price in expected right
-    answers per such chain, so neither depends on how long chains are.
+    Dual mirror descent with the entropy (Balseiro, Lu and Mirrokni, 2020): after every problem the logarithm of the
+    price rises by `step` times what it spent above the budget, as a share of it. So the mean of all that is above the
+    budget is the logarithm of how far the price has come, over step times problems: it goes to 0 wherever the price
+    stays within its bounds. (The plain subgradient needs a step as small as the price, which is not known, and where it
+    cuts the price off at 0 it stays below the budget for good.) Spending is counted in chains of mean cost, the price
+    in expected right answers per such chain, so neither depends on how long chains are.
 
     The price of a problem follows the spending of those that came at least `lag` before it, whichever of the others
     have ended by then: so its solution does not depend on the machine, and `lag` problems can be under way at once.
@@ -212,7 +218,8 @@ class Stream:
             mean = self._alone / self._count
             if mean > 0:
                 above = (one.spent - self.terms.budget * one.alone) / mean
-                self._price = max(0.0, self._price + self._step * above)
+                price = self._price * math.exp(self._step * above / self.terms.budget)
+                self._price = min(max(price, _MIN_PRICE), 1.0)
             self._priced[self._count] = (self._price, mean)
             for future in self._waiting.pop(self._count, ()):
                 if not future.done():

@@ -153,8 +153,11 @@ def train(
 
 def _menu(data: Rollouts) -> tuple[TreeSearch, ...]:
     """The tree searches of the rollouts, with their mean costs."""
-    costs = zip(data.tree_tokens.mean(axis=0).tolist(), data.tree_kv_bytes.mean(axis=0).tolist(), strict=True)
-    return tuple(TreeSearch(*entry, *cost) for entry, cost in zip(data.menu.tolist(), costs, strict=True))
+    tokens, kv_bytes = data.tree_tokens.mean(axis=0), data.tree_kv_bytes.mean(axis=0)
+    return tuple(
+        TreeSearch(depth, width, keep, float(tokens[i]), float(kv_bytes[i]))
+        for i, (depth, width, keep) in enumerate(data.menu.tolist())
+    )
 
 
 def _fit(
@@ -218,12 +221,12 @@ def measure(gate: Gate, examples: Examples) -> dict[str, Any]:
     alpha, beta = beliefs.alpha[wrong], beliefs.beta[wrong]
     hits, trials = examples.hits[wrong], examples.trials[wrong]
     rates = alpha / (alpha + beta)
-    counts = [torch.from_numpy(array.astype(np.float64)) for array in (hits, trials)]
+    k, n = (torch.from_numpy(array.astype(np.float64)) for array in (hits, trials))
     constant = torch.full((len(hits),), max(float(hits.sum() / trials.sum()), 1e-9) if len(hits) else 0.5).double()
     known = 1e9  # alpha + beta of a rate that is known
     chains = {
-        "log_likelihood": -_mean(beta_binomial_nll(*counts, torch.from_numpy(alpha), torch.from_numpy(beta))),
-        "log_likelihood_of_a_constant": -_mean(beta_binomial_nll(*counts, constant * known, (1 - constant) * known)),
+        "log_likelihood": -_mean(beta_binomial_nll(k, n, torch.from_numpy(alpha), torch.from_numpy(beta))),
+        "log_likelihood_of_a_constant": -_mean(beta_binomial_nll(k, n, constant * known, (1 - constant) * known)),
         "ece": expected_calibration_error(rates, hits / trials, trials) if len(hits) else None,
         "auc": auc(rates, hits > 0),
         "mean_rate": float(hits.sum() / trials.sum()) if len(hits) else None,

@@ -58,7 +58,7 @@ class Replay:
     def outcome(self, chains: np.ndarray, trees: np.ndarray) -> Spent:
         """What given numbers of chains, and tree searches after them, come to."""
         data, rows = self.data, np.arange(len(self.data))
-        chosen = np.array([self.after(i, chains[i])[2] for i in rows])
+        chosen = np.array([self.after(i, int(chains[i]))[2] for i in range(len(data))])
         right = data.right[rows, chosen].copy()
         cost = self._cost[rows, chains - 1].astype(np.float64)
         for i in np.flatnonzero(trees >= 0):
@@ -113,7 +113,7 @@ class Replay:
         """Bids of a gate."""
 
         def bids(problems: Sequence[int], chains: np.ndarray) -> list[Bid]:
-            seen = [self.after(i, chains[i])[:2] for i in problems]
+            seen = [self.after(i, int(chains[i]))[:2] for i in problems]
             features = [vector(self.data.prompt(i), *some) for i, some in zip(problems, seen, strict=True)]
             beliefs = gate.believe(np.array(features))
             made = []
@@ -136,7 +136,7 @@ class Replay:
         def bids(problems: Sequence[int], chains: np.ndarray) -> list[Bid]:
             made = []
             for i in problems:
-                chosen = self.after(i, chains[i])[2]
+                chosen = self.after(i, int(chains[i]))[2]
                 rate = self.data.mends(i, chosen)[: self.data.num_chains].mean()
                 unsolved = 0.0 if self.data.right[i, chosen] else 1.0
                 known = 1e9  # alpha + beta of a rate that is known

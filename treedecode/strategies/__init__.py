@@ -2,6 +2,7 @@
 
 from treedecode.strategies.base import Strategy
 from treedecode.strategies.chain_of_thought import ChainOfThought
+from treedecode.strategies.dynamic_allocation import DynamicAllocation
 from treedecode.strategies.self_consistency import SelfConsistency
 from treedecode.strategies.tree_of_thoughts import TreeOfThoughts
 
@@ -9,6 +10,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy
     for strategy in (
         ChainOfThought,
+        DynamicAllocation,
         SelfConsistency,
         TreeOfThoughts,
     )

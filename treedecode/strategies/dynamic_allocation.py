@@ -52,7 +52,7 @@ class DynamicAllocation(Strategy):
     mode: str = "offline"
     unit: str = "tokens"
     price: float = 0.05
-    step: float = 0.01
+    step: float = 0.05
     lag: int = 32
     sampling: Sampling | None = None
 
@@ -66,7 +66,7 @@ class DynamicAllocation(Strategy):
         require("max_chains", self.max_chains, int, self.probes, config.max_chains + self.wave)
         require("floor", self.floor, int, 0, self.max_chains)
         require("budget", self.budget, float, max(self.probes, self.floor))
-        require("price", self.price, float, 0)
+        require("price", self.price, float, 1e-4, 1)
         require("step", self.step, float, 0)
         if self.mode not in ("offline", "online"):
             raise ValueError(f"mode: expected 'offline' or 'online', got {self.mode!r}")
