@@ -49,7 +49,8 @@ def make_decoder(request):
         model = model or FakeModel()
         page_size = options.setdefault("page_size", 4)
         kv_memory = num_pages * page_size * 2 * model.num_layers * model.num_kv_heads * model.head_dim * 4
-        made.append(td.Decoder(model, FakeTokenizer() if tokenizer else None, kv_memory=kv_memory, **options))
+        tokenizer = FakeTokenizer() if tokenizer is True else tokenizer or None
+        made.append(td.Decoder(model, tokenizer, kv_memory=kv_memory, **options))
         if request.param == "captured":
             engine = made[-1].engine
             engine.captured = CapturedSteps(model, engine.pool, SIZES[::2])

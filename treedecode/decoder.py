@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from treedecode import beam_search, completions
-from treedecode.arguments import memory_bytes, sampling_or, token_ids
+from treedecode.arguments import memory_bytes, sampling_or, token_ids, whole_numbers
 from treedecode.branches import Ints
 from treedecode.captured import CapturedSteps
 from treedecode.completions import Completion
@@ -172,19 +172,23 @@ class Decoder:
         return parse_stop(stop, vocab_size=self.model.vocab_size, has_tokenizer=has_tokenizer, special=special)
 
     def check_length(self, num_tokens: int, max_new_tokens: int | None) -> int:
-        """The limit an extend runs to; without one given, what the model and the pages hold."""
+        """The limit an extend of a branch runs to; without one given, what the model and the pages hold."""
+        return int(self.check_lengths(np.array([num_tokens]), max_new_tokens)[0])
+
+    def check_lengths(self, num_tokens: Ints, max_new_tokens: int | Sequence[int] | Ints | None) -> Ints:
+        """The same for branches of `[n]` tokens, with one limit for all or one for each."""
         if max_new_tokens is None:
-            return self._max_tokens
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, (int, np.integer)):
-            raise TypeError(f"max_new_tokens: expected an int, got {max_new_tokens!r}")
-        if max_new_tokens < 1:
+            return np.full(len(num_tokens), self._max_tokens)
+        limits = whole_numbers(max_new_tokens, len(num_tokens), "max_new_tokens")
+        if (limits < 1).any():
             raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-        if min(num_tokens + max_new_tokens, self.model.max_position) > self._capacity:
+        too_long = np.flatnonzero(np.minimum(num_tokens + limits, self.model.max_position) > self._capacity)
+        if len(too_long):
             raise ValueError(
-                f"max_new_tokens: {num_tokens} tokens and {max_new_tokens} new ones do not fit the {self._capacity} "
-                "tokens of kv_memory"
+                f"max_new_tokens: {num_tokens[too_long[0]]} tokens and {limits[too_long[0]]} new ones do not fit the "
+                f"{self._capacity} tokens of kv_memory"
             )
-        return int(max_new_tokens)
+        return limits
 
     # -- decoding --
 

@@ -112,6 +112,23 @@ class Search:
         """Whether the text alone shows that its solution is complete; an end of sequence is not in the text."""
         return text.endswith(self.task.end) or self.task.is_final(text)
 
+    def is_complete(self, node: int) -> bool:
+        """Whether the solution that ends with a node of `tree` is complete."""
+        return self.tree.nodes[node].ended or self.is_final(self.tree.text(node))
+
+    def unfinished(self, frontier: "Frontier") -> np.ndarray:
+        """`[n]` bool: `step` and `complete` go on with the branch, its solution being neither complete nor too long."""
+        return ~self.final(frontier) & (self._left(frontier) > 0)
+
+    def _left(self, frontier: "Frontier") -> Ints:
+        """`[n]` tokens that each solution may still have."""
+        left = self.task.max_new_tokens - (frontier.num_tokens - frontier.num_prompt_tokens)
+        return np.minimum(left, self.room(frontier))
+
+    def room(self, frontier: "Frontier") -> Ints:
+        """`[n]` tokens that model and pages have room for after those of each branch."""
+        return self.decoder.engine.table.max_tokens - frontier.num_tokens
+
     async def step(self, frontier: "Frontier", sampling: Sampling | None = None) -> None:
         """Lets every branch generate one step, up to and with the task's stop."""
         await self._extend(frontier, (self.task.stop, *self.task.end), self.task.max_step_tokens, sampling)
@@ -121,24 +138,34 @@ class Search:
         await self._extend(frontier, self.task.end, self.task.max_new_tokens, sampling)
 
     async def _extend(self, frontier: "Frontier", stop: tuple[str, ...], limit: int, sampling: Sampling | None) -> None:
-        left = self.task.max_new_tokens - (frontier.num_tokens - frontier.num_prompt_tokens)
-        going = np.flatnonzero(~self.final(frontier) & (left > 0))
+        going = np.flatnonzero(self.unfinished(frontier))
         if len(going):
-            limit = min(limit, int(left[going].max()))
+            limits = np.minimum(limit, self._left(frontier)[going])
             with frontier.select(going) as live:
-                await live.extend(stop=list(stop) or None, max_new_tokens=limit, sampling=sampling)
+                await live.extend(stop=list(stop) or None, max_new_tokens=limits, sampling=sampling)
 
     # -- judging --
 
-    async def score(self, frontier: "Frontier") -> np.ndarray:
+    async def score(self, frontier: "Frontier", which: np.ndarray | None = None) -> np.ndarray:
         """Scores of the branches by the run's verifier, `[n]`; they are the frontier's scores from here on.
 
+        Args:
+            which: `[n]` bool, those to score (None: all); the others keep the scores they have.
+
         Raises:
-            ValueError: the run has no verifier.
+            ValueError: the run has no verifier, or it gives nan.
         """
         if self._score is None:
             raise ValueError("verifier: this strategy scores branches and needs one")
-        values = np.asarray(await self._score(frontier, self.problem), np.float64)
+        if which is not None and not which.all():
+            values = frontier.scores.copy()
+            if which.any():
+                with frontier.select(which) as some:
+                    values[which] = await self.score(some)
+        else:
+            values = np.asarray(await self._score(frontier, self.problem), np.float64)
+        if np.isnan(values).any():
+            raise ValueError(f"verifier: expected a number for every branch, got {values}")
         frontier.scores = values
         return frontier.scores
 
@@ -162,8 +189,13 @@ class Search:
 
     def outcome(self, frontier: "Frontier", which: int, score: float | None = None) -> Outcome:
         """The solution of one branch."""
-        node = int(self.decoder.engine.table.node[frontier.branches[which]])
-        return Outcome(self.answers(frontier)[which], frontier.texts()[which], score, node)
+        return Outcome(self.answers(frontier)[which], frontier.texts()[which], score, int(frontier.nodes[which]))
+
+    def best(self, frontier: "Frontier") -> Outcome:
+        """The best scored complete solution that comes to an answer; failing that, the best scored branch."""
+        answered = np.array([answer is not None for answer in self.answers(frontier)])
+        first = np.lexsort((np.arange(len(frontier)), -frontier.scores, ~answered))[0]
+        return self.outcome(frontier, int(first), float(frontier.scores[first]))
 
     def majority(self, frontier: "Frontier", weights: np.ndarray | None = None) -> Outcome:
         """The answer with the most votes, or weight; of equals the one given first. Branches without one abstain.
@@ -188,17 +220,19 @@ class Search:
 
         Of complete solutions the best scored one, without scores the one with the most votes; else the likeliest text.
         """
-        leaves = [i for i in self.tree.leaves() if self.tree.nodes[i].kind != "prompt"]
-        texts = {i: self.tree.text(i) for i in leaves}
+        nodes = self.tree.nodes
+        leaves = [i for i in self.tree.leaves() if nodes[i].kind != "prompt"]
+        # a scored solution need not be a leaf: a search that refines it goes on from it
+        scored = (i for i, node in enumerate(nodes) if node.kind != "prompt" and node.score is not None)
+        shown = sorted({*leaves, *scored})
+        texts = {i: self.tree.text(i) for i in shown}
         found = [
-            (i, answer)
-            for i in leaves
-            if self.is_final(texts[i]) and (answer := self.task.extract(texts[i])) is not None
+            (i, answer) for i in shown if self.is_complete(i) and (answer := self.task.extract(texts[i])) is not None
         ]
         if not found:
-            best = max(leaves, key=lambda i: sum(self.tree.nodes[j].logprob for j in self.tree.path(i)), default=-1)
+            best = max(leaves, key=lambda i: sum(nodes[j].logprob for j in self.tree.path(i)), default=-1)
             return Outcome(None, texts.get(best, ""), node=best)
-        scores = [self.tree.nodes[i].score for i, _ in found]
+        scores = [nodes[i].score for i, _ in found]
         if any(score is not None for score in scores):
             at = int(np.argmax([-np.inf if score is None else score for score in scores]))
             return Outcome(found[at][1], texts[found[at][0]], scores[at], found[at][0])

@@ -23,6 +23,7 @@ class Node:
         logprob: of its generated tokens, in all, nats.
         score: the latest one given to a branch that ends here; None = none.
         status: one of `STATUSES`.
+        ended: its last token is an end of sequence, which leaves no text.
     """
 
     parent: int
@@ -32,6 +33,7 @@ class Node:
     logprob: float = 0.0
     score: float | None = None
     status: str = "open"
+    ended: bool = False
 
 
 class SearchTree:

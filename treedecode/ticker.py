@@ -109,6 +109,7 @@ class Ticker(Forest):
             rows = np.flatnonzero(self.table.handles > 0)
             self.pool.clear(rows.astype(np.int32))
             self.table.num_cached[rows] = 0
+            self._next_logits.clear()
             self._batch = None
 
     def _follow_model(self) -> None:
@@ -161,8 +162,11 @@ class Ticker(Forest):
         if len(batch.sampled) < len(out):
             given = np.setdiff1d(np.arange(len(out)), batch.sampled)
             for i in given:
-                found = hidden if hidden is not None and table.work[out[i]] == Work.HIDDEN else logits
-                self._jobs[int(table.job[out[i]])].found[int(out[i])] = (found, int(i))
+                row, found = int(out[i]), logits
+                if hidden is not None and table.work[row] == Work.HIDDEN:
+                    found = hidden
+                    self._next_logits[row] = (logits, int(i), int(table.num_tokens[row]))
+                self._jobs[int(table.job[row])].found[row] = (found, int(i))
             self._finish(out[given])
         self._record(batch, out[batch.sampled], tokens, logprobs)
         self._charge(batch, cached, batch.q_lens)

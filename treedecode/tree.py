@@ -1,31 +1,29 @@
 """Frontier: a handle on branches of many trees, as arrays."""
 
-import inspect
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
-from treedecode.arguments import sampling_or, token_ids, whole_numbers
+from treedecode.arguments import Scores, numbers_of, sampling_or, whole_numbers
 from treedecode.branches import Finish, Ints, child_seeds
 from treedecode.completions import Completion, completions_of, text_of
+from treedecode.given import Given, given_tokens
+from treedecode.recording import cut_back, mark, nodes_of, record
 from treedecode.sampling import Sampling
-from treedecode.search_tree import Node
 from treedecode.stops import StopLike
 
 if TYPE_CHECKING:
     from treedecode.decoder import Decoder
 
-Scores = Sequence[float] | np.ndarray
-
 
 class Frontier:
     """Branches of one search over many prompts: `[n]` arrays, one entry per branch, children beside their siblings.
 
-    `fork`, `fork_at` and `select` leave this frontier as it is; `prune` and `merge` hand its branches on to the
-    frontier they return. Branches nobody holds any more give their pages back: on `release()`, at the end of a `with`
-    block, or when the frontier is garbage.
+    `fork`, `fork_at` and `select` leave this frontier as it is; `prune`, `spread`, `merge` and `join` hand its branches
+    on to the frontier they return. Branches nobody holds any more give their pages back: on `release()`, at the end of
+    a `with` block, or when the frontier is garbage.
 
     Attributes:
         tree: `[n]` int64, the prompt each branch grew from.
@@ -72,7 +70,7 @@ class Frontier:
         self._scores = np.asarray(values, np.float64)
         if self._scores.shape != (len(self),):
             raise ValueError(f"scores: expected {len(self)} numbers, one per branch, got {values!r}")
-        for node, score in zip(self._nodes(), self._scores, strict=True):
+        for node, score in zip(nodes_of(self._engine, self.branches), self._scores, strict=True):
             if node is not None and not np.isnan(score):
                 node.score = float(score)
 
@@ -133,7 +131,9 @@ class Frontier:
         lens = whole_numbers(position, len(self), "position")
         if (lens < self.num_prompt_tokens).any() or (lens > self.num_tokens).any():
             raise ValueError(f"position: expected from {self.num_prompt_tokens} to {self.num_tokens}, got {position}")
-        return self._children(np.arange(len(self)), lens)
+        children = self._children(np.arange(len(self)), lens)
+        cut_back(self._engine, children.branches)
+        return children
 
     def _children(self, parents: Ints, lens: Ints | None = None) -> "Frontier":
         return self._view(self._engine.fork(self.branches[parents], lens), parents)
@@ -142,7 +142,7 @@ class Frontier:
         self,
         *,
         stop: StopLike = None,
-        max_new_tokens: int | None = None,
+        max_new_tokens: int | Sequence[int] | Ints | None = None,
         sampling: Sampling | None = None,
         callback: Callable[[int, int, str], None] | None = None,
     ) -> "Frontier":
@@ -150,7 +150,7 @@ class Frontier:
 
         Args:
             stop: strings or token ids; they stay in the branch, and a later `extend` goes on after them.
-            max_new_tokens: None goes on to what the model or the pages can hold.
+            max_new_tokens: for all, or one for each; None goes on to what the model or the pages can hold.
             sampling: in place of the search's own; a seed in it reseeds the branches.
             callback: called as `callback(i, token_id, text)` for the i-th branch with every new token.
 
@@ -163,7 +163,7 @@ class Frontier:
         rows = self.branches
         stops = self._decoder.parse_stop(stop)
         chosen = sampling_or(sampling, self._sampling)
-        limit = self._decoder.check_length(int(self.num_tokens.max(initial=0)), max_new_tokens)
+        limit = self._decoder.check_lengths(self.num_tokens, max_new_tokens)
         seeds = None
         if sampling is not None and sampling.seed is not None:
             within = np.array([np.count_nonzero(self.tree[:i] == self.tree[i]) for i in range(len(rows))])
@@ -172,10 +172,11 @@ class Frontier:
         try:
             await self._engine.sample(rows, chosen, stops, limit, callback, seeds=seeds)
         finally:
-            self._record(begins, "generated")
+            if self._rows is not None:
+                record(self._engine, rows, begins, "generated")
         return self
 
-    def append(self, text: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]) -> "Frontier":
+    def append(self, text: Given) -> "Frontier":
         """Adds text or token ids to every branch: the same to all, or a list with one for each. Computed when needed.
 
         Returns:
@@ -185,28 +186,16 @@ class Frontier:
             ValueError: the list's length is not the number of branches, or a branch would be too long.
             RuntimeError: a branch is being extended.
         """
-        if isinstance(text, bytes) or not isinstance(text, (Sequence, np.ndarray)):
-            raise TypeError(f"text: expected strings or token ids, got {type(text).__name__}")
-        items = [text] * len(self) if isinstance(text, str) or _is_ids(text) else list(text)
-        if len(items) != len(self):
-            raise ValueError(f"text: expected one for all or {len(self)}, one per branch, got {len(items)}")
-        known: dict[str, list[int]] = {}
-        tokens: list[Ints] = []
-        for item in items:
-            if isinstance(item, str) and item not in known:
-                known[item] = self._decoder.encode(item, special=False)
-            ids = known[item] if isinstance(item, str) else item
-            tokens.append(token_ids(ids, f"text[{len(tokens)}]", self._decoder.model.vocab_size))
-        for i, ids in enumerate(tokens):
-            if self.num_tokens[i] + len(ids) > self._engine.table.max_tokens:
-                raise ValueError(f"text: branch {i} would be longer than {self._engine.table.max_tokens} tokens")
+        tokens = given_tokens(self._decoder, text, self.num_tokens)
         begins = self.num_tokens
         self._engine.append(self.branches, tokens)
-        self._record(begins, "given")
+        record(self._engine, self.branches, begins, "given")
         return self
 
     async def hidden(self) -> Tensor:
         """Final hidden states `[n, hidden_size]` at the branches' last tokens, of the model's dtype.
+
+        Of a finished branch it is the one before its end of sequence.
 
         Raises:
             ValueError: the model's adapter gives none. BudgetExhausted: as `extend`.
@@ -266,13 +255,13 @@ class Frontier:
         if isinstance(num_samples, bool) or not isinstance(num_samples, (int, np.integer)) or num_samples < 1:
             raise ValueError(f"num_samples: expected an int >= 1, got {num_samples!r}")
         if judge is None:
-            values = await _numbers(fn, self.texts(), len(self))
+            values = await numbers_of(fn, self.texts(), len(self))
         else:
             with self.fork(num_samples) as side:
                 side.leave_record()
                 side.append(judge)
                 await side.extend(stop=stop, max_new_tokens=max_new_tokens, sampling=sampling)
-                values = await _numbers(fn, side.step_texts(), len(side))
+                values = await numbers_of(fn, side.step_texts(), len(side))
             values = values.reshape(len(self), num_samples).mean(axis=1)
         self.scores = values
         return self.scores
@@ -293,6 +282,31 @@ class Frontier:
             members = np.flatnonzero(group == one)
             kept.extend(members[np.argsort(badness[members], kind="stable")[:keep]])
         return self._hand_on(np.sort(np.array(kept, np.int64)), "pruned")
+
+    def spread(self, counts: int | Sequence[int] | Ints) -> "Frontier":
+        """`counts` branches in place of each, itself the first of them and copies of it; with 0 it is pruned.
+
+        Releases this handle. Unlike `fork` and a release of the parents, never holds more branches than come of it.
+
+        Raises:
+            As `fork`; this frontier is as it was then.
+        """
+        counts = whole_numbers(counts, len(self), "counts")
+        if (counts < 0).any() or counts.sum() == 0:
+            raise ValueError(f"counts: expected numbers >= 0, not all of them 0, got {counts}")
+        which = np.flatnonzero(counts)
+        first = np.cumsum(counts[which]) - counts[which]
+        parents = np.repeat(which, counts[which])
+        rows = self.branches[parents]
+        is_copy = np.ones(len(rows), bool)
+        is_copy[first] = False
+        if is_copy.any():
+            rows[is_copy] = self._engine.fork(rows[is_copy])
+        self._engine.retain(rows[first])
+        children = self._view(rows, parents)
+        mark(nodes_of(self._engine, self.branches), nodes_of(self._engine, rows), "pruned")
+        self.release()
+        return children
 
     def merge(self) -> "Frontier":
         """The first of each set of branches of a tree with the same tokens; `counts` add up. Releases this handle."""
@@ -319,8 +333,8 @@ class Frontier:
             raise ValueError("others: expected frontiers of the same decoder")
         rows = np.concatenate([part.branches for part in parts])
         self._engine.retain(rows)
-        num_trees = max(part._num_trees for part in parts)
-        joined = Frontier(self._decoder, rows, np.concatenate([p.tree for p in parts]), num_trees, self._sampling)
+        tree, num_trees = np.concatenate([part.tree for part in parts]), max(part._num_trees for part in parts)
+        joined = Frontier(self._decoder, rows, tree, num_trees, self._sampling)
         joined._scores = np.concatenate([part._scores for part in parts])
         joined.counts = np.concatenate([part.counts for part in parts])
         for part in parts:
@@ -329,39 +343,20 @@ class Frontier:
 
     def _hand_on(self, which: Ints, fate: str) -> "Frontier":
         chosen = self.select(which)
-        kept = {id(node) for node in chosen._nodes()}
-        for node in self._nodes():
-            if node is not None and node.status == "open" and id(node) not in kept:
-                node.status = fate
+        mark(nodes_of(self._engine, self.branches), nodes_of(self._engine, chosen.branches), fate)
         self.release()
         return chosen
 
     # -- the record of the search, if its account keeps one --
 
-    def _nodes(self) -> list[Node | None]:
-        """The latest step of every branch."""
-        table, trees = self._engine.table, self._engine.trees
-        owners = [trees.get(int(account)) for account in table.account[self.branches]]
-        steps = table.node[self.branches]
-        return [
-            None if tree is None or step < 0 else tree.nodes[step] for tree, step in zip(owners, steps, strict=True)
-        ]
+    @property
+    def nodes(self) -> Ints:
+        """`[n]` int64, the latest step of every branch in the record of its search; -1 = none."""
+        return self._engine.table.node[self.branches]
 
     def leave_record(self) -> None:
         """What these branches and their children do from here on is not recorded: a judge's words, say."""
         self._engine.table.node[self.branches] = -1
-
-    def _record(self, begins: Ints, kind: str) -> None:
-        """What branches have beyond `begins` tokens is a step."""
-        table, trees = self._engine.table, self._engine.trees
-        if self._rows is None or not trees or self._engine.closed:
-            return
-        for row, begin in zip(self.branches, begins, strict=True):
-            tree, end = trees.get(int(table.account[row])), int(table.num_tokens[row])
-            if tree is not None and table.node[row] >= 0 and end > begin:
-                text = text_of(self._engine, int(row), cut=False, begin=int(begin))
-                logprob = float(table.logprobs[row, begin:end].sum(dtype=np.float64))
-                table.node[row] = tree.add(int(table.node[row]), kind, text, end - int(begin), logprob)
 
     # -- ending --
 
@@ -393,15 +388,3 @@ class Frontier:
         rows = getattr(self, "_rows", None)
         if rows is not None:
             self._engine.abandon(rows)
-
-
-def _is_ids(items: Sequence) -> bool:
-    return len(items) > 0 and all(isinstance(item, (int, np.integer)) and not isinstance(item, bool) for item in items)
-
-
-async def _numbers(fn: Callable[[list[str]], Scores | Awaitable[Scores]], texts: list[str], count: int) -> np.ndarray:
-    result = fn(texts)
-    values = np.asarray(await result if inspect.isawaitable(result) else result, np.float64)
-    if values.shape != (count,):
-        raise ValueError(f"fn: expected {count} numbers, one per text, got shape {list(values.shape)}")
-    return values

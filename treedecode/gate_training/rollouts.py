@@ -131,7 +131,7 @@ class Collect(Strategy):
 
     @property
     def num_branches(self) -> int:
-        return max(1 + self.num_chains, *(tree.num_branches for tree in self._trees), 1)
+        return max([self.num_chains, *(tree.num_branches for tree in self._trees)])
 
     @property
     def _trees(self) -> list[TreeOfThoughts]:
@@ -140,7 +140,7 @@ class Collect(Strategy):
     async def solve(self, search: Search) -> Outcome:
         with await search.root() as root:
             prompt = await prefill(search, root, wants_hidden=self.wants_hidden)
-            with root.fork(self.num_chains) as frontier:
+            with root.spread(self.num_chains) as frontier:
                 await search.complete(frontier)
                 chains = await chains_of(search, frontier)
         outcomes = [chain.outcome for chain in chains]

@@ -4,7 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+
 from treedecode.search import Outcome, Search
+from treedecode.tree import Frontier
+
+ANSWERS = ("best", "weighted", "majority")
 
 
 @dataclass(frozen=True)
@@ -54,3 +59,38 @@ def require(name: str, value: Any, kind: type, low: float, high: float = float("
     if not low <= value <= high:
         bounds = f">= {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
         raise ValueError(f"{name}: expected a number {bounds}, got {value}")
+
+
+def require_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    """Checks a setting that is one of several words.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def choose(search: Search, solutions: Frontier, answer: str) -> Outcome:
+    """The outcome of scored solutions.
+
+    Args:
+        answer: "best": the best scored solution; "weighted": the answer with the highest sum of scores, equal answers
+            being one (2206.02336); "majority": that of most solutions.
+
+    Raises:
+        ValueError: scores that are to be summed are negative; a sum of log-probabilities would favour rare answers.
+    """
+    if answer == "best":
+        return search.best(solutions)
+    if answer == "majority":
+        return search.majority(solutions)
+    if (np.asarray(solutions.scores) < 0).any():
+        raise ValueError(f"verifier: weighted votes need scores >= 0, got {solutions.scores.min()}")
+    return search.majority(solutions, solutions.scores)
+
+
+def rank(outcome: Outcome) -> tuple[bool, float]:
+    """Orders scored outcomes: those that come to an answer above those that do not, then by score."""
+    assert outcome.score is not None
+    return outcome.answer is not None, outcome.score

@@ -15,7 +15,7 @@ from treedecode.gate.model import Gate
 from treedecode.gate.sharing import Meeting, Record, Stream, Terms
 from treedecode.sampling import Sampling
 from treedecode.search import Outcome, Search
-from treedecode.strategies.base import Strategy, require
+from treedecode.strategies.base import Strategy, rank, require, require_one_of
 from treedecode.strategies.tree_of_thoughts import TreeOfThoughts
 
 
@@ -68,14 +68,12 @@ class DynamicAllocation(Strategy):
         require("budget", self.budget, float, max(self.probes, self.floor))
         require("price", self.price, float, 1e-4, 1)
         require("step", self.step, float, 0)
-        if self.mode not in ("offline", "online"):
-            raise ValueError(f"mode: expected 'offline' or 'online', got {self.mode!r}")
-        if self.unit not in UNITS:
-            raise ValueError(f"unit: expected 'tokens' or 'kv_bytes', got {self.unit!r}")
+        require_one_of("mode", self.mode, ("offline", "online"))
+        require_one_of("unit", self.unit, tuple(UNITS))
 
     @property
     def num_branches(self) -> int:
-        return max(1 + self.probes, 1 + self.wave, *(search.num_branches for search in self._searches))
+        return max(self.probes, self.wave, *(search.num_branches for search in self._searches))
 
     @property
     def _gate(self) -> Gate:
@@ -108,7 +106,7 @@ class DynamicAllocation(Strategy):
     async def _solve(self, search: Search) -> Outcome:
         with await search.root() as root:
             prompt = await prefill(search, root, wants_hidden=self._gate.config.hidden_size > 0)
-            with root.fork(self.probes) as probes:
+            with root.spread(self.probes) as probes:
                 await search.complete(probes, self.sampling)
                 chains = await chains_of(search, probes)
         while True:
@@ -123,8 +121,8 @@ class DynamicAllocation(Strategy):
                 return best
             if grant.tree >= 0:
                 found = await self._searches[grant.tree].solve(search)
-                return max(best, found, key=lambda one: (one.answer is not None, one.score))  # of equals the chain's
-            with await search.root() as root, root.fork(grant.num_chains) as more:
+                return max(best, found, key=rank)  # of equals the chain's
+            with (await search.root()).spread(grant.num_chains) as more:
                 await search.complete(more, self.sampling)
                 chains += await chains_of(search, more)
 

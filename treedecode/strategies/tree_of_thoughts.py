@@ -7,7 +7,7 @@ import numpy as np
 
 from treedecode.sampling import Sampling
 from treedecode.search import Outcome, Search
-from treedecode.strategies.base import Strategy, require
+from treedecode.strategies.base import Strategy, rank, require
 from treedecode.tree import Frontier
 
 
@@ -61,8 +61,8 @@ class TreeOfThoughts(Strategy):
             if search.final(states).all():
                 break
         await search.complete(states, self.sampling)
-        scores = await search.score(states)
-        return best(search, states, scores)
+        await search.score(states)
+        return search.best(states)
 
     async def _thoughts(self, search: Search, states: Frontier) -> Frontier:
         """The children of every state, scored; a complete solution is its own and only child. Equal ones are one."""
@@ -107,11 +107,4 @@ class TreeOfThoughts(Strategy):
         await visit(await search.root(), 0)
         if not found:
             return search.best_so_far()
-        return max(found, key=lambda outcome: (outcome.answer is not None, outcome.score))
-
-
-def best(search: Search, states: Frontier, scores: np.ndarray) -> Outcome:
-    """The best scored complete solution that comes to an answer; failing that, the best scored branch."""
-    answered = np.array([answer is not None for answer in search.answers(states)])
-    order = np.lexsort((np.arange(len(states)), -scores, ~answered))
-    return search.outcome(states, int(order[0]), float(scores[order[0]]))
+        return max(found, key=rank)

@@ -1,0 +1,40 @@
+"""Best of n (2110.14168): sample solutions, let the verifier choose."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from treedecode.sampling import Sampling
+from treedecode.search import Outcome, Search
+from treedecode.strategies.base import Strategy, choose, require, require_one_of
+
+
+@dataclass(frozen=True)
+class BestOfN(Strategy):
+    """The best scored of `num_samples` solutions, or the answer whose solutions score most together.
+
+    Args:
+        num_samples: solutions (100 in the paper).
+        answer: "best", or "weighted": scores of equal answers add up (2206.02336).
+        sampling: in place of the run's.
+    """
+
+    name: ClassVar[str] = "best_of_n"
+    needs_verifier: ClassVar[bool] = True
+
+    num_samples: int = 100
+    answer: str = "best"
+    sampling: Sampling | None = None
+
+    def __post_init__(self) -> None:
+        require("num_samples", self.num_samples, int, 1)
+        require_one_of("answer", self.answer, ("best", "weighted"))
+
+    @property
+    def num_branches(self) -> int:
+        return self.num_samples
+
+    async def solve(self, search: Search) -> Outcome:
+        solutions = (await search.root()).spread(self.num_samples)
+        await search.complete(solutions, self.sampling)
+        await search.score(solutions)
+        return choose(search, solutions, self.answer)

@@ -1,0 +1,20 @@
+"""Diverse verifier tree search (Beeching, Tunstall and Rush 2024: Scaling test-time compute with open models)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from treedecode.strategies.step_beam_search import StepBeamSearch
+
+
+@dataclass(frozen=True)
+class DVTS(StepBeamSearch):
+    """`num_beams / width` trees that know nothing of each other, each following the best of its `width` next steps.
+
+    Settings are those of `StepBeamSearch`; the answer is chosen among the last beams of all trees.
+    """
+
+    name: ClassVar[str] = "dvts"
+
+    @property
+    def num_trees(self) -> int:
+        return self.num_beams // self.width

@@ -1,0 +1,81 @@
+"""ETS, efficient tree search (2502.13575): REBASE that weighs branches against the KV cache they keep alive."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from treedecode.branches import Ints
+from treedecode.search import Search
+from treedecode.strategies.base import require
+from treedecode.strategies.rebase import REBASE, share_out, softmax
+from treedecode.tree import Frontier
+
+
+@dataclass(frozen=True)
+class ETS(REBASE):
+    """At every depth the branches S go on that maximise sum(W_S) / sum(W) - kv_weight * |KV of S| / |KV|.
+
+    W are REBASE's widths, and S has them shared out again. The paper has an integer program choose S; without its term
+    for diversity, which needs a model of sentence embeddings, the best S is found exactly in one pass up the tree. The
+    cost of a step is its tokens, where the paper's code counts steps.
+
+    Args:
+        kv_weight: lambda_b of the paper (1 in its code for a width of 16).
+        width, temperature, answer, sampling: as `REBASE`.
+    """
+
+    name: ClassVar[str] = "ets"
+
+    kv_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("kv_weight", self.kv_weight, float, 0)
+
+    def _widths(self, search: Search, live: Frontier, budget: int) -> Ints:
+        rewards = live.scores / self.temperature
+        values = share_out(softmax(rewards), budget) / budget
+        parents = [node.parent for node in search.tree.nodes]
+        tokens = np.array([node.num_tokens * (node.kind != "prompt") for node in search.tree.nodes], float)
+        held = {node for leaf in live.nodes.tolist() for node in search.tree.path(leaf)}
+        costs = self.kv_weight * tokens / max(tokens[sorted(held)].sum(), 1)
+        kept = best_subtree(parents, costs, live.nodes, values)
+        counts = np.zeros(len(live), np.int64)
+        counts[kept] = share_out(softmax(rewards[kept]), budget)
+        return counts
+
+
+def best_subtree(parents: Sequence[int], costs: np.ndarray, leaves: Ints, values: np.ndarray) -> np.ndarray:
+    """The branches of greatest value less the cost of all nodes on their paths, each node's once.
+
+    A node's gain is that of its children with a positive one, and of the branches that end at it, less its own cost;
+    where none is positive, that of the best one, since one branch has to be kept.
+
+    Args:
+        parents: `[nodes]`, of every node, before its children; -1 = none.
+        costs: `[nodes]` >= 0.
+        leaves: `[n]` nodes the branches end at.
+        values: `[n]` >= 0.
+
+    Returns:
+        `[n]` bool, not all False.
+    """
+    parts: dict[int, list[tuple[float, list[int]]]] = {}  # node -> (gain, branches) of what is kept below it
+    for i, leaf in enumerate(leaves.tolist()):
+        parts.setdefault(leaf, []).append((float(values[i]), [i]))
+    for node in range(len(parents) - 1, -1, -1):
+        if node in parts:
+            gain, kept = _union(parts.pop(node))
+            parts.setdefault(parents[node], []).append((gain - float(costs[node]), kept))
+    _, kept = _union(parts[-1])
+    mask = np.zeros(len(leaves), bool)
+    mask[kept] = True
+    return mask
+
+
+def _union(parts: list[tuple[float, list[int]]]) -> tuple[float, list[int]]:
+    """Those with a gain together; failing that, the one that loses least."""
+    gaining = [part for part in parts if part[0] > 0] or [max(parts, key=lambda part: part[0])]
+    return sum(gain for gain, _ in gaining), [i for _, kept in gaining for i in kept]

@@ -1,0 +1,122 @@
+"""Self-Refine (2303.17651): solve, criticise, revise, and keep what the verifier likes best."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from treedecode.sampling import Sampling
+from treedecode.search import Outcome, Search
+from treedecode.strategies.base import Strategy, rank, require
+from treedecode.tree import Frontier
+
+
+@dataclass(frozen=True)
+class IterativeRefinement(Strategy):
+    """Passes of critique and revision until a solution is good enough or comes to an answer for the second time.
+
+    With instructions all passes go on in one branch, so that its cache is reused and the model sees what it tried. The
+    verifier sees a revision as it would any solution, right after the problem.
+
+    A model that does not follow instructions cannot criticise. With `critique_prompt=""` the verifier does it: it rates
+    every step as it is written, and a pass writes the best solution so far anew from its worst step on. That is the
+    first one rated below `doubt`; where there is none, the lowest rated one, of equals the first.
+
+    Args:
+        max_passes: revisions at most (4 in the paper).
+        critique_prompt: asks for a critique; "" as above. `{problem}` and `{solution}` stand for what they say.
+        revise_prompt: asks for a new solution; the same.
+        critique_tokens: how long a critique may be.
+        critique_stop: strings that end it, beside the model's end of sequence.
+        good: a solution scored at least this is the answer; None = makes all passes.
+        max_repeats: ends when so many solutions came to an answer that an earlier one had.
+        doubt: see above.
+        sampling: in place of the run's.
+    """
+
+    name: ClassVar[str] = "iterative_refinement"
+    needs_verifier: ClassVar[bool] = True
+
+    max_passes: int = 4
+    critique_prompt: str = "\n\nCheck the solution above step by step. Say what is wrong with it, if anything.\n"
+    revise_prompt: str = "\n\nSolve the problem again, without the mistakes.\n\nProblem:\n{problem}\n\nSolution:\n"
+    critique_tokens: int = 256
+    critique_stop: tuple[str, ...] = ()
+    good: float | None = 1.0
+    max_repeats: int = 1
+    doubt: float | None = None
+    sampling: Sampling | None = None
+
+    def __post_init__(self) -> None:
+        require("max_passes", self.max_passes, int, 0)
+        require("critique_tokens", self.critique_tokens, int, 1)
+        require("max_repeats", self.max_repeats, int, 1)
+        if self.critique_prompt and not self.revise_prompt:
+            raise ValueError("revise_prompt: is empty; the critique has to be followed by a new solution")
+
+    @property
+    def num_branches(self) -> int:
+        return 3 if self.critique_prompt else 2
+
+    async def solve(self, search: Search) -> Outcome:
+        found: list[Outcome] = []
+        await (self._revise(search, found) if self.critique_prompt else self._rewrite(search, found))
+        return max(found, key=rank)
+
+    async def _revise(self, search: Search, found: list[Outcome]) -> None:
+        root, task = await search.root(), search.task
+        chain = root.fork(1)
+        await search.complete(chain, self.sampling)
+        [score] = await search.score(chain)
+        found.append(search.outcome(chain, 0, float(score)))
+        while self._goes_on(search, found):
+            critique, request = (self._filled(search, p, found[-1]) for p in (self.critique_prompt, self.revise_prompt))
+            needed = len(critique) + self.critique_tokens + len(request) + task.max_new_tokens
+            if search.room(chain)[0] < needed:
+                break
+            stop = list(self.critique_stop) or None
+            await chain.append(critique).extend(stop=stop, max_new_tokens=self.critique_tokens, sampling=self.sampling)
+            begin = len(chain.append(request).token_ids()[0])
+            await chain.extend(stop=list(task.end) or None, max_new_tokens=task.max_new_tokens, sampling=self.sampling)
+            with root.fork(1).append([chain.token_ids()[0][begin:]]) as revision:
+                [score] = await search.score(revision)
+                [text] = revision.texts()
+                is_complete = chain.finished[0] or search.is_final(text)
+                answer = task.extract(text) if is_complete else None
+                found.append(Outcome(answer, text, float(score), int(revision.nodes[0])))
+
+    async def _rewrite(self, search: Search, found: list[Outcome]) -> None:
+        chain, steps = await search.root(), list[tuple[int, float]]()  # where each step begins, and its score
+        best: tuple[Outcome, Frontier, list[tuple[int, float]]] | None = None
+        while True:
+            while search.unfinished(chain).any():
+                begin = int(chain.num_tokens[0])
+                await search.step(chain, self.sampling)
+                [score] = await search.score(chain)
+                steps.append((begin, float(score)))
+            found.append(search.outcome(chain, 0, steps[-1][1]))
+            if best is None or rank(found[-1]) > rank(best[0]):
+                best, done = (found[-1], chain, steps), best and best[1]
+            else:
+                done = chain
+            if done is not None:
+                done.release()
+            if not self._goes_on(search, found):
+                return
+            _, chain, steps = best
+            worst = self._worst([score for _, score in steps])
+            chain, steps = chain.fork_at(steps[worst][0]), steps[:worst]
+
+    def _worst(self, scores: list[float]) -> int:
+        doubtful = (i for i, score in enumerate(scores) if self.doubt is not None and score < self.doubt)
+        return next(doubtful, int(np.argmin(scores)))
+
+    def _goes_on(self, search: Search, found: list[Outcome]) -> bool:
+        if len(found) > self.max_passes or (self.good is not None and rank(found[-1])[1] >= self.good):
+            return False
+        classes = [one for one in search.classes([outcome.answer for outcome in found]) if one >= 0]
+        return len(classes) - len(set(classes)) < self.max_repeats
+
+    def _filled(self, search: Search, prompt: str, outcome: Outcome) -> list[int]:
+        text = prompt.replace("{problem}", search.problem.prompt).replace("{solution}", outcome.text)
+        return search.decoder.encode(text, special=False)

@@ -1,0 +1,79 @@
+"""REBASE, reward balanced search (2408.00724: inference scaling laws)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from treedecode.branches import Ints
+from treedecode.sampling import Sampling
+from treedecode.search import Outcome, Search
+from treedecode.strategies.base import ANSWERS, Strategy, choose, require, require_one_of
+from treedecode.tree import Frontier
+
+
+@dataclass(frozen=True)
+class REBASE(Strategy):
+    """`width` solutions; at every depth, those not yet complete are shared out by the softmax of the branches' scores.
+
+    Args:
+        width: solutions in all (N of the paper).
+        temperature: T_b of the paper, which balances exploration and exploitation (0.2 in its code).
+        answer: how one of the solutions is chosen: "best", "weighted" or "majority".
+        sampling: in place of the run's.
+    """
+
+    name: ClassVar[str] = "rebase"
+    needs_verifier: ClassVar[bool] = True
+
+    width: int = 16
+    temperature: float = 0.2
+    answer: str = "weighted"
+    sampling: Sampling | None = None
+
+    def __post_init__(self) -> None:
+        require("width", self.width, int, 1)
+        require("temperature", self.temperature, float, 1e-6)
+        require_one_of("answer", self.answer, ANSWERS)
+
+    @property
+    def num_branches(self) -> int:
+        return self.width
+
+    async def solve(self, search: Search) -> Outcome:
+        branches = (await search.root()).spread(self.width)
+        growing = search.unfinished(branches)
+        while growing.any():
+            await search.step(branches, self.sampling)
+            await search.score(branches, growing)
+            growing = search.unfinished(branches)
+            if growing.any():
+                # complete solutions have their part of the width; the rest of it is for the others
+                counts = np.ones(len(branches), np.int64)
+                with branches.select(growing) as live:
+                    counts[growing] = self._widths(search, live, int(growing.sum()))
+                branches, growing = branches.spread(counts), np.repeat(growing, counts)
+        return choose(search, branches, self.answer)
+
+    def _widths(self, search: Search, live: Frontier, budget: int) -> Ints:
+        """How many children each of the live branches gets of a budget of so many."""
+        return share_out(softmax(live.scores / self.temperature), budget)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    """exp(x) / sum(exp(x))."""
+    weights = np.exp(x - x.max())
+    return weights / weights.sum()
+
+
+def share_out(weights: np.ndarray, budget: int) -> Ints:
+    """`[n]` int64 that sum to the budget, nearest to `budget * weights` where the weights sum to 1.
+
+    What rounding down leaves goes to the largest remainders, of equals to the first: where rounding each share to the
+    nearest, as the paper has it, happens to keep the sum, this is the same.
+    """
+    shares = weights * budget
+    counts = np.floor(shares).astype(np.int64)
+    order = np.argsort(counts - shares, kind="stable")
+    counts[order[: budget - counts.sum()]] += 1
+    return counts
