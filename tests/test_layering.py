@@ -43,7 +43,8 @@ ALLOWED = {
     "ledger": {"meter"},
     "places": set(),
     "search": {"branches", "meter", "places", "sampling", "search_tree", "tasks"},
-    "strategies": {"branches", "meter", "tree", "sampling", "search"},
+    "gate": {"search", "tree"},
+    "strategies": {"branches", "gate", "meter", "tree", "sampling", "search"},
 }
 
 

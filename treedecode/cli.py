@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from treedecode import __version__, collect_env
-from treedecode.commands import solve
+from treedecode.commands import gate, solve
 
 
 def _info(_: argparse.Namespace) -> int:
@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     tune = commands.add_parser("tune", help="measure which backend of each op is faster on this GPU, and keep that")
     tune.set_defaults(run=_tune)
     solve.add_parser(commands)
+    gate.add_parser(commands)
     return parser
 
 
