@@ -37,6 +37,10 @@ ALLOWED = {
     "places": set(),
     "search": {"branches", "meter", "places", "sampling", "search_tree", "tasks"},
     "strategies": {"meter", "tree", "sampling", "search"},
+    "study": {
+        *("branches", "captured", "collect_env", "decoder", "meter", "ops", "pages", "sampling", "schedule", "search"),
+        *("search_tree", "solving", "strategies", "tasks", "verify"),
+    },
 }
 
 

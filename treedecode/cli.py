@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from treedecode import __version__, collect_env
+from treedecode.study import command
 
 
 def _info(_: argparse.Namespace) -> int:
@@ -23,6 +24,10 @@ def _tune(_: argparse.Namespace) -> int:
     return 0
 
 
+def _study(arguments: argparse.Namespace) -> int:
+    return command.main(arguments, arguments.argv)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="treedecode", description="Shared-prefix decoding of search trees.")
     parser.add_argument("--version", action="version", version=f"treedecode {__version__}")
@@ -31,6 +36,11 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
     tune = commands.add_parser("tune", help="measure which backend of each op is faster on this GPU, and keep that")
     tune.set_defaults(run=_tune)
+    study = commands.add_parser(
+        "study", help="accuracy against compute: every strategy on the same problems, and a report"
+    )
+    command.add_arguments(study)
+    study.set_defaults(run=_study)
     return parser
 
 
@@ -41,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; default: the process's own.
     """
     arguments = _parser().parse_args(argv)
+    arguments.argv = list(sys.argv[1:] if argv is None else argv)  # for records of what was run
     return int(arguments.run(arguments))
 
 

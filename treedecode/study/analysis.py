@@ -8,7 +8,7 @@ import numpy as np
 from treedecode.study import coverage, pool
 from treedecode.study.laws import COVERAGE, LAWS, CannotFit, Curve, compare, fit, saturation, slopes
 from treedecode.study.pool import Chains
-from treedecode.study.stats import Floats, mean_interval, paired_difference
+from treedecode.study.stats import Difference, Floats, mean_interval, paired_difference
 
 Json = dict[str, Any]
 
@@ -40,10 +40,15 @@ def curves_of(pools: Sequence[Chains], chain_tokens: float, pool_tokens: float, 
 
 
 def row_curves(rows: Sequence[Json]) -> dict[str, Curve]:
-    """The curves whose budgets are rows of their own."""
+    """The curves whose budgets are rows of their own; they begin with the baseline, the first row.
+
+    With one chain to spend there is nothing to choose, so the baseline is every such strategy's smallest budget.
+    """
+    good = [row for row in rows if row["error"] is None]
     found = {}
-    for name in dict.fromkeys(row["curve"] for row in rows if row["curve"] and row["error"] is None):
-        members = sorted((r for r in rows if r["curve"] == name and r["error"] is None), key=lambda r: r["tokens_x"])
+    for name in dict.fromkeys(row["curve"] for row in good if row["curve"]):
+        members = [rows[0], *(row for row in good if row["curve"] == name)]
+        members.sort(key=lambda row: row["tokens_x"])
         accuracy = np.array([row["correct"] for row in members], np.float64).T
         found[name] = Curve(np.array([row["tokens_x"] for row in members], np.float64), accuracy)
     return found
@@ -141,8 +146,7 @@ def bars(rows: Sequence[Json], curves: dict[str, Curve]) -> list[Json]:
         if 8 not in at:
             return None, "the pool has fewer than 8 chains"
         gap = paired_difference(np.array(row["correct"], float), majority.accuracy[:, at.index(8)])
-        said = f"{row['tokens_x']:.1f}x tokens, {_points(gap.estimate)} points, 95% CI {_points(gap.low)} to {_points(gap.high)}"
-        return gap.low > -0.01, said
+        return gap.low > -0.01, f"{row['tokens_x']:.1f}x tokens: {_said(gap)}"
 
     def beats(row: Json) -> tuple[bool | None, str]:
         if majority is None:
@@ -150,10 +154,9 @@ def bars(rows: Sequence[Json], curves: dict[str, Curve]) -> list[Json]:
         same = accuracy_at(majority, row["tokens_x"])
         if same is None:
             low, high = majority.costs[[0, -1]]
-            return None, f"it takes {row['tokens_x']:.1f}x tokens, and majority votes go from {low:.1f}x to {high:.1f}x"
+            return None, f"it takes {row['tokens_x']:.1f}x tokens; majority votes go from {low:.1f}x to {high:.1f}x"
         gap = paired_difference(np.array(row["correct"], float), same)
-        said = f"at {row['tokens_x']:.1f}x: {_points(gap.estimate)} points, 95% CI {_points(gap.low)} to {_points(gap.high)}"
-        return gap.low > 0, said
+        return gap.low > 0, f"at {row['tokens_x']:.1f}x: {_said(gap)}"
 
     def latency(row: Json) -> tuple[bool | None, str]:
         if row["latency_x"] is None:
@@ -164,8 +167,8 @@ def bars(rows: Sequence[Json], curves: dict[str, Curve]) -> list[Json]:
         other = row["one_after_another"]
         if other is None or other["throughput_ratio"] is None:
             return None, "it was not measured"
-        said = f"{other['throughput_ratio']:.1f}x ({row['batched_s']:.3g} s per problem against {other['per_problem_s']:.3g} s)"
-        return other["throughput_ratio"] >= 5, said
+        times = f"{row['batched_s']:.3g} s per problem against {other['per_problem_s']:.3g} s"
+        return other["throughput_ratio"] >= 5, f"{other['throughput_ratio']:.1f}x, {times}"
 
     judge(
         "dynamic allocation at 4x is no more than a point below 8 chains of uniform sampling",
@@ -175,10 +178,14 @@ def bars(rows: Sequence[Json], curves: dict[str, Curve]) -> list[Json]:
     judge("tree of thoughts (3, 5) beats the majority at equal tokens", "tree_of_thoughts", beats)
     for key in ("step_beam_search", "dvts", "rebase", "ets", "mcts", "particle_filter"):
         judge(f"{key.replace('_', ' ')} beats the majority at equal tokens", key, beats)
-    judge("tree of thoughts (3, 5) takes at most 3x the time of a chain, one problem alone", "tree_of_thoughts", latency)
-    judge("many problems at once: at least 5x the throughput of one branch after another", "tree_of_thoughts", throughput)
+    judge(
+        "tree of thoughts (3, 5) takes at most 3x the time of a chain, one problem alone", "tree_of_thoughts", latency
+    )
+    judge(
+        "many problems at once: at least 5x the throughput of one branch after another", "tree_of_thoughts", throughput
+    )
     return found
 
 
-def _points(value: float) -> str:
-    return f"{100 * value:+.1f}"
+def _said(gap: Difference) -> str:
+    return f"{100 * gap.estimate:+.1f} points, 95% CI {100 * gap.low:+.1f} to {100 * gap.high:+.1f}"

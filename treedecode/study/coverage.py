@@ -85,11 +85,15 @@ def fit_beta_binomial(
         if (num_right == value).all():
             raise CannotFit(f"every chain of every problem is {word}")
     if np.isin(num_right, (0, num_chains)).all():
-        raise CannotFit("of every problem all chains are right or all are wrong, so its rate is only known to be extreme")
+        raise CannotFit(
+            "of every problem all chains are right or all are wrong, so its rate is only known to be extreme"
+        )
     counts = np.arange(num_chains + 1)
     (logit, log_strength), value = _maximise(counts, np.bincount(num_right, minlength=num_chains + 1))
     if log_strength > _LOG_STRENGTH[1] - 1e-3:
-        raise CannotFit("counts of right chains differ no more than chance makes them, so all problems are equally hard")
+        raise CannotFit(
+            "counts of right chains differ no more than chance makes them, so all problems are equally hard"
+        )
     every = draws(len(num_right), num_resamples, seed)
     histograms = every @ (num_right[:, None] == counts)
     fits = [_parameters(*_maximise(counts, one)[0]) for one in histograms if one[1:-1].any()]

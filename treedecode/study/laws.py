@@ -2,8 +2,8 @@
 
 The data are shares of right answers per problem and budget. Every law is fitted by the same quasi-binomial likelihood
 (shares of chains are no whole numbers, and likelihood does not ask), so that laws differ in their shape alone. All
-budgets are of the same problems and their errors go together, which no likelihood of independent points knows: intervals
-are percentiles of fits to resampled problems.
+budgets are of the same problems and their errors go together, which no likelihood of independent points knows:
+intervals are percentiles of fits to resampled problems.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from treedecode.study.stats import Difference, Floats, Interval, bca_interval, difference_of, draws
 
+from treedecode.study.stats import Difference, Floats, Interval, bca_interval, difference_of, draws
 
 _MAX_STEPS = 300
 
@@ -223,8 +223,8 @@ def fit(law: Law, curve: Curve, *, num_resamples: int = 300, level: float = 0.95
     """Fits a law to a curve, and to curves of resampled problems for the parameters' intervals.
 
     Raises:
-        CannotFit: too few budgets, no spread between answers, or (laws whose parameters then mean nothing) accuracy that
-            compute does not raise.
+        CannotFit: too few budgets, no spread between answers, or (laws whose parameters then mean nothing) accuracy
+            that compute does not raise.
     """
     _require(curve, len(law.names))
     ends = curve.costs[[0, -1]]
@@ -330,13 +330,11 @@ def _require(curve: Curve, num_costs: int) -> None:
             raise CannotFit(f"every problem is {word} at every budget")
 
 
-def _maximise(
-    law: Law, costs: Floats, means: Floats, starts: tuple[tuple[float, ...], ...]
-) -> tuple[Floats, Floats]:
+def _maximise(law: Law, costs: Floats, means: Floats, starts: tuple[tuple[float, ...], ...]) -> tuple[Floats, Floats]:
     """The parameters `[r, p]` of the highest likelihoods within the law's box, and their means over costs `[r]`, nats.
 
-    Fisher scoring with Levenberg's damping, of all curves `[r, m]` and starts at once. A parameter at its bound that the
-    likelihood pulls further stays there for that step.
+    Fisher scoring with Levenberg's damping, of all curves `[r, m]` and starts at once. A parameter at its bound that
+    the likelihood pulls further stays there for that step.
     """
     ends, (low, high) = costs[[0, -1]], np.array(law.bounds, np.float64).T
     params = np.tile(np.array(starts, np.float64), (len(means), 1)).clip(low, high)
@@ -361,9 +359,7 @@ def _maximise(
     return params[best], value[best]
 
 
-def _scores(
-    law: Law, params: Floats, costs: Floats, means: Floats, ends: Floats
-) -> tuple[Floats, Floats, Floats]:
+def _scores(law: Law, params: Floats, costs: Floats, means: Floats, ends: Floats) -> tuple[Floats, Floats, Floats]:
     """Mean log-likelihoods `[r]`, their gradients `[r, p]` and Fisher information `[r, p, p]`."""
     tiny = 1e-9
     expected, grad = law.predict(params, costs, ends)

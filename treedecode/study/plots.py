@@ -6,7 +6,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
 Json = dict[str, Any]
 
@@ -68,7 +68,7 @@ def accuracy(study: Json, axes: Axes) -> bool:
     rest = [row for row in rest if row["strategy"] not in ("chain_pool", "self_consistency", "best_of_n")]
     for row in rest:
         low, high = row["accuracy_ci"]
-        errors = [[row["accuracy"] - low], [high - row["accuracy"]]]
+        errors = [[max(row["accuracy"] - low, 0.0)], [max(high - row["accuracy"], 0.0)]]
         axes.errorbar(row["tokens_x"], row["accuracy"], errors, fmt="o", color=GREY, markersize=4, elinewidth=0.8)
         _label(axes, row["label"], row["tokens_x"], row["accuracy"])
     axes.set(xlabel="Generated tokens, in multiples of one chain", ylabel="Accuracy")
@@ -104,7 +104,10 @@ def latency(study: Json, axes: Axes) -> bool:
         _label(axes, row["label"], row["tokens_x"], row["latency_s"])
     axes.set(xlabel="Generated tokens, in multiples of one chain", ylabel="Seconds for one problem (median)")
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(plain)
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.yaxis.set_minor_formatter(plain)
     _compute_axis(axes)
     axes.legend(loc="best", fontsize=8)
     return bool(rows)
@@ -135,10 +138,19 @@ def coverage(study: Json, axes: Axes) -> bool:
 
 def _points(axes: Axes, points: list[Json], colour: str, mark: str, label: str) -> None:
     values = [point["accuracy"] for point in points]
-    ends = [[v - p["accuracy_ci"][0] for v, p in zip(values, points, strict=True)]]
-    ends.append([p["accuracy_ci"][1] - v for v, p in zip(values, points, strict=True)])
+    ends = [
+        [max(v - p["accuracy_ci"][0], 0.0) for v, p in zip(values, points, strict=True)],
+        [max(p["accuracy_ci"][1] - v, 0.0) for v, p in zip(values, points, strict=True)],
+    ]
     axes.errorbar(
-        [point["cost"] for point in points], values, ends, fmt=mark, color=colour, markersize=5, elinewidth=0.8, label=label
+        [point["cost"] for point in points],
+        values,
+        ends,
+        fmt=mark,
+        color=colour,
+        markersize=5,
+        elinewidth=0.8,
+        label=label,
     )
 
 

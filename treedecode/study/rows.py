@@ -20,6 +20,7 @@ from treedecode.study.stats import Floats, efficiency_ratio, mean_interval, pair
 from treedecode.tasks.base import Problem, Task
 
 SCHEMA = "treedecode.study.timing/1"
+ANSWER_TOKENS = 8  # of an answer that is forced at the end of a long chain
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,12 @@ class Entry:
         if not re.fullmatch(r"[a-z0-9_]+", self.key):
             raise ValueError(f"key: expected lower-case letters, digits and _, got {self.key!r}")
 
-    def build(self, chain_tokens: float) -> Strategy:
+    def build(self, chain_tokens: float, room: int) -> Strategy:
         """The strategy.
+
+        Args:
+            chain_tokens: of the baseline's mean chain.
+            room: the most tokens a solution may have before its answer, for settings in `chains`.
 
         Raises:
             ValueError, TypeError: there is none of that name, or it does not take the settings.
@@ -58,7 +63,7 @@ class Entry:
         kinds = {**STRATEGIES, ChainPool.name: ChainPool}
         if self.strategy not in kinds:
             raise ValueError(f"strategy: expected one of {', '.join(sorted(kinds))}, got {self.strategy!r}")
-        scaled = {name: max(1, round(multiple * chain_tokens)) for name, multiple in self.chains.items()}
+        scaled = {name: min(max(1, round(multiple * chain_tokens)), room) for name, multiple in self.chains.items()}
         return kinds[self.strategy](**self.settings, **scaled)
 
 
@@ -77,10 +82,17 @@ class Conditions:
     task: Task
     problems: Sequence[Problem]
     verifier: Any = None
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     latency_problems: int = 6
     prompt: Callable[[Problem], Prompt] | None = None
+
+    @property
+    def room(self) -> int:
+        """Tokens that the model has for every problem, with a short forced answer after them."""
+        prompts = [self.prompt(problem) if self.prompt else problem.prompt for problem in self.problems]
+        longest = max(len(self.decoder.encode(p)) if isinstance(p, str) else len(p) for p in prompts)
+        return self.decoder.model.max_position - longest - 2 * ANSWER_TOKENS
 
     async def solve(self, decoder: Decoder, problems: Sequence[Problem], strategy: Strategy, **settings: Any) -> Result:
         """`solve_async` from a cold start: no row finds prompts that another has computed."""
@@ -156,7 +168,7 @@ async def measure(
         ValueError, TypeError: the strategy is wrong, or the folder's journal is another run's.
         Exception: of a strategy or a verifier.
     """
-    strategy = entry.build(chain_tokens)
+    strategy = entry.build(chain_tokens, conditions.room)
     journal, times = folder / f"{entry.key}.jsonl", folder / f"{entry.key}.timing.json"
     num_known = _num_solutions(journal)
     result = await conditions.solve(

@@ -1,9 +1,9 @@
 """The counterfactual: a decoder that takes branches one after another over copied caches.
 
-It runs the very same strategy, so it does the same work to the last token (on the CPU to the last bit), and only how
-differs: a fork copies the parent's keys and values, nothing is found again in a prefix index, and a forward has one
-branch in it, each of which goes to its stop before the next one begins. Everything else (kernels, sampling, the tick) is
-the same code, so a ratio of times is the price of that way of going about it and of nothing else.
+It runs the very same strategy, so it does the same work to the last token (on the CPU to the last bit), in another way:
+a fork copies the parent's keys and values, nothing is found again in a prefix index, and a forward has one branch in
+it, which goes to its stop before the next one begins. Everything else (kernels, sampling, the tick) is the same code,
+so a ratio of times is the price of that way alone.
 """
 
 import numpy as np

@@ -62,7 +62,7 @@ def resampled_means(values: Floats, *, num_resamples: int, seed: int) -> Floats:
 
 @lru_cache(maxsize=4)  # the rows of a study are all over the same problems
 def draws(num_problems: int, num_resamples: int, seed: int) -> Floats:
-    """How often each problem is drawn, `[num_resamples, num_problems]`, not to be written to; rows sum to the latter."""
+    """How often each problem is drawn, `[num_resamples, num_problems]`, read-only; rows sum to `num_problems`."""
     rng = np.random.default_rng([seed, num_problems])
     share = np.full(num_problems, 1 / num_problems)
     counts = rng.multinomial(num_problems, share, num_resamples).astype(np.float64)
@@ -109,9 +109,7 @@ def paired_difference(
     return difference_of(one - other, level=level, num_resamples=num_resamples, seed=seed)
 
 
-def difference_of(
-    differences: Floats, *, level: float = 0.95, num_resamples: int = 4000, seed: int = 0
-) -> Difference:
+def difference_of(differences: Floats, *, level: float = 0.95, num_resamples: int = 4000, seed: int = 0) -> Difference:
     """`paired_difference`, of differences `[problems]` in [-1, 1] that have been taken already.
 
     Raises:
@@ -137,7 +135,7 @@ def efficiency_ratio(accuracy: float, baseline: float, multiplier: float) -> flo
 
 
 def bca_interval(values: Floats, level: float = 0.95, num_resamples: int = 4000, seed: int = 0) -> Interval:
-    """The bias-corrected and accelerated bootstrap interval of the mean of values `[problems]` that are not all equal."""
+    """The bias-corrected and accelerated bootstrap interval of the mean of values `[problems]`, not all equal."""
     mean, centred = values.mean(), values - values.mean()
     means = np.sort(resampled_means(values, num_resamples=num_resamples, seed=seed))
     # Means of 0 and 1 are often equal to the estimate: ties count half, or the correction would be for them.
