@@ -216,17 +216,23 @@ def test_when_a_solution_is_final():
     assert not TASK.is_final(lines[0])
     assert not TASK.is_final(lines[0] + lines[1] + "23 * 3 = 6")
     assert TASK.is_final(GOOD)
-    assert TASK.is_final(GOOD.removesuffix("\n"))
-    assert TASK.is_final("25 + 5 = 31, left 3 7 31\n")  # wrong: nothing mends it
-    assert TASK.is_final(lines[0] + "\n")
+    assert not TASK.is_final(GOOD.removesuffix("\n"))  # 6, and perhaps 69
+    assert not TASK.is_final(lines[0] + "so far so good\n")
+
+
+def test_an_answer_is_what_the_lines_say_not_what_is_true():
+    assert not TASK.is_final("25 + 5 = 31, left 3 7 31\n")
     assert TASK.extract("25 + 5 = 31, left 3 7 31\n") is None
-    assert not TASK.is_final("25 + 5 = 31")  # not a line yet
+    wrong = "5 + 7 = 13, left 13 3\n13 * 3 = 36, left 36\n"
+    assert TASK.is_final(wrong)
+    assert TASK.extract(wrong) == TASK.extract("7 + 5 = 12, left 3 12\n12 * 3 = 36, left 36\n") == "(5 + 7) * 3"
+    assert not TASK.verify(problem((3, 5, 7), 36), wrong)
 
 
 @given(st.text(alphabet="0123456789+-*/=, left\n", max_size=80))
 def test_any_text_is_read_without_error(text):
     TASK.is_final(text)
-    assert TASK.extract(text) is None or TASK.is_final(text)
+    assert TASK.extract(text) is None or TASK.is_final(text + "\n")
     assert not TASK.verify(problem((3, 5, 7, 25), 69), text)
 
 

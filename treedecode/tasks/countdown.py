@@ -82,6 +82,7 @@ class Countdown:
 
     name = "countdown"
     stop = "\n"
+    end = ("\n\n",)  # where a model that was shown examples goes on to the next one
     max_step_tokens = 48  # a tokenizer may spell numbers digit by digit
     max_new_tokens = 192
 
@@ -189,26 +190,21 @@ class Countdown:
         return [next(streams[i % len(streams)]) for i in range(count)]
 
     def extract(self, text: str) -> str | None:
-        """The expression that the lines build, `(25 + 5 - 7) * 3`.
+        """The expression that the lines build, `(25 + 5 - 7) * 3`; None while none of them leaves a single number.
 
-        Sums and products are flattened and sorted, so that solutions which differ in order or grouping alone come to
-        the same expression. Lines after the one that leaves one number are not read. None while more than one number is
-        left, and where a line is wrong.
+        What a line says that two numbers make is believed: whether it is true is for a verifier to find. Sums and
+        products are flattened and sorted, so that solutions which differ in order or grouping alone come to the same
+        expression. Lines that are no operation are passed over, and those after the last number as well.
         """
-        pool = _replay(text)
-        return None if pool is None or len(pool) != 1 else pool[0].text
+        item = _claimed(text)
+        return None if item is None else item.text
 
     def equivalent(self, first: str, second: str) -> bool:
         return first == second
 
     def is_final(self, text: str) -> bool:
-        """Whether one number is left, or a line is wrong, which no later line mends."""
-        ended = text[: text.rfind("\n") + 1]
-        pool = _replay(ended)
-        if pool is None or len(pool) == 1:
-            return True
-        pool = _replay(text)  # with the line that has not ended, which may be wrong only because it has not
-        return pool is not None and len(pool) == 1
+        """Whether a line leaves a single number, rightly or not; one that is not ended may have more to come."""
+        return _claimed(text[: text.rfind("\n") + 1]) is not None
 
     def verify(self, problem: Problem, text: str) -> bool:
         """Whether every line is right, the numbers are the problem's, all are used, and the target is left.
@@ -255,13 +251,32 @@ def _joined(first: _Item, operator: str, second: _Item, value: int) -> _Item:
     return _Item(value, operators, tuple(sorted(direct + others[0])), tuple(sorted(inverse + others[1])))
 
 
-def _replay(text: str, numbers: Sequence[int] | None = None) -> list[_Item] | None:
+def _claimed(text: str) -> _Item | None:
+    """What the first line that leaves a single number makes, by the lines' own words; None where no line does."""
+    known: list[_Item] = []
+    for line in text.split("\n"):
+        match = _LINE.fullmatch(line)
+        if match is None:
+            continue
+        taken = []
+        for value in (int(match[1]), int(match[3])):
+            item = next((item for item in known if item.value == value), _number(value))
+            if item in known:
+                known.remove(item)
+            taken.append(item)
+        made = _joined(taken[0], match[2], taken[1], int(match[4]))
+        if len(match[5].split()) == 1:
+            return made
+        known.append(made)
+    return None
+
+
+def _replay(text: str, numbers: Sequence[int]) -> list[_Item] | None:
     """What is left after the lines of a solution, up to the one that leaves a single number; None if one is wrong.
 
-    Without `numbers` they are those the first line speaks of, and there is nothing left before it. Of equal numbers the
-    one that has been left for longest is used, so that a text stands for one expression.
+    Of equal numbers the one that has been left for longest is used, so that a text stands for one expression.
     """
-    pool = [_number(value) for value in numbers or ()]
+    pool = [_number(value) for value in numbers]
     for line in text.removesuffix("\n").split("\n") if text else ():
         if len(pool) == 1:
             break
@@ -272,10 +287,6 @@ def _replay(text: str, numbers: Sequence[int] | None = None) -> list[_Item] | No
         left = [int(number) for number in match[5].split()]
         if combine(first, match[2], second) != result or result not in left:
             return None
-        if not pool:
-            others = left.copy()
-            others.remove(result)
-            pool = [_number(value) for value in (first, second, *others)]
         taken = []
         for value in (first, second):
             item = next((item for item in pool if item.value == value), None)
