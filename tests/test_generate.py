@@ -103,7 +103,25 @@ def test_processors(options, num_beams):
     model = make_model("llama", 1, eos=(2, 5, 7, 9), eos_bias=2.0)
     for seed in range(3):
         limit = {} if "max_length" in options else {"max_new_tokens": 10}
-        same(model, make_inputs(3, seed), do_sample=False, num_beams=num_beams, **limit, **options)
+        inputs = make_inputs(3, seed)
+        ids = inputs["input_ids"]
+        if "repetition_penalty" in options:  # padding by a token of the prompt, see the next test
+            ids[:] = ids.where(inputs["attention_mask"] == 1, ids[:, -1:])
+        same(model, inputs, do_sample=False, num_beams=num_beams, **limit, **options)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_padding_is_not_penalised(num_beams):
+    """`generate` counts the padding as tokens of the prompt: there a text depends on who shares its batch."""
+    model = make_model("llama", 1)
+    options = {"repetition_penalty": 3.0, "max_new_tokens": 6, "num_beams": num_beams, "do_sample": False}
+    inputs, texts = make_inputs(3), []
+    for row, ids in enumerate(inputs["input_ids"]):
+        alone = {name: x[row : row + 1, 2 * row :] for name, x in inputs.items()}
+        texts.append(model.generate(**alone, **options)[0, ids.shape[0] - 2 * row :].tolist())
+        ids[: 2 * row] = texts[-1][0]  # a token that would come out otherwise
+    got = model.generate(**inputs, **options, custom_generate=treedecode.generate)
+    assert [row[: len(text)] for row, text in zip(got[:, 7:].tolist(), texts, strict=True)] == texts
 
 
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])

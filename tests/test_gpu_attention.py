@@ -11,6 +11,7 @@ from test_plan_tree import GOLDEN, HEADS, LONG_PREFILLS, plain, plan_of
 from test_tree_attention import two_trees_and_loners
 
 from treedecode import ops, reference
+from treedecode.models import prefill
 
 pytestmark = GPU
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -245,3 +246,24 @@ def test_a_captured_step_follows_its_inputs(through):
         graph.replay()
         num_q = len(case.q)
         assert_within_budget(case, to_cpu(x[:num_q] for x in result))
+
+
+# -- prefill --
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(("q_len", "seq_len"), [(300, 300), (257, 700)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_prefill(dtype, q_len, seq_len, window):
+    """By whatever torch or flash-attn takes here; queries are the last ones of the sequence."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(q_len, 8, 64, generator=generator).to(dtype)
+    k, v = torch.randn(2, seq_len, 2, 64, generator=generator).to(dtype)
+    got = prefill.attend(*(x.to(DEVICE) for x in (q, k, v)), scale=0.2, sliding_window=window, softcap=None)
+    key, position = torch.arange(seq_len), torch.arange(seq_len - q_len, seq_len)[:, None]
+    seen = (key <= position) & (key > position - (window or seq_len))
+    k, v = (x.double().transpose(0, 1).repeat_interleave(4, 0) for x in (k, v))
+    score = q.double().transpose(0, 1) @ k.mT * 0.2
+    want = (score.masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(0, 1)
+    # weights and result are rounded once each
+    assert (got.cpu().double() - want).norm() <= (2 * torch.finfo(dtype).eps + 2e-6) * want.norm()

@@ -156,6 +156,21 @@ def test_bf16_decodes_as_it_did_before(decoder):
     assert texts[0] == texts[1]
 
 
+def test_a_forward_that_waits_is_not_captured(decoder):
+    """The error says what to do, and the device is as it was: the same model decodes op by op."""
+    model = make_model("llama").to(DEVICE)
+    model.get_output_embeddings().register_forward_hook(lambda module, args, output: output.sum().item())
+    settings = {"num_branches": 3, "sampling": SAMPLED, "max_new_tokens": 10}
+    stream = torch.cuda.current_stream()
+    with td.Decoder(TransformersModel(model), kv_memory="16MiB") as dec, pytest.raises(RuntimeError) as error:
+        dec.generate(PROMPTS, **settings)
+    assert "cuda_graphs=False" in "".join(error.value.__notes__)
+    assert torch.cuda.current_stream() == stream
+    assert torch.rand(3, device=DEVICE).isfinite().all()
+    with td.Decoder(TransformersModel(model), kv_memory="16MiB", cuda_graphs=False) as dec:
+        assert tokens(dec.generate(PROMPTS, **settings)) == tokens(decoder().generate(PROMPTS, **settings))
+
+
 def test_a_row_whose_logits_are_nan_fails_alone(decoder):
     dec = decoder()
     dec.generate([PROMPTS[0]], sampling=GREEDY, max_new_tokens=2)

@@ -1,13 +1,17 @@
 """What users give, checked: each error names the argument, what was expected and what came."""
 
+import inspect
 import math
 import os
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from treedecode.sampling import Sampling
+
+Scores = Sequence[float] | np.ndarray
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -77,3 +81,16 @@ def memory_bytes(kv_memory: int | str | None, device: torch.device, useful: int)
     if isinstance(kv_memory, bool) or not isinstance(kv_memory, (int, float)) or not math.isfinite(kv_memory):
         raise TypeError(f'kv_memory: expected bytes or a string like "2GiB", got {kv_memory!r}')
     return int(kv_memory)
+
+
+async def numbers_of(fn: Callable[[list[str]], Scores | Awaitable[Scores]], texts: list[str], count: int) -> np.ndarray:
+    """`[count]` float64: what a function, or coroutine function, makes of texts.
+
+    Raises:
+        ValueError: another number of them.
+    """
+    result = fn(texts)
+    values = np.asarray(await result if inspect.isawaitable(result) else result, np.float64)
+    if values.shape != (count,):
+        raise ValueError(f"fn: expected {count} numbers, one per text, got shape {list(values.shape)}")
+    return values

@@ -83,6 +83,13 @@ class BranchTable:
         self.penalty = np.ones(n, np.float32)
         self.ignore_eos = np.zeros(n, bool)
 
+    def goal(self, rows: Ints) -> Ints:
+        """Tokens that rows want in the cache for their work: a prefill leaves the last one out, a hidden state is that
+        before an end of sequence."""
+        work = self.work[rows]
+        before = (work == Work.PREFILL) | ((work == Work.HIDDEN) & (self.finish[rows] == Finish.EOS))
+        return self.num_tokens[rows] - before
+
     def reserve(self, num_tokens: int) -> None:
         """Makes room for branches of `num_tokens` tokens."""
         have = self.tokens.shape[1]

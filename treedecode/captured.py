@@ -25,6 +25,19 @@ MAX_IN_FLIGHT = 2
 C = TypeVar("C", bound="Captured")
 
 
+def leave_failed_capture(stream: torch.cuda.Stream) -> None:
+    """Undoes what `torch.cuda.graph` leaves behind when its capture fails, on the device of `stream`.
+
+    The stream of the capture would stay the current one, and the device's random numbers in a state for captures alone:
+    `torch.rand` and its like would raise from then on.
+    """
+    torch.cuda.set_stream(stream)
+    generator = torch.cuda.default_generators[stream.device_index]
+    fresh = torch.Generator(stream.device)
+    fresh.set_state(generator.get_state())
+    generator.graphsafe_set_state(fresh.graphsafe_get_state())
+
+
 class Captured:
     """A decode step on fixed buffers: every row appends one token, or none, and something follows from the logits.
 
@@ -50,11 +63,15 @@ class Captured:
         self.rows.copy_(torch.from_numpy(rows.astype(np.int32)))
         self.row_ids.copy_(self.rows)
 
-    def capture(self, memory: Any) -> None:
+    def capture(self, memory: Any, stream: Any) -> None:
         """Makes the graph, on a GPU.
 
         Args:
             memory: the graphs' memory pool (`torch.cuda.graph_pool_handle()`), which they share.
+            stream: captures, and runs the step before.
+
+        Raises:
+            RuntimeError: the step cannot be captured.
         """
         if self.pool.device.type != "cuda":
             return
@@ -62,15 +79,22 @@ class Captured:
         # Nothing is appended while all lengths are 0. The first runs load and compile kernels, which capture forbids.
         self.idle(np.arange(self.size))
         with torch.cuda.device(self.pool.device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
+            before = torch.cuda.current_stream()
+            stream.wait_stream(before)
             with torch.cuda.stream(stream):
                 for _ in range(2):
                     self._step()
-            torch.cuda.current_stream().wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=memory):
-                self._step()
+            before.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                # Other threads may be decoding, too, and do what this one must not do now.
+                with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
+                    self._step()
+            except BaseException as error:
+                leave_failed_capture(before)
+                error.add_note("This was while a decode step was captured; `cuda_graphs=False` captures none.")
+                raise
+            self._graph = graph
 
     def replay(self, number: int) -> tuple[Tensor, torch.cuda.Event | None]:
         """Launches the step; its result is in the tensor returned once the event has passed.
@@ -221,6 +245,7 @@ class CapturedSteps:
         self.model, self.pool, self.sizes = model, pool, sizes
         self._steps: dict[Any, Captured] = {}
         self._memory: Any = None
+        self._stream: Any = None
 
     def start(self, batch: Batch, table: BranchTable) -> Run:
         """Puts a batch of decoding rows on the step of its size.
@@ -237,8 +262,10 @@ class CapturedSteps:
         if key not in self._steps:
             if self.pool.device.type == "cuda" and self._memory is None:
                 self._memory = torch.cuda.graph_pool_handle()
+                # One for all of them, for cuBLAS keeps a workspace for every stream that it has seen.
+                self._stream = torch.cuda.Stream(self.pool.device)
             step = make()
-            step.capture(self._memory)
+            step.capture(self._memory, self._stream)
             self._steps[key] = step
         return self._steps[key]  # type: ignore[return-value]
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from treedecode import __version__, collect_env
+from treedecode.commands import solve
 
 
 def _info(_: argparse.Namespace) -> int:
@@ -31,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
     tune = commands.add_parser("tune", help="measure which backend of each op is faster on this GPU, and keep that")
     tune.set_defaults(run=_tune)
+    solve.add_parser(commands)
     return parser
 
 

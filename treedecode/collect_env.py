@@ -120,6 +120,13 @@ def backends() -> list[str]:
     return [line for (taken, *why), names in groups.items() for line in (f"{taken}: {', '.join(names)}", *why)]
 
 
+def answers() -> str:
+    """How answers are compared."""
+    from treedecode.verify.answers import equivalence_backend
+
+    return equivalence_backend()
+
+
 def report() -> Iterator[str]:
     """The report, line by line; a part that fails says so in its line."""
 
@@ -139,6 +146,7 @@ def report() -> Iterator[str]:
     yield line("variables", variables)
     yield line("gpu", gpus)
     yield line("_host", host)
+    yield line("answers", answers)
     yield line("kernels", isa)
     lines = attempt(backends)
     yield "ops:"

@@ -116,6 +116,8 @@ class Engine(Ticker):
     async def hidden(self, rows: Ints) -> Tensor:
         """The final hidden states `[n, hidden_size]` of the last tokens of rows, computed in the shared forward.
 
+        Of a row at its end of sequence it is that of the token before, where its text ends.
+
         Raises:
             ValueError: the model's adapter gives none.
         """
@@ -160,8 +162,11 @@ class Engine(Ticker):
                 table.finish[live] = Finish.NONE
                 table.finish[full] = Finish.LENGTH
                 live = live[table.num_tokens[live] < table.limit[live]]
-            if work != Work.PREFILL and first is None:
-                self._uncache_last(live)
+            known, logits = live, first
+            if work == Work.SAMPLE and first is None:
+                known, logits = self._known_logits(live)
+            if work != Work.PREFILL:
+                self._uncache_last(np.setdiff1d(live, known) if logits is not None else live, work)
             if len(live) == 0:
                 return torch.empty(0, _width(self.model, work)) if work in (Work.LOGITS, Work.HIDDEN) else None
             job_id, self._num_jobs = self._num_jobs, self._num_jobs + 1
@@ -171,8 +176,8 @@ class Engine(Ticker):
             table.job[live] = job_id
             table.order[live] = (job_id << 24) + np.arange(len(live))
             self._batch = None
-            if first is not None:
-                self._take_first(live, first)
+            if logits is not None:
+                self._take_first(known, logits)
             if loop not in self._drivers:
                 self._drivers[loop] = loop.create_task(self._drive())
         try:
@@ -195,15 +200,29 @@ class Engine(Ticker):
         finally:
             del self._drivers[loop]
 
+    def _known_logits(self, rows: Ints) -> tuple[Ints, Tensor | None]:
+        """Those of rows whose next token's logits an earlier forward computed, and these `[n, vocab_size]`."""
+        table, found = self.table, []
+        for row in rows.tolist() if self._next_logits else ():
+            logits, at, num_tokens = self._next_logits.pop(row, (None, 0, -1))
+            if logits is not None and table.num_cached[row] == table.num_tokens[row] == num_tokens:
+                found.append((row, logits[at]))
+        if not found:
+            return rows[:0], None
+        return np.array([row for row, _ in found]), torch.stack([logits for _, logits in found])
+
     def _take_first(self, rows: Ints, logits: Tensor) -> None:
-        """Samples a token for each of rows from the same logits, without a forward."""
+        """Samples a token for each of rows from logits `[n, vocab_size]`, or the same for all, without a forward."""
         try:
             with torch.inference_mode():
                 batch = self.scheduler.batch(rows, np.zeros(len(rows), np.int32), complete=True)
                 every = logits.expand(len(rows), -1).contiguous()
+                if logits.dim() == 2:
+                    places = {int(row): i for i, row in enumerate(rows)}
+                    every = logits[[places[int(row)] for row in batch.rows]]
                 self._record(batch, batch.rows, *step.choose(self.table, self.matcher, self._eos_ids, batch, every))
                 self._stats.num_sampled_tokens += len(rows)
-                self.meter.charge_sampled(self.table.account[rows])
+                self._end_over(self.meter.charge_sampled(self.table.account[rows]))
         except Exception as error:
             self._end_work(rows, error)
 
@@ -228,12 +247,15 @@ class Engine(Ticker):
             self.closed = True
             self._wake()
 
-    def _uncache_last(self, rows: Ints) -> None:
-        """Rows that are wholly in the cache give up their last token: its logits are wanted again."""
-        full = rows[self.table.num_cached[rows] >= self.table.num_tokens[rows]]
-        if len(full):
-            self.table.num_cached[full] = self.table.num_tokens[full] - 1
-            self.pool.truncate(full.astype(np.int32), self.table.num_cached[full].astype(np.int32))
+    def _uncache_last(self, rows: Ints, work: Work) -> None:
+        """Rows with all in the cache that `work` wants give up the last token of it: what it leads to is wanted."""
+        last = self.table.num_tokens[rows] - 1
+        if work == Work.HIDDEN:
+            last -= self.table.finish[rows] == Finish.EOS
+        full = self.table.num_cached[rows] > last
+        if full.any():
+            self.table.num_cached[rows[full]] = last[full]
+            self.pool.truncate(rows[full].astype(np.int32), last[full].astype(np.int32))
 
 
 def _width(model: Any, work: Work) -> int:

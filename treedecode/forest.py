@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
+from torch import Tensor
 
 from treedecode._host import PrefixIndex
 from treedecode.branches import BranchTable, Ints, Work, child_seeds
@@ -27,6 +28,8 @@ class Forest:
         # the event loop of the call that gives a row back when it ends; None: a frontier's, or free
         self._caller = np.full(pool.max_branches, None, object)
         self._orphans: deque[Ints] = deque()
+        # row -> (logits of a forward, row in them, tokens it had then): what follows its last token is known already
+        self._next_logits: dict[int, tuple[Tensor, int, int]] = {}
 
     @property
     def num_free_rows(self) -> int:
@@ -72,6 +75,10 @@ class Forest:
             self._caller[dst] = _running_loop()
             if lens is not None:
                 table.truncate(dst, lens)
+                return dst
+            for parent, child in zip(src.tolist(), dst.tolist(), strict=True):
+                if parent in self._next_logits:
+                    self._next_logits[child] = self._next_logits[parent]
             return dst
 
     def reorder(self, rows: Ints, parents: Ints) -> None:
@@ -83,6 +90,7 @@ class Forest:
             cached = self.table.num_cached[parents]
             self.table.copy(parents, rows)
             self.table.num_cached[rows] = cached
+            self._forget_logits(rows)
 
     def append(self, rows: Ints, tokens: Sequence[Ints]) -> None:
         """Adds given tokens to the ends of branches at rest; they are computed with the next work on them."""
@@ -115,6 +123,7 @@ class Forest:
             if len(gone):
                 self.pool.release(gone.astype(np.int32))
                 table.num_cached[gone] = 0
+                self._forget_logits(gone)
                 self._caller[gone] = None
                 self._wake()
 
@@ -151,6 +160,10 @@ class Forest:
                 raise AssertionError("Engine: rows are allocated that no handle holds")
             if (self.table.job[~held] >= 0).any() or (self.table.work[self.table.job < 0] != Work.NONE).any():
                 raise AssertionError("Engine: a row works without a job")
+
+    def _forget_logits(self, rows: Ints) -> None:
+        for row in rows.tolist() if self._next_logits else ():
+            self._next_logits.pop(row, None)
 
     def open_lock(self) -> threading.RLock:
         """The lock, of a forest that is open."""

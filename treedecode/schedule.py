@@ -79,7 +79,7 @@ class Scheduler:
         table = self.table
         busy = np.flatnonzero(table.work)
         busy = busy[np.argsort(table.order[busy])]
-        todo = table.num_tokens[busy] - table.num_cached[busy] - (table.work[busy] == Work.PREFILL)
+        todo = table.goal(busy) - table.num_cached[busy]
         done = busy[todo <= 0]
         one = (todo == 1) & (table.work[busy] != Work.PREFILL)
         rows, lens = self._admit(busy[(todo > 0) & ~one], busy[one])
@@ -100,7 +100,7 @@ class Scheduler:
             if empty and not self._adopt(int(row), ahead):
                 continue
             cached = int(table.num_cached[row])
-            todo = int(table.num_tokens[row] - cached - (table.work[row] == Work.PREFILL))
+            todo = int(table.goal(np.array([row]))[0]) - cached
             if todo <= 0:
                 self.num_prefix_tokens += cached
                 continue  # the index had all of it; the next call reports it
@@ -127,7 +127,7 @@ class Scheduler:
         known = np.ascontiguousarray(table.tokens[row, : table.num_tokens[row] - 1])
         pages, found = self.index.match(known)
         for other in ahead:
-            both = min(len(known), int(table.num_tokens[other] - (table.work[other] == Work.PREFILL)))
+            both = min(len(known), int(table.goal(np.array([other]))[0]))
             differ = np.flatnonzero(known[:both] != table.tokens[other, :both])
             common = int(differ[0]) if len(differ) else both
             if common // page * page > found:
@@ -176,7 +176,8 @@ class Scheduler:
         pages, used = self._pages(rows)
         order = _depth_first(rows, pages, used)
         rows, lens = rows[order], lens[order]
-        wanted = np.flatnonzero((table.num_cached[rows] + lens == table.num_tokens[rows]) | complete)
+        wants = table.work[rows] != Work.PREFILL
+        wanted = np.flatnonzero((wants & (table.num_cached[rows] + lens == table.goal(rows))) | complete)
         out = rows[wanted]
         sampled = np.flatnonzero(table.work[out] == Work.SAMPLE)
         chosen = out[sampled]

@@ -1,6 +1,9 @@
 """solve: a strategy on many problems, all in the same forwards."""
 
 import asyncio
+import hashlib
+import json
+import re
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +23,8 @@ from treedecode.search_tree import SearchTree
 from treedecode.strategies.base import Strategy
 from treedecode.tasks.base import Problem, Task
 from treedecode.verify.scorers import as_scorer
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of a function, and another one in every process
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,7 @@ class _Run:
             raise ValueError(f"sampling: {strategy.name} has the seed {own.seed}; branches take theirs from the run's")
         if len({problem.id for problem in problems}) < len(problems):
             raise ValueError("problems: two have the same id")
-        scorer = as_scorer(verifier)
+        scorer = None if verifier is None else as_scorer(verifier)
         if strategy.needs_verifier and scorer is None:
             raise ValueError(f"verifier: {strategy.name} scores branches and needs one")
         self._num_places = strategy.num_branches * (1 + getattr(scorer, "num_samples", 0))
@@ -175,11 +180,25 @@ class _Run:
             "task": self.task.name,
             "sampling": repr(self.sampling),
             "seed": self.seed,
-            "verifier": repr(self.scorer),
+            "verifier": _ADDRESS.sub("", repr(self.scorer)),
             "budget": repr(self.budget),
-            "model": [model.vocab_size, model.num_layers, str(model.dtype)],
+            "model": [self._model_name, model.vocab_size, model.num_layers, str(model.dtype)],
             "problems": [problem.id for problem in self.problems],
+            "prompts": self._digest(),
         }
+
+    @property
+    def _model_name(self) -> str | None:
+        """Where a Transformers model was loaded from."""
+        return getattr(getattr(self.decoder.model, "model", None), "name_or_path", None)
+
+    def _digest(self) -> str:
+        """Of all that the model is given to read: worked examples and chat templates are in no setting."""
+        digest = hashlib.blake2b(digest_size=16)
+        for problem in self.problems:
+            prompt = self._prompt(problem)
+            digest.update(json.dumps(prompt if isinstance(prompt, str) else [int(token) for token in prompt]).encode())
+        return digest.hexdigest()
 
     async def run(self, journal: Journal | None, callback: Callable[[Solution], None] | None) -> Result:
         meter, stats = self.decoder.engine.meter, self.decoder.stats

@@ -109,6 +109,7 @@ class Ticker(Forest):
             rows = np.flatnonzero(self.table.handles > 0)
             self.pool.clear(rows.astype(np.int32))
             self.table.num_cached[rows] = 0
+            self._next_logits.clear()
             self._batch = None
 
     def _follow_model(self) -> None:
@@ -161,19 +162,25 @@ class Ticker(Forest):
         if len(batch.sampled) < len(out):
             given = np.setdiff1d(np.arange(len(out)), batch.sampled)
             for i in given:
-                found = hidden if hidden is not None and table.work[out[i]] == Work.HIDDEN else logits
-                self._jobs[int(table.job[out[i]])].found[int(out[i])] = (found, int(i))
+                row, found = int(out[i]), logits
+                if hidden is not None and table.work[row] == Work.HIDDEN:
+                    found = hidden
+                    self._next_logits[row] = (logits, int(i), int(table.num_tokens[row]))
+                self._jobs[int(table.job[row])].found[row] = (found, int(i))
             self._finish(out[given])
         self._record(batch, out[batch.sampled], tokens, logprobs)
         self._charge(batch, cached, batch.q_lens)
 
     def _charge(self, batch: Batch, cached: Ints, q_lens: Ints) -> None:
-        """Charges a forward to the accounts of its rows; what an account that is now over had under way ends."""
+        """Charges a forward to the accounts of its rows; what those that are then over a limit have under way ends."""
         if not batch.shares:
             return
         wanted, sampled = np.zeros(len(q_lens), bool), np.zeros(len(q_lens), bool)
         wanted[batch.wanted] = sampled[batch.wanted[batch.sampled]] = True
-        over = self.meter.charge(batch.shares, cached, q_lens, wanted & (q_lens > 0), sampled & (q_lens > 0))
+        self._end_over(self.meter.charge(batch.shares, cached, q_lens, wanted & (q_lens > 0), sampled & (q_lens > 0)))
+
+    def _end_over(self, over: Ints) -> None:
+        """Ends what is under way for accounts that are over a limit."""
         if len(over):
             working = np.flatnonzero(self.table.work)
             ended = working[self.meter.members(self.table.account[working], over)]

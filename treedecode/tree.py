@@ -1,13 +1,12 @@
 """Frontier: a handle on branches of many trees, as arrays."""
 
-import inspect
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
-from treedecode.arguments import sampling_or, whole_numbers
+from treedecode.arguments import Scores, numbers_of, sampling_or, whole_numbers
 from treedecode.branches import Finish, Ints, child_seeds
 from treedecode.completions import Completion, completions_of, text_of
 from treedecode.given import Given, given_tokens
@@ -17,8 +16,6 @@ from treedecode.stops import StopLike
 
 if TYPE_CHECKING:
     from treedecode.decoder import Decoder
-
-Scores = Sequence[float] | np.ndarray
 
 
 class Frontier:
@@ -198,6 +195,8 @@ class Frontier:
     async def hidden(self) -> Tensor:
         """Final hidden states `[n, hidden_size]` at the branches' last tokens, of the model's dtype.
 
+        Of a finished branch it is the one before its end of sequence.
+
         Raises:
             ValueError: the model's adapter gives none. BudgetExhausted: as `extend`.
         """
@@ -256,13 +255,13 @@ class Frontier:
         if isinstance(num_samples, bool) or not isinstance(num_samples, (int, np.integer)) or num_samples < 1:
             raise ValueError(f"num_samples: expected an int >= 1, got {num_samples!r}")
         if judge is None:
-            values = await _numbers(fn, self.texts(), len(self))
+            values = await numbers_of(fn, self.texts(), len(self))
         else:
             with self.fork(num_samples) as side:
                 side.leave_record()
                 side.append(judge)
                 await side.extend(stop=stop, max_new_tokens=max_new_tokens, sampling=sampling)
-                values = await _numbers(fn, side.step_texts(), len(side))
+                values = await numbers_of(fn, side.step_texts(), len(side))
             values = values.reshape(len(self), num_samples).mean(axis=1)
         self.scores = values
         return self.scores
@@ -386,11 +385,3 @@ class Frontier:
         rows = getattr(self, "_rows", None)
         if rows is not None:
             self._engine.abandon(rows)
-
-
-async def _numbers(fn: Callable[[list[str]], Scores | Awaitable[Scores]], texts: list[str], count: int) -> np.ndarray:
-    result = fn(texts)
-    values = np.asarray(await result if inspect.isawaitable(result) else result, np.float64)
-    if values.shape != (count,):
-        raise ValueError(f"fn: expected {count} numbers, one per text, got shape {list(values.shape)}")
-    return values

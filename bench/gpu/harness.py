@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bench.gpu.timing import ROUNDS, Timing, call_seconds, clock_seconds, event_seconds, measure_peaks, synchronize
 from bench.harness import dtype_name
+from treedecode.captured import leave_failed_capture
 
 
 class NotApplicable(Exception):
@@ -280,7 +281,7 @@ class Session:
         except Exception as error:
             if ours or self.device.type != "cuda":
                 raise  # an op of ours that cannot be captured is broken
-            torch.cuda.set_stream(torch.cuda.default_stream(self.device))  # a capture that failed leaves its own
+            leave_failed_capture(torch.cuda.default_stream(self.device))
             torch.cuda.synchronize(self.device)
             entry["not_captured"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             return event_seconds(call, sets)

@@ -27,9 +27,12 @@ CACHE=${TMPDIR:-/tmp}/treedecode-gpu-cache
 LIMIT=540  # seconds
 mkdir -p "$OUT" "$CACHE"
 
+# Where the toolkit is, it may still not be on PATH.
+export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 # Compilers' caches outlive a part, so that the next one finds them; none is in the tree.
 export TRITON_CACHE_DIR=$CACHE/triton TORCHINDUCTOR_CACHE_DIR=$CACHE/inductor FLASHINFER_WORKSPACE_BASE=$CACHE/flashinfer
-export HYPOTHESIS_STORAGE_DIRECTORY=$CACHE/hypothesis PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1
+export HYPOTHESIS_STORAGE_DIRECTORY=$CACHE/hypothesis PYTHONPYCACHEPREFIX=$CACHE/python HF_HUB_OFFLINE=1
+unset PYTHONDONTWRITEBYTECODE  # FlashInfer alone takes a minute to compile
 export PYTHONPATH=$PWD${FLASHINFER_SITE:+:$FLASHINFER_SITE}${PYTHONPATH:+:$PYTHONPATH}
 
 usage() {
@@ -57,8 +60,11 @@ part_build() {
 }
 
 part_tests() {
-  limited "$LIMIT" tests.log "$PYTHON" -m pytest -m gpu -p no:cacheprovider --durations=10 "--junitxml=$OUT/tests.xml" \
-    tests/test_gpu_*.py tests/test_cuda_*.py
+  # Most of the time goes into compiling Triton kernels; and an illegal access takes down one worker, not all.
+  local workers=()
+  "$PYTHON" -c "import xdist" 2>/dev/null && workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
+  limited "$LIMIT" tests.log "$PYTHON" -m pytest -v -m gpu -p no:cacheprovider --tb=short --durations=10 "${workers[@]}" \
+    "--junitxml=$OUT/tests.xml" tests/test_gpu_*.py tests/test_cuda_*.py
 }
 
 part_sanitizer() {

@@ -111,12 +111,11 @@ __global__ void __launch_bounds__(kLogitsThreads, 2)
   if (ptx::warp() == 0) {
     const double value = row_lse(p, row);
     if (ptx::lane() == 0) {
-      lse[0] = value;
+      lse[0] = value;  // read behind the barriers of best_sorted
       p.lse[row] = static_cast<float>(value);
     }
   }
   const int64_t group = group_of(p, row);
-  ptx::sync_threads();
   if (group < 0) return;
   const int64_t first = p.group_indptr[group];
   const double cum = p.cum_logprobs[row];

@@ -142,7 +142,6 @@ struct BeamGroup {
       const float score = scores[ended[i]] / divisor;
       places[i] = i + count_leading(num_beams, [&](int o) { return !(score > pool[o]); });
     }
-    ptx::sync_threads();
     for (int tile = (num_beams - 1) / kBeamUpdateThreads; tile >= 0; --tile) {
       const int i = tile * kBeamUpdateThreads + ptx::thread();
       const int64_t from = beam_begin + i;
@@ -156,9 +155,8 @@ struct BeamGroup {
         last = p.pool_tokens[from];
         place = i + count_leading(num_new, [&](int e) { return scores[ended[e]] / divisor > score; });
       }
-      ptx::sync_threads();
+      ptx::sync_threads();  // from here on entries move to this part and behind it, which all threads have read
       if (place < num_beams) write_pool(place, score, len, beam, last);
-      ptx::sync_threads();
     }
     for (int i = ptx::thread(); i < num_new; i += kBeamUpdateThreads) {
       const int rank = ended[i];

@@ -79,7 +79,7 @@ class TreePlanner {
     token_end_ = take(num_nodes_);
     kept_ = take(num_nodes_);
     level_ = take(num_nodes_);
-    ready_ = take(num_nodes_);
+    generation_ = take(num_nodes_);
     step_ = take(num_nodes_);
   }
 
@@ -194,10 +194,10 @@ class TreePlanner {
   __device__ void link_nodes() {
     for_each(num_nodes_, [&](int node) {
       parent_[node] = -1;
-      ready_[node] = std::numeric_limits<int>::max();
+      generation_[node] = -1;
       step_[node] = 0;
       if (!is_node(node) || num_queries(node) == 0) return;
-      ready_[node] = -1;
+      generation_[node] = 0;
       const int before = first_row(node), after = last_row(node), end = page_end(node);
       token_end_[node] =
           static_cast<int>(std::min(end * p_.page_size, static_cast<int64_t>(max_length(before, after))));
@@ -212,20 +212,18 @@ class TreePlanner {
   }
 
   // From the roots down, a generation at a time: where keeping a node's pages costs more than it saves, they go to its
-  // children. Within a round a parent's `ready_` may be read before or after it is written; both mean "not yet".
+  // children.
   __device__ void fold() {
+    for_each(num_nodes_, [&](int node) {
+      if (generation_[node] < 0) return;
+      for (int above = parent_[node]; above >= 0; above = parent_[above]) ++generation_[node];
+    });
     bool more = true;
-    for (int round = 0; more; ++round) {
+    for (int generation = 0; more; ++generation) {
       more = false;
       for_each(num_nodes_, [&](int node) {
-        if (ready_[node] != -1) return;
-        const int parent = parent_[node];
-        if (parent >= 0 && (ready_[parent] == -1 || ready_[parent] == round)) {
-          more = true;
-          return;
-        }
-        place(node, parent);
-        ready_[node] = round;
+        if (generation_[node] == generation) place(node, parent_[node]);
+        more |= generation_[node] > generation;
       });
       more = ptx::sync_threads_or(more);
     }
@@ -247,7 +245,7 @@ class TreePlanner {
 
   // Tokens that become chunks of the node.
   __device__ int64_t own_tokens(int node) const {
-    if (ready_[node] == std::numeric_limits<int>::max() || is_folded(node)) return 0;
+    if (generation_[node] < 0 || is_folded(node)) return 0;
     return std::max(int64_t{0}, num_tokens(node));
   }
   __device__ int64_t packed_rows(int node) const { return p_.group_size * num_queries(node); }
@@ -384,7 +382,7 @@ class TreePlanner {
   int* token_end_;      // [num_nodes]
   int* kept_;           // [num_nodes] nearest node above that keeps its pages, -1: none
   int* level_;          // [num_nodes] how many above do; complemented where the node itself does not
-  int* ready_;          // [num_nodes] round of fold() it was placed in; -1: not yet; the largest int: left out
+  int* generation_;     // [num_nodes] how many nodes are above; -1: left out
   int* step_;           // [num_nodes] tokens of a chunk, 0: none
   int64_t target_ = 0;  // cost of a tile
   bool fits_ = true;

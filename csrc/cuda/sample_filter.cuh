@@ -35,13 +35,15 @@ __device__ __forceinline__ int64_t draw_from_best(const SampleSettings& s, const
     ptx::sync_threads();
     return scan.total;
   };
+  if (ptx::thread() == 0) {  // sum_up's barriers lie before the first use of either
+    cut[0] = n;
+    cut[1] = 0;
+  }
   const double total = sum_up([&](int i) { return key_value(keys[i]); });
   const auto up_to = [&](int i) { return i < n ? before[i] : total; };
   if (s.top_k > complete && !whole) return -1;
   const double target = s.top_p * (s.top_k > 0 ? up_to(s.top_k < n ? s.top_k : n) : row.mass);
   const auto beyond = [&](int i) { return (s.top_k > 0 && i >= s.top_k) || (s.top_p < 1 && up_to(i) >= target); };
-  if (ptx::thread() == 0) cut[0] = n;
-  ptx::sync_threads();
   int mine = n;
   for (int i = end - 1; i >= begin; --i) {
     if (i > 0 && i < complete && (beyond(i) || key_value(keys[i]) < least)) mine = i;
@@ -53,15 +55,12 @@ __device__ __forceinline__ int64_t draw_from_best(const SampleSettings& s, const
     if (!beyond(complete)) return -1;
     kept = complete;
   }
-  ptx::sync_threads();
   // Into token order: the token in the upper half of the key, and the logit below.
   for (int i = ptx::thread(); i < kept; i += kLogitsThreads) keys[i] = keys[i] << 32 | keys[i] >> 32;
   ptx::sync_threads();
   sort_descending(keys, kept);
   const auto value_of = [&](int i) { return i < kept ? from_ordered_bits(static_cast<uint32_t>(keys[i])) : -kInf; };
   const double bound = s.uniform * sum_up(value_of);
-  if (ptx::thread() == 0) cut[1] = 0;
-  ptx::sync_threads();
   for (int i = begin; i < end; ++i) {
     // The last token with a weight that begins at or below the bound.
     if (i < kept && before[i] <= bound && weight(value_of(i)) > 0) ptx::atomic_max(&cut[1], i);

@@ -100,6 +100,9 @@ def generate(
     `scores`). `generate` hands a callable no tokenizer: in place of `stop_strings` pass
     `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`.
 
+    Texts are those of `generate` for each prompt alone. In a batch `generate` differs in one thing: its
+    repetition_penalty counts the padding as tokens of the prompt.
+
     Args:
         model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs: as `generate` prepares
             them: `input_ids` is `[batch * max(num_beams, num_return_sequences), prompt_len]` int64, padded on the left

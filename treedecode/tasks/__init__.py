@@ -1,5 +1,37 @@
 """Problems to solve: where they come from, how an answer is read, and when it is right."""
 
-from treedecode.tasks.base import Problem, Task
+import importlib
+import os
+from typing import Any
 
-__all__ = ["Problem", "Task"]
+from treedecode.tasks.base import Problem, Task
+from treedecode.tasks.jsonl import Jsonl
+from treedecode.tasks.prompts import few_shot, format_prompts, prefix
+
+__all__ = ["Problem", "Task", "few_shot", "format_prompts", "load", "prefix"]
+
+_EXPECTED = (
+    "expected 'countdown', 'reasoning_gym:<dataset>' (as reasoning_gym:leg_counting), or the path of a .jsonl file"
+)
+
+
+def load(name_or_path: str | os.PathLike[str], **options: Any) -> Task:
+    """A task by name, or the problems of a JSONL file.
+
+    Args:
+        options: arguments of the task's class.
+
+    Raises:
+        ValueError: no such task. FileNotFoundError: no such file. ModuleNotFoundError: what it needs is not installed.
+    """
+    name = os.fspath(name_or_path)
+    if name.endswith(".jsonl"):
+        return Jsonl(name, **options)
+    if name == "countdown":
+        return importlib.import_module("treedecode.tasks.countdown").Countdown(**options)
+    kind, _, dataset = name.partition(":")
+    if kind == "reasoning_gym" and dataset:
+        from treedecode.tasks.reasoning_gym import ReasoningGym
+
+        return ReasoningGym(dataset, **options)
+    raise ValueError(f"name_or_path: {_EXPECTED}; got {name!r}")

@@ -1,16 +1,148 @@
-"""Scorers of live branches."""
+"""Scorers: what a search thinks of its live branches."""
 
-from typing import Any
+import asyncio
+import functools
+import inspect
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from treedecode.tasks.base import Problem
+    from treedecode.tree import Frontier
 
-def as_scorer(scorer: Any) -> Any:
-    """A scorer from a function of (problem, text)."""
-    if scorer is None or hasattr(scorer, "num_samples"):
+TextValue = Callable[["Problem", str], float | Awaitable[float]]
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Scores the branches of a frontier, sets its `scores`, and returns them."""
+
+    @property
+    def probability(self) -> bool:
+        """Whether scores are probabilities, in [0, 1]. It also tells a scorer from a function of texts."""
+        ...
+
+    async def __call__(self, frontier: "Frontier", problem: "Problem") -> np.ndarray:
+        """`[n]` float64, higher is better."""
+        ...
+
+
+@dataclass(frozen=True)
+class TextScorer:
+    """Scores each branch by what a function makes of its text.
+
+    Args:
+        fn: `fn(problem, text) -> float`, or a coroutine function; text is what follows the prompt. Coroutines of one
+            call run side by side.
+        probability: whether `fn` returns probabilities; they are checked.
+        workers: threads that call `fn` for the texts of one call; 0 calls it in the event loop, where everything that
+            decodes waits for it.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong (named); or, when called, `fn` returned no number, nan, or no
+            probability.
+    """
+
+    fn: TextValue
+    probability: bool = False
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise TypeError(f"fn: expected a callable (problem, text), got {self.fn!r}")
+        _check_count("workers", self.workers, 0)
+
+    async def __call__(self, frontier: "Frontier", problem: "Problem") -> np.ndarray:
+        """`[n]` float64."""
+        return await frontier.score(functools.partial(self._values, problem))
+
+    async def _values(self, problem: "Problem", texts: list[str]) -> np.ndarray:
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="treedecode-score") if self.workers else None
+        loop = asyncio.get_running_loop()
+
+        async def value(text: str) -> float:
+            found: Any
+            if pool is None:
+                found = self.fn(problem, text)
+            else:
+                found = await loop.run_in_executor(pool, self.fn, problem, text)
+            found = await found if inspect.isawaitable(found) else found
+            try:
+                return float(found)
+            except (TypeError, ValueError):
+                raise TypeError(f"fn: expected a number for each text, got {found!r}") from None
+
+        try:
+            values = np.array(await _together(value(text) for text in texts), np.float64)
+        finally:
+            if pool is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
+        wrong = np.isnan(values) | (self.probability & ((values < 0) | (values > 1)))
+        if wrong.any():
+            expected = "a probability" if self.probability else "a number"
+            raise ValueError(f"fn: expected {expected} for each text, got {values[wrong][0]}")
+        return values
+
+
+async def _together(work: Iterable[Coroutine[Any, Any, float]]) -> list[float]:
+    """The results of all; the first error ends the others and is raised."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Scores a branch by the log-probability of what it has generated, in nats, under the model's own distribution.
+
+    Args:
+        normalize: per token behind the prompt, given ones included (they count as 0), so that length is no handicap.
+    """
+
+    normalize: bool = True
+    probability = False
+
+    async def __call__(self, frontier: "Frontier", problem: "Problem") -> np.ndarray:
+        """`[n]` float64, at most 0; 0 for a branch that is its prompt."""
+        scores = frontier.cum_logprobs.copy()
+        if self.normalize:
+            scores /= np.maximum(frontier.num_tokens - frontier.num_prompt_tokens, 1)
+        frontier.scores = scores
+        return scores
+
+
+def as_scorer(scorer: "Scorer | TextValue | None") -> Scorer:
+    """A scorer from what users give: a scorer itself, a function (problem, text), or None for `Likelihood()`.
+
+    Raises:
+        TypeError: none of these.
+    """
+    if scorer is None:
+        return Likelihood()
+    if isinstance(scorer, Scorer) and callable(scorer) and not isinstance(scorer, type):
         return scorer
+    expected = "expected None, a function (problem, text) or a Scorer"
+    if not callable(scorer) or isinstance(scorer, type):
+        raise TypeError(f"scorer: {expected}, got {scorer!r}")
+    try:
+        inspect.signature(scorer).bind(None, "")
+    except ValueError:  # a builtin that does not tell its signature
+        pass
+    except TypeError as error:
+        raise TypeError(f"scorer: {expected}, got {scorer!r}: {error}") from None
+    return TextScorer(scorer)
 
-    async def score(frontier: Any, problem: Any) -> np.ndarray:
-        return np.array([scorer(problem, text) for text in frontier.texts()])
 
-    return score
+def _check_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")

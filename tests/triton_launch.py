@@ -1,0 +1,68 @@
+"""Every Triton kernel up to its launch, without a GPU: what is special about the arguments, and the compiled kernel.
+
+The launchers run as on a GPU, on CPU tensors, with a driver that names a target and starts nothing. `triton_compile.py`
+hands signatures to the compiler that it has made itself; here Triton makes them of what the launchers pass.
+"""
+
+import json
+import sys
+from collections import defaultdict
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from bench.gpu import sanitize
+from treedecode import triton_kernels
+from treedecode.triton_kernels import tree_attention
+
+ARCH = "sm_90"
+
+
+class Driver:
+    """As much of a driver as launching asks for."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", int(ARCH.removeprefix("sm_")), 32)
+
+
+def main():
+    driver.set_active(Driver())  # before anything asks for the one of a GPU
+    tree_attention.arch_of = lambda device: ARCH
+    sanitize.default_workers = lambda device: 264
+    compiled, run = defaultdict(set), JITFunction.run
+    op_now = ""
+
+    def warm_up(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled[op_now].add(kernel.metadata.name)
+        return kernel
+
+    def launch(op, args):
+        nonlocal op_now
+        if op in triton_kernels.OPS:
+            op_now = op
+            triton_kernels.launcher(op)(*args)
+
+    def launch_and_do(op, args):  # the page ops' history goes on
+        launch(op, args)
+        getattr(torch.ops.treedecode, op)(*args)
+
+    JITFunction.run = warm_up
+    device = torch.device("cpu")
+    for part in (sanitize.attention, sanitize.elementwise, sanitize.logits):
+        for op, args in part(device):
+            launch(op, args)
+    sanitize.pages(device, launch_and_do)
+    json.dump({op: sorted(names) for op, names in compiled.items()}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

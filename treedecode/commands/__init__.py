@@ -1,0 +1,1 @@
+"""Commands of `treedecode`, a module each; none imports torch before it runs."""

@@ -1,0 +1,158 @@
+"""Settings of frozen dataclasses as text: `depth=3,sampling.temperature=0.7`."""
+
+import inspect
+import json
+import re
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+# A value in double quotes is a JSON string: it may hold commas, and newlines as \n.
+_SETTING = re.compile(r"\s*([A-Za-z_][\w.]*)\s*=\s*(\"(?:[^\"\\]|\\.)*\"|[^,\"]*)\s*(?:,|$)")
+_ARGUMENT = re.compile(r"^    (\w+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
+
+
+def parse(cls: type[T], text: str, what: str, **fixed: Any) -> T:
+    """An instance of a dataclass from `name=value,name=value`; empty text gives the defaults.
+
+    Values are read by the types of the fields: numbers, strings (quoted where they hold commas or line breaks), true or
+    false, none. A field that is a dataclass itself has its settings behind a dot, `sampling.temperature=0.7`.
+
+    Args:
+        what: how messages call the whole, for instance "budget".
+        fixed: fields that are given otherwise and have no setting.
+
+    Raises:
+        ValueError: the text is malformed, names a setting that does not exist (those that do are listed), or has a
+            value the type does not take. TypeError, ValueError: of the dataclass's own checks.
+    """
+    return _build(cls, dict(_pairs(text, what)), what, fixed)
+
+
+def _pairs(text: str, what: str) -> Iterator[tuple[str, str]]:
+    at, seen = 0, set()
+    while at < len(text):
+        match = _SETTING.match(text, at)
+        if match is None:
+            raise ValueError(f"{what}: expected name=value, separated by commas, got {text[at:]!r}")
+        if match[1] in seen:
+            raise ValueError(f"{what}: {match[1]} is set twice")
+        seen.add(match[1])
+        yield match[1], match[2].strip()
+        at = match.end()
+
+
+def _build(cls: type[T], pairs: Mapping[str, str], what: str, fixed: Mapping[str, Any]) -> T:
+    types_of = settings_of(cls)
+    values, nested = dict(fixed), dict[str, dict[str, str]]()
+    for name, text in pairs.items():
+        first, dot, rest = name.partition(".")
+        if first not in types_of or first in fixed or (dot and _inner(types_of[first]) is None):
+            known = ", ".join(sorted(types_of.keys() - fixed.keys()))
+            raise ValueError(f"{what}: has no setting {name!r}; it has {known}")
+        if dot:
+            nested.setdefault(first, {})[rest] = text
+        else:
+            values[first] = _value(types_of[first], text, f"{what}: {name}")
+    for first, inner in nested.items():
+        if first in values:
+            raise ValueError(f"{what}: {first} is set as a whole and in parts")
+        kind = _inner(types_of[first])
+        assert kind is not None
+        values[first] = _build(kind, inner, f"{what}: {first}", {})
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{what}: {error}") from None
+
+
+def settings_of(cls: type) -> dict[str, Any]:
+    """Types of a dataclass's fields, by name, in their order."""
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in _fields(cls) if field.init}
+
+
+def _fields(cls: type) -> tuple[Field, ...]:
+    assert is_dataclass(cls)
+    return fields(cls)
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _inner(kind: Any) -> type | None:
+    """The dataclass a field may hold."""
+    return next((member for member in _members(kind) if is_dataclass(member) and isinstance(member, type)), None)
+
+
+def _value(kind: Any, text: str, what: str) -> Any:
+    members, quoted = _members(kind), text.startswith('"')
+    choices = [choice for member in members if get_origin(member) is Literal for choice in get_args(member)]
+    if quoted or text in choices:
+        try:
+            value = json.loads(text) if quoted else text
+        except ValueError:
+            raise ValueError(f"{what}: {text} is not a JSON string") from None
+        if str in members or value in choices:
+            return value
+    elif type(None) in members and text.lower() == "none":
+        return None
+    for member, read in _READERS.items():
+        if member in members and not quoted:
+            try:
+                return read(text)
+            except ValueError:
+                continue
+    raise ValueError(f"{what}: expected {shown_type(kind)}, got {text!r}")
+
+
+def _bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
+
+
+# In this order: a field that takes several gets the narrowest that fits.
+_READERS: dict[type, Callable[[str], Any]] = {bool: _bool, int: int, float: float, str: str}
+_NAMES = {bool: "true or false", int: "an int", float: "a number", str: "a string", type(None): "none"}
+
+
+def shown_type(kind: Any) -> str:
+    """A type in words, as of a setting's value."""
+    words = []
+    for member in _members(kind):
+        if get_origin(member) is Literal:
+            words += [str(choice) for choice in get_args(member)]
+        elif member in _NAMES:
+            words.append(_NAMES[member])
+        elif isinstance(member, type) and is_dataclass(member):
+            words.append(", ".join(f".{name}" for name in settings_of(member)))
+    return " or ".join(words)
+
+
+def describe(cls: type) -> Iterator[str]:
+    """Lines on a dataclass: what it is, and its settings with their defaults and meaning."""
+    doc = inspect.getdoc(cls) or ""
+    meanings = {name: " ".join(text.split()) for name, text in _ARGUMENT.findall(doc.partition("Args:")[2])}
+    yield "  " + " ".join(doc.partition("\n\n")[0].split())
+    types_of = settings_of(cls)
+    for field in _fields(cls):
+        if field.name in types_of:
+            if (kind := _inner(types_of[field.name])) is not None:
+                default = f"    {field.name}.{{{','.join(settings_of(kind))}}}"
+            elif field.default is not MISSING:
+                default = f"    {field.name}={_written(field.default)}"
+            else:
+                default = f"    {field.name}=({shown_type(types_of[field.name])})"
+            yield f"{default}  {meanings.get(field.name, '')}".rstrip()
+
+
+def _written(value: Any) -> str:
+    """A default as one would write it."""
+    if isinstance(value, str):
+        return json.dumps(value) if not value or set(value) & set(',"\n') else value
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

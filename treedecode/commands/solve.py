@@ -1,0 +1,253 @@
+"""`treedecode solve`: a strategy on many problems, from the command line."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from treedecode.decoder import Decoder
+    from treedecode.strategies import Strategy
+    from treedecode.tasks import Problem, Task
+
+_SHOTS = 8
+_PROBLEMS = 20
+_JOURNAL = "solutions.jsonl"
+INTERRUPTED = 130  # as a shell reports the end by SIGINT
+MISUSED = 2
+
+
+def add_parser(commands: Any) -> None:
+    """Adds `solve` to the commands of `treedecode`."""
+    parser = commands.add_parser(
+        "solve",
+        help="run a search strategy on problems: accuracy, what it cost, and the trees",
+        description="Runs a search strategy on problems. The same command with the same --out goes on where it ended.",
+    )
+    add = parser.add_argument
+    add("--strategy", required=True, metavar="NAME[:SETTING=VALUE,...]", help="'help' lists all with their settings")
+    add("--model", help="folder, hub name or .gguf file; default: the demo model that comes with the task 'countdown'")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--task", help="countdown (the default), or reasoning_gym:NAME")
+    source.add_argument("--data", metavar="FILE.jsonl", help='problems, {"question": ..., "answer": ...} a line')
+    add("--num-problems", type=_count, metavar="N", help=f"default: {_PROBLEMS}, or all of --data")
+    add("--split", choices=("train", "validation", "test"), default="test")
+    add("--few-shot", metavar="FILE.jsonl", help="worked examples before every problem; default: the task's own")
+    add("--shots", type=_count, metavar="N", help=f"how many; default: {_SHOTS} with --few-shot, otherwise none")
+    add("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
+    add("--verifier", default="none", metavar="NAME", help="what scores branches; 'help' lists the choices")
+    limits = "tokens, flops, kv_bytes, joules, seconds"
+    add("--budget", metavar="LIMIT=NUMBER,...", default="", help=f"hard limits of the whole run: {limits}")
+    add("--budget-per-problem", metavar="LIMIT=NUMBER,...", default="", help="the same of each problem (no joules)")
+    add("--temperature", type=float, default=1.0)
+    add("--top-p", type=float, default=1.0)
+    add("--top-k", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the problems drawn and of everything sampled")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
+    add("--device", default="cpu")
+    add("--kv-memory", metavar="SIZE", help="for keys and values, such as 2GiB; default: by the machine")
+    add("--max-branches", type=_count, metavar="N", default=512, help="decoded at once")
+    add("--out", metavar="DIR", help="where solutions, ledger and trees go; what is there already is not solved again")
+    add("--trees", type=_count, default=0, metavar="N", help="of so many problems the tree as a page and as JSON")
+    add("--progress", action=argparse.BooleanOptionalAction, help="a bar; default: on a terminal")
+    add("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics there while it runs")
+    parser.set_defaults(run=run)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+    return int(text)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command.
+
+    Returns:
+        the exit status: 0; 2, with a line on standard error, where an argument is wrong; 130 after Ctrl-C.
+    """
+    if arguments.strategy == "help" or arguments.verifier == "help":
+        print("\n".join(_strategies() if arguments.strategy == "help" else _verifiers()))
+        return 0
+    try:
+        return _solve(arguments)
+    except KeyboardInterrupt:
+        where = arguments.out and os.path.join(arguments.out, _JOURNAL)
+        if where and os.path.exists(where):
+            print(f"treedecode solve: interrupted; the same command goes on from {where}", file=sys.stderr)
+        else:
+            print("treedecode solve: interrupted; with --out DIR it could go on later", file=sys.stderr)
+        return INTERRUPTED
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        # An error of the search itself has a note that says which problem it was in, and keeps its traceback.
+        if getattr(error, "__notes__", None):
+            raise
+        print(f"treedecode solve: error: {_first_line(error)}", file=sys.stderr)
+        return MISUSED
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _strategies() -> Iterator[str]:
+    from treedecode.commands.settings import describe
+    from treedecode.strategies import STRATEGIES
+
+    for name, strategy in STRATEGIES.items():
+        yield f"{name}{' (needs --verifier)' if strategy.needs_verifier else ''}"
+        yield from describe(strategy)
+
+
+def _verifiers() -> Iterator[str]:
+    from treedecode.commands.verifiers import VERIFIERS
+
+    width = max(map(len, VERIFIERS))
+    yield from (f"{name:<{width}}  {meaning}" for name, meaning in VERIFIERS.items())
+
+
+def strategy_named(text: str) -> "Strategy":
+    """The strategy that `name:setting=value,...` means.
+
+    Raises:
+        TypeError, ValueError: no such strategy or setting (those there are are listed), or a value out of range.
+    """
+    from treedecode.commands.settings import parse
+    from treedecode.strategies import STRATEGIES
+
+    name, _, settings = text.partition(":")
+    if name not in STRATEGIES:
+        raise ValueError(f"strategy: no {name!r}; there are {', '.join(STRATEGIES)} (--strategy help says more)")
+    return parse(STRATEGIES[name], settings, f"strategy {name}")
+
+
+def _solve(arguments: argparse.Namespace) -> int:
+    # what needs no model comes first: a typing error should not cost the loading of one
+    strategy = strategy_named(arguments.strategy)
+    from transformers.utils import logging as transformers_logging
+
+    from treedecode import tasks
+    from treedecode.budget import Budget
+    from treedecode.commands.outputs import Outputs, summary
+    from treedecode.commands.settings import parse
+    from treedecode.commands.verifiers import verifier_named
+    from treedecode.decoder import Decoder
+    from treedecode.progress import Progress
+    from treedecode.sampling import Sampling
+    from treedecode.solving import solve
+
+    sampling = Sampling(temperature=arguments.temperature, top_p=arguments.top_p, top_k=arguments.top_k)
+    per_problem = parse(Budget, arguments.budget_per_problem, "budget-per-problem", per_problem=None)
+    if per_problem == Budget():
+        per_problem = None
+    budget = parse(Budget, arguments.budget, "budget", per_problem=per_problem)
+    task = tasks.load(arguments.data or arguments.task or "countdown")
+    problems = _problems(arguments, task)
+    examples = _examples(arguments, task)
+    if strategy.needs_verifier and arguments.verifier == "none":
+        raise ValueError(f"verifier: {strategy.name} scores branches and needs one (--verifier help)")
+    model = _model(arguments, task)
+    verifier = verifier_named(arguments.verifier, task, model, arguments.device)
+    _check_device(arguments.device)
+    port = arguments.metrics_port
+    if port is not None and not 0 <= port < 2**16:
+        raise ValueError(f"metrics-port: expected 0 to {2**16 - 1}, got {port}")
+    outputs = Outputs(arguments.out, [problem.id for problem in problems[: arguments.trees]])
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    options = {"max_branches": arguments.max_branches, "kv_memory": arguments.kv_memory}
+    with Decoder.from_pretrained(model, dtype=arguments.dtype, device=arguments.device, **options) as decoder:
+        prompts = tasks.format_prompts(problems, examples, tokenizer=decoder.tokenizer, chat=arguments.chat)
+        by_id = dict(zip([problem.id for problem in problems], prompts, strict=True))
+        _check_lengths(decoder, by_id)
+        metrics, end = None, None
+        if port is not None:
+            from treedecode.metrics import serve
+
+            metrics, end = serve(decoder, strategy.name, port)
+        num_known = outputs.num_known
+        try:
+            with Progress(decoder, len(problems), num_known, show=arguments.progress) as progress:
+                num_seen = 0
+
+                def seen(solution: Any) -> None:
+                    nonlocal num_seen
+                    num_seen += 1
+                    if num_seen == 1 and num_known:
+                        known = f"{num_known} of {len(problems)} problems are solved in {outputs.journal}"
+                        progress.write(f"resuming: {known}")
+                    if num_seen > num_known:
+                        progress.advance()
+                        if metrics is not None:
+                            metrics.observe(solution)
+                    outputs.add(solution)
+
+                result = solve(
+                    decoder,
+                    problems,
+                    strategy=strategy,
+                    task=task,
+                    verifier=verifier,
+                    budget=budget,
+                    sampling=sampling,
+                    seed=arguments.seed,
+                    prompt=lambda problem: by_id[problem.id],
+                    journal=outputs.journal,
+                    callback=seen,
+                )
+        finally:
+            if end is not None:
+                end()
+        outputs.finish(result, len(problems) - num_known)
+    print("\n".join(summary(result, strategy, arguments.verifier, num_known)))
+    return 0
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such device; torch built without it
+        raise ValueError(f"device: {device!r} cannot be used: {error}") from None
+
+
+def _problems(arguments: argparse.Namespace, task: "Task") -> "list[Problem]":
+    count = arguments.num_problems
+    if count is None and arguments.data is not None:
+        with open(arguments.data, encoding="utf-8") as file:
+            count = sum(1 for line in file if line.strip())
+    count = _PROBLEMS if count is None else count
+    if count == 0:
+        raise ValueError("num-problems: expected at least 1")
+    return task.problems(count, split=arguments.split, seed=arguments.seed)
+
+
+def _examples(arguments: argparse.Namespace, task: "Task") -> list[tuple[str, str]]:
+    from treedecode.tasks import few_shot
+
+    source = arguments.few_shot
+    if source is not None and arguments.data is not None and os.path.samefile(source, arguments.data):
+        raise ValueError("few-shot: is the file of the problems itself, whose answers the examples would give away")
+    shots = arguments.shots if arguments.shots is not None else _SHOTS if source is not None else 0
+    return few_shot(task if source is None else source, shots)
+
+
+def _model(arguments: argparse.Namespace, task: "Task") -> str:
+    if arguments.model not in (None, "countdown"):
+        return arguments.model
+    if arguments.model is None and task.name != "countdown":
+        raise ValueError(f"model: expected a folder, a hub name or a .gguf file for the task {task.name}")
+    from treedecode.tasks.countdown import model_path
+
+    return str(model_path())
+
+
+def _check_lengths(decoder: "Decoder", prompts: "dict[str, Any]") -> None:
+    limit = decoder.engine.table.max_tokens
+    for name, prompt in prompts.items():
+        length = len(decoder.encode(prompt) if isinstance(prompt, str) else prompt)
+        if length >= limit:
+            raise ValueError(f"problem {name}: its prompt of {length} tokens leaves no room in the {limit} there are")

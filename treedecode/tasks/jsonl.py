@@ -1,0 +1,156 @@
+"""Problems from JSONL files in the manner of GSM8K (2110.14168) and MATH (2103.03874)."""
+
+import json
+import os
+import random
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from treedecode.tasks.base import Problem
+from treedecode.verify.answers import after_hashes, boxed, equivalent, extract_answer, is_heading
+
+PROMPT = "Question: {question}\nAnswer:"
+_NEXT_QUESTION = "\nQuestion:"  # a base model goes on with a problem of its own after the answer
+
+
+class Jsonl:
+    r"""One problem a line: `{"question": ..., "answer": ...}`, and maybe `"id"` and `"group"`.
+
+    The answer is a worked solution that marks its result with `####` or `\boxed{}`, or, on one line and without a mark,
+    the result itself.
+
+    Args:
+        path: the problems of the split "test".
+        train, validation: files of the other splits. Worked examples come from `train`.
+        max_step_tokens, max_new_tokens: as in `Task`.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: a line is not a problem; names file and line.
+    """
+
+    stop = "\n"
+    end: tuple[str, ...] = (_NEXT_QUESTION,)
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        train: str | os.PathLike[str] | None = None,
+        validation: str | os.PathLike[str] | None = None,
+        max_step_tokens: int = 128,
+        max_new_tokens: int = 512,
+    ) -> None:
+        for name, value in (("max_step_tokens", max_step_tokens), ("max_new_tokens", max_new_tokens)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
+        self.name = os.fspath(path)
+        self.max_step_tokens = max_step_tokens
+        self.max_new_tokens = max_new_tokens
+        files = {"test": path, "train": train, "validation": validation}
+        self._files = {split: Path(file) for split, file in files.items() if file is not None}
+        self._splits = {split: read_problems(file) for split, file in self._files.items()}
+
+    def problems(self, num_problems: int, *, split: str = "test", seed: int = 0) -> list[Problem]:
+        """So many problems of a file, drawn by `seed` and in the file's order.
+
+        Raises:
+            ValueError: the split has no file, or its file has fewer problems.
+        """
+        found = self._split(split)
+        if not 0 <= num_problems <= len(found):
+            raise ValueError(f"num_problems: {self._files[split]} has {len(found)}, got {num_problems}")
+        return [found[i] for i in sorted(random.Random(seed).sample(range(len(found)), num_problems))]
+
+    def examples(self, count: int) -> Sequence[tuple[str, str]]:
+        """The first `count` problems of the training file with their solutions.
+
+        Raises:
+            ValueError: there is no training file, or it has fewer.
+        """
+        found = self._split("train")
+        if count > len(found):
+            raise ValueError(f"count: {self._files['train']} has {len(found)} problems, got {count}")
+        return [(problem.prompt, " " + problem.data["solution"]) for problem in found[:count]]
+
+    def extract(self, text: str) -> str | None:
+        """The answer of a solution, as `extract_answer` finds it before the model begins another question."""
+        return extract_answer(text.partition(_NEXT_QUESTION)[0])
+
+    def equivalent(self, first: str, second: str) -> bool:
+        """`verify.answers.equivalent`."""
+        return equivalent(first, second)
+
+    def is_final(self, text: str) -> bool:
+        """Whether a line that marks the answer is complete, or the model has begun another question."""
+        if _NEXT_QUESTION in text:
+            return True
+        lines = text.rpartition("\n")[0]
+        marked = after_hashes(lines)
+        return (marked is not None and not is_heading(marked)) or boxed(lines) is not None
+
+    def verify(self, problem: Problem, text: str) -> bool:
+        """Whether the answer of a solution is that of the file."""
+        answer = self.extract(text)
+        return answer is not None and problem.answer is not None and equivalent(answer, problem.answer)
+
+    def _split(self, split: str) -> list[Problem]:
+        if split not in ("train", "validation", "test"):
+            raise ValueError(f"split: expected 'train', 'validation' or 'test', got {split!r}")
+        if split not in self._splits:
+            raise ValueError(f"split: {self.name} was loaded without a file for {split!r}; give {split}=")
+        return self._splits[split]
+
+
+def read_problems(path: Path) -> list[Problem]:
+    """The problems of a JSONL file; blank lines are passed over.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: a line is not a problem, or an id appears twice; names file and
+            line.
+    """
+    problems: list[Problem] = []
+    line_of: dict[str, int] = {}
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                problem = _problem(json.loads(line), f"{path.stem}-{number}")
+                if problem.id in line_of:
+                    raise ValueError(f"id: {problem.id!r} is that of line {line_of[problem.id]}")
+            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are too
+                raise ValueError(f"{path}, line {number}: {error}") from None
+            line_of[problem.id] = number
+            problems.append(problem)
+    if not problems:
+        raise ValueError(f"{path}: expected problems, one a line, got an empty file")
+    return problems
+
+
+def _problem(row: Any, default_id: str) -> Problem:
+    if not isinstance(row, Mapping):
+        raise ValueError(f'expected an object {{"question": ..., "answer": ...}}, got {type(row).__name__}')
+    question, solution = _text(row, "question"), _text(row, "answer")
+    answer = after_hashes(solution) or boxed(solution)
+    if answer is None:
+        if "\n" in solution:
+            raise ValueError("answer: expected the result after #### or in \\boxed{}, found neither")
+        answer, solution = solution, f"#### {solution}"
+    return Problem(
+        id=_text(row, "id") if row.get("id") is not None else default_id,
+        prompt=PROMPT.format(question=question),
+        answer=answer,
+        group=_text(row, "group") if row.get("group") is not None else None,
+        data={"solution": re.sub(r"\r\n?", "\n", solution)},
+    )
+
+
+def _text(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{key}: expected a text, got {value!r}")
+    return value.strip()
