@@ -132,7 +132,8 @@ def fake_decoder(model=None, *, captured=False, num_pages=200, tokenizer=True, p
     model = model or FakeModel()
     kv_memory = num_pages * page_size * 2 * model.num_layers * model.num_kv_heads * model.head_dim * 4
     options |= {"kv_memory": kv_memory, "page_size": page_size}
-    decoder = td.Decoder(model, FakeTokenizer() if tokenizer is True else tokenizer or None, **options)
+    tokenizer = FakeTokenizer() if tokenizer is True else tokenizer or None
+    decoder = td.Decoder(model, tokenizer, **options)
     if captured:
         decoder.engine.captured = CapturedSteps(model, decoder.engine.pool, SIZES[::2])
     return decoder

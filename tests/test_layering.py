@@ -43,7 +43,12 @@ ALLOWED = {
     "ledger": {"meter"},
     "places": set(),
     "search": {"branches", "meter", "places", "sampling", "search_tree", "tasks"},
-    "strategies": {"branches", "meter", "tree", "sampling", "search"},
+    "gate": {"search", "tree"},
+    "strategies": {"branches", "gate", "meter", "tree", "sampling", "search"},
+    "study": {
+        *("branches", "captured", "collect_env", "decoder", "meter", "ops", "pages", "sampling", "schedule", "search"),
+        *("search_tree", "solving", "strategies", "tasks", "verify"),
+    },
 }
 
 

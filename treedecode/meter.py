@@ -71,11 +71,14 @@ class Meter:
     """Accounts by number, struct of arrays. An account may belong to another, to which all of it is charged too.
 
     Not thread-safe: the decoder's lock guards it.
+
+    Attributes:
+        token_bytes: of one token's keys and values, all layers.
     """
 
     def __init__(self, model: Any, page_size: int) -> None:
         self._page_size = page_size
-        self._token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * model.dtype.itemsize
+        self.token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * model.dtype.itemsize
         self._costs = (
             getattr(model, "flops_per_token", 0),
             getattr(model, "flops_per_logits", 0),
@@ -193,8 +196,8 @@ class Meter:
                 q_lens[rows],
                 sampled[rows],
                 flops[rows],
-                own * self._token_bytes,
-                lens[rows] * self._token_bytes,
+                own * self.token_bytes,
+                lens[rows] * self.token_bytes,
                 q_lens[rows] > 0,
             )
             sums = np.add.reduceat(np.stack(weights).astype(np.int64), share.starts, axis=1)

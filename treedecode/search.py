@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -50,6 +50,8 @@ class Search:
         prompt: all that the model reads before the solution.
         sampling: how branches sample, where a strategy does not say otherwise. The seed is this problem's own.
         tree: the record of the search.
+        shared: what the strategy has for all problems of the run together (`Strategy.share`).
+        notes: what the strategy wants kept with the solution, as JSON.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Search:
         places: "Places | None" = None,
         num_places: int = 0,
         score: ScoreFunction | None = None,
+        shared: Any = None,
     ) -> None:
         self.decoder, self.task, self.problem = decoder, task, problem
         self.prompt = prompt
@@ -74,6 +77,8 @@ class Search:
         self._places, self._num_places, self._holds_places = places, num_places, False
         self._score = score
         self._num_roots = 0
+        self.shared = shared
+        self.notes: dict[str, Any] = {}
 
     @property
     def spending(self) -> Spending:

@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 from weakref import WeakSet
 
@@ -24,6 +24,8 @@ from treedecode.strategies.base import Strategy
 from treedecode.tasks.base import Problem, Task
 from treedecode.verify.scorers import as_scorer
 
+# fields of a solution that are JSON as they are
+_PLAIN = ("answer", "text", "score", "is_cut", "correct", "seconds", "notes")
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of a function, and another one in every process
 
 
@@ -39,6 +41,7 @@ class Solution:
         spending: what the problem cost.
         seconds: from the moment its search began; other problems ran meanwhile.
         tree: the record of the search; the answer's last step has the status "answer".
+        notes: of the strategy (`Search.notes`).
     """
 
     problem: Problem
@@ -50,19 +53,19 @@ class Solution:
     spending: Spending
     seconds: float
     tree: SearchTree
+    notes: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """`{"id", "answer", "text", "score", "is_cut", "correct", "spending", "seconds", "tree"}`."""
-        values = {name: getattr(self, name) for name in ("answer", "text", "score", "is_cut", "correct", "seconds")}
+        """`{"id", "answer", "text", "score", "is_cut", "correct", "seconds", "notes", "spending", "tree"}`."""
+        values = {name: getattr(self, name) for name in _PLAIN}
         return {"id": self.problem.id, **values, "spending": asdict(self.spending), "tree": self.tree.to_json()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any], problem: Problem) -> "Solution":
         """The solution of `problem` that `to_json` described."""
-        names = ("answer", "text", "score", "is_cut", "correct", "seconds")
         tree = SearchTree.from_json(data["tree"])
         spending = Spending(**data["spending"])
-        return cls(problem=problem, spending=spending, tree=tree, **{name: data[name] for name in names})
+        return cls(problem=problem, spending=spending, tree=tree, **{name: data[name] for name in _PLAIN})
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,7 @@ class _Run:
         self._places = Places(decoder.engine.pool.max_branches - decoder.num_branches)
         self._energy = Counter(decoder.engine.pool.device)
         self._account = -1
+        self._shared: Any = None
 
     @property
     def description(self) -> dict[str, Any]:
@@ -204,6 +208,8 @@ class _Run:
         meter, stats = self.decoder.engine.meter, self.decoder.stats
         known = journal.solutions if journal is not None else {}
         done = {p.id: Solution.from_json(known[p.id], p) for p in self.problems if p.id in known}
+        notes = {name: solution.notes for name, solution in done.items()}
+        self._shared = self.strategy.share([problem.id for problem in self.problems], notes)
         begin, busy = time.perf_counter(), stats.busy_seconds
         energy = self._energy.joules if self._energy.is_available else None
         self._account = self.budget.open(meter, energy=energy)
@@ -251,6 +257,7 @@ class _Run:
             places=self._places,
             num_places=self._num_places,
             score=self.scorer,
+            shared=self._shared,
         )
         engine.trees[account], engine.frontiers[account] = search.tree, WeakSet()
         begin, is_cut = time.perf_counter(), False
@@ -288,6 +295,7 @@ class _Run:
             spending,
             seconds,
             search.tree,
+            search.notes,
         )
 
 

@@ -4,6 +4,7 @@ from treedecode.strategies.base import Strategy
 from treedecode.strategies.best_of_n import BestOfN
 from treedecode.strategies.chain_of_thought import ChainOfThought
 from treedecode.strategies.dvts import DVTS
+from treedecode.strategies.dynamic_allocation import DynamicAllocation
 from treedecode.strategies.ets import ETS
 from treedecode.strategies.iterative_refinement import IterativeRefinement
 from treedecode.strategies.mcts import MCTS
@@ -17,6 +18,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     strategy.name: strategy
     for strategy in (
         ChainOfThought,
+        DynamicAllocation,
         IterativeRefinement,
         SelfConsistency,
         BestOfN,

@@ -1,5 +1,6 @@
 """What a strategy is."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,6 +30,15 @@ class Strategy:
     def num_branches(self) -> int:
         """The most branches that one problem holds at once."""
         raise NotImplementedError
+
+    def share(self, problems: Sequence[str], notes: Mapping[str, Mapping[str, Any]]) -> Any:
+        """What the problems of a run have in common, made once for it: `Search.shared`. None = nothing.
+
+        Args:
+            problems: ids of all problems, in order.
+            notes: `Search.notes` of those that an earlier process solved, by id; they are not solved again.
+        """
+        return None
 
     async def solve(self, search: Search) -> Outcome:
         """The strategy's answer to one problem.

@@ -1,0 +1,274 @@
+"""Dynamic allocation on a model that is a hash: what it spends and gives back, and what its solutions depend on."""
+
+import asyncio
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from fakes import FakeModel
+
+import treedecode as td
+from treedecode.gate.calibration import Isotonic
+from treedecode.gate.features import NAMES
+from treedecode.gate.model import Gate, GateConfig, GateNetwork, TreeSearch
+from treedecode.solving import solve_async
+from treedecode.strategies.dynamic_allocation import DynamicAllocation
+from treedecode.tasks.base import Problem
+
+IDENTITY = Isotonic(np.array([0.0, 1.0]), np.array([0.0, 1.0]))
+
+
+class Digits:
+    """The answer is the first digit of a text, which ends with its line."""
+
+    name, stop, end = "digits", " ", ("\n",)
+    max_step_tokens, max_new_tokens = 4, 12
+
+    def extract(self, text):
+        return next((c for c in text if c.isdigit()), None)
+
+    def equivalent(self, first, second):
+        return first == second
+
+    def is_final(self, text):
+        return False
+
+    def verify(self, problem, text):
+        return self.extract(text) == problem.answer
+
+
+class Fixed(Digits):
+    """Chains of exactly 8 tokens, which never come to an end."""
+
+    end, max_new_tokens = (), 8
+
+
+EXACT = td.Sampling(ignore_eos=True)
+PROBLEMS = [Problem(f"p{i}", f"the {word} {i}", str(i)) for i, word in enumerate(["cat", "dog", "end", "a", "b", "c"])]
+
+
+def rates(problem, text):
+    """A verifier that is no oracle: some numbers in [0, 1)."""
+    return (sum(text.encode()) * 37 % 101) / 101
+
+
+def gate(*, verifier=True, trees=0, hidden_size=0, seed=0):
+    """Weights at random, so that beliefs differ with everything a gate reads."""
+    menu = tuple(TreeSearch(depth=2, width=2, keep=1 + i, tokens=2.0 + i, kv_bytes=3.0) for i in range(trees))
+    config = GateConfig(hidden_size, verifier, min_chains=1, max_chains=16, menu=menu)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = GateNetwork(config.num_features, trees)
+    ones = torch.ones(config.num_features)
+    return Gate(config, network, 0 * ones, ones, (IDENTITY,) * (2 + trees))
+
+
+def strategy(**settings):
+    return DynamicAllocation(**{"budget": 4, "gate": gate(trees=1), "max_chains": 12, "wave": 3, **settings})
+
+
+def run(dec, chosen, problems=PROBLEMS, **settings):
+    settings = {"task": Digits(), "verifier": rates, "seed": 5, **settings}
+    return td.solve(dec, problems, strategy=chosen, **settings)
+
+
+def essence(result):
+    """All of a solution but the times."""
+    return {
+        s.problem.id: {k: v for k, v in s.to_json().items() if k not in ("seconds", "spending")}
+        for s in result.solutions
+    }
+
+
+@pytest.mark.parametrize("budget", [2.0, 3.5, 6.0])
+def test_with_chains_of_known_length_the_budget_is_met_to_the_chain(make_decoder, budget):
+    for unit, wave in (("tokens", 3), ("tokens", 1)):
+        chosen = strategy(budget=budget, gate=gate(verifier=False), unit=unit, wave=wave)
+        result = run(make_decoder(), chosen, task=Fixed(), verifier=None, sampling=EXACT)
+        total = result.ledger.total.generated_tokens
+        assert budget * 8 * len(PROBLEMS) - 8 < total <= budget * 8 * len(PROBLEMS)
+
+
+@pytest.mark.parametrize("unit", ["tokens", "kv_bytes"])
+def test_the_budget_is_kept_within_one_wave(make_decoder, unit):
+    dec = make_decoder()
+    result = run(dec, strategy(unit=unit, gate=gate()))
+    bids = [solution.notes["bids"] for solution in result.solutions]
+    field = {"tokens": "generated_tokens", "kv_bytes": "kv_bytes"}[unit]
+    spent = sum(getattr(solution.spending, field) for solution in result.solutions)
+    assert spent == sum(solution.notes["spent"] for solution in result.solutions)
+    allowed = 4 * sum(of_one[0]["alone"] for of_one in bids)
+    longest = max(node.num_tokens for s in result.solutions for node in s.tree.nodes if node.kind == "generated")
+    token_bytes = dec.engine.meter.token_bytes
+    chain = longest if unit == "tokens" else longest * (longest + 20) * token_bytes
+    assert spent <= allowed + 3 * chain * len(PROBLEMS)
+    assert len({len(of_one) for of_one in bids}) > 1, "all problems were treated alike"
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_solutions_depend_neither_on_room_nor_on_order(make_decoder, mode):
+    chosen = strategy(mode=mode, lag=2)
+    wide = run(make_decoder(max_branches=64), chosen)
+    assert essence(run(make_decoder(max_branches=chosen.num_branches), chosen)) == essence(wide)
+    if mode == "offline":
+        assert essence(run(make_decoder(), chosen, PROBLEMS[::-1])) == essence(wide)
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+@pytest.mark.parametrize("after", [1, 4])
+def test_a_run_that_goes_on_from_a_journal_ends_like_one_that_was_never_interrupted(
+    make_decoder, tmp_path, mode, after
+):
+    chosen = strategy(mode=mode, lag=2, max_chains=6)
+    whole = run(make_decoder(), chosen)
+    seen = []
+
+    def kill(solution):
+        seen.append(solution)
+        if len(seen) == after:
+            raise KeyboardInterrupt
+
+    journal = str(tmp_path / "journal")
+    with pytest.raises(KeyboardInterrupt):
+        run(make_decoder(), chosen, journal=journal, callback=kill)
+    resumed = run(make_decoder(), chosen, journal=journal)
+    assert essence(resumed) == essence(whole)
+    assert resumed.ledger.total.generated_tokens == whole.ledger.total.generated_tokens
+    with pytest.raises(ValueError, match=r"strategy was"):
+        run(make_decoder(), strategy(mode=mode, lag=2, max_chains=6, gate=gate(trees=1, seed=1)), journal=journal)
+
+
+def test_notes_are_json_that_reads_back_exactly(make_decoder):
+    for solution in run(make_decoder(), strategy()).solutions:
+        assert json.loads(json.dumps(solution.notes)) == json.loads(json.dumps(solution.to_json()))["notes"]
+        assert json.loads(json.dumps(solution.notes["bids"]))[0]["alpha"] == solution.notes["bids"][0]["alpha"]
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+@pytest.mark.parametrize("at", [1, 4, 9])
+def test_a_verifier_that_raises_ends_the_run_and_leaves_nothing(make_decoder, mode, at):
+    calls = []
+
+    def breaks(problem, text):
+        calls.append(text)
+        if len(calls) == at:
+            raise ArithmeticError("no score")
+        return 0.5
+
+    with pytest.raises(ArithmeticError, match="no score"):
+        run(make_decoder(), strategy(mode=mode), verifier=breaks)
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_a_cancelled_run_leaves_nothing(make_decoder, mode):
+    dec = make_decoder()
+
+    async def cut():
+        work = asyncio.ensure_future(
+            solve_async(dec, PROBLEMS, strategy=strategy(mode=mode), task=Digits(), verifier=rates)
+        )
+        while dec.stats.num_forwards < 20:
+            await asyncio.sleep(0)
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+
+    asyncio.run(cut())
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+@pytest.mark.parametrize("budget", [td.Budget(per_problem=td.Budget(tokens=30)), td.Budget(tokens=120)])
+def test_problems_that_a_hard_budget_ends_keep_nobody_waiting(make_decoder, mode, budget):
+    result = run(make_decoder(), strategy(mode=mode, budget=8, lag=1), budget=budget)
+    assert any(solution.is_cut for solution in result.solutions)
+    assert all(solution.answer is not None or solution.is_cut for solution in result.solutions)
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_the_floor_is_what_every_problem_gets(make_decoder, mode):
+    # a gate to which everything is solved gives no more than it must
+    sure = gate(verifier=False)
+    sure.calibrators = (Isotonic(np.array([0.0]), np.array([1.0])), IDENTITY)
+    for floor in (0, 5):
+        chosen = strategy(gate=sure, floor=floor, budget=6, mode=mode)
+        result = run(make_decoder(), chosen, task=Fixed(), verifier=None, sampling=EXACT)
+        spent = [solution.spending.generated_tokens for solution in result.solutions]
+        assert spent == [8 * max(2, floor)] * len(PROBLEMS)
+
+
+def test_the_best_scored_answer_wins_and_the_tree_is_used(make_decoder):
+    # a gate that sends everything to the tree search
+    eager = gate(trees=1)
+    eager.calibrators = (
+        Isotonic(np.array([0.0]), np.array([0.0])),
+        IDENTITY,
+        Isotonic(np.array([0.0]), np.array([1.0])),
+    )
+    with torch.no_grad():
+        eager.network.heads.weight.zero_()
+        eager.network.heads.bias[1] = -9.0  # and expects nothing of chains
+    result = run(make_decoder(), strategy(gate=eager, budget=6))
+    for solution in result.solutions:
+        nodes = solution.tree.nodes
+        leaves = [i for i in solution.tree.leaves() if nodes[i].score is not None and nodes[i].status != "pruned"]
+        finals = [i for i in leaves if solution.tree.text(i).endswith("\n")]
+        answered = [nodes[i].score for i in finals if Digits().extract(solution.tree.text(i)) is not None]
+        assert solution.score == max(answered, default=solution.score)
+        assert len(solution.notes["bids"]) == 1
+        assert max(len(solution.tree.path(i)) for i in leaves) > 2, "no step of a search was taken"
+
+
+def test_hidden_states_are_read_where_the_gate_wants_them(make_decoder):
+    class WithHidden(FakeModel):
+        hidden_size = 3
+
+        def forward_hidden(self, input_ids, position_ids, context, logit_rows):
+            logits = self.forward(input_ids, position_ids, context, logit_rows)
+            return logits, logits[:, 2:5].contiguous()
+
+    chosen = strategy(gate=gate(hidden_size=3))
+    first = run(make_decoder(WithHidden()), chosen)
+    assert essence(run(make_decoder(WithHidden()), chosen)) == essence(first)
+    with pytest.raises(ValueError, match=r"model: FakeModel has no forward_hidden"):
+        run(make_decoder(), chosen)
+    with pytest.raises(ValueError, match=r"features: expected \[n, 21\] for this gate, 17 and a hidden state of 4"):
+        run(make_decoder(WithHidden()), strategy(gate=gate(hidden_size=4)))
+    assert len(NAMES) == 17
+
+
+def test_a_gate_says_whether_there_is_to_be_a_verifier(make_decoder):
+    with pytest.raises(ValueError, match=r"verifier: the gate was trained with a verifier, and the run has none"):
+        run(make_decoder(), strategy(), verifier=None)
+    with pytest.raises(ValueError, match=r"verifier: the gate was trained with no verifier, and the run has one"):
+        run(make_decoder(), strategy(gate=gate(verifier=False)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"budget": 1.5}, r"budget: expected a number >= 2"),
+        ({"budget": 4, "floor": 5}, r"budget: expected a number >= 5"),
+        ({"budget": "4"}, r"budget: expected a number"),
+        ({"probes": 0}, r"probes: expected a number from 1 to 16"),
+        ({"max_chains": 40}, r"max_chains: expected a number from 2 to 19"),
+        ({"mode": "stream"}, r"mode: expected one of 'offline', 'online', got 'stream'"),
+        ({"unit": "joules"}, r"unit: expected one of 'tokens', 'kv_bytes', got 'joules'"),
+        ({"wave": 0}, r"wave: expected a number >= 1"),
+        ({"price": 0}, r"price: expected a number from 0.0001 to 1"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        strategy(**settings)
+
+
+def test_the_description_tells_gates_apart():
+    assert repr(strategy()) == repr(strategy())
+    assert repr(strategy()) != repr(strategy(gate=gate(trees=1, seed=1)))
+    assert repr(strategy()) != repr(strategy(gate=Gate(replace(gate().config, task="x"), *parts(gate()))))
+
+
+def parts(one):
+    return one.network, one.mean, one.std, one.calibrators

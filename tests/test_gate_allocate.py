@@ -1,0 +1,197 @@
+"""Allocation of a budget: closed forms, brute force over whole menus, the meeting of offline runs, the online price."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from treedecode.gate.allocate import Bid, Grant, allocate, at_price, chain_gains, steps_of
+from treedecode.gate.sharing import Record, Stream, Terms
+
+
+def bid(alpha=1.0, beta=1.0, unsolved=1.0, cost=1.0, trees=(), tree_costs=(), num_chains=0, spent=0.0, alone=1.0):
+    return Bid(unsolved, alpha, beta, cost, trees, tree_costs, alone, spent, num_chains)
+
+
+def integral(f, alpha, beta):
+    """E[f(p)] for p ~ Beta(alpha, beta) >= 1 each: the midpoint rule on 20,000 points."""
+    p = (np.arange(20_000) + 0.5) / 20_000
+    density = p ** (alpha - 1) * (1 - p) ** (beta - 1)
+    return float((f(p) * density).sum() / density.sum())
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 1.0), (2.5, 4.0), (1.0, 30.0), (8.0, 1.5)])
+def test_gains_of_chains_are_the_expectations(alpha, beta):
+    gains = chain_gains(alpha, beta, 0.7, 12)
+    exact = [0.7 * integral(lambda p, n=n: p * (1 - p) ** n, alpha, beta) for n in range(12)]
+    np.testing.assert_allclose(gains, exact, rtol=1e-5)
+    coverage = [0.7 * integral(lambda p, n=n: 1 - (1 - p) ** (n + 1), alpha, beta) for n in range(12)]
+    np.testing.assert_allclose(np.cumsum(gains), coverage, rtol=1e-5)
+
+
+def test_a_known_rate_gives_the_geometric_series():
+    np.testing.assert_allclose(chain_gains(0.3e12, 0.7e12, 1.0, 5), 0.3 * 0.7 ** np.arange(5), rtol=1e-9)
+    assert chain_gains(1, 1, 1, 0).shape == (0,)
+    np.testing.assert_allclose(chain_gains(2, 3, 0.5, 1), [0.2])
+
+
+rates = st.floats(0.05, 5)
+costs = st.floats(0.2, 3)
+
+
+@st.composite
+def bids(draw, max_trees=2):
+    count = draw(st.integers(0, max_trees))
+    return bid(
+        draw(rates),
+        draw(rates),
+        draw(st.floats(0, 1)),
+        draw(costs),
+        tuple(draw(st.floats(0, 1)) for _ in range(count)),
+        tuple(draw(st.floats(0.2, 8)) for _ in range(count)),
+        draw(st.integers(0, 2)),
+    )
+
+
+def menu(one, max_chains):
+    """Every item of a menu: (grant, gain, cost)."""
+    gains = np.cumsum(chain_gains(one.alpha, one.beta, one.unsolved, max(0, max_chains - one.num_chains)))
+    yield Grant(), 0.0, 0.0
+    for n, gain in enumerate(gains, 1):
+        yield Grant(n), gain, n * one.chain_cost
+    for i, (p, cost) in enumerate(zip(one.trees, one.tree_costs, strict=True)):
+        yield Grant(tree=i), one.unsolved * p, cost
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(bids(), min_size=1, max_size=3), st.floats(0, 12))
+def test_no_allocation_is_better_by_more_than_one_step(problems, budget):
+    max_chains = 4
+    menus = [{grant: (gain, cost) for grant, gain, cost in menu(one, max_chains)} for one in problems]
+    best = max(
+        sum(gain for gain, _ in items)
+        for items in itertools.product(*(menu.values() for menu in menus))
+        if sum(cost for _, cost in items) <= budget
+    )
+    grants, price = allocate(problems, budget, max_chains=max_chains)
+    found = [menu[grant] for menu, grant in zip(menus, grants, strict=True)]
+    gain, cost = sum(g for g, _ in found), sum(c for _, c in found)
+    assert cost <= budget + 1e-9
+    steps = [steps_of(one, max_chains).gains for one in problems]
+    assert gain >= best - max(step.max(initial=0) for step in steps) - 1e-9
+    if price == 0:  # enough for all
+        assert gain == pytest.approx(sum(max(g for g, _ in menu.values()) for menu in menus))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(bids(max_trees=0), min_size=1, max_size=3), st.integers(0, 12))
+def test_with_equal_costs_and_chains_alone_it_is_optimal(problems, budget):
+    problems = [replace(one, chain_cost=1.0) for one in problems]
+    grants, _ = allocate(problems, budget, max_chains=4)
+    every = [list(menu(one, 4)) for one in problems]
+    best = max(
+        sum(gain for _, gain, _ in items)
+        for items in itertools.product(*every)
+        if sum(cost for _, _, cost in items) <= budget
+    )
+    gain = sum(g for items, grant in zip(every, grants, strict=True) for other, g, _ in items if other == grant)
+    assert gain == pytest.approx(best, abs=1e-12)
+
+
+@settings(deadline=None, max_examples=40)
+@given(bids(), st.floats(0, 0.6))
+def test_a_price_takes_what_is_worth_most_at_it(one, price):
+    grant = at_price(one, price, 6)
+    worth = {other: gain - price * cost for other, gain, cost in menu(one, 6)}
+    assert worth[grant] == pytest.approx(max(worth.values()), abs=1e-12)
+
+
+def test_the_floor_comes_first_and_is_part_of_the_budget():
+    hopeless, easy = bid(0.01, 100.0), bid(5.0, 1.0)
+    grants, _ = allocate([hopeless, easy], 4, max_chains=8, floor=2)
+    assert grants == [Grant(2), Grant(2)]
+    grants, _ = allocate([hopeless, easy], 5, max_chains=8, floor=2)
+    assert grants == [Grant(2), Grant(3)]
+    [grant], _ = allocate([bid(num_chains=3)], 0, max_chains=8, floor=2)
+    assert grant.ends
+
+
+def test_solved_problems_get_nothing_whatever_is_left():
+    grants, price = allocate([bid(unsolved=0.0), bid()], 100, max_chains=5)
+    assert grants == [Grant(), Grant(5)]
+    assert price == 0
+
+
+def test_a_step_that_does_not_fit_leaves_the_budget_to_cheaper_ones():
+    dear, cheap = bid(9.0, 1.0, cost=10.0), bid(0.1, 5.0, cost=1.0)
+    grants, price = allocate([dear, cheap], 5, max_chains=4)
+    assert grants == [Grant(), Grant(4)]
+    assert price == pytest.approx(0.09)
+
+
+@pytest.mark.parametrize(("budget", "start"), [(2.5, 0.05), (4.0, 0.5), (7.0, 0.05)])
+def test_online_spending_converges_to_the_budget(budget, start):
+    """The mean of a stream of 1,000 problems, whose chains come out at rates the bids know."""
+    rng = np.random.default_rng(0)
+    terms = Terms(budget, max_chains=24, wave=4, floor=0)
+    names = [str(i) for i in range(1000)]
+    stream = Stream(terms, names, {}, price=start, step=0.05, lag=16)
+    spent, lengths = np.zeros(len(names)), rng.uniform(5, 50, len(names))
+    ended = 0
+    for i, name in enumerate(names):
+        while ended < i - 16:  # in whatever order: only what came `lag` before counts
+            stream.leave(names[ended], spent[ended])
+            ended += 1
+        rate, length = rng.beta(0.4, 1.2), lengths[i]
+        chains, solved = 2, rng.random() < 1 - (1 - rate) ** 2
+        while True:
+            one = bid(rate * 1e6, (1 - rate) * 1e6, float(not solved), length, alone=length, num_chains=chains)
+            grant = drive(stream, name, one)
+            if grant.ends:
+                break
+            solved = solved or rng.random() < 1 - (1 - rate) ** grant.num_chains
+            chains += grant.num_chains
+        spent[i] = chains * length
+    # the way from the first price to where it settles counts, and no more than that
+    settled = abs(np.log(stream.price / start)) / (0.05 * len(names))
+    assert spent.sum() / lengths.sum() == pytest.approx(budget, rel=settled + 0.03)
+    assert spent[500:].sum() / lengths[500:].sum() == pytest.approx(budget, rel=0.05)
+
+
+def drive(stream, name, one):
+    """A decision that needs not wait."""
+    coroutine = stream.decide(Asking(name), one)
+    with pytest.raises(StopIteration) as end:
+        coroutine.send(None)
+    return end.value.value
+
+
+class Asking:
+    """As much of a Search as a stream sees."""
+
+    def __init__(self, name):
+        self.problem = self
+        self.id = name
+
+
+def test_an_online_price_depends_on_earlier_problems_only_and_is_restored_from_records():
+    terms = Terms(3.0, max_chains=16, wave=4, floor=0)
+    names = [str(i) for i in range(12)]
+    spends = np.random.default_rng(3).uniform(2, 9, 12)
+
+    def prices(order, known=()):
+        records = {names[i]: Record([bid(num_chains=2)], spends[i]) for i in known}
+        stream = Stream(terms, names, records, price=0.1, step=0.05, lag=2)
+        for i in order:
+            stream._members[i].offer(bid(num_chains=2))
+            stream.leave(names[i], spends[i])
+        return stream._priced
+
+    straight = prices(range(12))
+    assert prices([3, 1, 0, 2, *range(11, 3, -1)]) == straight
+    assert prices(range(5, 12), known=(4, 2, 0, 1, 3)) == straight
+    assert len(straight) == 13
+    assert len({price for price, _ in straight.values()}) > 10

@@ -1,0 +1,1 @@
+"""The gate: what a few probes of a problem say about how much more compute it is worth."""

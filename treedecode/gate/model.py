@@ -1,0 +1,212 @@
+"""Gate: from features to beliefs about a problem, calibrated, in one file."""
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from treedecode.gate.calibration import Isotonic
+from treedecode.gate.features import NAMES, VERSION
+
+SCHEMA = "treedecode.gate/1"
+_MIN_RATE = 1e-4  # a mean success rate of 0 or 1 is no Beta distribution
+_MIN_PAIR, _MAX_PAIR = 0.1, 1000.0  # alpha + beta: from all or nothing to a known rate
+
+
+@dataclass(frozen=True)
+class TreeSearch:
+    """A tree search that the gate can advise: `TreeOfThoughts(depth, width, keep)`.
+
+    Attributes:
+        tokens, kv_bytes: its mean cost in the training data, in units of what one chain alone costs.
+    """
+
+    depth: int
+    width: int
+    keep: int
+    tokens: float
+    kv_bytes: float
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """What a gate was trained for.
+
+    Attributes:
+        hidden_size: of the model whose hidden states it reads; 0 = it reads none.
+        uses_verifier: whether chains were scored in training, and so have to be in use.
+        min_chains, max_chains: it was trained after so many chains.
+        menu: tree searches it knows.
+        task, model: it was trained on, in words.
+        features: version of the features.
+    """
+
+    hidden_size: int
+    uses_verifier: bool
+    min_chains: int
+    max_chains: int
+    menu: tuple[TreeSearch, ...] = ()
+    task: str = ""
+    model: str = ""
+    features: int = VERSION
+
+    def __post_init__(self) -> None:
+        if self.menu and not self.uses_verifier:
+            raise ValueError("menu: tree searches score branches, so their gate is one that uses a verifier")
+
+    @property
+    def num_features(self) -> int:
+        """Length of a feature vector."""
+        return len(NAMES) + self.hidden_size
+
+
+@dataclass(frozen=True)
+class Beliefs:
+    """Of `n` problems.
+
+    Attributes:
+        solved: `[n]` P(the answer selected so far is right).
+        alpha, beta: `[n]`, of the Beta distribution of P(a further chain mends the answer), given that it is wrong.
+        trees: `[n, len(menu)]` P(a tree search mends it), given that it is wrong.
+    """
+
+    solved: np.ndarray
+    alpha: np.ndarray
+    beta: np.ndarray
+    trees: np.ndarray
+
+
+class GateNetwork(nn.Module):
+    """Standardised features -> raw beliefs: three outputs, and one for each tree search of the menu."""
+
+    def __init__(self, num_features: int, num_trees: int, width: int = 64, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Linear(num_features, width),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+        )
+        self.heads = nn.Linear(width, 3 + num_trees)
+
+    def reset_parameters(self) -> None:
+        """Draws the weights anew, from torch's generator."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`[n, num_features]` -> logits of solved `[n]`, of the success rate's mean `[n]`, its alpha + beta `[n]`, and
+        logits of the trees `[n, num_trees]`."""
+        out = self.heads(self.body(x))
+        total = out[:, 2].clamp(math.log(_MIN_PAIR), math.log(_MAX_PAIR)).exp()
+        return out[:, 0], out[:, 1], total, out[:, 3:]
+
+
+class Gate:
+    """A trained gate.
+
+    Args:
+        network: in evaluation mode.
+        mean, std: `[num_features]` float32 of the training features.
+        calibrators: of P(solved), of the mean success rate, and of each tree search.
+    """
+
+    def __init__(
+        self,
+        config: GateConfig,
+        network: GateNetwork,
+        mean: Tensor,
+        std: Tensor,
+        calibrators: tuple[Isotonic, ...],
+    ) -> None:
+        self.config, self.network = config, network.eval()
+        self.mean, self.std, self.calibrators = mean, std, calibrators
+
+    def __repr__(self) -> str:
+        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        for name, tensor in sorted(self._tensors().items()):
+            digest.update(name.encode() + tensor.numpy().tobytes())
+        return f"Gate({digest.hexdigest()[:16]})"
+
+    def believe(self, features: np.ndarray) -> Beliefs:
+        """Beliefs about problems, from `[n, num_features]` features.
+
+        Raises:
+            ValueError: features of another number.
+        """
+        if features.ndim != 2 or features.shape[1] != self.config.num_features:
+            raise ValueError(
+                f"features: expected [n, {self.config.num_features}] for this gate, {len(NAMES)} and a hidden state "
+                f"of {self.config.hidden_size}, got {list(features.shape)}"
+            )
+        raw = raw_beliefs(self.network, (torch.from_numpy(features) - self.mean) / self.std)
+        solved, rate, *trees = self.calibrators
+        means = np.clip(rate(raw.alpha / (raw.alpha + raw.beta)), _MIN_RATE, 1 - _MIN_RATE)
+        total = raw.alpha + raw.beta
+        calibrated = [tree(values) for tree, values in zip(trees, raw.trees.T, strict=True)]
+        return Beliefs(
+            np.clip(solved(raw.solved), 0, 1),
+            means * total,
+            (1 - means) * total,
+            np.stack(calibrated, axis=1) if calibrated else raw.trees,
+        )
+
+    # -- files --
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        for i, function in enumerate(self.calibrators):
+            tensors[f"calibrators.{i}"] = torch.from_numpy(np.stack([function.x, function.y]))
+        return {**tensors, "mean": self.mean, "std": self.std}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one safetensors file; what the gate was trained for is in its metadata."""
+        tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
+        save_file(tensors, path, metadata={"schema": SCHEMA, "config": json.dumps(asdict(self.config))})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Gate":
+        """The gate that `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file. ValueError: it is no gate, or of another version.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        except SafetensorError as error:
+            raise ValueError(f"path: {os.fspath(path)} is no gate: {error}") from error
+        if metadata.get("schema") != SCHEMA:
+            raise ValueError(f"path: {os.fspath(path)} has the schema {metadata.get('schema')!r}, not {SCHEMA!r}")
+        values = json.loads(metadata["config"])
+        config = GateConfig(**{**values, "menu": tuple(TreeSearch(**entry) for entry in values["menu"])})
+        if config.features != VERSION:
+            raise ValueError(
+                f"path: {os.fspath(path)} reads version {config.features} of the features, and this is {VERSION}; "
+                "train it anew"
+            )
+        weights = {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
+        network = GateNetwork(config.num_features, len(config.menu), width=len(weights["heads.weight"].T))
+        network.load_state_dict(weights)
+        pairs = [tensors[f"calibrators.{i}"].numpy() for i in range(2 + len(config.menu))]
+        return cls(config, network, tensors["mean"], tensors["std"], tuple(Isotonic(x, y) for x, y in pairs))
+
+
+@torch.inference_mode()
+def raw_beliefs(network: GateNetwork, x: Tensor) -> Beliefs:
+    """What the network alone believes, of `[n, num_features]` standardised features."""
+    solved, rate, total, trees = (part.double() for part in network(x))
+    mean = rate.sigmoid().clamp(_MIN_RATE, 1 - _MIN_RATE)
+    parts = (solved.sigmoid(), mean * total, (1 - mean) * total, trees.sigmoid())
+    return Beliefs(*(part.numpy() for part in parts))

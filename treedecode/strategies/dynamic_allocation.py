@@ -1,0 +1,146 @@
+"""Dynamic allocation (2410.04707, Learning How Hard to Think): compute goes where a learned gate expects it to help."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from treedecode.gate.allocate import Bid
+from treedecode.gate.chains import Chain, chains_of, selected
+from treedecode.gate.costs import UNITS, chain_costs
+from treedecode.gate.features import Prefill, prefill, vector
+from treedecode.gate.model import Gate
+from treedecode.gate.sharing import Meeting, Record, Stream, Terms
+from treedecode.sampling import Sampling
+from treedecode.search import Outcome, Search
+from treedecode.strategies.base import Strategy, rank, require, require_one_of
+from treedecode.strategies.tree_of_thoughts import TreeOfThoughts
+
+
+@dataclass(frozen=True)
+class DynamicAllocation(Strategy):
+    """A few chains for every problem; then more chains, or a tree search, where a unit of the budget buys most.
+
+    After every wave of chains the gate looks at the problem again. The answer is that of the chain the verifier scores
+    best, without a verifier that of most.
+
+    Args:
+        budget: mean cost of a problem, in units of what one chain alone costs; probes are part of it.
+        gate: a trained gate or its file. It says whether a verifier has to be in use.
+        probes: chains of every problem before the gate looks first.
+        wave: chains between two looks.
+        max_chains: of one problem.
+        floor: chains that every problem gets, whatever the gate thinks of it; 0 = the probes alone.
+        mode: "offline" divides the budget among all problems of the run after each wave; "online" takes them as a
+            stream, at a price that follows what earlier ones spent.
+        unit: of cost: "tokens" generated, or "kv_bytes" read.
+        price, step, lag: "online": the first price in expected right answers per chain, how fast it moves, and how many
+            problems later spending counts (`Stream`).
+        sampling: in place of the run's.
+    """
+
+    name: ClassVar[str] = "dynamic_allocation"
+
+    budget: float
+    gate: Gate | str | os.PathLike[str]
+    probes: int = 2
+    wave: int = 4
+    max_chains: int = 32
+    floor: int = 0
+    mode: str = "offline"
+    unit: str = "tokens"
+    price: float = 0.05
+    step: float = 0.05
+    lag: int = 32
+    sampling: Sampling | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.gate, Gate):
+            object.__setattr__(self, "gate", Gate.load(self.gate))
+        config = self._gate.config
+        for name in ("wave", "lag"):
+            require(name, getattr(self, name), int, 1)
+        require("probes", self.probes, int, config.min_chains, config.max_chains)
+        require("max_chains", self.max_chains, int, self.probes, config.max_chains + self.wave)
+        require("floor", self.floor, int, 0, self.max_chains)
+        require("budget", self.budget, float, max(self.probes, self.floor))
+        require("price", self.price, float, 1e-4, 1)
+        require("step", self.step, float, 0)
+        require_one_of("mode", self.mode, ("offline", "online"))
+        require_one_of("unit", self.unit, tuple(UNITS))
+
+    @property
+    def num_branches(self) -> int:
+        return max(self.probes, self.wave, *(search.num_branches for search in self._searches))
+
+    @property
+    def _gate(self) -> Gate:
+        assert isinstance(self.gate, Gate)
+        return self.gate
+
+    @property
+    def _searches(self) -> list[TreeOfThoughts]:
+        """The gate's menu."""
+        menu = self._gate.config.menu
+        return [TreeOfThoughts(item.depth, item.width, item.keep, sampling=self.sampling) for item in menu]
+
+    def share(self, problems: Sequence[str], notes: Mapping[str, Mapping[str, Any]]) -> Meeting | Stream:
+        terms = Terms(self.budget, self.max_chains, self.wave, self.floor)
+        known = {problem: Record.of(note) for problem, note in notes.items()}
+        if self.mode == "offline":
+            return Meeting(terms, problems, known)
+        return Stream(terms, problems, known, price=self.price, step=self.step, lag=self.lag)
+
+    async def solve(self, search: Search) -> Outcome:
+        if search.has_scorer != self._gate.config.uses_verifier:
+            needs, has = ("a", "has none") if self._gate.config.uses_verifier else ("no", "has one")
+            raise ValueError(f"verifier: the gate was trained with {needs} verifier, and the run {has}")
+        try:
+            return await self._solve(search)
+        finally:
+            search.notes["spent"] = self._spent(search)
+            search.shared.leave(search.problem.id, search.notes["spent"])
+
+    async def _solve(self, search: Search) -> Outcome:
+        with await search.root() as root:
+            prompt = await prefill(search, root, wants_hidden=self._gate.config.hidden_size > 0)
+            with root.spread(self.probes) as probes:
+                await search.complete(probes, self.sampling)
+                chains = await chains_of(search, probes)
+        while True:
+            classes = search.classes([chain.answer for chain in chains])
+            best = chains[selected(chains, classes)].outcome
+            if len(chains) >= self.max_chains:
+                return best
+            bid = self._bid(search, prompt, chains, classes)
+            search.notes.setdefault("bids", []).append(asdict(bid))
+            grant = await search.shared.decide(search, bid)
+            if grant.ends:
+                return best
+            if grant.tree >= 0:
+                found = await self._searches[grant.tree].solve(search)
+                return max(best, found, key=rank)  # of equals the chain's
+            with (await search.root()).spread(grant.num_chains) as more:
+                await search.complete(more, self.sampling)
+                chains += await chains_of(search, more)
+
+    def _bid(self, search: Search, prompt: Prefill, chains: list[Chain], classes: np.ndarray) -> Bid:
+        config, token_bytes = self._gate.config, search.decoder.engine.meter.token_bytes
+        beliefs = self._gate.believe(vector(prompt, chains, classes)[None])
+        alone, further = chain_costs(self.unit, prompt.num_tokens, chains, wave=self.wave, token_bytes=token_bytes)
+        return Bid(
+            unsolved=1 - float(beliefs.solved[0]),
+            alpha=float(beliefs.alpha[0]),
+            beta=float(beliefs.beta[0]),
+            chain_cost=further,
+            trees=tuple(beliefs.trees[0].tolist()),
+            tree_costs=tuple(getattr(item, self.unit) * alone for item in config.menu),
+            alone=alone,
+            spent=self._spent(search),
+            num_chains=len(chains),
+        )
+
+    def _spent(self, search: Search) -> float:
+        return float(getattr(search.spending, UNITS[self.unit]))
