@@ -59,7 +59,8 @@ def everything_is_back(dec):
 
 
 def test_every_strategy_is_tried_here():
-    assert {strategy.name for strategy in SMALL.values()} == set(STRATEGIES)
+    # dynamic allocation divides a budget among problems, so that they do depend on each other: it has tests of its own
+    assert {strategy.name for strategy in SMALL.values()} == set(STRATEGIES) - {"dynamic_allocation"}
 
 
 @both_ways
