@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 
+import numpy as np
 from fakes import FakeModel, fake_decoder
 
 from treedecode.tasks import Problem
@@ -53,7 +54,7 @@ def talkative_decoder(**options):
 class Recorder:
     """A verifier that remembers what it was asked: `calls[i]` is a list of (text, score)."""
 
-    num_samples = 0
+    probability = False
 
     def __init__(self, rate=rate, fail_at=None):
         self.rate = rate
@@ -68,4 +69,5 @@ class Recorder:
             raise ArithmeticError("the verifier broke")
         texts = frontier.texts()
         self.calls.append([(text, self.rate(problem, text)) for text in texts])
-        return [score for _, score in self.calls[-1]]
+        frontier.scores = np.array([score for _, score in self.calls[-1]])
+        return frontier.scores
