@@ -77,6 +77,9 @@ class Search:
         self._places, self._num_places, self._holds_places = places, num_places, False
         self._score = score
         self._num_roots = 0
+        self._texts: dict[bytes, str] = {}
+        self._final: dict[str, bool] = {}
+        self._answers: dict[str, str | None] = {}
         self.shared = shared
         self.notes: dict[str, Any] = {}
 
@@ -106,11 +109,25 @@ class Search:
 
     def final(self, frontier: "Frontier") -> np.ndarray:
         """`[n]` bool: the branch's solution is complete."""
-        return frontier.finished | np.array([self.is_final(text) for text in frontier.texts()], bool)
+        return frontier.finished | np.array([self.is_final(text) for text in self.texts(frontier)], bool)
 
     def is_final(self, text: str) -> bool:
         """Whether the text alone shows that its solution is complete; an end of sequence is not in the text."""
-        return text.endswith(self.task.end) or self.task.is_final(text)
+        if text not in self._final:
+            self._final[text] = text.endswith(self.task.end) or self.task.is_final(text)
+        return self._final[text]
+
+    def texts(self, frontier: "Frontier") -> list[str]:
+        """Text of each branch after its prompt; what was read once is remembered."""
+        table, known = self.decoder.engine.table, self._texts
+        found = []
+        for row in frontier.branches:
+            tokens = table.tokens[row, table.prompt_len[row] : table.num_tokens[row]]
+            key = tokens.tobytes()
+            if key not in known:
+                known[key] = self.decoder.decode(tokens)  # type: ignore[arg-type]
+            found.append(known[key])
+        return found
 
     def is_complete(self, node: int) -> bool:
         """Whether the solution that ends with a node of `tree` is complete."""
@@ -171,8 +188,13 @@ class Search:
 
     def answers(self, frontier: "Frontier") -> list[str | None]:
         """The answer of every branch whose solution is complete."""
-        texts = frontier.texts()
-        return [self.task.extract(t) if done else None for t, done in zip(texts, self.final(frontier), strict=True)]
+        texts = self.texts(frontier)
+        return [self._extract(t) if done else None for t, done in zip(texts, self.final(frontier), strict=True)]
+
+    def _extract(self, text: str) -> str | None:
+        if text not in self._answers:
+            self._answers[text] = self.task.extract(text)
+        return self._answers[text]
 
     def classes(self, answers: list[str | None]) -> Ints:
         """`[n]` int64, equal where the task takes two answers for the same one; -1 = no answer."""
@@ -189,7 +211,8 @@ class Search:
 
     def outcome(self, frontier: "Frontier", which: int, score: float | None = None) -> Outcome:
         """The solution of one branch."""
-        return Outcome(self.answers(frontier)[which], frontier.texts()[which], score, int(frontier.nodes[which]))
+        with frontier.select(np.array([which])) as one:
+            return Outcome(self.answers(one)[0], self.texts(one)[0], score, int(one.nodes[0]))
 
     def best(self, frontier: "Frontier") -> Outcome:
         """The best scored complete solution that comes to an answer; failing that, the best scored branch."""
