@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treedecode.budget import Budget
@@ -96,6 +96,7 @@ def test_mistakes_are_named(text, message):
         parse(Outer, text, "outer")
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_either_parses_or_is_refused(text):
     with contextlib.suppress(ValueError):
