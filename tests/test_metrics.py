@@ -42,7 +42,7 @@ def test_a_decoder_is_read_when_it_is_scraped(make_decoder, registry):
     assert value("pages_used") == len(decoder.engine.index.pages()) > 0
 
     async def hold():
-        with (await decoder.roots(["x"])).fork(4):
+        with await decoder.roots(["x"]) as root, root.fork(4):
             return value("branches")
 
     assert decoder.run(hold()) == 5

@@ -20,8 +20,7 @@ def test_the_load_is_what_the_pool_holds(make_decoder):
     assert monitor.read() == Load(0, 32, 0, 200)
 
     async def fork():
-        root = await decoder.roots(["one two three four"])
-        with root.fork(5):
+        with await decoder.roots(["one two three four"]) as root, root.fork(5):
             return monitor.read()
 
     load = decoder.run(fork())

@@ -71,9 +71,10 @@ def run(make_decoder, tmp_path):
 
 
 def test_a_function_is_the_same_in_the_next_process(run):
-    assert repr(length()) != repr(length())
-    assert run(verifier=Weighted(length())) > 0
-    assert run(verifier=Weighted(length())) == 0
+    first, second = Weighted(length()), Weighted(length())
+    assert repr(first) != repr(second)
+    assert run(verifier=first) > 0
+    assert run(verifier=second) == 0
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treedecode.budget import Budget
@@ -19,7 +19,19 @@ class Inner:
 
 
 @dataclass(frozen=True)
-class Outer:
+class Base:
+    """A base.
+
+    Args:
+        low, high: where it begins and ends.
+        count: is said by the other.
+    """
+
+    low: float = 0.5
+
+
+@dataclass(frozen=True)
+class Outer(Base):
     """What it is,
     in a line or two.
 
@@ -38,6 +50,7 @@ class Outer:
     order: Literal["bfs", "dfs"] = "bfs"
     limit: int | str = 0
     inner: Inner | None = None
+    ends: tuple[str, ...] = ()
     kept: Any = field(default=None, init=False)
 
     def __post_init__(self):
@@ -63,6 +76,8 @@ class Outer:
         ('limit="7"', Outer(limit="7")),
         ("inner.rate=0.5,count=2,inner.name=y", Outer(inner=Inner(0.5, "y"), count=2)),
         ("inner=none", Outer()),
+        ('ends=["a,]", "\\n"],count=1', Outer(ends=("a,]", "\n"), count=1)),
+        ("ends=[]", Outer()),
     ],
 )
 def test_values_are_read_by_their_types(text, expected):
@@ -72,7 +87,7 @@ def test_values_are_read_by_their_types(text, expected):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("cuont=5", "outer: has no setting 'cuont'; it has count, inner, limit, loud, order, share, word"),
+        ("cuont=5", "outer: has no setting 'cuont'; it has count, ends, inner, limit, loud, low, order, share, word"),
         ("kept=5", "outer: has no setting 'kept'"),
         ("count.rate=5", "outer: has no setting 'count.rate'"),
         ("inner.speed=5", "outer: inner: has no setting 'speed'; it has name, rate"),
@@ -85,6 +100,8 @@ def test_values_are_read_by_their_types(text, expected):
         ('word="\\x"', "outer: word: .* is not a JSON string"),
         ("inner=2", "outer: inner: expected .rate, .name or none, got '2'"),
         ("inner=none,inner.rate=2", "outer: inner is set as a whole and in parts"),
+        ("ends=a", r"outer: ends: expected \["),
+        ('ends=["a" "b"]', "is not a JSON list of strings"),
         ("count=1,count=2", "outer: count is set twice"),
         ("count", "outer: expected name=value, separated by commas, got 'count'"),
         ('word="open', "outer: expected name=value, separated by commas, got 'word=\"open'"),
@@ -96,6 +113,7 @@ def test_mistakes_are_named(text, message):
         parse(Outer, text, "outer")
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_either_parses_or_is_refused(text):
     with contextlib.suppress(ValueError):
@@ -119,6 +137,8 @@ def test_descriptions_have_all_settings_and_read_back():
     assert "    count=3  how many there are." in lines
     assert '    word="Wait, what"  what is said.' in lines
     assert "    share=none" in lines
+    assert "    low=0.5  where it begins and ends." in lines
+    assert "    ends=[]" in lines
     assert "    inner.{rate,name}" in lines
     assert not any("kept" in line for line in lines)
     written = ",".join(line.split("  ")[2] for line in lines[1:] if "{" not in line)

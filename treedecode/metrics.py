@@ -16,6 +16,7 @@ _SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 def _client() -> Any:
     try:
         import prometheus_client
+        import prometheus_client.core  # which the package does not import
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "prometheus_client is not installed; pip install 'treedecode[metrics]'", name="prometheus_client"

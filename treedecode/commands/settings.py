@@ -10,16 +10,19 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 T = TypeVar("T")
 
-# A value in double quotes is a JSON string: it may hold commas, and newlines as \n.
-_SETTING = re.compile(r"\s*([A-Za-z_][\w.]*)\s*=\s*(\"(?:[^\"\\]|\\.)*\"|[^,\"]*)\s*(?:,|$)")
-_ARGUMENT = re.compile(r"^    (\w+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
+# A value in double quotes is a JSON string: it may hold commas, and newlines as \n. In brackets: a list of those.
+_STRING = r"\"(?:[^\"\\]|\\.)*\""
+_SETTING = re.compile(rf"\s*([A-Za-z_][\w.]*)\s*=\s*({_STRING}|\[(?:{_STRING}|[\s,])*\]|[^,\"]*)\s*(?:,|$)")
+_ARGUMENT = re.compile(r"^    (\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)", re.MULTILINE)
+_TEXTS = tuple[str, ...]
 
 
 def parse(cls: type[T], text: str, what: str, **fixed: Any) -> T:
     """An instance of a dataclass from `name=value,name=value`; empty text gives the defaults.
 
     Values are read by the types of the fields: numbers, strings (quoted where they hold commas or line breaks), true or
-    false, none. A field that is a dataclass itself has its settings behind a dot, `sampling.temperature=0.7`.
+    false, none, lists of strings (`["a", "b"]`). A field that is a dataclass itself has its settings behind a dot,
+    `sampling.temperature=0.7`.
 
     Args:
         what: how messages call the whole, for instance "budget".
@@ -91,6 +94,11 @@ def _inner(kind: Any) -> type | None:
 
 def _value(kind: Any, text: str, what: str) -> Any:
     members, quoted = _members(kind), text.startswith('"')
+    if _TEXTS in members and text.startswith("["):
+        try:
+            return tuple(json.loads(text))
+        except ValueError:
+            raise ValueError(f"{what}: {text} is not a JSON list of strings") from None
     choices = [choice for member in members if get_origin(member) is Literal for choice in get_args(member)]
     if quoted or text in choices:
         try:
@@ -118,7 +126,14 @@ def _bool(text: str) -> bool:
 
 # In this order: a field that takes several gets the narrowest that fits.
 _READERS: dict[type, Callable[[str], Any]] = {bool: _bool, int: int, float: float, str: str}
-_NAMES = {bool: "true or false", int: "an int", float: "a number", str: "a string", type(None): "none"}
+_NAMES: dict[Any, str] = {
+    bool: "true or false",
+    int: "an int",
+    float: "a number",
+    str: "a string",
+    type(None): "none",
+    _TEXTS: '["...", ...]',
+}
 
 
 def shown_type(kind: Any) -> str:
@@ -136,9 +151,11 @@ def shown_type(kind: Any) -> str:
 
 def describe(cls: type) -> Iterator[str]:
     """Lines on a dataclass: what it is, and its settings with their defaults and meaning."""
-    doc = inspect.getdoc(cls) or ""
-    meanings = {name: " ".join(text.split()) for name, text in _ARGUMENT.findall(doc.partition("Args:")[2])}
-    yield "  " + " ".join(doc.partition("\n\n")[0].split())
+    meanings = {}
+    for base in reversed(cls.__mro__):  # what a class does not say, the one it is made from does
+        for names, text in _ARGUMENT.findall(inspect.cleandoc(base.__doc__ or "").partition("Args:")[2]):
+            meanings.update(dict.fromkeys(names.split(", "), " ".join(text.split())))
+    yield "  " + " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split())
     types_of = settings_of(cls)
     for field in _fields(cls):
         if field.name in types_of:
@@ -153,6 +170,8 @@ def describe(cls: type) -> Iterator[str]:
 
 def _written(value: Any) -> str:
     """A default as one would write it."""
+    if isinstance(value, tuple):
+        return json.dumps(value)
     if isinstance(value, str):
         return json.dumps(value) if not value or set(value) & set(',"\n') else value
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)

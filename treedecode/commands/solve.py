@@ -138,9 +138,8 @@ def _solve(arguments: argparse.Namespace) -> int:
     from treedecode.solving import solve
 
     sampling = Sampling(temperature=arguments.temperature, top_p=arguments.top_p, top_k=arguments.top_k)
-    per_problem = parse(Budget, arguments.budget_per_problem, "budget-per-problem", per_problem=None)
-    if per_problem == Budget():
-        per_problem = None
+    alone = parse(Budget, arguments.budget_per_problem, "budget-per-problem", per_problem=None)
+    per_problem = None if alone == Budget() else alone
     budget = parse(Budget, arguments.budget, "budget", per_problem=per_problem)
     task = tasks.load(arguments.data or arguments.task or "countdown")
     problems = _problems(arguments, task)

@@ -38,11 +38,11 @@ def verifier_named(name: str, task: Task, model: str, device: str = "cpu") -> An
         return value_judge()
     kind, _, path = name.partition(":")
     if kind == "value_head":
-        from treedecode.verify.value import Value
-
         path = path or os.path.join(model, "value_head.safetensors")
         if not os.path.isfile(path):
             raise FileNotFoundError(f"verifier: no value head at {path}")
+        from treedecode.verify.value import Value
+
         return Value(path)
     from treedecode.verify.reward_model import RewardModel
 
