@@ -72,7 +72,7 @@ def test_derivations_keep_the_rules_and_reach_the_target(count):
 def test_problems_are_distinct_mixed_seeded_and_extend_each_other():
     problems = TASK.problems(300, split="test", seed=5)
     assert len({problem.id for problem in problems}) == 300
-    assert Counter(problem.group for problem in problems) == {"3 numbers": 100, "4 numbers": 100, "5 numbers": 100}
+    assert Counter(problem.group for problem in problems) == {"3 numbers": 75, "4 numbers": 75, "5 numbers": 150}
     assert TASK.problems(40, split="test", seed=5) == problems[:40]
     assert {p.id for p in TASK.problems(300, split="test", seed=6)} != {p.id for p in problems}
     first = problems[0].data
@@ -88,8 +88,22 @@ def test_solved_problems_are_right():
             target = int(prompt.split()[-1])
             assert TASK.verify(problem(numbers, target), solution)
             assert TASK.is_final(solution)
-    assert [len(prompt.split()) for prompt, _ in TASK.examples(4)] == [7, 8, 9, 7]
+    assert [len(prompt.split()) for prompt, _ in TASK.examples(4)] == [7, 8, 9, 9]
     assert TASK.examples(2) == TASK.examples(4)[:2]
+    assert len(set(TASK.examples(8))) == 8
+
+
+def test_misses_ask_for_another_target():
+    hits = [pair for pair, _ in zip(TASK.solved(4, misses=0.0), range(1000), strict=False)]
+    stream = [pair for pair, _ in zip(TASK.solved(4, misses=0.25), range(1000), strict=False)]
+    assert [solution for _, solution in stream] == [solution for _, solution in hits]
+    missed = [prompt != hit for (prompt, _), (hit, _) in zip(stream, hits, strict=True)]
+    assert 0.15 < np.mean(missed) < 0.3
+    for prompt, solution in stream:
+        words = prompt.split()
+        numbers, target = [int(word) for word in words[1:-3]], int(words[-1])
+        assert split_of(numbers, target) == "train"
+        assert TASK.verify(problem(numbers, int(solution.split()[-1])), solution)
 
 
 def test_settings_are_checked():
@@ -121,11 +135,11 @@ def key_of(numbers, target):
 
 
 def test_splits_are_disjoint():
-    """No training text is about a problem of another split, from the generators that training and evaluation use."""
+    """No training text asks for a problem of another split, from the generators that training and evaluation use."""
     seen = {split: set() for split in SPLITS}
     for count in TASK.counts:
         for seed in (0, 1):
-            stream = TASK.solved(count, split="train", seed=seed)
+            stream = TASK.solved(count, split="train", seed=seed, misses=seed / 2)
             for prompt, _ in (next(stream) for _ in range(4000)):
                 words = prompt.split()
                 seen["train"].add(key_of(map(int, words[1:-3]), int(words[-1])))
@@ -204,6 +218,15 @@ def test_cheats_are_refused(text):
     assert not TASK.verify(problem((3, 5, 7, 25), 69), text)
 
 
+def test_an_answer_is_read_whether_or_not_it_is_right():
+    """Otherwise a majority vote would be told which answers are wrong."""
+    wrong = "25 + 5 = 31, left 3 7 31\n31 - 7 = 24, left 3 24\n24 * 3 = 69, left 69\n"
+    assert TASK.extract(wrong) == TASK.extract(GOOD)
+    assert TASK.is_final(wrong)
+    assert not TASK.verify(problem((3, 5, 7, 25), 69), wrong)
+    assert TASK.extract("9 / 2 = 5, left 5\n") == "9 / 2"
+
+
 def test_what_follows_the_answer_is_not_read():
     assert TASK.verify(problem((3, 5, 7, 25), 69), GOOD + "Use 1 2 to make 3\n")
     assert not TASK.verify(problem((3, 5, 7, 25), 70), GOOD + "69 + 1 = 70, left 70\n")
@@ -217,10 +240,11 @@ def test_when_a_solution_is_final():
     assert not TASK.is_final(lines[0] + lines[1] + "23 * 3 = 6")
     assert TASK.is_final(GOOD)
     assert TASK.is_final(GOOD.removesuffix("\n"))
-    assert TASK.is_final("25 + 5 = 31, left 3 7 31\n")  # wrong: nothing mends it
+    assert TASK.is_final("25 + 5 = 30, left 3 7\n")  # broken off
+    assert not TASK.is_final("25 + 5 = 30, left 3 7")  # not a line yet
+    assert not TASK.is_final("25 + 5 = 31, left 3 7 31\n")  # wrong, which only the verifier may tell
     assert TASK.is_final(lines[0] + "\n")
-    assert TASK.extract("25 + 5 = 31, left 3 7 31\n") is None
-    assert not TASK.is_final("25 + 5 = 31")  # not a line yet
+    assert TASK.extract(lines[0]) is None
 
 
 @given(st.text(alphabet="0123456789+-*/=, left\n", max_size=80))
