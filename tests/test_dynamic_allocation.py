@@ -10,9 +10,11 @@ import torch
 from fakes import FakeModel
 
 import treedecode as td
+from treedecode.gate.allocate import Bid
 from treedecode.gate.calibration import Isotonic
 from treedecode.gate.features import NAMES
 from treedecode.gate.model import Gate, GateConfig, GateNetwork, TreeSearch
+from treedecode.gate.sharing import Record
 from treedecode.solving import solve_async
 from treedecode.strategies.dynamic_allocation import DynamicAllocation
 from treedecode.tasks.base import Problem
@@ -37,6 +39,10 @@ class Digits:
 
     def verify(self, problem, text):
         return self.extract(text) == problem.answer
+
+
+class Killed(Exception):
+    """As good as the end of the process: nothing is done after it but giving back."""
 
 
 class Fixed(Digits):
@@ -128,10 +134,10 @@ def test_a_run_that_goes_on_from_a_journal_ends_like_one_that_was_never_interrup
     def kill(solution):
         seen.append(solution)
         if len(seen) == after:
-            raise KeyboardInterrupt
+            raise Killed
 
     journal = str(tmp_path / "journal")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         run(make_decoder(), chosen, journal=journal, callback=kill)
     resumed = run(make_decoder(), chosen, journal=journal)
     assert essence(resumed) == essence(whole)
@@ -142,8 +148,10 @@ def test_a_run_that_goes_on_from_a_journal_ends_like_one_that_was_never_interrup
 
 def test_notes_are_json_that_reads_back_exactly(make_decoder):
     for solution in run(make_decoder(), strategy()).solutions:
-        assert json.loads(json.dumps(solution.notes)) == json.loads(json.dumps(solution.to_json()))["notes"]
-        assert json.loads(json.dumps(solution.notes["bids"]))[0]["alpha"] == solution.notes["bids"][0]["alpha"]
+        assert json.loads(json.dumps(solution.notes)) == solution.notes
+        record = Record.of(solution.notes)
+        assert [bid.to_json() for bid in record.bids] == solution.notes["bids"]
+        assert record.bids == [Bid.from_json(bid) for bid in solution.notes["bids"]]
 
 
 @pytest.mark.parametrize("mode", ["offline", "online"])

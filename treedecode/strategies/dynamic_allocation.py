@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -115,7 +115,7 @@ class DynamicAllocation(Strategy):
             if len(chains) >= self.max_chains:
                 return best
             bid = self._bid(search, prompt, chains, classes)
-            search.notes.setdefault("bids", []).append(asdict(bid))
+            search.notes.setdefault("bids", []).append(bid.to_json())
             grant = await search.shared.decide(search, bid)
             if grant.ends:
                 return best
