@@ -38,22 +38,12 @@ def make_decoder(request):
 
     The captured ones take decode steps as on a GPU, one step behind and with idle rows; only the graph is missing.
     """
-    from fakes import FakeModel, FakeTokenizer
-
-    import treedecode as td
-    from treedecode.captured import SIZES, CapturedSteps
+    from fakes import fake_decoder
 
     made = []
 
-    def make(model=None, *, num_pages=200, tokenizer=True, **options):
-        model = model or FakeModel()
-        page_size = options.setdefault("page_size", 4)
-        kv_memory = num_pages * page_size * 2 * model.num_layers * model.num_kv_heads * model.head_dim * 4
-        tokenizer = FakeTokenizer() if tokenizer is True else tokenizer or None
-        made.append(td.Decoder(model, tokenizer, kv_memory=kv_memory, **options))
-        if request.param == "captured":
-            engine = made[-1].engine
-            engine.captured = CapturedSteps(model, engine.pool, SIZES[::2])
+    def make(model=None, **options):
+        made.append(fake_decoder(model, captured=request.param == "captured", **options))
         return made[-1]
 
     yield make

@@ -7,6 +7,9 @@ exact, texts can be compared for equality whatever the batch looked like.
 import numpy as np
 import torch
 
+import treedecode as td
+from treedecode.captured import SIZES, CapturedSteps
+
 EOS = 1
 _PIECES: list[bytes] = [
     b"",
@@ -119,3 +122,18 @@ class FakeModel:
             assert seen[:, 1].tolist() == list(range(length)), "a page holds another position"
             logits[i] = next_logits(seen[:, 0].long().tolist(), self.vocab_size, self.eos_logit)
         return torch.from_numpy(logits)
+
+
+def fake_decoder(model=None, *, captured=False, num_pages=200, tokenizer=True, page_size=4, **options):
+    """A decoder on a fake model.
+
+    A captured one takes decode steps as on a GPU, one step behind and with idle rows; only the graph is missing.
+    """
+    model = model or FakeModel()
+    kv_memory = num_pages * page_size * 2 * model.num_layers * model.num_kv_heads * model.head_dim * 4
+    options |= {"kv_memory": kv_memory, "page_size": page_size}
+    tokenizer = FakeTokenizer() if tokenizer is True else tokenizer or None
+    decoder = td.Decoder(model, tokenizer, **options)
+    if captured:
+        decoder.engine.captured = CapturedSteps(model, decoder.engine.pool, SIZES[::2])
+    return decoder

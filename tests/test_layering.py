@@ -45,6 +45,10 @@ ALLOWED = {
     "search": {"branches", "meter", "places", "sampling", "search_tree", "tasks"},
     "gate": {"search", "tree"},
     "strategies": {"branches", "gate", "meter", "tree", "sampling", "search"},
+    "study": {
+        *("branches", "captured", "collect_env", "decoder", "meter", "ops", "pages", "sampling", "schedule", "search"),
+        *("search_tree", "solving", "strategies", "tasks", "verify"),
+    },
 }
 
 

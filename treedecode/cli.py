@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from treedecode import __version__, collect_env
 from treedecode.commands import gate, solve
+from treedecode.study import command
 
 
 def _info(_: argparse.Namespace) -> int:
@@ -24,6 +25,10 @@ def _tune(_: argparse.Namespace) -> int:
     return 0
 
 
+def _study(arguments: argparse.Namespace) -> int:
+    return command.main(arguments, arguments.argv)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="treedecode", description="Shared-prefix decoding of search trees.")
     parser.add_argument("--version", action="version", version=f"treedecode {__version__}")
@@ -34,6 +39,11 @@ def _parser() -> argparse.ArgumentParser:
     tune.set_defaults(run=_tune)
     solve.add_parser(commands)
     gate.add_parser(commands)
+    study = commands.add_parser(
+        "study", help="accuracy against compute: every strategy on the same problems, and a report"
+    )
+    command.add_arguments(study)
+    study.set_defaults(run=_study)
     return parser
 
 
@@ -44,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; default: the process's own.
     """
     arguments = _parser().parse_args(argv)
+    arguments.argv = list(sys.argv[1:] if argv is None else argv)  # for records of what was run
     return int(arguments.run(arguments))
 
 

@@ -222,7 +222,7 @@ class Engine(Ticker):
                     every = logits[[places[int(row)] for row in batch.rows]]
                 self._record(batch, batch.rows, *step.choose(self.table, self.matcher, self._eos_ids, batch, every))
                 self._stats.num_sampled_tokens += len(rows)
-                self.meter.charge_sampled(self.table.account[rows])
+                self._end_over(self.meter.charge_sampled(self.table.account[rows]))
         except Exception as error:
             self._end_work(rows, error)
 

@@ -210,10 +210,13 @@ class Meter:
             over = np.union1d(over, self._expire(share.accounts))
         return over
 
-    def charge_sampled(self, accounts: Ints) -> None:
-        """A token has been sampled for each of `accounts` from logits that were there already."""
+    def charge_sampled(self, accounts: Ints) -> Ints:
+        """A token has been sampled for each of `accounts` from logits that were there already; returns as `charge`."""
+        over = np.zeros(0, np.int64)
         for ids in (accounts, self._parents(accounts)):
             np.add.at(self._spent["generated_tokens"], ids[ids >= 0], 1)
+            over = np.union1d(over, self._expire(np.unique(ids[ids >= 0])))
+        return over
 
     def members(self, accounts: Ints, over: Ints) -> np.ndarray:
         """Which of `accounts` are among `over` or belong to one that is."""

@@ -152,6 +152,9 @@ class _Run:
     ) -> None:
         if not isinstance(strategy, Strategy):
             raise TypeError(f"strategy: expected a treedecode.strategies.Strategy, got {strategy!r}")
+        own = getattr(strategy, "sampling", None)
+        if own is not None and own.seed is not None:
+            raise ValueError(f"sampling: {strategy.name} has the seed {own.seed}; branches take theirs from the run's")
         if len({problem.id for problem in problems}) < len(problems):
             raise ValueError("problems: two have the same id")
         scorer = None if verifier is None else as_scorer(verifier)

@@ -172,12 +172,15 @@ class Ticker(Forest):
         self._charge(batch, cached, batch.q_lens)
 
     def _charge(self, batch: Batch, cached: Ints, q_lens: Ints) -> None:
-        """Charges a forward to the accounts of its rows; what an account that is now over had under way ends."""
+        """Charges a forward to the accounts of its rows; what those that are then over a limit have under way ends."""
         if not batch.shares:
             return
         wanted, sampled = np.zeros(len(q_lens), bool), np.zeros(len(q_lens), bool)
         wanted[batch.wanted] = sampled[batch.wanted[batch.sampled]] = True
-        over = self.meter.charge(batch.shares, cached, q_lens, wanted & (q_lens > 0), sampled & (q_lens > 0))
+        self._end_over(self.meter.charge(batch.shares, cached, q_lens, wanted & (q_lens > 0), sampled & (q_lens > 0)))
+
+    def _end_over(self, over: Ints) -> None:
+        """Ends what is under way for accounts that are over a limit."""
         if len(over):
             working = np.flatnonzero(self.table.work)
             ended = working[self.meter.members(self.table.account[working], over)]

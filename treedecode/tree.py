@@ -289,24 +289,21 @@ class Frontier:
         Releases this handle. Unlike `fork` and a release of the parents, never holds more branches than come of it.
 
         Raises:
-            As `fork`; this frontier is as it was then.
+            TypeError: not integers. ValueError: a number is negative, or none is left. OutOfBranches: as `fork`; all
+                branches are given up then.
         """
         counts = whole_numbers(counts, len(self), "counts")
         if (counts < 0).any() or counts.sum() == 0:
             raise ValueError(f"counts: expected numbers >= 0, not all of them 0, got {counts}")
-        which = np.flatnonzero(counts)
-        first = np.cumsum(counts[which]) - counts[which]
-        parents = np.repeat(which, counts[which])
-        rows = self.branches[parents]
-        is_copy = np.ones(len(rows), bool)
-        is_copy[first] = False
-        if is_copy.any():
-            rows[is_copy] = self._engine.fork(rows[is_copy])
-        self._engine.retain(rows[first])
-        children = self._view(rows, parents)
-        mark(nodes_of(self._engine, self.branches), nodes_of(self._engine, rows), "pruned")
-        self.release()
-        return children
+        with self._hand_on(np.flatnonzero(counts), "pruned") as kept:
+            counts = counts[counts > 0]
+            parents = np.repeat(np.arange(len(kept)), counts)
+            rows, is_copy = kept.branches[parents], np.ones(len(parents), bool)
+            is_copy[np.cumsum(counts) - counts] = False
+            if is_copy.any():
+                rows[is_copy] = self._engine.fork(rows[is_copy])
+            self._engine.retain(kept.branches)
+            return kept._view(rows, parents)
 
     def merge(self) -> "Frontier":
         """The first of each set of branches of a tree with the same tokens; `counts` add up. Releases this handle."""

@@ -1,5 +1,6 @@
 """Self-Refine (2303.17651): solve, criticise, revise, and keep what the verifier likes best."""
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -51,6 +52,8 @@ class IterativeRefinement(Strategy):
         require("max_passes", self.max_passes, int, 0)
         require("critique_tokens", self.critique_tokens, int, 1)
         require("max_repeats", self.max_repeats, int, 1)
+        if isinstance(self.critique_stop, str):
+            raise TypeError(f"critique_stop: expected a tuple of strings, got {self.critique_stop!r}")
         if self.critique_prompt and not self.revise_prompt:
             raise ValueError("revise_prompt: is empty; the critique has to be followed by a new solution")
 
@@ -118,5 +121,6 @@ class IterativeRefinement(Strategy):
         return len(classes) - len(set(classes)) < self.max_repeats
 
     def _filled(self, search: Search, prompt: str, outcome: Outcome) -> list[int]:
-        text = prompt.replace("{problem}", search.problem.prompt).replace("{solution}", outcome.text)
+        said = {"{problem}": search.problem.prompt, "{solution}": outcome.text}
+        text = re.sub(r"{problem}|{solution}", lambda match: said[match[0]], prompt)
         return search.decoder.encode(text, special=False)

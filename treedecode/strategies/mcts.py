@@ -62,7 +62,7 @@ class MCTS(Strategy):
             leaves: list[Node] = []
             for _ in range(min(self.parallel, left)):
                 leaf = self._select(root)
-                if any(leaf is other for other in leaves):
+                if leaf in leaves:
                     break  # to be seen again once it is expanded
                 left -= 1
                 if leaf.outcome is not None:

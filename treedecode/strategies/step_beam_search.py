@@ -76,7 +76,7 @@ class StepBeamSearch(Strategy):
         if not self.lookahead:
             await search.score(beams, which)
             return
-        scores, greedy = beams.scores.copy(), replace(self.sampling or search.sampling, temperature=0.0)
+        scores, greedy = beams.scores.copy(), replace(self.sampling or search.sampling, temperature=0.0, seed=None)
         with beams.select(which) as growing, growing.fork(1) as ahead:
             for _ in range(self.lookahead):
                 await search.step(ahead, greedy)

@@ -1,0 +1,89 @@
+"""Rollouts of the countdown model: sampled solutions, the states they pass through, and how they came out."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import treedecode as td
+from treedecode.tasks.base import Problem
+from treedecode.tasks.countdown import Countdown
+
+MAX_NEW_TOKENS = 64  # the solution of a problem of five numbers has 43
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Sampled solutions, a row each.
+
+    A state is what stands before the next line: a rollout passes through one at the end of its prompt and of every
+    line. `ends` marks their last tokens.
+
+    Attributes:
+        ids: `[n, length]` int64 prompt and solution, padded at the end.
+        ends: `[n, length]` bool, where there is a newline.
+        success: `[n]` bool, whether the solution is right.
+        counts: `[n]` int64, numbers of the problem.
+    """
+
+    ids: Tensor
+    ends: Tensor
+    success: Tensor
+    counts: Tensor
+
+    def __getitem__(self, rows: Tensor | slice) -> "Rollouts":
+        return Rollouts(self.ids[rows], self.ends[rows], self.success[rows], self.counts[rows])
+
+    def to(self, device: torch.device) -> "Rollouts":
+        return Rollouts(self.ids.to(device), self.ends.to(device), self.success.to(device), self.counts.to(device))
+
+    def state_labels(self) -> Tensor:
+        """`[number of states]` bool: whether the rollout that passed through came out right, in order of `ends`."""
+        return self.success[self.ends.nonzero()[:, 0]]
+
+
+def make_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> td.Decoder:
+    """A decoder on a bfloat16 copy of a model in training, since a decoder puts its own attention into a model."""
+    return td.Decoder(copy.deepcopy(model).to(torch.bfloat16).eval(), tokenizer, kv_memory="128MiB")
+
+
+def sample(dec: td.Decoder, problems: Sequence[Problem], *, branches: int, seed: int) -> list[list[td.Completion]]:
+    """`[len(problems)][branches]` solutions at temperature 1."""
+    return dec.generate(
+        [problem.prompt for problem in problems],
+        num_branches=branches,
+        sampling=td.Sampling(seed=seed),
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+
+
+def grades(problems: Sequence[Problem], outs: Sequence[Sequence[td.Completion]]) -> np.ndarray:
+    """`[len(problems), branches]` bool: which solutions are right."""
+    task = Countdown()
+    pairs = zip(problems, outs, strict=True)
+    return np.array([[task.verify(problem, out.text) for out in completions] for problem, completions in pairs])
+
+
+def roll_out(dec: td.Decoder, problems: Sequence[Problem], outs: Sequence[Sequence[td.Completion]]) -> Rollouts:
+    """The samples of `sample` as arrays."""
+    rows, counts = [], []
+    for problem, completions in zip(problems, outs, strict=True):
+        prompt = dec.encode(problem.prompt)
+        rows += [prompt + out.token_ids for out in completions]
+        counts += [len(problem.data["numbers"])] * len(completions)
+    ids = torch.full((len(rows), max(map(len, rows))), dec.tokenizer.pad_token_id)
+    for i, tokens in enumerate(rows):
+        ids[i, : len(tokens)] = torch.tensor(tokens)
+    (newline,) = dec.encode("\n", special=False)
+    success = torch.from_numpy(grades(problems, outs).reshape(-1))
+    return Rollouts(ids, ids == newline, success, torch.tensor(counts))
+
+
+def hidden_states(model: PreTrainedModel, rollouts: Rollouts) -> Tensor:
+    """`[number of states, hidden_size]`: what the model's head reads at the states' last tokens, in order of `ends`."""
+    # padding comes after all that is read, so causal attention needs no further mask
+    return model.model(input_ids=rollouts.ids, use_cache=False).last_hidden_state[rollouts.ends]

@@ -1,0 +1,72 @@
+"""A value head: how likely a completion from here succeeds, read off the model's last hidden state."""
+
+import os
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+class ValueHead(nn.Module):
+    """Layer norm and a two-layer perceptron on the hidden state of a state's last token.
+
+    The estimate V(state) of search guided by values (Tree of Thoughts, 2305.10601; process rewards by Monte Carlo
+    rollouts, 2312.08935): the probability that a solution sampled on from the state is right. The hidden state is the
+    one the language model's head reads, after the final norm, where the last token of the state came in. The head works
+    in float32 whatever the model's dtype.
+
+    Args:
+        hidden_size: of the language model.
+        width: of the perceptron's layers.
+
+    Raises:
+        ValueError: a size is not positive.
+    """
+
+    def __init__(self, hidden_size: int, width: int = 256) -> None:
+        super().__init__()
+        for name, value in (("hidden_size", hidden_size), ("width", width)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
+        self.hidden_size = hidden_size
+        self.norm = nn.LayerNorm(hidden_size)
+        self.up = nn.Linear(hidden_size, width)
+        self.middle = nn.Linear(width, width)
+        self.out = nn.Linear(width, 1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[n]` float32 log-odds of success, from `[n, hidden_size]` of any floating dtype.
+
+        Raises:
+            ValueError: another shape.
+        """
+        if hidden.ndim != 2 or hidden.shape[1] != self.hidden_size:
+            raise ValueError(f"hidden: expected [n, {self.hidden_size}], got {list(hidden.shape)}")
+        x = nn.functional.silu(self.up(self.norm(hidden.float())))
+        return self.out(nn.functional.silu(self.middle(x))).squeeze(1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[n]` float32 probabilities of success, from `[n, hidden_size]`."""
+        return self.logits(hidden).sigmoid()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file, in float32."""
+        save_file({name: tensor.detach().float().contiguous() for name, tensor in self.state_dict().items()}, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> "ValueHead":
+        """The head that `save` wrote, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: no such file. ValueError: it does not hold a value head.
+        """
+        tensors = load_file(path)
+        if "up.weight" not in tensors or tensors["up.weight"].ndim != 2:
+            raise ValueError(f"path: {os.fspath(path)} holds no value head, but {sorted(tensors)}")
+        width, hidden_size = tensors["up.weight"].shape
+        head = cls(hidden_size, width)
+        try:
+            head.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"path: {os.fspath(path)} holds no value head: {error}") from error
+        return head.to(device).eval()

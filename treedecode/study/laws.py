@@ -1,0 +1,374 @@
+"""Laws of accuracy against compute: their fit by likelihood, which of them predicts best, and where a curve saturates.
+
+The data are shares of right answers per problem and budget. Every law is fitted by the same quasi-binomial likelihood
+(shares of chains are no whole numbers, and likelihood does not ask), so that laws differ in their shape alone. All
+budgets are of the same problems and their errors go together, which no likelihood of independent points knows:
+intervals are percentiles of fits to resampled problems.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from treedecode.study.stats import Difference, Floats, Interval, bca_interval, difference_of, draws
+
+_MAX_STEPS = 300
+
+
+class CannotFit(ValueError):
+    """The data do not determine what was to be fitted; the message says why."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"cannot be fitted: {why}")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Accuracy of a strategy at several budgets, over the same problems.
+
+    Attributes:
+        costs: `[m]` ascending; compute in multiples of the baseline's, or numbers of chains.
+        accuracy: `[problems, m]`, shares of right answers.
+
+    Raises:
+        ValueError: shapes do not fit, a cost is not positive, costs descend, or a share is outside of [0, 1].
+    """
+
+    costs: Floats
+    accuracy: Floats
+
+    def __post_init__(self) -> None:
+        if self.accuracy.ndim != 2 or self.costs.shape != self.accuracy.shape[1:] or self.accuracy.size == 0:
+            raise ValueError(
+                f"accuracy: expected [problems, {len(self.costs)}], one column per cost, got {self.accuracy.shape}"
+            )
+        if not (self.costs > 0).all() or not np.isfinite(self.costs).all() or (np.diff(self.costs) < 0).any():
+            raise ValueError(f"costs: expected ascending numbers above 0, got {self.costs.tolist()}")
+        if not ((self.accuracy >= 0) & (self.accuracy <= 1 + 1e-12)).all():
+            raise ValueError("accuracy: expected shares from 0 to 1")
+
+    @property
+    def means(self) -> Floats:
+        """`[m]` accuracies over all problems."""
+        return self.accuracy.mean(axis=0)
+
+
+@dataclass(frozen=True)
+class Law:
+    """A family of curves.
+
+    Attributes:
+        name, formula: for people; C is the cost.
+        names: of the parameters as reported.
+        bounds: of the parameters as fitted, which make every point of the box a probability at every cost.
+        starts: points of the box to start from.
+        predict: (fitted parameters `[..., p]`, costs `[m]`, reference costs `[2]`) -> accuracies `[..., m]` and their
+            derivatives `[..., p, m]`. The reference costs are the lowest and the highest of the data.
+        report: (fitted parameters `[..., p]`, reference costs) -> parameters as reported, `[..., p]`.
+        is_flat: whether fitted parameters `[..., p]` are those of a curve that compute does not raise, which leaves
+            others of them without meaning.
+    """
+
+    name: str
+    formula: str
+    names: tuple[str, ...]
+    bounds: tuple[tuple[float, float], ...]
+    starts: tuple[tuple[float, ...], ...]
+    predict: Callable[[Floats, Floats, Floats], tuple[Floats, Floats]]
+    report: Callable[[Floats, Floats], Floats]
+    is_flat: Callable[[Floats], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A law fitted to a curve.
+
+    Attributes:
+        parameters, intervals: by name, as the law reports them.
+        log_likelihood: per problem and budget, nats.
+        flat_share: of the resampled problems' fits, the share in which compute did not raise accuracy.
+        fitted, resampled, ends: what `accuracy` and `band` need: `[p]`, `[resamples, p]`, `[2]`.
+    """
+
+    law: Law
+    parameters: dict[str, float]
+    intervals: dict[str, Interval]
+    log_likelihood: float
+    flat_share: float
+    fitted: Floats
+    resampled: Floats
+    ends: Floats
+
+    def accuracy(self, costs: Floats) -> Floats:
+        """Predicted accuracies at costs `[m]`."""
+        return self.law.predict(self.fitted, costs, self.ends)[0]
+
+    def band(self, costs: Floats, level: float = 0.95) -> tuple[Floats, Floats]:
+        """The pointwise interval of the predicted accuracies at costs `[m]`, over resampled problems."""
+        curves = self.law.predict(self.resampled, costs, self.ends)[0]
+        return np.quantile(curves, (1 - level) / 2, axis=0), np.quantile(curves, (1 + level) / 2, axis=0)
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"formula", "parameters", "intervals", "log_likelihood", "flat_share"}`."""
+        return {
+            "formula": self.law.formula,
+            "parameters": self.parameters,
+            "intervals": {name: list(interval) for name, interval in self.intervals.items()},
+            "log_likelihood": self.log_likelihood,
+            "flat_share": self.flat_share,
+        }
+
+
+def _power(params: Floats, costs: Floats, ends: Floats) -> tuple[Floats, Floats]:
+    # error = floor + part * (1 - floor) * x^-b with x >= 1: a probability for every point of the box
+    floor, part, b = _columns(params)
+    log_x = np.log(costs / ends[0])
+    decay = np.exp(-b * log_x)
+    grad = [1 - part * decay, (1 - floor) * decay, -part * (1 - floor) * decay * log_x]
+    return 1 - floor - part * (1 - floor) * decay, -np.stack(grad, axis=-2)
+
+
+def _report_power(params: Floats, ends: Floats) -> Floats:
+    floor, part, b = np.moveaxis(params, -1, 0)
+    return np.stack([floor, part * (1 - floor) * ends[0] ** b, b], axis=-1)
+
+
+def _logistic(params: Floats, costs: Floats, ends: Floats) -> tuple[Floats, Floats]:
+    a, k = _columns(params)
+    log_c = np.log(costs)
+    accuracy = 1 / (1 + np.exp(-(a + k * log_c).clip(-700, 700)))
+    slope = accuracy * (1 - accuracy)
+    return accuracy, np.stack([slope, slope * log_c], axis=-2)
+
+
+def _log_linear(params: Floats, costs: Floats, ends: Floats) -> tuple[Floats, Floats]:
+    # fitted by its values at both ends of the data, so that all between are probabilities; cut off beyond
+    low, high = _columns(params)
+    at = np.log(costs / ends[0]) / np.log(ends[1] / ends[0])
+    accuracy = low * (1 - at) + high * at
+    inside = (accuracy >= 0) & (accuracy <= 1)
+    return accuracy.clip(0, 1), np.stack([(1 - at) * inside, at * inside], axis=-2)
+
+
+def _report_log_linear(params: Floats, ends: Floats) -> Floats:
+    low, high = np.moveaxis(params, -1, 0)
+    slope = (high - low) / np.log2(ends[1] / ends[0])
+    return np.stack([low - slope * np.log2(ends[0]), slope], axis=-1)
+
+
+def _coverage(params: Floats, costs: Floats, ends: Floats) -> tuple[Floats, Floats]:
+    log_a, b = _columns(params)
+    log_x = np.log(costs / ends[0])
+    exponent = np.exp(log_a - b * log_x)
+    accuracy = np.exp(-exponent)
+    return accuracy, np.stack([-accuracy * exponent, accuracy * exponent * log_x], axis=-2)
+
+
+def _report_coverage(params: Floats, ends: Floats) -> Floats:
+    log_a, b = np.moveaxis(params, -1, 0)
+    return np.stack([np.exp(log_a) * ends[0] ** b, b], axis=-1)
+
+
+def _columns(params: Floats) -> Floats:
+    """`[p, ..., 1]`: parameters one by one, against costs on the last axis."""
+    return np.moveaxis(params, -1, 0)[..., None]
+
+
+POWER = Law(
+    name="power",
+    formula="error = E_inf + A * C^-b",
+    names=("E_inf", "A", "b"),
+    bounds=((0, 1), (0, 1), (1e-3, 8)),
+    starts=((0.05, 0.8, 0.3), (0.3, 0.5, 1.5)),
+    predict=_power,
+    report=_report_power,
+    is_flat=lambda params: ((1 - params[..., 0]) * params[..., 1] < 1e-4) | (params[..., 2] <= 1e-3),
+)
+LOGISTIC = Law(
+    name="logistic",
+    formula="accuracy = 1 / (1 + exp(-(a + k * ln C)))",
+    names=("a", "k"),
+    bounds=((-40, 40), (-40, 40)),
+    starts=((0, 0.3),),
+    predict=_logistic,
+    report=lambda params, ends: params,
+    is_flat=lambda params: params[..., 1] <= 0,
+)
+LOG_LINEAR = Law(
+    name="log-linear",
+    formula="accuracy = a + k * log2 C, cut off at 0 and 1",
+    names=("a", "k"),
+    bounds=((0, 1), (0, 1)),
+    starts=((0.4, 0.6),),
+    predict=_log_linear,
+    report=_report_log_linear,
+    is_flat=lambda params: params[..., 1] <= params[..., 0],
+)
+COVERAGE = Law(
+    name="coverage",
+    formula="-ln(pass@k) = a * k^-b",
+    names=("a", "b"),
+    bounds=((-20, 4), (0, 8)),
+    starts=((0, 0.3), (-1, 1)),
+    predict=_coverage,
+    report=_report_coverage,
+    is_flat=lambda params: params[..., 1] <= 0,
+)
+LAWS = (POWER, LOGISTIC, LOG_LINEAR)
+
+
+def fit(law: Law, curve: Curve, *, num_resamples: int = 300, level: float = 0.95, seed: int = 0) -> Fit:
+    """Fits a law to a curve, and to curves of resampled problems for the parameters' intervals.
+
+    Raises:
+        CannotFit: too few budgets, no spread between answers, or (laws whose parameters then mean nothing) accuracy
+            that compute does not raise.
+    """
+    _require(curve, len(law.names))
+    ends = curve.costs[[0, -1]]
+    (fitted,), (value,) = _maximise(law, curve.costs, curve.means[None], law.starts)
+    if law in (POWER, COVERAGE) and law.is_flat(fitted):
+        raise CannotFit("accuracy does not rise with compute, so nothing tells what it would rise to, or how fast")
+    num_problems = len(curve.accuracy)
+    means = draws(num_problems, num_resamples, seed) @ curve.accuracy / num_problems
+    resampled, _ = _maximise(law, curve.costs, means, (tuple(fitted), *law.starts))
+    shares = [(1 - level) / 2, (1 + level) / 2]
+    low, high = np.quantile(law.report(resampled, ends), shares, axis=0)
+    return Fit(
+        law=law,
+        parameters=dict(zip(law.names, law.report(fitted, ends).tolist(), strict=True)),
+        intervals={name: Interval(float(a), float(b)) for name, a, b in zip(law.names, low, high, strict=True)},
+        log_likelihood=float(value),
+        flat_share=float(law.is_flat(resampled).mean()),
+        fitted=fitted,
+        resampled=resampled,
+        ends=ends,
+    )
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """How well a law predicts budgets it was not fitted to.
+
+    Attributes:
+        log_likelihood: per problem and budget left out, nats.
+        behind: the best law's minus this one's, with its interval over problems; None for the best.
+    """
+
+    law: str
+    log_likelihood: float
+    behind: Difference | None
+
+
+def compare(curve: Curve, laws: tuple[Law, ...] = LAWS, *, seed: int = 0) -> list[HeldOut]:
+    """Leaves one budget out at a time and predicts it from the others; the best law comes first.
+
+    Raises:
+        CannotFit: too few budgets for that, or no spread between answers.
+    """
+    _require(curve, 1 + max(len(law.names) for law in laws))
+    num_problems, num_costs = curve.accuracy.shape
+    # n problems cannot tell a probability from 0 or 1 by less; a law that rules out what happened loses that much
+    least = 1 / (2 * (num_problems + 1))
+    scores = np.empty((len(laws), num_problems))
+    for i, law in enumerate(laws):
+        each = np.empty((num_problems, num_costs))
+        for j in range(num_costs):
+            rest = np.delete(np.arange(num_costs), j)
+            (params,), _ = _maximise(law, curve.costs[rest], curve.means[None, rest], law.starts)
+            expected = law.predict(params, curve.costs[[j]], curve.costs[rest][[0, -1]])[0].clip(least, 1 - least)
+            each[:, j] = _log_likelihoods(curve.accuracy[:, j], expected)
+        scores[i] = each.mean(axis=1)
+    order = np.argsort(-scores.mean(axis=1), kind="stable")
+    best = scores[order[0]]
+
+    def behind(i: int) -> Difference | None:
+        lead = best - scores[i]
+        if i == order[0]:
+            return None
+        mean = float(lead.mean())
+        return Difference(mean, *(bca_interval(lead, seed=seed) if np.ptp(lead) > 0 else (mean, mean)))
+
+    return [HeldOut(laws[i].name, float(scores[i].mean()), behind(int(i))) for i in order]
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Accuracy gained per doubling of compute between two neighbouring budgets, with its interval over problems."""
+
+    low_cost: float
+    high_cost: float
+    per_doubling: Difference
+
+
+def slopes(curve: Curve, *, level: float = 0.95, seed: int = 0) -> list[Slope]:
+    """The local slopes of a curve, as measured, without a law; budgets of equal cost have none between them."""
+    found = []
+    for j in range(len(curve.costs) - 1):
+        low, high = curve.costs[j : j + 2]
+        if high > low:
+            gain = difference_of(curve.accuracy[:, j + 1] - curve.accuracy[:, j], level=level, seed=seed)
+            per_doubling = Difference(*(value / float(np.log2(high / low)) for value in gain))
+            found.append(Slope(float(low), float(high), per_doubling))
+    return found
+
+
+def saturation(found: list[Slope]) -> float | None:
+    """The smallest cost from which the next budget's gain cannot be told from none; None: every budget's could."""
+    return next((slope.low_cost for slope in found if slope.per_doubling.low <= 0), None)
+
+
+def _require(curve: Curve, num_costs: int) -> None:
+    distinct = len(np.unique(curve.costs))
+    if distinct < num_costs:
+        raise CannotFit(f"{distinct} different budgets, and at least {num_costs} are needed")
+    means = curve.means
+    for value, word in ((0.0, "wrong"), (1.0, "right")):
+        if np.allclose(means, value, rtol=0, atol=1e-12):
+            raise CannotFit(f"every problem is {word} at every budget")
+
+
+def _maximise(law: Law, costs: Floats, means: Floats, starts: tuple[tuple[float, ...], ...]) -> tuple[Floats, Floats]:
+    """The parameters `[r, p]` of the highest likelihoods within the law's box, and their means over costs `[r]`, nats.
+
+    Fisher scoring with Levenberg's damping, of all curves `[r, m]` and starts at once. A parameter at its bound that
+    the likelihood pulls further stays there for that step.
+    """
+    ends, (low, high) = costs[[0, -1]], np.array(law.bounds, np.float64).T
+    params = np.tile(np.array(starts, np.float64), (len(means), 1)).clip(low, high)
+    means = np.repeat(means, len(starts), axis=0)
+    eye, damping = np.eye(len(low)), np.full(len(params), 1e-3)
+    value, pull, metric = _scores(law, params, costs, means, ends)
+    for _ in range(_MAX_STEPS):
+        held = ((params <= low) & (pull < 0)) | ((params >= high) & (pull > 0))
+        scale = damping[:, None] * (np.einsum("rii->ri", metric) + 1e-12)
+        free = metric + eye * scale[:, None, :]
+        free = np.where(held[:, :, None] | held[:, None, :], eye, free)
+        step = np.linalg.solve(free, np.where(held, 0.0, pull)[..., None])[..., 0]
+        tried = (params + step).clip(low, high)
+        new = _scores(law, tried, costs, means, ends)
+        gain = new[0] - value
+        better = gain > 0
+        params[better], value[better], pull[better], metric[better] = tried[better], *(part[better] for part in new)
+        damping = np.where(better, damping / 5, damping * 5).clip(1e-12, 1e12)
+        if (better & (gain < 1e-13) | (damping > 1e10)).all():
+            break
+    best = value.reshape(-1, len(starts)).argmax(axis=1) + np.arange(0, len(params), len(starts))
+    return params[best], value[best]
+
+
+def _scores(law: Law, params: Floats, costs: Floats, means: Floats, ends: Floats) -> tuple[Floats, Floats, Floats]:
+    """Mean log-likelihoods `[r]`, their gradients `[r, p]` and Fisher information `[r, p, p]`."""
+    tiny = 1e-9
+    expected, grad = law.predict(params, costs, ends)
+    expected = expected.clip(tiny, 1 - tiny)
+    weights = 1 / (expected * (1 - expected) * len(costs))
+    pull = np.einsum("rpm,rm->rp", grad, (means - expected) * weights)
+    metric = np.einsum("rpm,rm,rqm->rpq", grad, weights, grad)
+    return _log_likelihoods(means, expected).mean(axis=1), pull, metric
+
+
+def _log_likelihoods(accuracy: Floats, expected: Floats) -> Floats:
+    return accuracy * np.log(expected) + (1 - accuracy) * np.log1p(-expected)

@@ -1,0 +1,271 @@
+"""The report of a study: its JSON in words, a table, CSV. All sentences are made from the numbers."""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Json = dict[str, Any]
+
+COLUMNS = (
+    "key", "label", "strategy", "settings", "problems", "accuracy", "accuracy_low", "accuracy_high", "tokens",
+    "tokens_x", "flops_x", "kv_bytes_x", "kv_bytes_copied_x", "joules", "joules_x", "latency_s", "latency_x",
+    "batched_s", "occupancy", "serial_latency_s", "serial_latency_ratio", "serial_per_problem_s", "throughput_ratio",
+    "tokens_per_correct", "flops_per_correct", "seconds_per_correct", "efficiency_ratio", "num_cut", "error",
+)  # fmt: skip
+TITLES = {
+    "self_consistency": "Self-consistency (tokens in multiples of one chain)",
+    "best_of_n": "Best of n (tokens in multiples of one chain)",
+    "dynamic_allocation": "Dynamic allocation (tokens in multiples of one chain)",
+    "coverage": "Coverage (number of chains)",
+}
+PICTURES = {
+    "accuracy": "Accuracy against compute, with 95% intervals",
+    "latency": "Latency of one problem against compute",
+    "coverage": "Coverage",
+}
+
+
+def write(study: Json, out: Path, pictures: list[str]) -> None:
+    """Writes `report.md` and `rows.csv`.
+
+    Args:
+        pictures: names of the plots there are, as `accuracy` of accuracy.png.
+    """
+    (out / "report.md").write_text("\n".join(report(study, pictures)) + "\n")
+    with open(out / "rows.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        table.writeheader()
+        table.writerows(_flat(row) for row in study["rows"])
+
+
+def report(study: Json, pictures: list[str]) -> Iterator[str]:
+    """The lines of the report, Markdown."""
+    good = [row for row in study["rows"] if row["error"] is None]
+    yield "# Accuracy against compute"
+    yield ""
+    yield from _setting(study)
+    yield ""
+    yield from _table(good)
+    yield ""
+    yield (
+        "Accuracy has a 95% bootstrap interval over problems. Multiples are of the baseline's; KV bytes read count a "
+        "page that branches share once (left) or once for every branch, as copied caches would (right). Alone: median "
+        "seconds for one problem at a time. Batched: seconds per problem, all problems side by side. One by one: the "
+        "same work, branches one after another over copied caches, in multiples of the time alone. Efficiency: "
+        "accuracy gained, in points, per multiple of the baseline's tokens added."
+    )
+    failed = [row for row in study["rows"] if row["error"] is not None]
+    if failed:
+        yield ""
+        yield "Rows that failed:"
+        yield ""
+        yield from (f"* {row['label']}: {row['error']}" for row in failed)
+    yield ""
+    yield "## What the data say"
+    yield ""
+    yield from (f"* {sentence}" for sentence in sentences(study))
+    yield ""
+    yield "## Bars"
+    yield ""
+    words = {True: "holds", False: "**does not hold**", None: "cannot be told"}
+    yield from (f"* {bar['bar']}: {words[bar['holds']]} ({bar['evidence']})" for bar in study["bars"])
+    for name in pictures:
+        yield ""
+        yield f"![{PICTURES[name]}]({name}.svg)"
+    yield ""
+    yield "## Laws"
+    for name, laws in study["laws"].items():
+        yield ""
+        yield f"### {TITLES.get(name, name)}"
+        yield ""
+        yield from _laws(laws)
+    yield ""
+    yield "## Where the numbers are from"
+    yield ""
+    machine = study["machine"]
+    yield f"* {machine['cpu']}, {machine['threads']} threads, {machine['memory']}"
+    yield f"* GPU: {machine['gpu']}; this ran on {machine['device']}"
+    yield "* " + ", ".join(f"{name} {version}" for name, version in study["versions"].items())
+    yield f"* commit {study['commit'] or 'unknown'}; energy: {good[0]['energy_source'] if good else 'not measured'}"
+    if study["command"]:
+        yield f"* `{study['command']}`"
+
+
+def sentences(study: Json) -> Iterator[str]:
+    """What the rows and laws say, in plain words."""
+    rows = [row for row in study["rows"] if row["error"] is None]
+    base, rest = rows[0], rows[1:]
+    yield f"{base['label']} solves {_percent(base['accuracy'])} of {base['problems']} problems ({_ci(base)})."
+    if rest:
+        best = max(rest, key=lambda row: row["accuracy"])
+        gap = best["over_baseline"]
+        yield (
+            f"The most accurate is {best['label']}: {_percent(best['accuracy'])} at {_x(best['tokens_x'])} the tokens, "
+            f"{_change(gap)} against the baseline."
+        )
+        worse = [row["label"] for row in rest if row["over_baseline"]["high"] < 0]
+        same = [row["label"] for row in rest if row["over_baseline"]["low"] <= 0 <= row["over_baseline"]["high"]]
+        if worse:
+            yield f"Below the baseline: {', '.join(worse)}."
+        if same:
+            yield f"Not to be told from the baseline with so many problems: {', '.join(same)}."
+        gains = [row for row in rest if row["efficiency_ratio"] is not None and row["over_baseline"]["low"] > 0]
+        if gains:
+            thrifty = max(gains, key=lambda row: row["efficiency_ratio"])
+            yield (
+                f"Of those that gain, {thrifty['label']} gains most per compute: "
+                f"{100 * thrifty['efficiency_ratio']:.1f} points per multiple of the baseline's tokens, at "
+                f"{_x(thrifty['tokens_x'])}."
+            )
+    timed = [row for row in rest if row["latency_x"] is not None and row["one_after_another"]]
+    if timed:
+        row = max(timed, key=lambda row: row["tokens_x"])
+        yield (
+            f"{row['label']} generates {_x(row['tokens_x'])} the tokens of a chain in {_x(row['latency_x'])} its time "
+            f"for one problem; one branch after another it takes {_x(row['one_after_another']['latency_ratio'])} as "
+            "long as that."
+        )
+        if not all(one["one_after_another"]["same_texts"] for one in timed):
+            odd = [one["label"] for one in timed if not one["one_after_another"]["same_texts"]]
+            yield f"One after another gave other texts, so its times are of other work, for {', '.join(odd)}."
+    for name, laws in study["laws"].items():
+        if name != "coverage":
+            yield _law_sentence(TITLES.get(name, name).partition(" (")[0], laws)
+    cover = study["laws"].get("coverage")
+    if cover is not None:
+        first, last = cover["points"][0], cover["points"][-1]
+        yield (
+            f"At least one of {last['cost']:g} chains is right for {_percent(last['accuracy'])} of problems, one alone "
+            f"for {_percent(first['accuracy'])}: what choosing among chains could gain at most."
+        )
+    cut = [f"{row['label']} ({row['num_cut']})" for row in rows if row["num_cut"]]
+    if cut:
+        yield f"Searches that a budget cut short: {', '.join(cut)}."
+
+
+def _law_sentence(title: str, laws: Json) -> str:
+    held, last = laws["held_out"], laws["points"][-1]["cost"]
+    if isinstance(held, dict):
+        said = f"{title}: no law was compared ({held['cannot_be_fitted']})"
+    else:
+        level = [one["law"] for one in held[1:] if one["behind"]["low"] <= 0]
+        said = f"{title}: left-out budgets are predicted best by the {held[0]['law']} law"
+        said += f", though not measurably better than by the {' or the '.join(level)} law" if level else ""
+    power = laws["fits"].get("power", {})
+    if "parameters" in power:
+        low, high = power["intervals"]["E_inf"]
+        said += (
+            f"; as a power law its error tends to {_percent(power['parameters']['E_inf'])} (95% CI {_percent(low)} to "
+        )
+        said += f"{_percent(high)})"
+    at = laws["saturation"]
+    if at is None:
+        return said + f". Every budget up to {last:.3g}x gained measurably on the one before."
+    return said + f". From {at:.3g}x on the next budget's gain cannot be told from none."
+
+
+def _setting(study: Json) -> Iterator[str]:
+    yield (
+        f"{study['model'] or 'A model'} ({study['dtype']}) on {len(study['problems'])} problems of {study['task']}; "
+        f"verifier: {study['verifier'] or 'none'}; {study['sampling']}; seed {study['seed']}. Times are of the first "
+        f"{study['latency_problems']} problems where they are of one problem alone."
+    )
+
+
+def _table(rows: list[Json]) -> Iterator[str]:
+    heads = (
+        "strategy", "accuracy (95% CI)", "tokens", "FLOPs", "KV bytes", "energy", "alone", "", "batched", "one by one",
+        "tokens per correct", "efficiency",
+    )  # fmt: skip
+    yield f"| {' | '.join(heads)} |"
+    yield "|---" + "|--:" * (len(heads) - 1) + "|"
+    for row in rows:
+        apart = row["one_after_another"]
+        cells = (
+            row["label"],
+            f"{_percent(row['accuracy'])} ({_ci(row)})",
+            _x(row["tokens_x"]),
+            _x(row["flops_x"]),
+            f"{_x(row['kv_bytes_x'])} / {_x(row['kv_bytes_copied_x'])}",
+            _x(row["joules_x"]),
+            _seconds(row["latency_s"]),
+            _x(row["latency_x"]),
+            _seconds(row["batched_s"]),
+            _x(apart["latency_ratio"] if apart else None),
+            _or(row["cost_per_correct"]["tokens"], "{:.0f}"),
+            _or(None if row["efficiency_ratio"] is None else 100 * row["efficiency_ratio"], "{:.2f}"),
+        )
+        yield f"| {' | '.join(cells)} |"
+
+
+def _laws(laws: Json) -> Iterator[str]:
+    yield "| compute | accuracy (95% CI) |"
+    yield "|--:|--:|"
+    yield from (f"| {p['cost']:.3g} | {_percent(p['accuracy'])} ({_ci(p)}) |" for p in laws["points"])
+    yield ""
+    for name, found in laws["fits"].items():
+        if "cannot_be_fitted" in found:
+            yield f"* {name}: {found['cannot_be_fitted']}"
+            continue
+        values = ", ".join(
+            f"{key} = {value:.3g} ({found['intervals'][key][0]:.3g} to {found['intervals'][key][1]:.3g})"
+            for key, value in found["parameters"].items()
+        )
+        yield f"* {name}: {found['formula']}; {values}"
+    held = laws.get("held_out")
+    if isinstance(held, list):
+        yield "* held-out log-likelihood per problem: " + ", ".join(
+            f"{one['law']} {one['log_likelihood']:.4f}" for one in held
+        )
+    if laws.get("slopes"):
+        yield "* points gained per doubling: " + ", ".join(
+            f"{_interval(one)} from {one['from']:.3g}x" for one in laws["slopes"]
+        )
+
+
+def _flat(row: Json) -> Json:
+    """A row of the CSV."""
+    if row["error"] is not None:
+        return {name: row[name] for name in ("key", "label", "strategy", "error")}
+    apart, cost = row["one_after_another"] or {}, row["cost_per_correct"]
+    values = {
+        **row,
+        "accuracy_low": row["accuracy_ci"][0],
+        "accuracy_high": row["accuracy_ci"][1],
+        "serial_latency_s": apart.get("latency_s"),
+        "serial_latency_ratio": apart.get("latency_ratio"),
+        "serial_per_problem_s": apart.get("per_problem_s"),
+        "throughput_ratio": apart.get("throughput_ratio"),
+        **{f"{name}_per_correct": value for name, value in cost.items()},
+    }
+    return {name: values[name] for name in COLUMNS}
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def _ci(row: Json) -> str:
+    low, high = row["accuracy_ci"]
+    return f"{100 * low:.1f} to {100 * high:.1f}"
+
+
+def _change(gap: Json) -> str:
+    return f"{100 * gap['estimate']:+.1f} points (95% CI {100 * gap['low']:+.1f} to {100 * gap['high']:+.1f})"
+
+
+def _interval(one: Json) -> str:
+    return f"{100 * one['estimate']:+.1f} ({100 * one['low']:+.1f} to {100 * one['high']:+.1f})"
+
+
+def _x(value: float | None) -> str:
+    return _or(value, "{:.3g}x")
+
+
+def _seconds(value: float | None) -> str:
+    return _or(value, "{:.3g} s")
+
+
+def _or(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

@@ -1,0 +1,285 @@
+"""Rows: a strategy on the problems of a study, what came of it and what it cost, beside the baseline."""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+
+from treedecode.decoder import Decoder, Prompt
+from treedecode.meter import Spending
+from treedecode.sampling import Sampling
+from treedecode.solving import Result, Solution, solve_async
+from treedecode.strategies import STRATEGIES, Strategy
+from treedecode.study.pool import ChainPool
+from treedecode.study.stats import Floats, efficiency_ratio, mean_interval, paired_difference
+from treedecode.tasks.base import Problem, Task
+
+SCHEMA = "treedecode.study.timing/1"
+ANSWER_TOKENS = 8  # of an answer that is forced at the end of a long chain
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row to be: a strategy by name, so that one that is missing or badly set is a failed row and no failed study.
+
+    Attributes:
+        key: names the row's files.
+        label: for people.
+        strategy: a name in `STRATEGIES`, or "chain_pool".
+        settings: of the strategy.
+        chains: settings given in tokens, here in multiples of the baseline's mean chain.
+        curve: entries with the same one are budgets of one curve.
+
+    Raises:
+        ValueError: the key cannot name a file.
+    """
+
+    key: str
+    label: str
+    strategy: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    chains: Mapping[str, float] = field(default_factory=dict)
+    curve: str | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9_]+", self.key):
+            raise ValueError(f"key: expected lower-case letters, digits and _, got {self.key!r}")
+
+    def build(self, chain_tokens: float, room: int) -> Strategy:
+        """The strategy.
+
+        Args:
+            chain_tokens: of the baseline's mean chain.
+            room: the most tokens a solution may have before its answer, for settings in `chains`.
+
+        Raises:
+            ValueError, TypeError: there is none of that name, or it does not take the settings.
+        """
+        kinds = {**STRATEGIES, ChainPool.name: ChainPool}
+        if self.strategy not in kinds:
+            raise ValueError(f"strategy: expected one of {', '.join(sorted(kinds))}, got {self.strategy!r}")
+        scaled = {name: min(max(1, round(multiple * chain_tokens)), room) for name, multiple in self.chains.items()}
+        return kinds[self.strategy](**self.settings, **scaled)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What all rows of a study have in common.
+
+    Attributes:
+        decoder: runs them; `serial`: takes branches one after another over copied caches (`one_after_another`).
+        latency_problems: how many problems, from the first on, are solved one at a time to be timed.
+        prompt, verifier, sampling, seed: as in `solve_async`.
+    """
+
+    decoder: Decoder
+    serial: Decoder
+    task: Task
+    problems: Sequence[Problem]
+    verifier: Any = None
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0
+    latency_problems: int = 6
+    prompt: Callable[[Problem], Prompt] | None = None
+
+    @property
+    def room(self) -> int:
+        """Tokens that the model has for every problem, with a short forced answer after them."""
+        prompts = [self.prompt(problem) if self.prompt else problem.prompt for problem in self.problems]
+        longest = max(len(self.decoder.encode(p)) if isinstance(p, str) else len(p) for p in prompts)
+        return self.decoder.model.max_position - longest - 2 * ANSWER_TOKENS
+
+    async def solve(self, decoder: Decoder, problems: Sequence[Problem], strategy: Strategy, **settings: Any) -> Result:
+        """`solve_async` from a cold start: no row finds prompts that another has computed."""
+        decoder.engine.forget()
+        return await solve_async(
+            decoder,
+            problems,
+            strategy=strategy,
+            task=self.task,
+            verifier=self.verifier,
+            sampling=self.sampling,
+            seed=self.seed,
+            prompt=self.prompt,
+            **settings,
+        )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What was timed of a row, on the wall clock.
+
+    Attributes:
+        num_batched: problems that ran side by side in `batched_seconds`: all, or after an interruption the rest.
+        batched_seconds, busy_seconds: of these problems, and of that in the decoder.
+        joules: of these problems; None = not measured.
+        energy_source: the counter, or why there is none.
+        alone: `[latency_problems]` seconds of one problem at a time.
+        serial: the same, branches one after another over copied caches.
+        same_texts: whether both gave the same solutions.
+    """
+
+    num_batched: int
+    batched_seconds: float
+    busy_seconds: float
+    joules: float | None
+    energy_source: str
+    alone: list[float]
+    serial: list[float]
+    same_texts: bool
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A strategy's solutions of all problems, and its times."""
+
+    entry: Entry
+    strategy: Strategy
+    solutions: list[Solution]
+    timing: Timing
+
+    @property
+    def correct(self) -> Floats:
+        """`[problems]`, 1 where the solution is right."""
+        return np.array([bool(solution.correct) for solution in self.solutions], np.float64)
+
+    @property
+    def spending(self) -> Spending:
+        """Of all problems; what problems share in one forward counts for each, so it is no matter of the batch."""
+        return sum((solution.spending for solution in self.solutions), Spending())
+
+    @property
+    def tokens(self) -> float:
+        """Generated tokens per problem."""
+        return self.spending.generated_tokens / len(self.solutions)
+
+
+async def measure(
+    conditions: Conditions, entry: Entry, folder: Path, chain_tokens: float, callback: Callable[[Solution], None]
+) -> Measured:
+    """Runs a row: all problems side by side, then some alone, in both ways. What `folder` has of it is not run again.
+
+    Raises:
+        ValueError, TypeError: the strategy is wrong, or the folder's journal is another run's.
+        Exception: of a strategy or a verifier.
+    """
+    strategy = entry.build(chain_tokens, conditions.room)
+    journal, times = folder / f"{entry.key}.jsonl", folder / f"{entry.key}.timing.json"
+    num_known = _num_solutions(journal)
+    result = await conditions.solve(
+        conditions.decoder, conditions.problems, strategy, journal=str(journal), callback=callback
+    )
+    if times.exists():
+        timing = _load(times)
+    else:
+        alone, serial, same = await _times_alone(conditions, strategy)
+        ledger = result.ledger
+        timing = Timing(
+            num_batched=len(conditions.problems) - num_known,
+            batched_seconds=ledger.total_seconds,
+            busy_seconds=ledger.busy_seconds,
+            joules=ledger.joules,
+            energy_source=ledger.energy_source,
+            alone=alone,
+            serial=serial,
+            same_texts=same,
+        )
+        times.write_text(json.dumps({"schema": SCHEMA, **asdict(timing)}) + "\n")
+    return Measured(entry, strategy, result.solutions, timing)
+
+
+async def _times_alone(conditions: Conditions, strategy: Strategy) -> tuple[list[float], list[float], bool]:
+    """(seconds per problem, seconds with branches one after another, whether the texts are the same)."""
+    alone, serial, same = [], [], True
+    for problem in conditions.problems[: conditions.latency_problems]:
+        ours = await conditions.solve(conditions.decoder, [problem], strategy)
+        other = await conditions.solve(conditions.serial, [problem], strategy)  # right after, under the same load
+        alone.append(ours.ledger.total_seconds)
+        serial.append(other.ledger.total_seconds)
+        same &= ours.solutions[0].text == other.solutions[0].text
+    return alone, serial, same
+
+
+def _num_solutions(journal: Path) -> int:
+    return max(0, journal.read_bytes().count(b"\n") - 1) if journal.exists() else 0
+
+
+def _load(path: Path) -> Timing:
+    data = json.loads(path.read_text())
+    if data.pop("schema", None) != SCHEMA:
+        raise ValueError(f"{path}: expected the schema {SCHEMA}")
+    return Timing(**data)
+
+
+def row(measured: Measured, baseline: Measured) -> dict[str, Any]:
+    """The row of a strategy as JSON; `_x` is over the baseline's. `docs/study.md` says what each field is."""
+    n, timing, first = len(measured.solutions), measured.timing, baseline.timing
+    correct, spent, unit = measured.correct, measured.spending, baseline.spending
+    accuracy, tokens_x = float(correct.mean()), _over(measured.tokens, baseline.tokens)
+    alone = median(timing.alone) if timing.alone else None
+    batched = timing.batched_seconds / timing.num_batched if timing.num_batched else None
+    joules = timing.joules / timing.num_batched if timing.joules is not None and timing.num_batched else None
+    unit_joules = first.joules / first.num_batched if first.joules is not None and first.num_batched else None
+    difference = None
+    if measured is not baseline:
+        difference = paired_difference(correct, baseline.correct)._asdict()
+    num_right = float(correct.sum())
+    return {
+        **heading(measured.entry),
+        "settings": repr(measured.strategy),
+        "problems": n,
+        "accuracy": accuracy,
+        "accuracy_ci": list(mean_interval(correct)),
+        "over_baseline": difference,
+        "tokens": measured.tokens,
+        "tokens_x": tokens_x,
+        "flops_x": _over(spent.flops, unit.flops),
+        "kv_bytes_x": _over(spent.kv_bytes, unit.kv_bytes),
+        "kv_bytes_copied_x": _over(spent.kv_bytes_copied, unit.kv_bytes),
+        "joules": joules,
+        "joules_x": _over(joules, unit_joules),
+        "energy_source": timing.energy_source,
+        "latency_s": alone,
+        "latency_x": _over(alone, median(first.alone) if first.alone else None),
+        "batched_s": batched,
+        "occupancy": timing.busy_seconds / timing.batched_seconds if timing.num_batched else None,
+        "one_after_another": _one_after_another(timing, alone, batched),
+        "cost_per_correct": {
+            "tokens": _over(spent.generated_tokens, num_right),
+            "flops": _over(spent.flops, num_right),
+            "seconds": _over(batched * n if batched is not None else None, num_right),
+        },
+        "efficiency_ratio": None if tokens_x is None else efficiency_ratio(accuracy, baseline.correct.mean(), tokens_x),
+        "num_cut": sum(solution.is_cut for solution in measured.solutions),
+        "is_resumed": timing.num_batched < n,
+        "correct": correct.astype(int).tolist(),
+        "error": None,
+    }
+
+
+def heading(entry: Entry) -> dict[str, Any]:
+    """What a row says even if it failed."""
+    return {"key": entry.key, "label": entry.label, "strategy": entry.strategy, "curve": entry.curve}
+
+
+def _one_after_another(timing: Timing, alone: float | None, batched: float | None) -> dict[str, Any] | None:
+    if not timing.serial:
+        return None
+    latency, per_problem = median(timing.serial), mean(timing.serial)
+    return {
+        "problems": len(timing.serial),
+        "latency_s": latency,
+        "latency_ratio": _over(latency, alone),
+        "per_problem_s": per_problem,
+        "throughput_ratio": _over(per_problem, batched),
+        "same_texts": timing.same_texts,
+    }
+
+
+def _over(value: float | None, unit: float | None) -> float | None:
+    return None if value is None or not unit else float(value) / float(unit)
