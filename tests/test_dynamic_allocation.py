@@ -274,6 +274,15 @@ def test_settings_are_checked(settings, message):
         strategy(**settings)
 
 
+def test_a_problem_gets_no_more_than_the_most(make_decoder):
+    for most, chains in ((None, 19), (7, 7)):
+        eager = gate(verifier=False)
+        eager.calibrators = (Isotonic(np.array([0.0]), np.array([0.0])), IDENTITY)  # nothing is ever solved
+        chosen = strategy(gate=eager, max_chains=most, budget=30)
+        result = run(make_decoder(), chosen, task=Fixed(), verifier=None, sampling=EXACT)
+        assert [solution.spending.generated_tokens for solution in result.solutions] == [8 * chains] * len(PROBLEMS)
+
+
 def test_the_description_tells_gates_apart():
     assert repr(strategy()) == repr(strategy())
     assert repr(strategy()) != repr(strategy(gate=gate(trees=1, seed=1)))
