@@ -137,11 +137,8 @@ class DynamicAllocation(Strategy):
         beliefs = self._gate.believe(vector(prompt, chains, classes)[None])
         alone, further = chain_costs(self.unit, prompt.num_tokens, chains, wave=self.wave, token_bytes=token_bytes)
         return Bid(
-            unsolved=1 - float(beliefs.solved[0]),
-            alpha=float(beliefs.alpha[0]),
-            beta=float(beliefs.beta[0]),
+            **beliefs.terms(0),
             chain_cost=further,
-            trees=tuple(beliefs.trees[0].tolist()),
             tree_costs=tuple(getattr(item, self.unit) * alone for item in config.menu),
             alone=alone,
             spent=self._spent(search),
