@@ -10,9 +10,11 @@ import torch
 from fakes import FakeModel
 
 import treedecode as td
+from treedecode.gate.allocate import Bid
 from treedecode.gate.calibration import Isotonic
 from treedecode.gate.features import NAMES
 from treedecode.gate.model import Gate, GateConfig, GateNetwork, TreeSearch
+from treedecode.gate.sharing import Record
 from treedecode.solving import solve_async
 from treedecode.strategies.dynamic_allocation import DynamicAllocation
 from treedecode.tasks.base import Problem
@@ -39,6 +41,10 @@ class Digits:
         return self.extract(text) == problem.answer
 
 
+class Killed(Exception):
+    """As good as the end of the process: nothing is done after it but giving back."""
+
+
 class Fixed(Digits):
     """Chains of exactly 8 tokens, which never come to an end."""
 
@@ -46,7 +52,7 @@ class Fixed(Digits):
 
 
 EXACT = td.Sampling(ignore_eos=True)
-PROBLEMS = [Problem(f"p{i}", f"the {word} {i}", str(i)) for i, word in enumerate(["cat", "dog", "end", "a", "b", "c"])]
+PROBLEMS = [Problem(f"p{i}", f"the {word} {i}", str(i)) for i, word in enumerate(["cat", "dog", "end", "a", "b"])]
 
 
 def rates(problem, text):
@@ -128,10 +134,10 @@ def test_a_run_that_goes_on_from_a_journal_ends_like_one_that_was_never_interrup
     def kill(solution):
         seen.append(solution)
         if len(seen) == after:
-            raise KeyboardInterrupt
+            raise Killed
 
     journal = str(tmp_path / "journal")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         run(make_decoder(), chosen, journal=journal, callback=kill)
     resumed = run(make_decoder(), chosen, journal=journal)
     assert essence(resumed) == essence(whole)
@@ -142,8 +148,10 @@ def test_a_run_that_goes_on_from_a_journal_ends_like_one_that_was_never_interrup
 
 def test_notes_are_json_that_reads_back_exactly(make_decoder):
     for solution in run(make_decoder(), strategy()).solutions:
-        assert json.loads(json.dumps(solution.notes)) == json.loads(json.dumps(solution.to_json()))["notes"]
-        assert json.loads(json.dumps(solution.notes["bids"]))[0]["alpha"] == solution.notes["bids"][0]["alpha"]
+        assert json.loads(json.dumps(solution.notes)) == solution.notes
+        record = Record.of(solution.notes)
+        assert [bid.to_json() for bid in record.bids] == solution.notes["bids"]
+        assert record.bids == [Bid.from_json(bid) for bid in solution.notes["bids"]]
 
 
 @pytest.mark.parametrize("mode", ["offline", "online"])
@@ -210,6 +218,7 @@ def test_the_best_scored_answer_wins_and_the_tree_is_used(make_decoder):
         eager.network.heads.weight.zero_()
         eager.network.heads.bias[1] = -9.0  # and expects nothing of chains
     result = run(make_decoder(), strategy(gate=eager, budget=6))
+    depth = 0
     for solution in result.solutions:
         nodes = solution.tree.nodes
         leaves = [i for i in solution.tree.leaves() if nodes[i].score is not None and nodes[i].status != "pruned"]
@@ -217,7 +226,8 @@ def test_the_best_scored_answer_wins_and_the_tree_is_used(make_decoder):
         answered = [nodes[i].score for i in finals if Digits().extract(solution.tree.text(i)) is not None]
         assert solution.score == max(answered, default=solution.score)
         assert len(solution.notes["bids"]) == 1
-        assert max(len(solution.tree.path(i)) for i in leaves) > 2, "no step of a search was taken"
+        depth = max(depth, *(len(solution.tree.path(i)) for i in leaves))
+    assert depth == 4, "a prompt, the two steps of the search, and the rest"
 
 
 def test_hidden_states_are_read_where_the_gate_wants_them(make_decoder):
@@ -262,6 +272,15 @@ def test_a_gate_says_whether_there_is_to_be_a_verifier(make_decoder):
 def test_settings_are_checked(settings, message):
     with pytest.raises((TypeError, ValueError), match=message):
         strategy(**settings)
+
+
+def test_a_problem_gets_no_more_than_the_most(make_decoder):
+    for most, chains in ((None, 19), (7, 7)):
+        eager = gate(verifier=False)
+        eager.calibrators = (Isotonic(np.array([0.0]), np.array([0.0])), IDENTITY)  # nothing is ever solved
+        chosen = strategy(gate=eager, max_chains=most, budget=30)
+        result = run(make_decoder(), chosen, task=Fixed(), verifier=None, sampling=EXACT)
+        assert [solution.spending.generated_tokens for solution in result.solutions] == [8 * chains] * len(PROBLEMS)
 
 
 def test_the_description_tells_gates_apart():

@@ -1,5 +1,5 @@
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 import pytest
@@ -128,7 +128,12 @@ def test_the_settings_of_the_package_itself():
     expected = TreeOfThoughts(depth=2, dead=0.1, sampling=Sampling(temperature=0.5))
     assert parse(TreeOfThoughts, "depth=2,dead=0.1,sampling.temperature=0.5", "strategy") == expected
     for strategy in STRATEGIES.values():
-        assert parse(strategy, "", "strategy") == strategy()
+        needs = [field.name for field in fields(strategy) if field.default is MISSING]
+        if needs:
+            with pytest.raises(TypeError, match=f"strategy: .*missing.*{needs[0]}"):
+                parse(strategy, "", "strategy")
+        else:
+            assert parse(strategy, "", "strategy") == strategy()
 
 
 def test_descriptions_have_all_settings_and_read_back():

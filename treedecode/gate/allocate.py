@@ -6,8 +6,9 @@ most gain per cost are taken until the budget is spent; the ratio where that hap
 multiplier of the budget constraint (2410.04707, section 3).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,16 @@ class Bid:
     alone: float
     spent: float
     num_chains: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Its attributes."""
+        return {**asdict(self), "trees": list(self.trees), "tree_costs": list(self.tree_costs)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Bid":
+        """The bid that `to_json` described."""
+        bid = cls(**data)
+        return replace(bid, trees=tuple(bid.trees), tree_costs=tuple(bid.tree_costs))
 
 
 @dataclass(frozen=True)

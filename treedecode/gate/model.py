@@ -5,6 +5,7 @@ import json
 import math
 import os
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,6 +82,15 @@ class Beliefs:
     alpha: np.ndarray
     beta: np.ndarray
     trees: np.ndarray
+
+    def terms(self, problem: int) -> dict[str, Any]:
+        """What is believed of one problem, as a `Bid` has it."""
+        return {
+            "unsolved": 1 - float(self.solved[problem]),
+            "alpha": float(self.alpha[problem]),
+            "beta": float(self.beta[problem]),
+            "trees": tuple(self.trees[problem].tolist()),
+        }
 
 
 class GateNetwork(nn.Module):

@@ -3,7 +3,7 @@
 import asyncio
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from treedecode.gate.allocate import Bid, Grant, allocate, at_price
@@ -78,9 +78,7 @@ class Record:
     @classmethod
     def of(cls, notes: Mapping[str, Any]) -> "Record":
         """The record in the notes of a solution."""
-        bids = [Bid(**bid) for bid in notes.get("bids", ())]
-        lists = [replace(bid, trees=tuple(bid.trees), tree_costs=tuple(bid.tree_costs)) for bid in bids]
-        return cls(lists, notes["spent"])
+        return cls([Bid.from_json(bid) for bid in notes.get("bids", ())], notes["spent"])
 
 
 class Meeting:

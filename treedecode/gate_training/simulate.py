@@ -120,9 +120,10 @@ class Replay:
             for at, (some, _) in enumerate(seen):
                 alone, further = chain_costs("tokens", 0, some, wave=wave, token_bytes=0)
                 costs = tuple(item.tokens * alone for item in gate.config.menu)
-                rate = float(beliefs.alpha[at]), float(beliefs.beta[at])
-                trees = tuple(beliefs.trees[at].tolist())
-                made.append(Bid(1 - float(beliefs.solved[at]), *rate, further, trees, costs, alone, 0.0, len(some)))
+                terms = beliefs.terms(at)
+                made.append(
+                    Bid(**terms, chain_cost=further, tree_costs=costs, alone=alone, spent=0.0, num_chains=len(some))
+                )
             return made
 
         return bids

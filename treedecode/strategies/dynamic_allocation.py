@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,7 +31,7 @@ class DynamicAllocation(Strategy):
         gate: a trained gate or its file. It says whether a verifier has to be in use.
         probes: chains of every problem before the gate looks first.
         wave: chains between two looks.
-        max_chains: of one problem.
+        max_chains: of one problem; None = a wave more than the gate has seen in training.
         floor: chains that every problem gets, whatever the gate thinks of it; 0 = the probes alone.
         mode: "offline" divides the budget among all problems of the run after each wave; "online" takes them as a
             stream, at a price that follows what earlier ones spent.
@@ -47,7 +47,7 @@ class DynamicAllocation(Strategy):
     gate: Gate | str | os.PathLike[str]
     probes: int = 2
     wave: int = 4
-    max_chains: int = 32
+    max_chains: int | None = None
     floor: int = 0
     mode: str = "offline"
     unit: str = "tokens"
@@ -63,8 +63,9 @@ class DynamicAllocation(Strategy):
         for name in ("wave", "lag"):
             require(name, getattr(self, name), int, 1)
         require("probes", self.probes, int, config.min_chains, config.max_chains)
-        require("max_chains", self.max_chains, int, self.probes, config.max_chains + self.wave)
-        require("floor", self.floor, int, 0, self.max_chains)
+        if self.max_chains is not None:
+            require("max_chains", self.max_chains, int, self.probes, config.max_chains + self.wave)
+        require("floor", self.floor, int, 0, self._most)
         require("budget", self.budget, float, max(self.probes, self.floor))
         require("price", self.price, float, 1e-4, 1)
         require("step", self.step, float, 0)
@@ -81,13 +82,18 @@ class DynamicAllocation(Strategy):
         return self.gate
 
     @property
+    def _most(self) -> int:
+        """Chains that one problem may get."""
+        return self._gate.config.max_chains + self.wave if self.max_chains is None else self.max_chains
+
+    @property
     def _searches(self) -> list[TreeOfThoughts]:
         """The gate's menu."""
         menu = self._gate.config.menu
         return [TreeOfThoughts(item.depth, item.width, item.keep, sampling=self.sampling) for item in menu]
 
     def share(self, problems: Sequence[str], notes: Mapping[str, Mapping[str, Any]]) -> Meeting | Stream:
-        terms = Terms(self.budget, self.max_chains, self.wave, self.floor)
+        terms = Terms(self.budget, self._most, self.wave, self.floor)
         known = {problem: Record.of(note) for problem, note in notes.items()}
         if self.mode == "offline":
             return Meeting(terms, problems, known)
@@ -112,10 +118,10 @@ class DynamicAllocation(Strategy):
         while True:
             classes = search.classes([chain.answer for chain in chains])
             best = chains[selected(chains, classes)].outcome
-            if len(chains) >= self.max_chains:
+            if len(chains) >= self._most:
                 return best
             bid = self._bid(search, prompt, chains, classes)
-            search.notes.setdefault("bids", []).append(asdict(bid))
+            search.notes.setdefault("bids", []).append(bid.to_json())
             grant = await search.shared.decide(search, bid)
             if grant.ends:
                 return best
@@ -131,11 +137,8 @@ class DynamicAllocation(Strategy):
         beliefs = self._gate.believe(vector(prompt, chains, classes)[None])
         alone, further = chain_costs(self.unit, prompt.num_tokens, chains, wave=self.wave, token_bytes=token_bytes)
         return Bid(
-            unsolved=1 - float(beliefs.solved[0]),
-            alpha=float(beliefs.alpha[0]),
-            beta=float(beliefs.beta[0]),
+            **beliefs.terms(0),
             chain_cost=further,
-            trees=tuple(beliefs.trees[0].tolist()),
             tree_costs=tuple(getattr(item, self.unit) * alone for item in config.menu),
             alone=alone,
             spent=self._spent(search),
