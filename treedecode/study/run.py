@@ -4,6 +4,7 @@ import json
 import platform
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,7 @@ async def run_study(
     await conditions.solve(conditions.decoder, conditions.problems[:1], plan[0].build(1.0, 1))
     for entry in plan:
         try:
-            measured = await measure(
-                conditions, entry, folder, chain_tokens, lambda solution, entry=entry: callback(entry, solution)
-            )
+            measured = await measure(conditions, entry, folder, chain_tokens, partial(callback, entry))
         except Exception as error:
             if baseline is None:
                 raise
