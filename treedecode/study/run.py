@@ -1,5 +1,6 @@
 """run_study: a plan's rows one after another, each on the disk before the next, then what they say together."""
 
+import hashlib
 import json
 import platform
 import traceback
@@ -108,6 +109,7 @@ def describe(conditions: Conditions, plan: Sequence[Entry], model: str) -> Json:
         "dtype": str(conditions.decoder.model.dtype).removeprefix("torch."),
         "task": conditions.task.name,
         "problems": [problem.id for problem in conditions.problems],
+        "prompts": hashlib.blake2b(repr(conditions.prompts).encode(), digest_size=8).hexdigest(),
         "verifier": None if conditions.verifier is None else repr(conditions.verifier),
         "sampling": repr(conditions.sampling),
         "seed": conditions.seed,
