@@ -13,9 +13,10 @@ from study_cases import Digits, Length
 
 import treedecode as td
 from treedecode import cli
+from treedecode.commands import study as command
 from treedecode.journal import Journal
 from treedecode.strategies import ChainOfThought, SelfConsistency, Strategy, TreeOfThoughts
-from treedecode.study import analysis, command, plan, plots, report, rows, run, stats
+from treedecode.study import analysis, plan, plots, report, rows, run, stats
 from treedecode.study.laws import Curve
 from treedecode.study.pool import ChainPool
 from treedecode.study.rows import Conditions, Entry
@@ -301,7 +302,7 @@ def test_the_default_plan_is_chosen_from_by_key_or_strategy():
 
 
 def test_the_command(conditions, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "_conditions", lambda arguments, model: conditions)
+    monkeypatch.setattr(command, "conditions_of", lambda arguments, model: conditions)
     arguments = ["study", "--out", str(tmp_path / "out"), "--model", "somewhere", "--strategies"]
     assert cli.main([*arguments, "self_consistency,dynamic_allocation_4x"]) == 1
     out, err = capsys.readouterr()
@@ -310,15 +311,15 @@ def test_the_command(conditions, tmp_path, monkeypatch, capsys):
     assert str(tmp_path / "out" / "report.md") in out
     found = json.loads((tmp_path / "out" / "study.json").read_text())
     assert found["command"].startswith("treedecode study --out")
-    assert cli.main([*arguments, "self_consistency"]) == 1
+    assert cli.main([*arguments, "self_consistency"]) == 2
     assert "holds a study" in capsys.readouterr().err
     assert cli.main(["study", "--out", str(tmp_path / "two"), "--model", "m", "--strategies", "self_consistency"]) == 0
-    assert cli.main(["study", "--out", str(tmp_path / "x"), "--model", "m", "--strategies", "nonsense"]) == 1
+    assert cli.main(["study", "--out", str(tmp_path / "x"), "--model", "m", "--strategies", "nonsense"]) == 2
     assert "strategies: expected some of" in capsys.readouterr().err
 
 
 def test_the_command_line_loads_nothing_before_it_runs():
-    heavy = "torch", "numpy", "scipy", "matplotlib", "tqdm"
+    heavy = "torch", "scipy", "matplotlib", "tqdm"
     code = f"import sys, treedecode.cli; print(sorted({set(heavy)} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 

@@ -5,8 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from treedecode import __version__, collect_env
-from treedecode.commands import gate, solve
-from treedecode.study import command
+from treedecode.commands import gate, solve, study
 
 
 def _info(_: argparse.Namespace) -> int:
@@ -25,10 +24,6 @@ def _tune(_: argparse.Namespace) -> int:
     return 0
 
 
-def _study(arguments: argparse.Namespace) -> int:
-    return command.main(arguments, arguments.argv)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="treedecode", description="Shared-prefix decoding of search trees.")
     parser.add_argument("--version", action="version", version=f"treedecode {__version__}")
@@ -39,11 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.set_defaults(run=_tune)
     solve.add_parser(commands)
     gate.add_parser(commands)
-    study = commands.add_parser(
-        "study", help="accuracy against compute: every strategy on the same problems, and a report"
-    )
-    command.add_arguments(study)
-    study.set_defaults(run=_study)
+    study.add_parser(commands)
     return parser
 
 

@@ -81,8 +81,8 @@ def fit_beta_binomial(
         raise ValueError(f"num_right: expected counts from 0 to {num_chains}, got {num_right.tolist()}")
     if num_chains < 2:
         raise CannotFit("one chain of a problem says nothing of how problems differ; at least 2 are needed")
-    for value, word in ((0, "wrong"), (num_chains, "right")):
-        if (num_right == value).all():
+    for count, word in ((0, "wrong"), (num_chains, "right")):
+        if (num_right == count).all():
             raise CannotFit(f"every chain of every problem is {word}")
     if np.isin(num_right, (0, num_chains)).all():
         raise CannotFit(

@@ -19,7 +19,7 @@ NAMES = {
     "best_of_n": "Best of n",
     "dynamic_allocation": "Dynamic allocation",
 }
-STYLE = {
+STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,

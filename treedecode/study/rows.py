@@ -88,10 +88,14 @@ class Conditions:
     prompt: Callable[[Problem], Prompt] | None = None
 
     @property
+    def prompts(self) -> list[Prompt]:
+        """What the model reads for each problem."""
+        return [self.prompt(problem) if self.prompt else problem.prompt for problem in self.problems]
+
+    @property
     def room(self) -> int:
         """Tokens that the model has for every problem, with a short forced answer after them."""
-        prompts = [self.prompt(problem) if self.prompt else problem.prompt for problem in self.problems]
-        longest = max(len(self.decoder.encode(p)) if isinstance(p, str) else len(p) for p in prompts)
+        longest = max(len(self.decoder.encode(p)) if isinstance(p, str) else len(p) for p in self.prompts)
         return self.decoder.model.max_position - longest - 2 * ANSWER_TOKENS
 
     async def solve(self, decoder: Decoder, problems: Sequence[Problem], strategy: Strategy, **settings: Any) -> Result:

@@ -1,9 +1,11 @@
 """run_study: a plan's rows one after another, each on the disk before the next, then what they say together."""
 
+import hashlib
 import json
 import platform
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +65,7 @@ async def run_study(
     await conditions.solve(conditions.decoder, conditions.problems[:1], plan[0].build(1.0, 1))
     for entry in plan:
         try:
-            measured = await measure(
-                conditions, entry, folder, chain_tokens, lambda solution, entry=entry: callback(entry, solution)
-            )
+            measured = await measure(conditions, entry, folder, chain_tokens, partial(callback, entry))
         except Exception as error:
             if baseline is None:
                 raise
@@ -109,6 +109,7 @@ def describe(conditions: Conditions, plan: Sequence[Entry], model: str) -> Json:
         "dtype": str(conditions.decoder.model.dtype).removeprefix("torch."),
         "task": conditions.task.name,
         "problems": [problem.id for problem in conditions.problems],
+        "prompts": hashlib.blake2b(repr(conditions.prompts).encode(), digest_size=8).hexdigest(),
         "verifier": None if conditions.verifier is None else repr(conditions.verifier),
         "sampling": repr(conditions.sampling),
         "seed": conditions.seed,

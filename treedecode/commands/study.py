@@ -1,0 +1,170 @@
+"""`treedecode study`: every strategy on the same problems, what each buys, and a report."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from treedecode.commands.solve import INTERRUPTED, MISUSED
+
+if TYPE_CHECKING:
+    from treedecode.solving import Solution
+    from treedecode.study.rows import Conditions, Entry
+
+
+def add_parser(commands: Any) -> None:
+    """Adds `study` to the commands of `treedecode`."""
+    parser = commands.add_parser(
+        "study",
+        help="accuracy against compute: every strategy on the same problems, and a report",
+        description="Runs every strategy on the same problems, and writes study.json, report.md, rows.csv and plots.",
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="where all of it goes")
+    add("--resume", action="store_true", help="go on with the study that --out holds")
+    add("--problems", type=int, default=100, metavar="N", help="of the test split (default: 100)")
+    add("--latency-problems", type=int, default=6, metavar="N", help="of these, solved one at a time too (default: 6)")
+    add("--strategies", metavar="NAME,...", help="rows beside the baseline, by key or strategy (default: all)")
+    add("--model", help="folder, hub name or .gguf file; default: the demo model that comes with the task 'countdown'")
+    add("--data", default="countdown", help="a task by name, or FILE.jsonl (default: countdown)")
+    add("--few-shot", metavar="FILE.jsonl", help="worked examples before every problem")
+    add("--shots", type=int, default=8, metavar="N", help="how many of them (default: 8)")
+    add("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
+    add(
+        "--verifier", default="value_head", metavar="NAME", help="as of `solve` (default: value_head, beside the model)"
+    )
+    add("--gate", metavar="FILE", help="of dynamic allocation (default: gate.safetensors beside the model)")
+    add("--temperature", type=float, default=1.0)
+    add("--seed", type=int, default=0, help="of the problems drawn and of everything sampled")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
+    add("--device", default="cpu")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command.
+
+    Returns:
+        the exit status: 0; 1 where a row failed; 2, with a line on standard error, where an argument is wrong; 130
+        after Ctrl-C.
+    """
+    try:
+        return _study(arguments)
+    except KeyboardInterrupt:
+        print(f"treedecode study: interrupted; with --resume it goes on from {arguments.out}", file=sys.stderr)
+        return INTERRUPTED
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("scipy", "matplotlib"):
+            raise
+        print(f"treedecode study: error: needs {error.name}: pip install 'treedecode[study]'", file=sys.stderr)
+        return MISUSED
+    except (OSError, TypeError, ValueError) as error:
+        # An error of the baseline's search has a note that says which problem it was in, and keeps its traceback.
+        if getattr(error, "__notes__", None):
+            raise
+        print(f"treedecode study: error: {error}", file=sys.stderr)
+        return MISUSED
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from treedecode.study import plan, plots, report
+    from treedecode.study.run import run_study
+
+    model = arguments.model or _demo_model()
+    gate = arguments.gate or str(Path(model) / "gate.safetensors")
+    entries = plan.default_plan(gate, follows_instructions=arguments.model is not None)
+    if arguments.strategies is not None:
+        entries = plan.choose(entries, arguments.strategies.split(","))
+    conditions = conditions_of(arguments, model)
+    with _Progress(len(conditions.problems)) as progress:
+        work = run_study(
+            conditions,
+            entries,
+            arguments.out,
+            resume=arguments.resume,
+            command=shlex.join(["treedecode", *arguments.argv]),
+            model=arguments.model or "the countdown model that comes with the package",
+            callback=progress.update,
+        )
+        study = conditions.decoder.run(work)
+    drawn = plots.draw(study, arguments.out)
+    report.write(study, arguments.out, [path.stem for path in drawn if path.suffix == ".png"])
+    print("\n".join(f"* {sentence}" for sentence in report.sentences(study)))
+    print(f"\n{arguments.out / 'report.md'}")
+    failed = [row for row in study["rows"] if row["error"] is not None]
+    for row in failed:
+        print(f"treedecode study: {row['label']} failed: {row['error']}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _demo_model() -> str:
+    from treedecode.tasks.countdown import model_path
+
+    return str(model_path())
+
+
+def conditions_of(arguments: argparse.Namespace, model: str) -> "Conditions":
+    """What the arguments say of problems, model and verifier.
+
+    Raises:
+        OSError, TypeError, ValueError: an argument is wrong, or what it names cannot be loaded.
+    """
+    from treedecode import tasks
+    from treedecode.commands.verifiers import verifier_named
+    from treedecode.decoder import Decoder
+    from treedecode.sampling import Sampling
+    from treedecode.study.rows import Conditions
+    from treedecode.study.serial import one_after_another
+
+    if not 1 <= arguments.latency_problems <= arguments.problems:
+        limits = f"1 to {arguments.problems}, the problems there are"
+        raise ValueError(f"latency-problems: expected from {limits}, got {arguments.latency_problems}")
+    task = tasks.load(arguments.data)
+    problems = task.problems(arguments.problems, split="test", seed=arguments.seed)
+    examples = tasks.few_shot(arguments.few_shot, arguments.shots) if arguments.few_shot is not None else []
+    verifier = verifier_named(arguments.verifier, task, model, arguments.device)
+    decoder = Decoder.from_pretrained(model, dtype=arguments.dtype, device=arguments.device)
+    prompts = tasks.format_prompts(problems, examples, tokenizer=decoder.tokenizer, chat=arguments.chat)
+    by_id = dict(zip([problem.id for problem in problems], prompts, strict=True))
+    return Conditions(
+        decoder=decoder,
+        serial=one_after_another(decoder),
+        task=task,
+        problems=problems,
+        verifier=verifier,
+        sampling=Sampling(temperature=arguments.temperature),
+        seed=arguments.seed,
+        latency_problems=arguments.latency_problems,
+        prompt=lambda problem: by_id[problem.id],
+    )
+
+
+class _Progress:
+    """A bar for the row that is running, on standard error."""
+
+    def __init__(self, num_problems: int) -> None:
+        self._num_problems = num_problems
+        self._bar: Any = None
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def update(self, entry: "Entry", solution: "Solution | None") -> None:
+        """One more solution, or the end of the row."""
+        if solution is None:
+            self._close()
+            return
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self._num_problems, desc=entry.label, unit="problem")
+        self._bar.update()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
