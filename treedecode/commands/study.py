@@ -112,7 +112,7 @@ def conditions_of(arguments: argparse.Namespace, model: str) -> "Conditions":
     """
     from treedecode import tasks
     from treedecode.commands.verifiers import verifier_named
-    from treedecode.decoder import Decoder
+    from treedecode.decoder import Decoder, Prompt
     from treedecode.sampling import Sampling
     from treedecode.study.rows import Conditions
     from treedecode.study.serial import one_after_another
@@ -126,7 +126,7 @@ def conditions_of(arguments: argparse.Namespace, model: str) -> "Conditions":
     verifier = verifier_named(arguments.verifier, task, model, arguments.device)
     decoder = Decoder.from_pretrained(model, dtype=arguments.dtype, device=arguments.device)
     prompts = tasks.format_prompts(problems, examples, tokenizer=decoder.tokenizer, chat=arguments.chat)
-    by_id = dict(zip([problem.id for problem in problems], prompts, strict=True))
+    by_id: dict[str, Prompt] = {problem.id: prompt for problem, prompt in zip(problems, prompts, strict=True)}
     return Conditions(
         decoder=decoder,
         serial=one_after_another(decoder),
