@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,8 +126,8 @@ def conditions_of(arguments: argparse.Namespace, model: str) -> "Conditions":
     examples = tasks.few_shot(arguments.few_shot, arguments.shots) if arguments.few_shot is not None else []
     verifier = verifier_named(arguments.verifier, task, model, arguments.device)
     decoder = Decoder.from_pretrained(model, dtype=arguments.dtype, device=arguments.device)
-    prompts = tasks.format_prompts(problems, examples, tokenizer=decoder.tokenizer, chat=arguments.chat)
-    by_id: dict[str, Prompt] = {problem.id: prompt for problem, prompt in zip(problems, prompts, strict=True)}
+    prompts: Sequence[Prompt] = tasks.format_prompts(problems, examples, tokenizer=decoder.tokenizer, chat=arguments.chat)
+    by_id = dict(zip([problem.id for problem in problems], prompts, strict=True))
     return Conditions(
         decoder=decoder,
         serial=one_after_another(decoder),
