@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from treedecode.cli import main
 from treedecode.gate.chains import Chain, confidence, selected
 from treedecode.gate.features import NAMES, Prefill, vector
 from treedecode.gate.model import Gate
@@ -14,8 +15,9 @@ from treedecode.gate.sharing import Terms
 from treedecode.gate_training.audit import Allocation, audit, permutation_test, spend_gap, strata_of
 from treedecode.gate_training.evaluate import evaluate, table
 from treedecode.gate_training.fit import beta_binomial_nll, look, measure, train
-from treedecode.gate_training.rollouts import Rollouts
+from treedecode.gate_training.rollouts import Rollouts, collect
 from treedecode.gate_training.simulate import Replay, orders
+from treedecode.tasks.base import Problem
 
 
 def population(num_problems=400, num_chains=24, *, seed=0, trees=0, verifier=True):
@@ -180,6 +182,82 @@ def test_rollouts_come_back_from_their_file(tmp_path):
     np.savez(tmp_path / "other.npz", ids=data.ids)
     with pytest.raises(ValueError, match=r"holds no rollouts: \['classes'"):
         Rollouts.load(tmp_path / "other.npz")
+
+
+class Digits:
+    """The answer is the first digit of a text, which ends with its line."""
+
+    name, stop, end = "digits", " ", ("\n",)
+    max_step_tokens, max_new_tokens = 4, 12
+
+    def extract(self, text):
+        return next((c for c in text if c.isdigit()), None)
+
+    def equivalent(self, first, second):
+        return first == second
+
+    def is_final(self, text):
+        return False
+
+    def verify(self, problem, text):
+        return self.extract(text) == problem.answer
+
+
+def test_collected_rollouts_are_what_the_decoder_did(make_decoder, tmp_path):
+    problems = [Problem(f"p{i}", f"the cat {i}", str(i), group="a" if i else None) for i in range(3)]
+    journal = str(tmp_path / "journal")
+    settings = {"task": Digits(), "num_chains": 5, "menu": [(2, 2, 1)], "seed": 3, "journal": journal}
+
+    def verifier(problem, text):
+        return len(text) / 100
+
+    dec = make_decoder()
+    data = collect(dec, problems, verifier=verifier, **settings)
+    assert data.ids.tolist() == ["p0", "p1", "p2"]
+    assert data.groups.tolist() == ["", "a", "a"]
+    assert (data.classes.shape, data.right.shape, data.tokens.shape) == ((3, 6), (3, 6), (3, 5))
+    assert data.hidden.shape == (3, 0)
+    assert data.has_scores
+    alone = data.tokens.mean(axis=1)
+    searched = np.rint(data.tree_tokens[:, 0] * alone)
+    solutions = [json.loads(line) for line in (tmp_path / "journal").read_text().splitlines()[1:]]
+    for solution in solutions:
+        i = data.ids.tolist().index(solution["id"])
+        found = [node for node in solution["tree"]["nodes"] if node["kind"] == "generated"][:5]
+        assert data.tokens[i].sum() + searched[i] == solution["spending"]["generated_tokens"]
+        digits = [next((c for c in node["text"] if c.isdigit()), None) for node in found]
+        done = [node["text"].endswith("\n") for node in found]
+        assert data.tokens[i].tolist() == [node["num_tokens"] for node in found]
+        np.testing.assert_allclose(
+            data.logprobs[i], [node["logprob"] / node["num_tokens"] for node in found], rtol=1e-5
+        )
+        assert data.right[i, :5].tolist() == [digit == str(i) for digit in digits]
+        assert (data.classes[i, :5] >= 0).tolist() == [
+            d and digit is not None for d, digit in zip(done, digits, strict=True)
+        ]
+    again = collect(make_decoder(), problems, verifier=verifier, **settings)
+    for name, values in vars(data).items():
+        np.testing.assert_array_equal(getattr(again, name), values)
+    with pytest.raises(ValueError, match=r"menu: tree searches score branches and need a verifier"):
+        collect(dec, problems, **settings)
+
+
+def test_the_command_trains_and_judges(tmp_path, capsys):
+    _, data = population(80, 8)
+    data.save(tmp_path / "rollouts.npz")
+    out, rollouts = str(tmp_path / "out"), str(tmp_path / "rollouts.npz")
+    assert main(["gate", "train", "--rollouts", rollouts, "--max-chains", "6", "--out", out]) == 0
+    figures = json.loads((tmp_path / "out" / "gate.json").read_text())
+    gate = str(tmp_path / "out" / "gate.safetensors")
+    assert figures["gate"] == repr(Gate.load(gate))
+    capsys.readouterr()
+    judge = ["gate", "eval", gate, "--rollouts", rollouts, "--budgets", "3", "--repeats", "1", "--out", out]
+    assert main(judge) == 0
+    report = json.loads((tmp_path / "out" / "gate_report.json").read_text())
+    assert table(report) in capsys.readouterr().out
+    assert report["budgets"][0]["uniform_at_twice"] is not None
+    assert main(["gate", "eval", str(tmp_path / "none"), "--rollouts", rollouts, "--out", out]) == 2
+    assert "treedecode gate: error: " in capsys.readouterr().err
 
 
 # -- replay --
