@@ -126,7 +126,8 @@ def conditions_of(arguments: argparse.Namespace, model: str) -> "Conditions":
     examples = tasks.few_shot(arguments.few_shot, arguments.shots) if arguments.few_shot is not None else []
     verifier = verifier_named(arguments.verifier, task, model, arguments.device)
     decoder = Decoder.from_pretrained(model, dtype=arguments.dtype, device=arguments.device)
-    prompts: Sequence[Prompt] = tasks.format_prompts(problems, examples, tokenizer=decoder.tokenizer, chat=arguments.chat)
+    prompts: Sequence[Prompt]
+    prompts = tasks.format_prompts(problems, examples, tokenizer=decoder.tokenizer, chat=arguments.chat)
     by_id = dict(zip([problem.id for problem in problems], prompts, strict=True))
     return Conditions(
         decoder=decoder,
