@@ -62,7 +62,13 @@ def accuracy(study: Json, axes: Axes) -> bool:
         best = _best(laws)
         if best is not None:
             line = laws["fits"][best]["line"]
-            axes.plot(line["costs"], line["accuracy"], color=colour, linewidth=1.2, label=f"   {best} law")
+            axes.plot(
+                line["costs"],
+                line["accuracy"],
+                color=colour,
+                linewidth=1.2,
+                label=f"{NAMES.get(name, name)}: {best} law",
+            )
             axes.fill_between(line["costs"], line["low"], line["high"], color=colour, alpha=0.13, linewidth=0)
     rest = [row for row in study["rows"] if row["error"] is None and row["tokens_x"] and not row["curve"]]
     rest = [row for row in rest if row["strategy"] not in {"chain_pool", *curves}]
@@ -122,7 +128,7 @@ def coverage(study: Json, axes: Axes) -> bool:
     for (law, name), style in zip(names.items(), ("-", "--"), strict=True):
         line = found["fits"][law].get("line")
         if line is not None:
-            axes.plot(line["costs"], line["accuracy"], style, color=COLOURS[0], linewidth=1.2, label=f"   {name}")
+            axes.plot(line["costs"], line["accuracy"], style, color=COLOURS[0], linewidth=1.2, label=f"pass@k: {name}")
     majority = study["laws"].get("self_consistency")
     if majority is not None:
         counts = [point["cost"] for point in found["points"]]
