@@ -1,5 +1,6 @@
 """The study end to end on the fake model: what it writes, that its numbers are the ledgers', and what it survives."""
 
+import asyncio
 import csv
 import dataclasses
 import json
@@ -178,6 +179,22 @@ def test_files(study):
         assert (out / f"{name}.svg").read_bytes() == before  # a plot is a function of the study
 
 
+def test_the_report_says_what_the_numbers_say(study):
+    found, _ = study
+    quiet = {**found, "machine": {**found["machine"], "load_average": 0.5, "cores": 2}}
+    busy = {**found, "machine": {**found["machine"], "load_average": 9.0, "cores": 2}}
+    said = list(report.sentences(quiet))
+    assert not any("Other work ran" in sentence for sentence in said)
+    assert any("Other work ran meanwhile (load 9.0 on 2 cores)" in sentence for sentence in report.sentences(busy))
+    best = max(found["rows"][1:], key=lambda row: row["accuracy"])
+    assert any(f"The most accurate is {best['label']}: {100 * best['accuracy']:.1f}%" in sentence for sentence in said)
+    rest = found["rows"][1:]
+    lost = [{**row, "over_baseline": {"estimate": -0.2, "low": -0.3, "high": -0.1}} for row in rest]
+    said = list(report.sentences({**quiet, "rows": [found["rows"][0], *lost]}))
+    assert f"Below the baseline: {', '.join(row['label'] for row in rest)}." in said
+    assert not any("gains most per compute" in sentence for sentence in said)
+
+
 def test_a_row_that_fails_is_told_and_the_rest_goes_on(conditions, tmp_path, monkeypatch):
     monkeypatch.setitem(rows.STRATEGIES, "broken", Broken)
     entries = [
@@ -214,11 +231,11 @@ def test_an_interrupted_study_goes_on_where_it_was(conditions, tmp_path):
         if entry.key == "votes_4" and solution is not None:
             seen.append(solution)
             if len(seen) == 3:
-                raise KeyboardInterrupt
+                raise asyncio.CancelledError
 
     seen, entries = [], [PLAN[0], PLAN[4], PLAN[5]]
     work = run.run_study(conditions, entries, tmp_path / "a", callback=interrupt, num_resamples=10)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(asyncio.CancelledError):
         conditions.decoder.run(work)
     with pytest.raises(ValueError, match="holds a study; go on with it"):
         conditions.decoder.run(run.run_study(conditions, entries, tmp_path / "a"))

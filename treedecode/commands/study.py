@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from treedecode.commands.solve import INTERRUPTED, MISUSED
 
 if TYPE_CHECKING:
+    from treedecode.decoder import Prompt
     from treedecode.solving import Solution
     from treedecode.study.rows import Conditions, Entry
 
@@ -128,7 +129,7 @@ def conditions_of(arguments: argparse.Namespace, model: str) -> "Conditions":
     decoder = Decoder.from_pretrained(model, dtype=arguments.dtype, device=arguments.device)
     prompts: Sequence[Prompt]
     prompts = tasks.format_prompts(problems, examples, tokenizer=decoder.tokenizer, chat=arguments.chat)
-    by_id = dict(zip([problem.id for problem in problems], prompts, strict=True))
+    by_id: dict[str, Prompt] = dict(zip([problem.id for problem in problems], prompts, strict=True))
     return Conditions(
         decoder=decoder,
         serial=one_after_another(decoder),

@@ -42,7 +42,7 @@ def draw(study: Json, out: Path) -> list[Path]:
     written = []
     for name, plot in (("accuracy", accuracy), ("latency", latency), ("coverage", coverage)):
         with mpl.rc_context(STYLE):
-            figure = Figure(figsize=(6.4, 4.2), layout="constrained")  # no pyplot: no window, no global state
+            figure = Figure(figsize=(7.2, 4.2), layout="constrained")  # no pyplot: no window, no global state
             if not plot(study, figure.subplots()):
                 continue
             for ending in ("png", "svg"):
@@ -62,15 +62,21 @@ def accuracy(study: Json, axes: Axes) -> bool:
         best = _best(laws)
         if best is not None:
             line = laws["fits"][best]["line"]
-            axes.plot(line["costs"], line["accuracy"], color=colour, linewidth=1.2, label=f"   {best} law")
+            axes.plot(
+                line["costs"],
+                line["accuracy"],
+                color=colour,
+                linewidth=1.2,
+                label=f"{NAMES.get(name, name)}: {best} law",
+            )
             axes.fill_between(line["costs"], line["low"], line["high"], color=colour, alpha=0.13, linewidth=0)
     rest = [row for row in study["rows"] if row["error"] is None and row["tokens_x"] and not row["curve"]]
-    rest = [row for row in rest if row["strategy"] not in ("chain_pool", "self_consistency", "best_of_n")]
+    rest = [row for row in rest if row["strategy"] not in {"chain_pool", *curves}]
     for row in rest:
         low, high = row["accuracy_ci"]
         errors = [[max(row["accuracy"] - low, 0.0)], [max(high - row["accuracy"], 0.0)]]
         axes.errorbar(row["tokens_x"], row["accuracy"], errors, fmt="o", color=GREY, markersize=4, elinewidth=0.8)
-        _label(axes, row["label"], row["tokens_x"], row["accuracy"])
+    _number(axes, rest, [row["accuracy"] for row in rest])
     axes.set(xlabel="Generated tokens, in multiples of one chain", ylabel="Accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     _compute_axis(axes)
@@ -100,8 +106,7 @@ def latency(study: Json, axes: Axes) -> bool:
         color=COLOURS[0],
         label="treedecode",
     )
-    for row in rows:
-        _label(axes, row["label"], row["tokens_x"], row["latency_s"])
+    _number(axes, rows, [row["latency_s"] for row in rows])
     axes.set(xlabel="Generated tokens, in multiples of one chain", ylabel="Seconds for one problem (median)")
     axes.set_yscale("log")
     plain = FuncFormatter(lambda value, _: f"{value:g}")
@@ -123,7 +128,7 @@ def coverage(study: Json, axes: Axes) -> bool:
     for (law, name), style in zip(names.items(), ("-", "--"), strict=True):
         line = found["fits"][law].get("line")
         if line is not None:
-            axes.plot(line["costs"], line["accuracy"], style, color=COLOURS[0], linewidth=1.2, label=f"   {name}")
+            axes.plot(line["costs"], line["accuracy"], style, color=COLOURS[0], linewidth=1.2, label=f"pass@k: {name}")
     majority = study["laws"].get("self_consistency")
     if majority is not None:
         counts = [point["cost"] for point in found["points"]]
@@ -161,8 +166,13 @@ def _best(laws: Json) -> str | None:
     return next((name for name in order if "line" in laws["fits"][name]), None)
 
 
-def _label(axes: Axes, text: str, x: float, y: float) -> None:
-    axes.annotate(text, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6.5, color="#444444")
+def _number(axes: Axes, rows: list[Json], heights: list[float]) -> None:
+    """Numbers at the rows' points, and beside the axes what they stand for: labels of a dozen rows would overlap."""
+    for i, (row, height) in enumerate(zip(rows, heights, strict=True), 1):
+        at = (row["tokens_x"], height)
+        axes.annotate(str(i), at, xytext=(4, 3), textcoords="offset points", fontsize=7, color="#444444")
+    key = "\n".join(f"{i}  {row['label']}" for i, row in enumerate(rows, 1))
+    axes.annotate(key, (1.02, 1), xycoords="axes fraction", va="top", fontsize=7, color="#444444", linespacing=1.6)
 
 
 def _compute_axis(axes: Axes) -> None:

@@ -139,6 +139,12 @@ def sentences(study: Json) -> Iterator[str]:
             f"At least one of {last['cost']:g} chains is right for {_percent(last['accuracy'])} of problems, one alone "
             f"for {_percent(first['accuracy'])}: what choosing among chains could gain at most."
         )
+    machine = study["machine"]
+    if machine["load_average"] > machine["cores"] + 1:
+        yield (
+            f"Other work ran meanwhile (load {machine['load_average']:.1f} on {machine['cores']} cores): times are "
+            "longer than on a quiet machine, and their ratios noisy."
+        )
     cut = [f"{row['label']} ({row['num_cut']})" for row in rows if row["num_cut"]]
     if cut:
         yield f"Searches that a budget cut short: {', '.join(cut)}."

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import platform
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -154,6 +155,8 @@ def machine(decoder: Any) -> Json:
         "gpu": gpus(),
         "device": str(decoder.engine.pool.device),
         "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[2],  # of the last 15 minutes
     }
 
 
