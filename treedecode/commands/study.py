@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from treedecode.commands.solve import INTERRUPTED, MISUSED
 
 if TYPE_CHECKING:
-    from treedecode.decoder import Prompt
     from treedecode.solving import Solution
     from treedecode.study.rows import Conditions, Entry
 
