@@ -72,7 +72,7 @@ def test_derivations_keep_the_rules_and_reach_the_target(count):
 def test_problems_are_distinct_mixed_seeded_and_extend_each_other():
     problems = TASK.problems(300, split="test", seed=5)
     assert len({problem.id for problem in problems}) == 300
-    assert Counter(problem.group for problem in problems) == {"3 numbers": 75, "4 numbers": 75, "5 numbers": 150}
+    assert Counter(problem.group for problem in problems) == {"3 numbers": 100, "4 numbers": 100, "5 numbers": 100}
     assert TASK.problems(40, split="test", seed=5) == problems[:40]
     assert {p.id for p in TASK.problems(300, split="test", seed=6)} != {p.id for p in problems}
     first = problems[0].data
@@ -88,9 +88,12 @@ def test_solved_problems_are_right():
             target = int(prompt.split()[-1])
             assert TASK.verify(problem(numbers, target), solution)
             assert TASK.is_final(solution)
-    assert [len(prompt.split()) for prompt, _ in TASK.examples(4)] == [7, 8, 9, 9]
+    assert [len(prompt.split()) for prompt, _ in TASK.examples(4)] == [7, 8, 9, 7]
     assert TASK.examples(2) == TASK.examples(4)[:2]
     assert len(set(TASK.examples(8))) == 8
+    mixed = Countdown(counts=(3, 5, 5)).problems(60)
+    assert Counter(problem.group for problem in mixed) == {"3 numbers": 20, "5 numbers": 40}
+    assert len({problem.id for problem in mixed}) == 60
 
 
 def test_misses_ask_for_another_target():

@@ -145,7 +145,7 @@ def train(arguments: argparse.Namespace) -> None:
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     torch.manual_seed(arguments.seed)
     device = torch.device(arguments.device)
-    task, tokenizer = Countdown(counts=(3, 4, 5)), build_tokenizer()
+    task, tokenizer = Countdown(), build_tokenizer()
     model = build_model(tokenizer, arguments.hidden_size, arguments.layers).to(device)
     head = ValueHead(arguments.hidden_size).to(device)
     parameters = [*model.parameters(), *head.parameters()]

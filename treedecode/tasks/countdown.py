@@ -65,8 +65,7 @@ class Countdown:
     the seeds and settings.
 
     Attributes:
-        counts: how many numbers a problem has; the default gives half of them five, so that they are not too easy for
-            the model that comes with the package.
+        counts: how many numbers a problem has, as often as they are listed.
         max_number: numbers are from 1 to this.
         max_value: no result on the way of the derivation is above; a solution may go there.
         min_target, max_target: targets lie between.
@@ -75,7 +74,7 @@ class Countdown:
         ValueError: a field is out of range (named).
     """
 
-    counts: tuple[int, ...] = (3, 4, 5, 5)
+    counts: tuple[int, ...] = (3, 4, 5)
     max_number: int = 25
     max_value: int = 100
     min_target: int = 10
