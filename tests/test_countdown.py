@@ -90,6 +90,23 @@ def test_solved_problems_are_right():
             assert TASK.is_final(solution)
     assert [len(prompt.split()) for prompt, _ in TASK.examples(4)] == [7, 8, 9, 7]
     assert TASK.examples(2) == TASK.examples(4)[:2]
+    assert len(set(TASK.examples(8))) == 8
+    mixed = Countdown(counts=(3, 5, 5)).problems(60)
+    assert Counter(problem.group for problem in mixed) == {"3 numbers": 20, "5 numbers": 40}
+    assert len({problem.id for problem in mixed}) == 60
+
+
+def test_misses_ask_for_another_target():
+    hits = [pair for pair, _ in zip(TASK.solved(4, misses=0.0), range(1000), strict=False)]
+    stream = [pair for pair, _ in zip(TASK.solved(4, misses=0.25), range(1000), strict=False)]
+    assert [solution for _, solution in stream] == [solution for _, solution in hits]
+    missed = [prompt != hit for (prompt, _), (hit, _) in zip(stream, hits, strict=True)]
+    assert 0.15 < np.mean(missed) < 0.3
+    for prompt, solution in stream:
+        words = prompt.split()
+        numbers, target = [int(word) for word in words[1:-3]], int(words[-1])
+        assert split_of(numbers, target) == "train"
+        assert TASK.verify(problem(numbers, int(solution.split()[-1])), solution)
 
 
 def test_settings_are_checked():
@@ -121,11 +138,11 @@ def key_of(numbers, target):
 
 
 def test_splits_are_disjoint():
-    """No training text is about a problem of another split, from the generators that training and evaluation use."""
+    """No training text asks for a problem of another split, from the generators that training and evaluation use."""
     seen = {split: set() for split in SPLITS}
     for count in TASK.counts:
         for seed in (0, 1):
-            stream = TASK.solved(count, split="train", seed=seed)
+            stream = TASK.solved(count, split="train", seed=seed, misses=seed / 2)
             for prompt, _ in (next(stream) for _ in range(4000)):
                 words = prompt.split()
                 seen["train"].add(key_of(map(int, words[1:-3]), int(words[-1])))
@@ -204,6 +221,15 @@ def test_cheats_are_refused(text):
     assert not TASK.verify(problem((3, 5, 7, 25), 69), text)
 
 
+def test_an_answer_is_read_whether_or_not_it_is_right():
+    """Otherwise a majority vote would be told which answers are wrong."""
+    wrong = "25 + 5 = 31, left 3 7 31\n31 - 7 = 24, left 3 24\n24 * 3 = 69, left 69\n"
+    assert TASK.extract(wrong) == TASK.extract(GOOD)
+    assert TASK.is_final(wrong)
+    assert not TASK.verify(problem((3, 5, 7, 25), 69), wrong)
+    assert TASK.extract("9 / 2 = 5, left 5\n") == "9 / 2"
+
+
 def test_what_follows_the_answer_is_not_read():
     assert TASK.verify(problem((3, 5, 7, 25), 69), GOOD + "Use 1 2 to make 3\n")
     assert not TASK.verify(problem((3, 5, 7, 25), 70), GOOD + "69 + 1 = 70, left 70\n")
@@ -216,23 +242,18 @@ def test_when_a_solution_is_final():
     assert not TASK.is_final(lines[0])
     assert not TASK.is_final(lines[0] + lines[1] + "23 * 3 = 6")
     assert TASK.is_final(GOOD)
-    assert not TASK.is_final(GOOD.removesuffix("\n"))  # 6, and perhaps 69
-    assert not TASK.is_final(lines[0] + "so far so good\n")
-
-
-def test_an_answer_is_what_the_lines_say_not_what_is_true():
-    assert not TASK.is_final("25 + 5 = 31, left 3 7 31\n")
-    assert TASK.extract("25 + 5 = 31, left 3 7 31\n") is None
-    wrong = "5 + 7 = 13, left 13 3\n13 * 3 = 36, left 36\n"
-    assert TASK.is_final(wrong)
-    assert TASK.extract(wrong) == TASK.extract("7 + 5 = 12, left 3 12\n12 * 3 = 36, left 36\n") == "(5 + 7) * 3"
-    assert not TASK.verify(problem((3, 5, 7), 36), wrong)
+    assert TASK.is_final(GOOD.removesuffix("\n"))
+    assert TASK.is_final("25 + 5 = 30, left 3 7\n")  # broken off
+    assert not TASK.is_final("25 + 5 = 30, left 3 7")  # not a line yet
+    assert not TASK.is_final("25 + 5 = 31, left 3 7 31\n")  # wrong, which only the verifier may tell
+    assert TASK.is_final(lines[0] + "\n")
+    assert TASK.extract(lines[0]) is None
 
 
 @given(st.text(alphabet="0123456789+-*/=, left\n", max_size=80))
 def test_any_text_is_read_without_error(text):
     TASK.is_final(text)
-    assert TASK.extract(text) is None or TASK.is_final(text + "\n")
+    assert TASK.extract(text) is None or TASK.is_final(text)
     assert not TASK.verify(problem((3, 5, 7, 25), 69), text)
 
 

@@ -33,6 +33,7 @@ from treedecode.tasks.countdown import Countdown
 
 CHUNK = 100  # steps whose data is drawn at once: a resumed run draws its chunk anew
 BRANCHES = 8  # rollouts per problem
+MISSES = 0.25  # share of texts in the last phase that do not come to the target
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase, hidden_size: int, num_layers: int) -> LlamaForCausalLM:
@@ -56,7 +57,13 @@ def build_model(tokenizer: PreTrainedTokenizerBase, hidden_size: int, num_layers
 
 
 def batches(
-    task: Countdown, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, seed: int, first_step: int
+    task: Countdown,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+    seed: int,
+    first_step: int,
+    last_phase: int,
 ) -> Iterator[list[tuple[Tensor, int]]]:
     """For every step from `first_step` on, and for each count of numbers: `[batch_size, length]` ids, prompt length.
 
@@ -66,7 +73,8 @@ def batches(
     while True:
         parts = []
         for count in task.counts:
-            stream = task.solved(count, split="train", seed=(seed << 32) + chunk)
+            misses = MISSES if chunk * CHUNK >= last_phase else 0.0
+            stream = task.solved(count, split="train", seed=(seed << 32) + chunk, misses=misses)
             pairs = [next(stream) for _ in range(CHUNK * batch_size)]
             prompt_len = len(tokenizer.encode(pairs[0][0]))
             ids = tokenizer([f"{prompt}{solution}<eos>" for prompt, solution in pairs])["input_ids"]
@@ -154,7 +162,15 @@ def train(arguments: argparse.Namespace) -> None:
     if rank == 0:
         print(f"{model.num_parameters() / 1e6:.2f}M parameters, from step {step}", flush=True)
     problems = task.problems(arguments.eval_problems, split="validation")
-    stream = batches(task, tokenizer, batch_size=arguments.batch_size, seed=arguments.seed, first_step=step)
+    last_phase = arguments.steps - arguments.value_steps
+    stream = batches(
+        task,
+        tokenizer,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        first_step=step,
+        last_phase=last_phase,
+    )
     value_stream: Iterator[Rollouts] = iter(())
     begin, num_tokens, losses, value_losses = time.perf_counter(), 0, [], []
     while step < arguments.steps:
@@ -168,7 +184,7 @@ def train(arguments: argparse.Namespace) -> None:
             loss += part_loss.detach()
         losses.append(world * loss.item())  # this process's share of the batch stands for all
         num_tokens += sum(arguments.batch_size * ids.shape[1] for ids, _ in parts)
-        if step >= arguments.steps - arguments.value_steps:
+        if step >= last_phase:
             rollouts = next(value_stream, None)
             if rollouts is None:
                 seed = (arguments.seed << 32) + (1 << 31) + step * world + rank  # none of `batches`
@@ -209,13 +225,13 @@ def train(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2100)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--value-steps", type=int, default=900)
+    parser.add_argument("--value-steps", type=int, default=1200)
     parser.add_argument("--value-batch-size", type=int, default=96, help="rollouts per step")
     parser.add_argument("--value-weight", type=float, default=0.2)
     parser.add_argument("--device", default="cpu")

@@ -115,8 +115,8 @@ def report_model(dec: td.Decoder, num_problems: int, branches: int) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of the trained model; the head is put there")
-    parser.add_argument("--problems", type=int, default=6000)
-    parser.add_argument("--branches", type=int, default=8)
+    parser.add_argument("--problems", type=int, default=8000)
+    parser.add_argument("--branches", type=int, default=4)
     parser.add_argument("--eval-problems", type=int, default=300)
     parser.add_argument("--eval-branches", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=4)

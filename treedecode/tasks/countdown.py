@@ -65,7 +65,7 @@ class Countdown:
     the seeds and settings.
 
     Attributes:
-        counts: how many numbers a problem has.
+        counts: how many numbers a problem has, as often as they are listed.
         max_number: numbers are from 1 to this.
         max_value: no result on the way of the derivation is above; a solution may go there.
         min_target, max_target: targets lie between.
@@ -107,10 +107,10 @@ class Countdown:
         Raises:
             ValueError: no such split, or it does not have so many problems.
         """
-        streams = [self._distinct(count, split, seed) for count in self.counts]
+        streams = {count: self._distinct(count, split, seed) for count in self.counts}
         found = []
         for i in range(num_problems):
-            numbers, target = next(streams[i % len(streams)])
+            numbers, target = next(streams[self.counts[i % len(self.counts)]])
             name = f"{'-'.join(map(str, numbers))}={target}"
             found.append(
                 Problem(
@@ -179,32 +179,50 @@ class Countdown:
             left = np.concatenate([left[:, 2:], result[:, None]], axis=1)
         return np.stack(steps, axis=1)
 
-    def solved(self, count: int, *, split: str = "train", seed: int = 0) -> Iterator[tuple[str, str]]:
-        """(prompt, solution) of `derivations`, without end: what a model is trained on."""
+    def solved(
+        self, count: int, *, split: str = "train", seed: int = 0, misses: float = 0.0
+    ) -> Iterator[tuple[str, str]]:
+        """(prompt, solution) of `derivations`, without end: what a model is trained on.
+
+        Args:
+            misses: share of prompts that ask for another target than the lines come to. A model that has only seen
+                lines that come to the target learns to write it at the end, whatever the operation gives.
+        """
+        rng = np.random.default_rng([seed, count, 1])
+        other = 0
         for numbers, steps in self.derivations(count, split=split, seed=seed):
-            yield prompt_of(numbers, steps[-1][3]), solution_of(numbers, steps)
+            target = steps[-1][3]
+            miss = other > 0 and rng.random() < misses and split_of(numbers, other) == split
+            yield prompt_of(numbers, other if miss else target), solution_of(numbers, steps)
+            other = target  # of other numbers, and as likely as a target can be
 
     def examples(self, count: int) -> Sequence[tuple[str, str]]:
         """Solved training problems, with `counts` numbers in turn."""
-        streams = [self.solved(numbers, seed=0) for numbers in self.counts]
-        return [next(streams[i % len(streams)]) for i in range(count)]
+        streams = {numbers: self.solved(numbers, seed=0) for numbers in self.counts}
+        return [next(streams[self.counts[i % len(self.counts)]]) for i in range(count)]
 
     def extract(self, text: str) -> str | None:
-        """The expression that the lines build, `(25 + 5 - 7) * 3`; None while none of them leaves a single number.
+        """The expression that the lines build, `(25 + 5 - 7) * 3`.
 
-        What a line says that two numbers make is believed: whether it is true is for a verifier to find. Sums and
-        products are flattened and sorted, so that solutions which differ in order or grouping alone come to the same
-        expression. Lines that are no operation are passed over, and those after the last number as well.
+        Sums and products are flattened and sorted, so that solutions which differ in order or grouping alone come to
+        the same expression. Results are taken as written: whether they are right is for `verify` to say, and a vote
+        among answers must not know. Lines after the one that leaves one number are not read. None while more than one
+        number is left, and where a line cannot be read or takes numbers that are not there.
         """
-        item = _claimed(text)
-        return None if item is None else item.text
+        pool = _replay(text)
+        return None if pool is None or len(pool) != 1 else pool[0].text
 
     def equivalent(self, first: str, second: str) -> bool:
         return first == second
 
     def is_final(self, text: str) -> bool:
-        """Whether a line leaves a single number, rightly or not; one that is not ended may have more to come."""
-        return _claimed(text[: text.rfind("\n") + 1]) is not None
+        """Whether one number is left, or a line has broken the solution off: `extract` gives None, whatever follows."""
+        ended = text[: text.rfind("\n") + 1]
+        pool = _replay(ended)
+        if pool is None or len(pool) == 1:
+            return True
+        pool = _replay(text)  # with the line that has not ended, which may be unreadable only because it has not
+        return pool is not None and len(pool) == 1
 
     def verify(self, problem: Problem, text: str) -> bool:
         """Whether every line is right, the numbers are the problem's, all are used, and the target is left.
@@ -212,14 +230,15 @@ class Countdown:
         Lines after the one that leaves one number are not read.
         """
         pool = _replay(text, problem.data["numbers"])
-        return pool is not None and len(pool) == 1 and pool[0].value == problem.data["target"]
+        return pool is not None and len(pool) == 1 and pool[0].right and pool[0].value == problem.data["target"]
 
 
 @dataclass(frozen=True)
 class _Item:
-    """A number that is left: its value, and the sum or product it was made as, flattened."""
+    """A number that is left: its value as written, and the sum or product it was made as, flattened."""
 
     value: int
+    right: bool  # whether every line it was made by is
     operators: str  # "+-" for a sum, "*/" for a product, "" for a number of the problem
     direct: tuple[str, ...]  # terms added or factors
     inverse: tuple[str, ...]  # terms subtracted or divisors
@@ -239,7 +258,7 @@ class _Item:
 
 
 def _number(value: int) -> _Item:
-    return _Item(value, "", (str(value),), ())
+    return _Item(value, True, "", (str(value),), ())
 
 
 def _joined(first: _Item, operator: str, second: _Item, value: int) -> _Item:
@@ -248,35 +267,19 @@ def _joined(first: _Item, operator: str, second: _Item, value: int) -> _Item:
     others = second.parts(operators)
     if operator in "-/":
         others = others[::-1]
-    return _Item(value, operators, tuple(sorted(direct + others[0])), tuple(sorted(inverse + others[1])))
+    right = first.right and second.right and combine(first.value, operator, second.value) == value
+    return _Item(value, right, operators, tuple(sorted(direct + others[0])), tuple(sorted(inverse + others[1])))
 
 
-def _claimed(text: str) -> _Item | None:
-    """What the first line that leaves a single number makes, by the lines' own words; None where no line does."""
-    known: list[_Item] = []
-    for line in text.split("\n"):
-        match = _LINE.fullmatch(line)
-        if match is None:
-            continue
-        taken = []
-        for value in (int(match[1]), int(match[3])):
-            item = next((item for item in known if item.value == value), _number(value))
-            if item in known:
-                known.remove(item)
-            taken.append(item)
-        made = _joined(taken[0], match[2], taken[1], int(match[4]))
-        if len(match[5].split()) == 1:
-            return made
-        known.append(made)
-    return None
+def _replay(text: str, numbers: Sequence[int] | None = None) -> list[_Item] | None:
+    """What is left after the lines of a solution, up to the one that leaves a single number.
 
+    None if a line cannot be read, takes a number that is not there, or says that others are left than are.
 
-def _replay(text: str, numbers: Sequence[int]) -> list[_Item] | None:
-    """What is left after the lines of a solution, up to the one that leaves a single number; None if one is wrong.
-
-    Of equal numbers the one that has been left for longest is used, so that a text stands for one expression.
+    Without `numbers` they are those the first line speaks of, and there is nothing left before it. Of equal numbers the
+    one that has been left for longest is used, so that a text stands for one expression.
     """
-    pool = [_number(value) for value in numbers]
+    pool = [_number(value) for value in numbers or ()]
     for line in text.removesuffix("\n").split("\n") if text else ():
         if len(pool) == 1:
             break
@@ -285,8 +288,12 @@ def _replay(text: str, numbers: Sequence[int]) -> list[_Item] | None:
             return None
         first, second, result = int(match[1]), int(match[3]), int(match[4])
         left = [int(number) for number in match[5].split()]
-        if combine(first, match[2], second) != result or result not in left:
+        if result not in left:
             return None
+        if not pool:
+            others = left.copy()
+            others.remove(result)
+            pool = [_number(value) for value in (first, second, *others)]
         taken = []
         for value in (first, second):
             item = next((item for item in pool if item.value == value), None)
