@@ -72,7 +72,9 @@ def gate(*, verifier=True, trees=0, hidden_size=0, seed=0):
 
 
 def strategy(**settings):
-    return DynamicAllocation(**{"budget": 4, "gate": gate(trees=1), "max_chains": 12, "wave": 3, **settings})
+    return DynamicAllocation(
+        **{"budget": 4, "gate": gate(trees=1), "max_chains": 12, "wave": 3, "probes": 2, **settings}
+    )
 
 
 def run(dec, chosen, problems=PROBLEMS, **settings):

@@ -283,7 +283,7 @@ def test_a_replay_spends_what_it_may_and_counts_what_was_right():
 def test_dynamic_beats_uniform_and_comes_near_the_oracle(trained):
     gate, _ = trained
     _, data = population(300, seed=5)
-    report = evaluate(gate, data, budgets=(4,), repeats=1, looks=2, permutations=99, floors=(0, 3))
+    report = evaluate(gate, data, budgets=(4,), probes=2, wave=4, repeats=1, looks=2, permutations=99, floors=(0, 3))
     [row] = report["budgets"]
     assert row["spent"] == pytest.approx(4, rel=0.05)
     assert row["gain_over_uniform"] > 0.03

@@ -28,8 +28,8 @@ def add_parser(commands: Any) -> None:
     judge.add_argument("gate", type=Path, help="file of the gate")
     judge.add_argument("--budgets", nargs="+", type=float, default=[3.0, 4.0, 6.0, 8.0], help="in chains per problem")
     judge.add_argument("--floors", nargs="+", type=int, default=[0, 3], help="minimum chains per problem to compare")
-    judge.add_argument("--probes", type=int, default=2, help="chains before its first look")
-    judge.add_argument("--wave", type=int, default=4, help="chains between two looks")
+    judge.add_argument("--probes", type=int, default=1, help="chains before its first look")
+    judge.add_argument("--wave", type=int, default=1, help="chains between two looks")
     judge.add_argument("--repeats", type=int, default=8, help="random orders of the chains")
     judge.set_defaults(run=lambda arguments: _run(arguments, _eval))
     for verb, split, count in ((train, "train", 1500), (judge, "test", 300)):
@@ -43,7 +43,8 @@ def add_parser(commands: Any) -> None:
         add("--num-problems", type=int, default=count, metavar="N", help=f"default: {count}")
         add("--chains", type=int, default=24, metavar="N", help="sampled per problem; default: 24")
         add("--temperature", type=float, default=1.0)
-        add("--seed", type=int, default=0)
+        # a value head knows the training problems of seed 0
+        add("--seed", type=int, default=1 if verb is train else 0, help="of the problems and of what is sampled")
 
 
 def _menu(text: str) -> tuple[int, int, int]:

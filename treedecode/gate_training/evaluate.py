@@ -20,8 +20,8 @@ def evaluate(
     data: Rollouts,
     *,
     budgets: Sequence[float] = (3, 4, 6, 8),
-    probes: int = 2,
-    wave: int = 4,
+    probes: int = 1,
+    wave: int = 1,
     floors: Sequence[int] = (0, 3),
     repeats: int = 8,
     looks: int = 8,
@@ -41,6 +41,8 @@ def evaluate(
         ValueError: the gate and the rollouts do not fit (named).
     """
     config = gate.config
+    if config.hidden_size == 0:
+        data = data.without_hidden()
     if data.hidden.shape[1] != config.hidden_size or data.has_scores != config.uses_verifier:
         raise ValueError(
             f"data: the gate reads hidden states of {config.hidden_size} and {_scores(config.uses_verifier)}, the "

@@ -1,7 +1,7 @@
 """Fitting a gate to rollouts."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -99,7 +99,7 @@ def _tensors(examples: Examples, mean: Tensor, std: Tensor) -> tuple[Tensor, ...
 def train(
     data: Rollouts,
     *,
-    min_chains: int = 2,
+    min_chains: int = 1,
     max_chains: int = 16,
     task: str = "",
     model: str = "",
@@ -117,7 +117,8 @@ def train(
 
     Problems are split 70 : 15 : 15. The first part is fitted, by the likelihood of whether the selected answer is right
     (Bernoulli), of how many further chains mend it (Beta-binomial), and of whether tree searches do; the second ends
-    the fit and calibrates (isotonic); the third is measured.
+    the fit and calibrates (isotonic); the third is measured. Hidden states are read only where the second part is the
+    likelier for it: from hundreds of problems a network learns them by heart.
 
     Raises:
         ValueError: too few problems to split, or an argument does not fit the rollouts (named).
@@ -132,21 +133,28 @@ def train(
         look(part, min_chains=min_chains, max_chains=max_chains, looks=looks, rng=rng) for part in parts
     )
     menu = _menu(data)
-    config = GateConfig(data.hidden.shape[1], data.has_scores, min_chains, max_chains, menu, task, model)
-    mean = torch.from_numpy(fitted.features.mean(axis=0))
-    std = torch.from_numpy(fitted.features.std(axis=0)).clamp_min(1e-6)
-    network = _fit(
-        GateNetwork(config.num_features, len(menu), width, dropout),
-        _tensors(fitted, mean, std),
-        _tensors(calibrated, mean, std),
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        max_epochs=max_epochs,
-        patience=patience,
-        batch_size=batch_size,
-        seed=seed,
-    )
-    gate = Gate(config, network, mean, std, _calibrators(network, calibrated, mean, std))
+    found = []
+    for hidden_size in sorted({0, data.hidden.shape[1]}):
+        config = GateConfig(hidden_size, data.has_scores, min_chains, max_chains, menu, task, model)
+        first, second = (
+            replace(part, features=part.features[:, : config.num_features]) for part in (fitted, calibrated)
+        )
+        mean = torch.from_numpy(first.features.mean(axis=0))
+        std = torch.from_numpy(first.features.std(axis=0)).clamp_min(1e-6)
+        loss, network = _fit(
+            GateNetwork(config.num_features, len(menu), width, dropout),
+            _tensors(first, mean, std),
+            _tensors(second, mean, std),
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            max_epochs=max_epochs,
+            patience=patience,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        found.append((loss, Gate(config, network, mean, std, _calibrators(network, second, mean, std))))
+    _, gate = min(found, key=lambda pair: pair[0])
+    held_out = replace(held_out, features=held_out.features[:, : gate.config.num_features])
     problems = {name: len(part) for name, part in zip(("fitted", "calibrated", "held_out"), parts, strict=True)}
     return gate, {"problems": problems, **measure(gate, held_out)}
 
@@ -171,8 +179,8 @@ def _fit(
     patience: int,
     batch_size: int,
     seed: int,
-) -> GateNetwork:
-    """Fits until `patience` epochs have not been better on the second part; the best weights."""
+) -> tuple[float, GateNetwork]:
+    """Fits until `patience` epochs have not been better on the second part; the best loss there, and its weights."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=weight_decay)
     best, best_weights, since = float("inf"), copy.deepcopy(network.state_dict()), 0
     with torch.random.fork_rng(devices=[]):
@@ -193,7 +201,7 @@ def _fit(
             elif since >= patience:
                 break
     network.load_state_dict(best_weights)
-    return network.eval()
+    return best, network.eval()
 
 
 def _calibrators(network: GateNetwork, examples: Examples, mean: Tensor, std: Tensor) -> tuple[Isotonic, ...]:

@@ -66,6 +66,10 @@ class Rollouts:
         per_problem = [field.name for field in fields(self) if field.name != "menu"]
         return Rollouts(menu=self.menu, **{name: getattr(self, name)[which] for name in per_problem})
 
+    def without_hidden(self) -> "Rollouts":
+        """The same for a gate that reads no hidden states."""
+        return replace(self, hidden=self.hidden[:, :0])
+
     def prompt(self, problem: int) -> Prefill:
         """What is known of a problem before anything is generated."""
         return Prefill(int(self.prompt_tokens[problem]), float(self.prompt_entropy[problem]), self.hidden[problem])

@@ -30,7 +30,7 @@ class DynamicAllocation(Strategy):
         budget: mean cost of a problem, in units of what one chain alone costs; probes are part of it.
         gate: a trained gate or its file. It says whether a verifier has to be in use.
         probes: chains of every problem before the gate looks first.
-        wave: chains between two looks.
+        wave: chains between two looks; more at a time need fewer rounds.
         max_chains: of one problem; None = a wave more than the gate has seen in training.
         floor: chains that every problem gets, whatever the gate thinks of it; 0 = the probes alone.
         mode: "offline" divides the budget among all problems of the run after each wave; "online" takes them as a
@@ -45,8 +45,8 @@ class DynamicAllocation(Strategy):
 
     budget: float
     gate: Gate | str | os.PathLike[str]
-    probes: int = 2
-    wave: int = 4
+    probes: int = 1
+    wave: int = 1
     max_chains: int | None = None
     floor: int = 0
     mode: str = "offline"
