@@ -278,14 +278,15 @@ def test_bars_are_judged_by_their_numbers():
         correct = (hard < level).astype(int).tolist()
         keys = ("tree_of_thoughts", "dynamic_allocation_4x")
         return analysis.bars(
-            [{**row, "key": key, "correct": correct, **changes} for key in keys], {"self_consistency": majority}
+            [{**row, "key": key, "correct": correct, **changes} for key in keys],
+            {"self_consistency": majority, "best_of_n": majority},
         )
 
     good, bad = (
         judged(0.6),
         judged(0.3, latency_x=3.1, one_after_another={"throughput_ratio": 4.0, "per_problem_s": 0.4}),
     )
-    for text in ("at 4x", "tree of thoughts (3, 5) beats", "takes at most 3x", "at least 5x"):
+    for text in ("majority of 8", "best of 8", "tree of thoughts (3, 5) beats", "takes at most 3x", "at least 5x"):
         assert bar(good, text) is True
         assert bar(bad, text) is False
     assert bar(good, "mcts") is None
@@ -295,7 +296,7 @@ def test_bars_are_judged_by_their_numbers():
     assert bar(beyond, "at least 5x") is None
     # equal accuracy at equal tokens is no win, and no loss of more than a point
     assert bar(judged(0.4), "tree of thoughts (3, 5) beats") is False
-    assert bar(judged(0.45), "at 4x") is True
+    assert bar(judged(0.45), "majority of 8") is True
 
 
 def test_accuracy_between_two_budgets_is_on_the_log_scale():

@@ -139,14 +139,20 @@ def bars(rows: Sequence[Json], curves: dict[str, Curve]) -> list[Json]:
             holds, evidence = verdict(by_key[key])
             found.append({"bar": bar, "holds": holds, "evidence": evidence})
 
-    def uniform(row: Json) -> tuple[bool | None, str]:
-        if majority is None:
+    def against(curve: Curve | None, row: Json) -> tuple[bool | None, str]:
+        if curve is None:
             return None, "no pool of chains"
-        at = pool_sizes(1 << (len(majority.costs) - 1))
+        at = pool_sizes(1 << (len(curve.costs) - 1))
         if 8 not in at:
             return None, "the pool has fewer than 8 chains"
-        gap = paired_difference(np.array(row["correct"], float), majority.accuracy[:, at.index(8)])
+        gap = paired_difference(np.array(row["correct"], float), curve.accuracy[:, at.index(8)])
         return gap.low > -0.01, f"{row['tokens_x']:.1f}x tokens: {_said(gap)}"
+
+    def uniform(row: Json) -> tuple[bool | None, str]:
+        return against(majority, row)
+
+    def best_of(row: Json) -> tuple[bool | None, str]:
+        return against(curves.get("best_of_n"), row)
 
     def beats(row: Json) -> tuple[bool | None, str]:
         if majority is None:
@@ -171,9 +177,14 @@ def bars(rows: Sequence[Json], curves: dict[str, Curve]) -> list[Json]:
         return other["throughput_ratio"] >= 5, f"{other['throughput_ratio']:.1f}x, {times}"
 
     judge(
-        "dynamic allocation at 4x is no more than a point below 8 chains of uniform sampling",
+        "dynamic allocation at 4x is no more than a point below the majority of 8 chains",
         "dynamic_allocation_4x",
         uniform,
+    )
+    judge(
+        "dynamic allocation at 4x is no more than a point below the best of 8 chains by the same verifier",
+        "dynamic_allocation_4x",
+        best_of,
     )
     judge("tree of thoughts (3, 5) beats the majority at equal tokens", "tree_of_thoughts", beats)
     for key in ("step_beam_search", "dvts", "rebase", "ets", "mcts", "particle_filter"):

@@ -1,5 +1,6 @@
 """run_study: a plan's rows one after another, each on the disk before the next, then what they say together."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from treedecode.collect_env import attempt, cpu, gpus, memory, version
+from treedecode.gate.model import Gate
 from treedecode.solving import Solution
 from treedecode.study import analysis
 from treedecode.study.pool import ChainPool, Chains, chains_of
@@ -103,6 +105,15 @@ async def run_study(
     return study
 
 
+def _told_apart(settings: Mapping[str, Any]) -> Json:
+    """Settings with a gate's own name in place of its file's, which may be kept elsewhere, or hold another one."""
+    found = dict(settings)
+    with contextlib.suppress(OSError, ValueError):  # the row that needs it says what is wrong
+        if isinstance(found.get("gate"), str):
+            found["gate"] = repr(Gate.load(found["gate"]))
+    return found
+
+
 def describe(conditions: Conditions, plan: Sequence[Entry], model: str) -> Json:
     """What the numbers depend on, but for the machine."""
     return {
@@ -115,7 +126,9 @@ def describe(conditions: Conditions, plan: Sequence[Entry], model: str) -> Json:
         "sampling": repr(conditions.sampling),
         "seed": conditions.seed,
         "latency_problems": conditions.latency_problems,
-        "plan": [{**heading(entry), "settings": dict(entry.settings), "chains": dict(entry.chains)} for entry in plan],
+        "plan": [
+            {**heading(entry), "settings": _told_apart(entry.settings), "chains": dict(entry.chains)} for entry in plan
+        ],
     }
 
 
