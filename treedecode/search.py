@@ -1,8 +1,7 @@
 """Search: one problem under way. What a strategy knows of it, and how its branches go a step or to their end."""
 
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -262,13 +261,6 @@ class Search:
         classes = self.classes([answer for _, answer in found])
         at = int(np.flatnonzero(classes == np.bincount(classes).argmax())[0])
         return Outcome(found[at][1], texts[found[at][0]], node=found[at][0])
-
-    @asynccontextmanager
-    async def pause(self) -> AsyncIterator[None]:
-        """While this problem waits for others inside of the block, they may have its branches: release them before."""
-        self.give_places()
-        yield
-        await self.take_places()
 
     async def take_places(self) -> None:
         """Waits until the run has branches for this problem."""
