@@ -40,6 +40,43 @@ class FakeTask:
         return (self.extract(text) or "").lower() == problem.answer
 
 
+class Digits:
+    """The answer is the first digit of a text, which ends with its line."""
+
+    name, stop, end = "digits", " ", ("\n",)
+    max_step_tokens, max_new_tokens = 4, 12
+
+    def extract(self, text):
+        return next((c for c in text if c.isdigit()), None)
+
+    def equivalent(self, first, second):
+        return first == second
+
+    def is_final(self, text):
+        return False
+
+    def verify(self, problem, text):
+        return self.extract(text) == problem.answer
+
+
+class Lines:
+    """A line is a step, and an empty one the end."""
+
+    name, stop, end, max_step_tokens, max_new_tokens = "lines", "\n", ("\n\n",), 6, 18
+
+    def extract(self, text):
+        return text.strip() or None
+
+    def equivalent(self, first, second):
+        return first == second
+
+    def is_final(self, text):
+        return False
+
+    def verify(self, problem, text):
+        return "the" in text
+
+
 def rate(problem, text):
     """A verifier: some probability, of the problem and the text alone."""
     digest = hashlib.blake2b(f"{problem.id}/{text}".encode(), digest_size=4).digest()

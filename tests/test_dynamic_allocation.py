@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from fake_task import Digits
 from fakes import FakeModel
 
 import treedecode as td
@@ -20,25 +21,6 @@ from treedecode.strategies.dynamic_allocation import DynamicAllocation
 from treedecode.tasks.base import Problem
 
 IDENTITY = Isotonic(np.array([0.0, 1.0]), np.array([0.0, 1.0]))
-
-
-class Digits:
-    """The answer is the first digit of a text, which ends with its line."""
-
-    name, stop, end = "digits", " ", ("\n",)
-    max_step_tokens, max_new_tokens = 4, 12
-
-    def extract(self, text):
-        return next((c for c in text if c.isdigit()), None)
-
-    def equivalent(self, first, second):
-        return first == second
-
-    def is_final(self, text):
-        return False
-
-    def verify(self, problem, text):
-        return self.extract(text) == problem.answer
 
 
 class Killed(Exception):

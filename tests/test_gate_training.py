@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from fake_task import Digits
 
 from treedecode.cli import main
 from treedecode.gate.chains import Chain, confidence, selected
@@ -182,25 +183,6 @@ def test_rollouts_come_back_from_their_file(tmp_path):
     np.savez(tmp_path / "other.npz", ids=data.ids)
     with pytest.raises(ValueError, match=r"holds no rollouts: \['classes'"):
         Rollouts.load(tmp_path / "other.npz")
-
-
-class Digits:
-    """The answer is the first digit of a text, which ends with its line."""
-
-    name, stop, end = "digits", " ", ("\n",)
-    max_step_tokens, max_new_tokens = 4, 12
-
-    def extract(self, text):
-        return next((c for c in text if c.isdigit()), None)
-
-    def equivalent(self, first, second):
-        return first == second
-
-    def is_final(self, text):
-        return False
-
-    def verify(self, problem, text):
-        return self.extract(text) == problem.answer
 
 
 def test_collected_rollouts_are_what_the_decoder_did(make_decoder, tmp_path):

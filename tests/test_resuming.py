@@ -4,28 +4,11 @@ import asyncio
 from dataclasses import dataclass
 
 import pytest
+from fake_task import Lines
 
 from treedecode.solving import solve_async
 from treedecode.strategies import SelfConsistency
 from treedecode.tasks import Problem
-
-
-class Lines:
-    """A line is a step, and an empty one the end."""
-
-    name, stop, end, max_step_tokens, max_new_tokens = "lines", "\n", ("\n\n",), 6, 12
-
-    def extract(self, text):
-        return text.strip() or None
-
-    def equivalent(self, first, second):
-        return first == second
-
-    def is_final(self, text):
-        return False
-
-    def verify(self, problem, text):
-        return False
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from importlib.resources import files
 
 import numpy as np
 import pytest
+from fake_task import Lines
 
 from treedecode import ledger, search_tree
 from treedecode.budget import Budget
@@ -21,24 +22,6 @@ def schema(name):
     return json.loads((files("treedecode") / "data" / "schemas" / f"{name}.json").read_text())
 
 
-class Letters:
-    """Any text that ends a line twice is an answer; the model's words are noise."""
-
-    name, stop, end, max_step_tokens, max_new_tokens = "letters", "\n", ("\n\n",), 6, 18
-
-    def extract(self, text):
-        return text.strip() or None
-
-    def equivalent(self, first, second):
-        return first == second
-
-    def is_final(self, text):
-        return False
-
-    def verify(self, problem, text):
-        return "the" in text
-
-
 @pytest.fixture
 def result(make_decoder):
     problems = [Problem(f"problem {i}", f"make {i} of one") for i in range(3)]
@@ -46,7 +29,7 @@ def result(make_decoder):
         make_decoder(),
         problems,
         strategy=TreeOfThoughts(depth=2, width=3, keep=2),
-        task=Letters(),
+        task=Lines(),
         verifier=lambda problem, text: -np.inf if "e" in text else float(len(text)),
         budget=Budget(per_problem=Budget(tokens=60)),
     )
