@@ -250,7 +250,7 @@ def test_ctrl_c_leaves_what_can_be_resumed(model, data, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 130
+    assert process.returncode == 130, stderr
     assert stdout == ""
     assert stderr == f"treedecode solve: interrupted; the same command goes on from {journal}\n"
     assert 2 <= journal.read_bytes().count(b"\n") < 1 + len(QUESTIONS)

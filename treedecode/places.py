@@ -21,17 +21,17 @@ class Places:
         try:
             await future
         except asyncio.CancelledError:
-            if future.done() and not future.cancelled():
+            if not future.cancelled():  # it had got them already
                 self.give(count)
             else:
-                self._waiting.remove((count, future))
-                self.give(0)
+                self.give(0)  # who stood behind it may fit
             raise
 
     def give(self, count: int) -> None:
         """Gives `count` places back."""
         self._free += count
-        while self._waiting and self._waiting[0][0] <= self._free:
+        while self._waiting and (self._waiting[0][1].cancelled() or self._waiting[0][0] <= self._free):
             wanted, future = self._waiting.popleft()
-            self._free -= wanted
-            future.set_result(None)
+            if not future.cancelled():
+                self._free -= wanted
+                future.set_result(None)

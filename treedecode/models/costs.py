@@ -17,13 +17,20 @@ def product_flops(model: Any, config: Any) -> tuple[int, int]:
     """
     chosen, experts = _setting(config, _CHOSEN), _setting(config, _EXPERTS)
     per_token = 0.0
-    embeddings = {id(m.weight) for m in model.get_decoder().modules() if isinstance(m, nn.Embedding)}
-    for name, weight in model.get_decoder().named_parameters():
-        if weight.dim() < 2 or id(weight) in embeddings:
-            continue
+    for name, module in model.get_decoder().named_modules():
         share = chosen / experts if chosen and experts and "experts" in name.split(".") else 1.0
-        per_token += 2 * weight.numel() * share
-    return round(per_token), 2 * model.get_output_embeddings().weight.numel()
+        per_token += 2 * share * _num_weights(module)
+    return round(per_token), 2 * _num_weights(model.get_output_embeddings())
+
+
+def _num_weights(module: Any) -> int:
+    """Weights of a module's own products; a quantised layer has them in a form of its own, but says its size."""
+    if isinstance(module, nn.Embedding):
+        return 0
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(sizes[0], int) and isinstance(sizes[1], int) and not any(True for _ in module.children()):
+        return sizes[0] * sizes[1]
+    return sum(weight.numel() for weight in module.parameters(recurse=False) if weight.dim() >= 2)
 
 
 def _setting(config: Any, names: tuple[str, ...]) -> int | None:
