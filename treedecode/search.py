@@ -11,7 +11,7 @@ from treedecode.branches import Ints, child_seeds
 from treedecode.meter import Spending
 from treedecode.sampling import Sampling
 from treedecode.search_tree import SearchTree
-from treedecode.tasks.base import Problem, Task
+from treedecode.tasks.base import Problem, Task, answer_classes
 
 if TYPE_CHECKING:
     from treedecode.decoder import Decoder, Prompt
@@ -197,16 +197,7 @@ class Search:
 
     def classes(self, answers: list[str | None]) -> Ints:
         """`[n]` int64, equal where the task takes two answers for the same one; -1 = no answer."""
-        found: list[str] = []
-        classes = np.full(len(answers), -1, np.int64)
-        for i, answer in enumerate(answers):
-            if answer is None:
-                continue
-            known = (j for j, other in enumerate(found) if other == answer or self.task.equivalent(other, answer))
-            classes[i] = next(known, len(found))
-            if classes[i] == len(found):
-                found.append(answer)
-        return classes
+        return answer_classes(self.task, answers)
 
     def outcome(self, frontier: "Frontier", which: int, score: float | None = None) -> Outcome:
         """The solution of one branch."""

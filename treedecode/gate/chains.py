@@ -45,12 +45,12 @@ async def chains_of(search: Search, frontier: Frontier) -> list[Chain]:
     table = search.decoder.engine.table
     found = []
     for i, (row, text, answer) in enumerate(
-        zip(frontier.branches, frontier.texts(), search.answers(frontier), strict=True)
+        zip(frontier.branches, search.texts(frontier), search.answers(frontier), strict=True)
     ):
         logprobs = table.logprobs[row, table.prompt_len[row] : table.num_tokens[row]].astype(np.float64)
         score = None if scores is None else float(scores[i])
         mean, worst = confidence(logprobs)
-        found.append(Chain(text, answer, score, len(logprobs), mean, worst, int(table.node[row])))
+        found.append(Chain(text, answer, score, len(logprobs), mean, worst, int(frontier.nodes[i])))
     return found
 
 

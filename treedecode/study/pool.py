@@ -11,7 +11,7 @@ from treedecode.search import Outcome, Search
 from treedecode.search_tree import SearchTree
 from treedecode.strategies.base import Strategy, require
 from treedecode.study.stats import Floats
-from treedecode.tasks.base import Problem, Task
+from treedecode.tasks.base import Problem, Task, answer_classes
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ class ChainPool(Strategy):
         root = await search.root()
         chains = root.fork(self.num_samples)
         await search.complete(chains, self.sampling)
-        nodes = search.decoder.engine.table.node[chains.branches]
-        for node in nodes[search.final(chains)]:  # an end of sequence is not in the text
+        for node in chains.nodes[search.final(chains)]:  # an end of sequence is not in the text
             search.tree.nodes[node].status = "final"
         outcome = search.majority(chains)
         if search.has_scorer:
@@ -69,17 +68,9 @@ def chains_of(tree: SearchTree, task: Task, problem: Problem) -> Chains:
     texts = [tree.text(i) for i in leaves]
     done = [tree.nodes[i].status in ("final", "answer") for i in leaves]
     answers = [task.extract(text) if is_done else None for text, is_done in zip(texts, done, strict=True)]
-    found: list[str] = []
-    classes = np.full(len(leaves), -1, np.int64)
-    for i, answer in enumerate(answers):
-        if answer is not None:
-            known = (j for j, other in enumerate(found) if other == answer or task.equivalent(other, answer))
-            classes[i] = next(known, len(found))
-            if classes[i] == len(found):
-                found.append(answer)
     scores = [tree.nodes[i].score for i in leaves]
     return Chains(
-        classes=classes,
+        classes=answer_classes(task, answers),
         right=np.array([task.verify(problem, text) for text in texts], bool),
         scores=np.array([np.nan if score is None else score for score in scores], np.float64),
         tokens=np.array([sum(tree.nodes[j].num_tokens for j in tree.path(i)[1:]) for i in leaves], np.int64),

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -64,3 +66,17 @@ class Task(Protocol):
     def verify(self, problem: Problem, text: str) -> bool:
         """Whether a solution is right: the grade, which no strategy sees unless its verifier is this."""
         ...
+
+
+def answer_classes(task: Task, answers: Sequence[str | None]) -> np.ndarray:
+    """`[n]` int64, equal where a task takes two answers for the same one, counted in order; -1 = no answer."""
+    found: list[str] = []
+    classes = np.full(len(answers), -1, np.int64)
+    for i, answer in enumerate(answers):
+        if answer is None:
+            continue
+        known = (j for j, other in enumerate(found) if other == answer or task.equivalent(other, answer))
+        classes[i] = next(known, len(found))
+        if classes[i] == len(found):
+            found.append(answer)
+    return classes
