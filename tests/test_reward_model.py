@@ -5,6 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 import torch
+from test_beam import one_thread  # noqa: F401 (autouse)
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -21,14 +22,6 @@ CHARACTERS = ["<pad>", "<s>", "<step>", *"abcdefghijklmnopqrstuvwxyz .,\n0123456
 PROMPT = "what is 1.\n"
 TEXTS = ["one", "two\nthree\n", "", "four\n\nfive and six\nseven", "two\nthree\n", "\n"]
 STEPS = [["one"], ["two", "three"], [""], ["four", "five and six", "seven"], ["two", "three"], [""]]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_tokenizer(**special):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from treedecode.commands.models import model_for
 from treedecode.commands.verifiers import verifier_named
 
 if TYPE_CHECKING:
@@ -73,13 +74,8 @@ def _rollouts(arguments: argparse.Namespace, menu: list[tuple[int, int, int]]) -
 
     if arguments.rollouts is not None:
         return Rollouts.load(arguments.rollouts)
-    task, model = load(arguments.task), arguments.model
-    if model is None:
-        if task.name != "countdown":
-            raise ValueError(f"model: expected a folder, a hub name or a .gguf file for the task {task.name}")
-        from treedecode.tasks.countdown import model_path
-
-        model = str(model_path())
+    task = load(arguments.task)
+    model = model_for(arguments.model, task)
     with Decoder.from_pretrained(model) as decoder:
         data = collect(
             decoder,

@@ -129,6 +129,7 @@ def _solve(arguments: argparse.Namespace) -> int:
 
     from treedecode import tasks
     from treedecode.budget import Budget
+    from treedecode.commands.models import model_for
     from treedecode.commands.outputs import Outputs, summary
     from treedecode.commands.settings import parse
     from treedecode.commands.verifiers import verifier_named
@@ -146,7 +147,7 @@ def _solve(arguments: argparse.Namespace) -> int:
     examples = _examples(arguments, task)
     if strategy.needs_verifier and arguments.verifier == "none":
         raise ValueError(f"verifier: {strategy.name} scores branches and needs one (--verifier help)")
-    model = _model(arguments, task)
+    model = model_for(arguments.model, task)
     verifier = verifier_named(arguments.verifier, task, model, arguments.device)
     _check_device(arguments.device)
     port = arguments.metrics_port
@@ -232,16 +233,6 @@ def _examples(arguments: argparse.Namespace, task: "Task") -> list[tuple[str, st
         raise ValueError("few-shot: is the file of the problems itself, whose answers the examples would give away")
     shots = arguments.shots if arguments.shots is not None else _SHOTS if source is not None else 0
     return few_shot(task if source is None else source, shots)
-
-
-def _model(arguments: argparse.Namespace, task: "Task") -> str:
-    if arguments.model not in (None, "countdown"):
-        return arguments.model
-    if arguments.model is None and task.name != "countdown":
-        raise ValueError(f"model: expected a folder, a hub name or a .gguf file for the task {task.name}")
-    from treedecode.tasks.countdown import model_path
-
-    return str(model_path())
 
 
 def _check_lengths(decoder: "Decoder", prompts: "dict[str, Any]") -> None:
