@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import treedecode as td
 from examples.countdown.rollouts import grades, hidden_states, roll_out, sample
 from examples.countdown.tokenizer import build_tokenizer
-from examples.countdown.train_value import auc
+from treedecode.gate.calibration import auc
 from treedecode.models import load_pretrained
 from treedecode.models.value_head import ValueHead
 from treedecode.tasks.countdown import Countdown, model_path, prompt_of

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fake_task import Digits
 from fakes import FakeModel
+from gates import known_costs
 
 import treedecode as td
 from treedecode.gate.allocate import Bid
@@ -50,7 +51,9 @@ def gate(*, verifier=True, trees=0, hidden_size=0, seed=0):
         torch.manual_seed(seed)
         network = GateNetwork(config.num_features, trees)
     ones = torch.ones(config.num_features)
-    return Gate(config, network, 0 * ones, ones, (IDENTITY,) * (2 + trees))
+    return Gate(
+        config, network, 0 * ones, ones, (IDENTITY,) * (2 + trees), known_costs(hidden_size, [8] * (1 + 2 * trees))
+    )
 
 
 def strategy(**settings):
@@ -133,7 +136,7 @@ def test_a_run_that_goes_on_from_a_journal_ends_like_one_that_was_never_interrup
 def test_notes_are_json_that_reads_back_exactly(make_decoder):
     for solution in run(make_decoder(), strategy()).solutions:
         assert json.loads(json.dumps(solution.notes)) == solution.notes
-        record = Record.of(solution.notes)
+        record = Record.by_problem({"": solution.notes})[""]
         assert [bid.to_json() for bid in record.bids] == solution.notes["bids"]
         assert record.bids == [Bid.from_json(bid) for bid in solution.notes["bids"]]
 

@@ -320,7 +320,7 @@ def test_the_default_plan_is_chosen_from_by_key_or_strategy():
 
 
 def test_the_command(conditions, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "conditions_of", lambda arguments, model: conditions)
+    monkeypatch.setattr(command, "conditions_of", lambda arguments, task, model: conditions)
     arguments = ["study", "--out", str(tmp_path / "out"), "--model", "somewhere", "--strategies"]
     assert cli.main([*arguments, "self_consistency,dynamic_allocation_4x"]) == 1
     out, err = capsys.readouterr()

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from examples.countdown.train_value import auc, calibration_error, log_loss, pass_at_k
+from examples.countdown.train_value import log_loss, pass_at_k
+from treedecode.gate.calibration import auc
 from treedecode.models.value_head import ValueHead
 
 
@@ -70,22 +71,6 @@ def test_wrong_input_is_named(head, tmp_path):
     save_file({"up.weight": torch.zeros(2, 2)}, tmp_path / "part.safetensors")
     with pytest.raises(ValueError, match="holds no value head"):
         ValueHead.load(tmp_path / "part.safetensors")
-
-
-def test_auc_counts_pairs():
-    rng = np.random.default_rng(0)
-    values, success = rng.integers(0, 8, 60) / 8, rng.random(60) < 0.4
-    pairs = [(a > b) + (a == b) / 2 for a in values[success] for b in values[~success]]
-    assert auc(values, success) == pytest.approx(np.mean(pairs))
-    assert np.isnan(auc(values, np.ones(60, bool)))
-
-
-def test_calibration_error():
-    values = np.array([0.1, 0.1, 0.1, 0.1, 0.9, 0.9])
-    success = np.array([False, False, False, True, True, True])
-    # two bins: 0.1 against 1/4 for four, 0.9 against 1 for two
-    assert calibration_error(values, success) == pytest.approx((4 * 0.15 + 2 * 0.1) / 6)
-    assert calibration_error(np.array([0.0, 1.0]), np.array([False, True])) == 0
 
 
 def test_log_loss():

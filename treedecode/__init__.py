@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from treedecode.budget import Budget as Budget
     from treedecode.completions import Completion as Completion
     from treedecode.decoder import Decoder as Decoder
+    from treedecode.forecasting import forecast as forecast
     from treedecode.integrations.transformers import generate as generate
     from treedecode.sampling import Sampling as Sampling
     from treedecode.solving import solve as solve
@@ -31,6 +32,7 @@ _EXPORTS: dict[str, str] = {
     "Decoder": "treedecode.decoder",
     "Frontier": "treedecode.tree",
     "Sampling": "treedecode.sampling",
+    "forecast": "treedecode.forecasting",
     "generate": "treedecode.integrations.transformers",
     "solve": "treedecode.solving",
 }

@@ -52,13 +52,14 @@ Fault check_rows(const PageState& s, const int32_t* rows, int64_t n, const char*
   return {};
 }
 
+// What fits into a row of the table, and into its length.
+int64_t max_len(const PageState& s) { return std::min<int64_t>(s.max_pages * s.page_size, INT32_MAX); }
+
 // What the table says is an address here: a length or a page id out of range would read or write somewhere else.
-bool len_in_range(const PageState& s, int32_t row) {
-  return s.seq_lens[row] >= 0 && s.seq_lens[row] <= s.max_pages * s.page_size;
-}
+bool len_in_range(const PageState& s, int32_t row) { return s.seq_lens[row] >= 0 && s.seq_lens[row] <= max_len(s); }
 
 Fault bad_len(const PageState& s, int32_t row) {
-  return {"seq_lens", "lengths in 0 ..", s.max_pages * s.page_size, s.seq_lens[row], row};
+  return {"seq_lens", "lengths in 0 ..", max_len(s), s.seq_lens[row], row};
 }
 
 bool pages_in_range(const PageState& s, int32_t row, int64_t begin, int64_t end) {
@@ -134,7 +135,7 @@ Fault append_slots(const PageState& s, const AppendParams& p, PageCopies& copies
   int64_t num_slots = 0;
   for (int64_t i = 0; i < p.n; ++i) {
     if (!len_in_range(s, p.rows[i])) return bad_len(s, p.rows[i]);
-    const int64_t q_len = p.q_lens ? p.q_lens[i] : 1, room = s.max_pages * s.page_size - s.seq_lens[p.rows[i]];
+    const int64_t q_len = p.q_lens ? p.q_lens[i] : 1, room = max_len(s) - s.seq_lens[p.rows[i]];
     if (q_len < 0 || q_len > room)
       return {"q_lens", "lengths from 0 to the room left in the row's page table,", room, q_len, i};
     num_slots += q_len;

@@ -20,26 +20,10 @@ from tqdm import tqdm
 
 import treedecode as td
 from examples.countdown.rollouts import Rollouts, grades, hidden_states, roll_out, sample
+from treedecode.gate.calibration import auc, expected_calibration_error
 from treedecode.models import load_pretrained
 from treedecode.models.value_head import ValueHead
 from treedecode.tasks.countdown import Countdown
-
-
-def auc(values: np.ndarray, success: np.ndarray) -> float:
-    """Probability that a success is valued above a failure, ties counting half (Mann-Whitney); nan without both."""
-    _, index, tied = np.unique(values, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(tied) - (tied - 1) / 2)[index]  # of tied values their mean
-    wins, losses = int(success.sum()), int((~success).sum())
-    if not wins or not losses:
-        return float("nan")
-    return float((ranks[success].sum() - wins * (wins + 1) / 2) / (wins * losses))
-
-
-def calibration_error(values: np.ndarray, success: np.ndarray, bins: int = 15) -> float:
-    """Expected calibration error (Naeini et al., 2015): |mean value - share of successes|, over bins of equal width."""
-    index = np.minimum((values * bins).astype(int), bins - 1)
-    gaps = np.bincount(index, weights=values - success, minlength=bins)
-    return float(np.abs(gaps).sum() / len(values))
 
 
 def log_loss(values: np.ndarray, success: np.ndarray) -> float:
@@ -79,7 +63,7 @@ def measure(values: np.ndarray, rollouts: Rollouts) -> dict[str, float]:
         "states": len(values),
         "log-loss": log_loss(values, success),
         "log-loss of the mean": log_loss(np.full(len(values), success.mean()), success),
-        "ECE": calibration_error(values, success),
+        "ECE": expected_calibration_error(values, success),
         "AUC": auc(values, success),
     }
     for count in np.unique(counts):

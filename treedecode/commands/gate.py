@@ -114,7 +114,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     gate = Gate.load(arguments.gate)
     report = evaluate(
         gate,
-        _rollouts(arguments, [(entry.depth, entry.width, entry.keep) for entry in gate.config.menu]),
+        _rollouts(arguments, [entry.shape for entry in gate.config.menu]),
         budgets=arguments.budgets,
         probes=arguments.probes,
         wave=arguments.wave,

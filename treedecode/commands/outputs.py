@@ -4,13 +4,17 @@ import hashlib
 import json
 import os
 import urllib.parse
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from treedecode.forecasting import forecast
 from treedecode.tree_page import in_bytes, strict, tree_page
 
 if TYPE_CHECKING:
+    from treedecode.budget import Budget
+    from treedecode.decoder import Decoder, Prompt
+    from treedecode.gate.model import Gate
     from treedecode.solving import Result, Solution
     from treedecode.strategies import Strategy
 
@@ -121,6 +125,25 @@ def summary(result: "Result", strategy: "Strategy", verifier: str, num_known: in
     ):
         ratio = f"{apart / spent:.1f}x" if spent else "-"
         yield f"{name:<12}{shown(spent):>16}{shown(apart):>16}{ratio:>9}"
+
+
+def expected(
+    decoder: "Decoder", prompts: "Sequence[Prompt]", strategy: "Strategy", gate: "Gate", budget: "Budget"
+) -> Iterator[str]:
+    """Lines on what a run will probably cost, and on whether its budget will be enough."""
+    levels = (0.05, 0.25, 0.5, 0.75, 0.95)
+    yield f"{'forecast':<12}" + "".join(f"{level:>16.0%}" for level in levels)
+    units: dict[str, Callable[[float], str]] = {
+        "tokens": "{:,.0f}".format,
+        "kv_bytes": lambda size: in_bytes(int(size)),
+    }
+    own = getattr(strategy, "unit", None)
+    for unit in units if own is None else (own,):
+        found = forecast(decoder, prompts, strategy=strategy, gate=gate, unit=unit)
+        yield f"{unit:<12}" + "".join(f"{units[unit](value):>16}" for value in found.quantile(levels))
+        limit = getattr(budget, unit)
+        if limit is not None:
+            yield _line("", f"a budget of {units[unit](limit)} is enough with probability {found.within(limit):.2f}")
 
 
 def _line(name: str, text: str) -> str:

@@ -40,6 +40,8 @@ def add_parser(commands: Any) -> None:
     limits = "tokens, flops, kv_bytes, joules, seconds"
     add("--budget", metavar="LIMIT=NUMBER,...", default="", help=f"hard limits of the whole run: {limits}")
     add("--budget-per-problem", metavar="LIMIT=NUMBER,...", default="", help="the same of each problem (no joules)")
+    add("--forecast", action="store_true", help="say what the run will probably cost, by a gate, and do not run it")
+    add("--gate", metavar="FILE", help="of the forecast; default: the strategy's own, or the demo model's")
     add("--temperature", type=float, default=1.0)
     add("--top-p", type=float, default=1.0)
     add("--top-k", type=int, default=0)
@@ -129,8 +131,8 @@ def _solve(arguments: argparse.Namespace) -> int:
 
     from treedecode import tasks
     from treedecode.budget import Budget
-    from treedecode.commands.models import model_for
-    from treedecode.commands.outputs import Outputs, summary
+    from treedecode.commands.models import gate_for, model_for
+    from treedecode.commands.outputs import Outputs, expected, summary
     from treedecode.commands.settings import parse
     from treedecode.commands.verifiers import verifier_named
     from treedecode.decoder import Decoder
@@ -162,6 +164,10 @@ def _solve(arguments: argparse.Namespace) -> int:
         prompts = tasks.format_prompts(problems, examples, tokenizer=decoder.tokenizer, chat=arguments.chat)
         by_id = dict(zip([problem.id for problem in problems], prompts, strict=True))
         _check_lengths(decoder, by_id)
+        if arguments.forecast:
+            gate = gate_for(arguments.gate, strategy, model)
+            print("\n".join(expected(decoder, prompts, strategy, gate, budget)))
+            return 0
         metrics, end = None, None
         if port is not None:
             from treedecode.metrics import serve

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from treedecode.commands.models import gate_path, model_for
 from treedecode.commands.solve import INTERRUPTED, MISUSED
 
 if TYPE_CHECKING:
     from treedecode.solving import Solution
     from treedecode.study.rows import Conditions, Entry
+    from treedecode.tasks import Task
 
 
 def add_parser(commands: Any) -> None:
@@ -69,15 +71,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _study(arguments: argparse.Namespace) -> int:
+    from treedecode import tasks
     from treedecode.study import plan, plots, report
     from treedecode.study.run import run_study
 
-    model = arguments.model or _demo_model()
-    gate = arguments.gate or str(Path(model) / "gate.safetensors")
+    task = tasks.load(arguments.data)
+    model = model_for(arguments.model, task)
+    gate = arguments.gate or str(gate_path(model))
     entries = plan.default_plan(gate, follows_instructions=arguments.model is not None)
     if arguments.strategies is not None:
         entries = plan.choose(entries, arguments.strategies.split(","))
-    conditions = conditions_of(arguments, model)
+    conditions = conditions_of(arguments, task, model)
     with _Progress(len(conditions.problems)) as progress:
         work = run_study(
             conditions,
@@ -99,13 +103,7 @@ def _study(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _demo_model() -> str:
-    from treedecode.tasks.countdown import model_path
-
-    return str(model_path())
-
-
-def conditions_of(arguments: argparse.Namespace, model: str) -> "Conditions":
+def conditions_of(arguments: argparse.Namespace, task: "Task", model: str) -> "Conditions":
     """What the arguments say of problems, model and verifier.
 
     Raises:
@@ -121,7 +119,6 @@ def conditions_of(arguments: argparse.Namespace, model: str) -> "Conditions":
     if not 1 <= arguments.latency_problems <= arguments.problems:
         limits = f"1 to {arguments.problems}, the problems there are"
         raise ValueError(f"latency-problems: expected from {limits}, got {arguments.latency_problems}")
-    task = tasks.load(arguments.data)
     problems = task.problems(arguments.problems, split="test", seed=arguments.seed)
     examples = tasks.few_shot(arguments.few_shot, arguments.shots) if arguments.few_shot is not None else []
     verifier = verifier_named(arguments.verifier, task, model, arguments.device)

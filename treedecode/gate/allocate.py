@@ -72,6 +72,15 @@ def chain_gains(alpha: float, beta: float, unsolved: float, num_chains: int) -> 
     return unsolved * alpha / (alpha + beta) * np.concatenate([[1.0], np.cumprod(falls[:-1])])[:num_chains]
 
 
+def chain_needs(alpha: float, beta: float, num_chains: int) -> np.ndarray:
+    """`[num_chains]` P(the first further chain is needed), the second, ...: `E[(1 - p)^(n - 1)]`.
+
+    Once a chain has mended the answer, the gate sees it and asks for no more: what is planned costs less than it may.
+    """
+    j = np.arange(max(0, num_chains - 1))
+    return np.concatenate([[1.0], np.cumprod((beta + j) / (alpha + beta + j))])[:num_chains]
+
+
 @dataclass(frozen=True)
 class Steps:
     """Ways up a problem's menu, each better than staying where it begins; their gain per cost falls.
@@ -101,7 +110,7 @@ def steps_of(bid: Bid, max_chains: int) -> Steps:
     gains = np.r_[
         0.0, np.cumsum(chain_gains(bid.alpha, bid.beta, bid.unsolved, more)), np.multiply(bid.unsolved, bid.trees)
     ]
-    costs = np.r_[bid.chain_cost * np.arange(more + 1), bid.tree_costs]
+    costs = np.r_[0.0, bid.chain_cost * np.cumsum(chain_needs(bid.alpha, bid.beta, more)), bid.tree_costs]
     grants = [Grant(n) for n in range(more + 1)] + [Grant(tree=i) for i in range(len(bid.trees))]
     hull: list[int] = []
     for i in np.lexsort((-gains, costs)):

@@ -1,28 +1,49 @@
 """Costs of chains, in the units a budget may be in."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from treedecode.gate.chains import Chain
+
+if TYPE_CHECKING:
+    from treedecode.engine import Engine
 
 # unit -> the field of `Spending` that counts it
 UNITS = {"tokens": "generated_tokens", "kv_bytes": "kv_bytes"}
 
 
+def kv_tokens(prompt_tokens: np.ndarray | int, num_tokens: np.ndarray) -> np.ndarray:
+    """Tokens of keys and values that chains of so many tokens read, each alone: P L + L (L - 1) / 2.
+
+    The prompt's last token is computed with the first of the chain, and the chain's last one never is.
+    """
+    return prompt_tokens * num_tokens + num_tokens * (num_tokens - 1) / 2
+
+
+def shared_tokens(prompt_tokens: int, page_size: int) -> int:
+    """Of a prompt, what its branches read once for all: the full pages of all but its last token."""
+    return (prompt_tokens - 1) // page_size * page_size
+
+
+def kv_sizes(engine: "Engine") -> dict[str, int]:
+    """`token_bytes` and `page_size` of an engine's cache."""
+    return {"token_bytes": engine.meter.token_bytes, "page_size": engine.pool.page_size}
+
+
 def chain_costs(
-    unit: str, prompt_tokens: int, chains: Sequence[Chain], *, wave: int, token_bytes: int
+    unit: str, prompt_tokens: int, chains: Sequence[Chain], *, wave: int, token_bytes: int = 0, page_size: int = 1
 ) -> tuple[float, float]:
     """What one chain alone would have cost, and what one more in a wave costs; mean over chains.
-
-    A chain of L tokens on a prompt of P reads P L + L (L + 1) / 2 tokens of keys and values. In a wave the prompt is
-    read once for all.
 
     Args:
         unit: "tokens" generated, or "kv_bytes" read.
         token_bytes: of a token's keys and values.
     """
+    lengths = np.array([chain.num_tokens for chain in chains])
     if unit == "tokens":
-        mean = sum(chain.num_tokens for chain in chains) / len(chains)
-        return mean, mean
-    prompt = sum(prompt_tokens * chain.num_tokens for chain in chains) / len(chains) * token_bytes
-    own = sum(chain.num_tokens * (chain.num_tokens + 1) / 2 for chain in chains) / len(chains) * token_bytes
-    return prompt + own, prompt / wave + own
+        return float(lengths.mean()), float(lengths.mean())
+    alone = float(kv_tokens(prompt_tokens, lengths).mean())
+    spared = shared_tokens(prompt_tokens, page_size) * float(lengths.mean()) * (1 - 1 / wave)
+    return token_bytes * alone, token_bytes * (alone - spared)

@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from treedecode.gate.chains import Chain, selected
-from treedecode.search import Search
 from treedecode.tree import Frontier
+
+if TYPE_CHECKING:
+    from treedecode.engine import Engine
 
 # A gate is for one version of these. Names in the order of the vector.
 VERSION = 1
@@ -48,17 +51,18 @@ class Prefill:
     hidden: np.ndarray
 
 
-async def prefill(search: Search, root: Frontier, *, wants_hidden: bool) -> Prefill:
-    """Reads the features of the prompt at a root: a token is computed once more for each of logits and hidden state."""
-    [logits] = await search.decoder.engine.logits(root.branches)
+async def prefill(engine: "Engine", root: Frontier, *, wants_hidden: bool) -> list[Prefill]:
+    """Reads the features of prompts at the roots on them: a token is computed once more for each of logits and hidden
+    state."""
+    logits = await engine.logits(root.branches)
     logprobs = torch.log_softmax(logits.double(), dim=-1)
     # a masked token has probability 0 and log-probability -inf
-    entropy = -float(torch.where(logprobs > -torch.inf, logprobs.exp() * logprobs, 0.0).sum())
-    hidden = np.zeros(0, np.float32)
+    entropies = -torch.where(logprobs > -torch.inf, logprobs.exp() * logprobs, 0.0).sum(dim=-1)
+    hidden = np.zeros((len(root), 0), np.float32)
     if wants_hidden:
-        [state] = await root.hidden()
-        hidden = state.float().numpy(force=True)
-    return Prefill(int(root.num_tokens[0]), entropy, hidden)
+        hidden = (await root.hidden()).float().numpy(force=True)
+    parts = zip(root.num_tokens.tolist(), entropies.tolist(), hidden, strict=True)
+    return [Prefill(*part) for part in parts]
 
 
 def vector(prompt: Prefill, chains: Sequence[Chain], classes: np.ndarray) -> np.ndarray:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from treedecode.gate.calibration import Isotonic
 from treedecode.gate.features import NAMES, VERSION
+from treedecode.gate.quantiles import CostQuantiles
 
-SCHEMA = "treedecode.gate/1"
+SCHEMA = "treedecode.gate/2"
 _MIN_RATE = 1e-4  # a mean success rate of 0 or 1 is no Beta distribution
 _MIN_PAIR, _MAX_PAIR = 0.1, 1000.0  # alpha + beta: from all or nothing to a known rate
 
@@ -34,6 +35,11 @@ class TreeSearch:
     keep: int
     tokens: float
     kv_bytes: float
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(depth, width, keep)."""
+        return self.depth, self.width, self.keep
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,7 @@ class Gate:
         network: in evaluation mode.
         mean, std: `[num_features]` float32 of the training features.
         calibrators: of P(solved), of the mean success rate, and of each tree search.
+        costs: quantiles of what a chain and each tree search will cost, for forecasts.
     """
 
     def __init__(
@@ -138,15 +145,24 @@ class Gate:
         mean: Tensor,
         std: Tensor,
         calibrators: tuple[Isotonic, ...],
+        costs: CostQuantiles,
     ) -> None:
         self.config, self.network = config, network.eval()
-        self.mean, self.std, self.calibrators = mean, std, calibrators
+        self.mean, self.std, self.calibrators, self.costs = mean, std, calibrators, costs
 
     def __repr__(self) -> str:
         digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
         for name, tensor in sorted(self._tensors().items()):
             digest.update(name.encode() + tensor.numpy().tobytes())
         return f"Gate({digest.hexdigest()[:16]})"
+
+    def check_verifier(self, has_verifier: bool) -> None:
+        """Raises:
+        ValueError: the gate was trained with a verifier and there is none, or the other way round.
+        """
+        if has_verifier != self.config.uses_verifier:
+            needs, has = ("a", "has none") if self.config.uses_verifier else ("no", "has one")
+            raise ValueError(f"verifier: the gate was trained with {needs} verifier, and the run {has}")
 
     def believe(self, features: np.ndarray) -> Beliefs:
         """Beliefs about problems, from `[n, num_features]` features.
@@ -177,6 +193,7 @@ class Gate:
         tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
         for i, function in enumerate(self.calibrators):
             tensors[f"calibrators.{i}"] = torch.from_numpy(np.stack([function.x, function.y]))
+        tensors |= {f"costs.{name}": tensor for name, tensor in self.costs.tensors.items()}
         return {**tensors, "mean": self.mean, "std": self.std}
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -210,7 +227,11 @@ class Gate:
         network = GateNetwork(config.num_features, len(config.menu), width=len(weights["heads.weight"].T))
         network.load_state_dict(weights)
         pairs = [tensors[f"calibrators.{i}"].numpy() for i in range(2 + len(config.menu))]
-        return cls(config, network, tensors["mean"], tensors["std"], tuple(Isotonic(x, y) for x, y in pairs))
+        calibrators = tuple(Isotonic(x, y) for x, y in pairs)
+        costs = CostQuantiles.from_tensors(
+            {name.removeprefix("costs."): t for name, t in tensors.items() if name.startswith("costs.")}
+        )
+        return cls(config, network, tensors["mean"], tensors["std"], calibrators, costs)
 
 
 @torch.inference_mode()

@@ -76,9 +76,12 @@ class Record:
     spent: float
 
     @classmethod
-    def of(cls, notes: Mapping[str, Any]) -> "Record":
-        """The record in the notes of a solution."""
-        return cls([Bid.from_json(bid) for bid in notes.get("bids", ())], notes["spent"])
+    def by_problem(cls, notes: Mapping[str, Mapping[str, Any]]) -> "dict[str, Record]":
+        """The records in the notes of solutions."""
+        return {
+            problem: cls([Bid.from_json(bid) for bid in note.get("bids", ())], note["spent"])
+            for problem, note in notes.items()
+        }
 
 
 class Meeting:

@@ -8,6 +8,7 @@ import numpy as np
 from treedecode.gate.model import Gate
 from treedecode.gate.sharing import Terms
 from treedecode.gate_training.audit import Allocation, audit
+from treedecode.gate_training.costs import measure_costs
 from treedecode.gate_training.fit import look, measure
 from treedecode.gate_training.rollouts import Rollouts
 from treedecode.gate_training.simulate import Replay, Spent, orders
@@ -77,7 +78,7 @@ def evaluate(
         "probes": probes,
         "wave": wave,
         "max_chains": max_chains,
-        "calibration": measure(gate, held_out),
+        "calibration": {**measure(gate, held_out), "costs": measure_costs(gate, data)},
         "budgets": rows,
         "audits": audits,
     }
@@ -156,6 +157,8 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"{name:<8} " + "  ".join(f"{key} {_shown(value)}" for key, value in figures.items()))
     for i, figures in enumerate(report["calibration"]["trees"]):
         lines.append(f"tree {i:<3} " + "  ".join(f"{key} {_shown(value)}" for key, value in figures.items()))
+    for figures in report["calibration"]["costs"]:
+        lines.append("  ".join(f"{key} {_shown(value)}" for key, value in figures.items()))
     columns = ("budget", "spent", "accuracy", "uniform", "uniform_at_twice", "oracle", "tree_searches")
     lines += ["", "".join(f"{name:>17}" for name in columns)]
     lines += ["".join(f"{_shown(row[name]):>17}" for name in columns) for row in report["budgets"]]

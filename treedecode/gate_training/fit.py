@@ -13,6 +13,7 @@ from treedecode.gate.calibration import Isotonic, auc, expected_calibration_erro
 from treedecode.gate.chains import selected
 from treedecode.gate.features import vector
 from treedecode.gate.model import Gate, GateConfig, GateNetwork, TreeSearch, raw_beliefs
+from treedecode.gate_training.costs import fit_costs, measure_costs
 from treedecode.gate_training.rollouts import Rollouts
 
 
@@ -116,9 +117,9 @@ def train(
     """A gate, and its figures on problems that neither its weights nor its calibration have seen.
 
     Problems are split 70 : 15 : 15. The first part is fitted, by the likelihood of whether the selected answer is right
-    (Bernoulli), of how many further chains mend it (Beta-binomial), and of whether tree searches do; the second ends
-    the fit and calibrates (isotonic); the third is measured. Hidden states are read only where the second part is the
-    likelier for it: from hundreds of problems a network learns them by heart.
+    (Bernoulli), of how many further chains mend it (Beta-binomial), and of whether tree searches do, and by the pinball
+    loss of what they cost; the second ends the fit and calibrates (isotonic); the third is measured. Hidden states are
+    read only where the second part is the likelier for it: from hundreds of problems a network learns them by heart.
 
     Raises:
         ValueError: too few problems to split, or an argument does not fit the rollouts (named).
@@ -152,11 +153,13 @@ def train(
             batch_size=batch_size,
             seed=seed,
         )
-        found.append((loss, Gate(config, network, mean, std, _calibrators(network, second, mean, std))))
+        calibrators = _calibrators(network, second, mean, std)
+        costs = fit_costs(parts[0], parts[1], hidden_size, seed=seed)
+        found.append((loss, Gate(config, network, mean, std, calibrators, costs)))
     _, gate = min(found, key=lambda pair: pair[0])
     held_out = replace(held_out, features=held_out.features[:, : gate.config.num_features])
     problems = {name: len(part) for name, part in zip(("fitted", "calibrated", "held_out"), parts, strict=True)}
-    return gate, {"problems": problems, **measure(gate, held_out)}
+    return gate, {"problems": problems, **measure(gate, held_out), "costs": measure_costs(gate, parts[2])}
 
 
 def _menu(data: Rollouts) -> tuple[TreeSearch, ...]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from treedecode.decoder import Decoder
 from treedecode.gate.chains import Chain, chains_of
+from treedecode.gate.costs import kv_tokens
 from treedecode.gate.features import Prefill, prefill
 from treedecode.sampling import Sampling
 from treedecode.search import Outcome, Search
@@ -143,7 +144,7 @@ class Collect(Strategy):
 
     async def solve(self, search: Search) -> Outcome:
         with await search.root() as root:
-            prompt = await prefill(search, root, wants_hidden=self.wants_hidden)
+            [prompt] = await prefill(search.decoder.engine, root, wants_hidden=self.wants_hidden)
             with root.spread(self.num_chains) as frontier:
                 await search.complete(frontier)
                 chains = await chains_of(search, frontier)
@@ -208,7 +209,7 @@ def collect(
     prompts = [note["prompt"] for note in notes]
     tokens = _column(notes, "num_tokens")
     prompt_tokens = np.array([prompt["num_tokens"] for prompt in prompts])
-    bytes_alone = decoder.engine.meter.token_bytes * (prompt_tokens[:, None] * tokens + tokens * (tokens + 1) / 2)
+    bytes_alone = decoder.engine.meter.token_bytes * kv_tokens(prompt_tokens[:, None], tokens)
     costs = np.array([note["costs"] for note in notes], np.float64).reshape(len(notes), len(menu), 2)
     return Rollouts(
         ids=np.array([solution.problem.id for solution in result.solutions]),

@@ -118,7 +118,7 @@ class Replay:
             beliefs = gate.believe(np.array(features))
             made = []
             for at, (some, _) in enumerate(seen):
-                alone, further = chain_costs("tokens", 0, some, wave=wave, token_bytes=0)
+                alone, further = chain_costs("tokens", 0, some, wave=wave)
                 costs = tuple(item.tokens * alone for item in gate.config.menu)
                 terms = beliefs.terms(at)
                 made.append(

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from treedecode.gate.draws import CostDraws
 from treedecode.search import Outcome, Search
 from treedecode.tree import Frontier
 
@@ -39,6 +40,17 @@ class Strategy:
             notes: `Search.notes` of those that an earlier process solved, by id; they are not solved again.
         """
         return None
+
+    def cost(self, draws: CostDraws) -> np.ndarray:
+        """`[num_draws]` of what it may spend on a problem, in the unit of the draws (`treedecode.forecasting`).
+
+        Raises:
+            ValueError: it does not follow from what a gate knows.
+        """
+        raise ValueError(
+            f"strategy: what {self.name} with these settings costs does not follow from how long chains are, which is "
+            "all that a gate knows"
+        )
 
     async def solve(self, search: Search) -> Outcome:
         """The strategy's answer to one problem.

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
+from treedecode.gate.draws import CostDraws
 from treedecode.sampling import Sampling
 from treedecode.search import Outcome, Search
 from treedecode.strategies.base import Strategy, choose, require, require_one_of
@@ -32,6 +35,9 @@ class BestOfN(Strategy):
     @property
     def num_branches(self) -> int:
         return self.num_samples
+
+    def cost(self, draws: CostDraws) -> np.ndarray:
+        return draws.chains(self.num_samples)
 
     async def solve(self, search: Search) -> Outcome:
         solutions = (await search.root()).spread(self.num_samples)

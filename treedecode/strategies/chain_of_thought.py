@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from treedecode.gate.draws import CostDraws
 from treedecode.sampling import Sampling
 from treedecode.search import Outcome, Search
 from treedecode.strategies.base import Strategy, require
@@ -45,6 +46,11 @@ class ChainOfThought(Strategy):
     @property
     def num_branches(self) -> int:
         return 2
+
+    def cost(self, draws: CostDraws) -> np.ndarray:
+        if self.min_tokens or self.max_tokens is not None:
+            return super().cost(draws)
+        return draws.chains(1)
 
     async def solve(self, search: Search) -> Outcome:
         chain = await search.root()

@@ -9,7 +9,8 @@ import numpy as np
 
 from treedecode.gate.allocate import Bid
 from treedecode.gate.chains import Chain, chains_of, selected
-from treedecode.gate.costs import UNITS, chain_costs
+from treedecode.gate.costs import UNITS, chain_costs, kv_sizes
+from treedecode.gate.draws import CostDraws
 from treedecode.gate.features import Prefill, prefill, vector
 from treedecode.gate.model import Gate
 from treedecode.gate.sharing import Meeting, Record, Stream, Terms
@@ -60,8 +61,8 @@ class DynamicAllocation(Strategy):
         if not isinstance(self.gate, Gate):
             object.__setattr__(self, "gate", Gate.load(self.gate))
         config = self._gate.config
-        for name in ("wave", "lag"):
-            require(name, getattr(self, name), int, 1)
+        require("wave", self.wave, int, 1)
+        require("lag", self.lag, int, 1)
         require("probes", self.probes, int, config.min_chains, config.max_chains)
         if self.max_chains is not None:
             require("max_chains", self.max_chains, int, self.probes, config.max_chains + self.wave)
@@ -89,20 +90,21 @@ class DynamicAllocation(Strategy):
     @property
     def _searches(self) -> list[TreeOfThoughts]:
         """The gate's menu."""
-        menu = self._gate.config.menu
-        return [TreeOfThoughts(item.depth, item.width, item.keep, sampling=self.sampling) for item in menu]
+        return [TreeOfThoughts(*item.shape, sampling=self.sampling) for item in self._gate.config.menu]
 
     def share(self, problems: Sequence[str], notes: Mapping[str, Mapping[str, Any]]) -> Meeting | Stream:
-        terms = Terms(self.budget, self._most, self.wave, self.floor)
-        known = {problem: Record.of(note) for problem, note in notes.items()}
+        terms, known = Terms(self.budget, self._most, self.wave, self.floor), Record.by_problem(notes)
         if self.mode == "offline":
             return Meeting(terms, problems, known)
         return Stream(terms, problems, known, price=self.price, step=self.step, lag=self.lag)
 
+    def cost(self, draws: CostDraws) -> np.ndarray:
+        if draws.unit != self.unit:
+            raise ValueError(f"unit: dynamic allocation divides {self.unit}, and what it costs in them alone is known")
+        return self.budget * draws.alone(self.probes)
+
     async def solve(self, search: Search) -> Outcome:
-        if search.has_scorer != self._gate.config.uses_verifier:
-            needs, has = ("a", "has none") if self._gate.config.uses_verifier else ("no", "has one")
-            raise ValueError(f"verifier: the gate was trained with {needs} verifier, and the run {has}")
+        self._gate.check_verifier(search.has_scorer)
         try:
             return await self._solve(search)
         finally:
@@ -111,7 +113,7 @@ class DynamicAllocation(Strategy):
 
     async def _solve(self, search: Search) -> Outcome:
         with await search.root() as root:
-            prompt = await prefill(search, root, wants_hidden=self._gate.config.hidden_size > 0)
+            [prompt] = await prefill(search.decoder.engine, root, wants_hidden=self._gate.config.hidden_size > 0)
             with root.spread(self.probes) as probes:
                 await search.complete(probes, self.sampling)
                 chains = await chains_of(search, probes)
@@ -126,21 +128,20 @@ class DynamicAllocation(Strategy):
             if grant.ends:
                 return best
             if grant.tree >= 0:
-                found = await self._searches[grant.tree].solve(search)
-                return max(best, found, key=rank)  # of equals the chain's
+                return max(best, await self._searches[grant.tree].solve(search), key=rank)  # of equals the chain's
             with (await search.root()).spread(grant.num_chains) as more:
                 await search.complete(more, self.sampling)
                 chains += await chains_of(search, more)
 
     def _bid(self, search: Search, prompt: Prefill, chains: list[Chain], classes: np.ndarray) -> Bid:
-        config, token_bytes = self._gate.config, search.decoder.engine.meter.token_bytes
+        sizes = kv_sizes(search.decoder.engine)
         beliefs = self._gate.believe(vector(prompt, chains, classes)[None])
-        alone, further = chain_costs(self.unit, prompt.num_tokens, chains, wave=self.wave, token_bytes=token_bytes)
+        alone, further = chain_costs(self.unit, prompt.num_tokens, chains, wave=self.wave, **sizes)
         return Bid(
             **beliefs.terms(0),
             chain_cost=further,
-            tree_costs=tuple(getattr(item, self.unit) * alone for item in config.menu),
             alone=alone,
+            tree_costs=tuple(getattr(item, self.unit) * alone for item in self._gate.config.menu),
             spent=self._spent(search),
             num_chains=len(chains),
         )

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from treedecode.gate.draws import CostDraws
 from treedecode.sampling import Sampling
 from treedecode.search import Outcome, Search
 from treedecode.strategies.base import Strategy, require
@@ -44,6 +45,9 @@ class SelfConsistency(Strategy):
     @property
     def num_branches(self) -> int:
         return self.num_samples + 1
+
+    def cost(self, draws: CostDraws) -> np.ndarray:
+        return draws.chains(self.num_samples)
 
     async def solve(self, search: Search) -> Outcome:
         root = await search.root()

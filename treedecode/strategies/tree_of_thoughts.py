@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from treedecode.gate.draws import CostDraws
 from treedecode.sampling import Sampling
 from treedecode.search import Outcome, Search
 from treedecode.strategies.base import Strategy, rank, require
@@ -49,6 +50,11 @@ class TreeOfThoughts(Strategy):
         if self.order == "bfs":
             return self.keep * (1 + self.width)
         return 1 + self.width * self.depth
+
+    def cost(self, draws: CostDraws) -> np.ndarray:
+        if self.order != "bfs" or self.dead is not None:
+            return super().cost(draws)
+        return draws.tree(self.depth, self.width, self.keep)
 
     async def solve(self, search: Search) -> Outcome:
         return await (self._bfs(search) if self.order == "bfs" else self._dfs(search))

@@ -1,0 +1,97 @@
+"""Forecast: quantiles of what a run will cost, from a gate that has read its prompts."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from treedecode.decoder import Decoder, Prompt
+from treedecode.gate.costs import UNITS, kv_sizes
+from treedecode.gate.draws import CostDraws
+from treedecode.gate.features import Prefill, prefill
+from treedecode.gate.model import Gate
+from treedecode.gate.quantiles import prompt_vector
+from treedecode.sampling import Sampling
+from treedecode.strategies.base import Strategy, require_one_of
+
+_SIDE_BY_SIDE = 64  # prompts computed at a time
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run may cost.
+
+    Attributes:
+        unit: "tokens" generated, or "kv_bytes" read.
+        draws: `[num_problems, num_draws]` float64, each column a way the run may go.
+    """
+
+    unit: str
+    draws: np.ndarray
+
+    def quantile(self, level: float | Sequence[float]) -> np.ndarray:
+        """What the whole run stays within, with probability `level` (of its shape)."""
+        return np.quantile(self.draws.sum(axis=0), level)
+
+    def problem_quantile(self, level: float) -> np.ndarray:
+        """`[num_problems]` the same of each problem alone."""
+        return np.quantile(self.draws, level, axis=1)
+
+    def within(self, limit: float) -> float:
+        """P(the whole run costs no more than `limit`), the odds that such a budget is enough."""
+        return float((self.draws.sum(axis=0) <= limit).mean())
+
+
+def forecast(
+    decoder: Decoder,
+    problems: Iterable[Prompt],
+    *,
+    strategy: Strategy,
+    gate: Gate | None = None,
+    unit: str = "tokens",
+    num_draws: int = 1000,
+    seed: int = 0,
+) -> Forecast:
+    """Quantiles of what a strategy will spend on problems, before it runs.
+
+    The prompts are computed, and nothing is generated; a run on the same decoder finds them in the prefix index. How
+    long chains will be is what the gate has learned from its training problems: of another task, another model or
+    another sampling it says nothing. What a judge generates is not in it, and KV bytes are of every problem apart: what
+    problems have in common, worked examples for instance, is read less often than that.
+
+    Args:
+        problems: their prompts.
+        strategy: one whose cost follows from how long chains are (of those that may stop early, what they spend at
+            most), or a tree search of the gate's menu.
+        gate: by default the strategy's own.
+        unit: "tokens" generated, or "kv_bytes" read.
+        num_draws: ways the run may go that are drawn, from `seed`.
+
+    Raises:
+        ValueError: nothing is known of the strategy, there is no gate, or an argument is out of range (named).
+    """
+    gate = getattr(strategy, "gate", None) if gate is None else gate
+    if not isinstance(gate, Gate):
+        raise ValueError(f"gate: {strategy.name} has none of its own, so expected a Gate, got {gate!r}")
+    require_one_of("unit", unit, tuple(UNITS))
+    if num_draws < 1:
+        raise ValueError(f"num_draws: expected at least 1, got {num_draws}")
+    prompts = decoder.run(_prefills(decoder, list(problems), wants_hidden=gate.config.hidden_size > 0))
+    quantiles = gate.costs(np.stack([prompt_vector(prompt, gate.config.hidden_size) for prompt in prompts]))
+    rng = np.random.default_rng(seed)
+    sizes = kv_sizes(decoder.engine)
+    draws = [
+        strategy.cost(CostDraws(gate, prompt, some, unit=unit, num_draws=num_draws, rng=rng, **sizes))
+        for prompt, some in zip(prompts, quantiles, strict=True)
+    ]
+    return Forecast(unit, np.stack(draws))
+
+
+async def _prefills(decoder: Decoder, prompts: list[Prompt], *, wants_hidden: bool) -> list[Prefill]:
+    if not prompts:
+        raise ValueError("problems: is empty; expected at least one")
+    found = []
+    for begin in range(0, len(prompts), _SIDE_BY_SIDE):
+        with await decoder.roots(prompts[begin : begin + _SIDE_BY_SIDE], sampling=Sampling()) as roots:
+            found += await prefill(decoder.engine, roots, wants_hidden=wants_hidden)
+    return found
