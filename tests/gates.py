@@ -17,4 +17,6 @@ def known_costs(hidden_size, costs):
         center=torch.tensor(costs, dtype=torch.float64).log1p(),
         scale=torch.zeros(num_targets),
         shifts=torch.zeros(num_targets, len(LEVELS)),
+        factors=torch.ones(num_targets),
+        errors=torch.zeros(num_targets),
     )

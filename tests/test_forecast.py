@@ -16,8 +16,8 @@ from treedecode.strategies import MCTS, BestOfN, ChainOfThought, DynamicAllocati
 from treedecode.tasks.base import Problem
 
 WORDS = ["cat", "dog", "end", "mat", "hat"]
-PROBLEMS = [Problem(f"p{i}", f"the {WORDS[i % 5]} {'sat ' * (i % 3)}on {i}", str(i % 10)) for i in range(400)]
-TRAINING, FRESH = PROBLEMS[:300], PROBLEMS[300:]
+PROBLEMS = [Problem(f"p{i}", f"the {WORDS[i % 5]} {'sat ' * (i % 3)}on {i}", str(i % 10)) for i in range(900)]
+TRAINING, FRESH = PROBLEMS[:800], PROBLEMS[800:]
 
 
 class Long(Digits):
@@ -30,8 +30,8 @@ class Long(Digits):
 def gate():
     """A gate trained on runs of the model that the tests use."""
     with talkative_decoder() as dec:
-        data = collect(dec, TRAINING, task=Long(), num_chains=8, verifier=rate, menu=[(2, 2, 1)], seed=3)
-    found, _ = train(data, max_chains=6, max_epochs=2)
+        data = collect(dec, TRAINING, task=Long(), num_chains=4, verifier=rate, menu=[(2, 2, 1)], seed=3)
+    found, _ = train(data, max_chains=3, max_epochs=2)
     return found
 
 
@@ -59,12 +59,12 @@ def test_runs_cost_what_was_forecast(gate, strategy, verifier, unit):
         result = td.solve(dec, FRESH, strategy=strategy, task=Long(), verifier=verifier, seed=5)
     field = {"tokens": "generated_tokens", "kv_bytes": "kv_bytes"}[unit]
     spent = np.array([getattr(solution.spending, field) for solution in result.solutions])
-    # the mean of 100 problems is known better than a problem is, but not better than the gate learned it from 300
+    # the mean of 100 problems is known better than a problem is, but not better than the gate learned it from 800
     middle = found.quantile(0.5)
-    assert spent.sum() == pytest.approx(middle, rel=0.15)
+    assert spent.sum() == pytest.approx(middle, rel={"tokens": 0.12, "kv_bytes": 0.2}[unit])
     for level in (0.1, 0.5, 0.9):
         below = (spent <= found.problem_quantile(level)).mean()
-        assert below == pytest.approx(level, abs=0.15)
+        assert below == pytest.approx(level, abs=0.17)
 
 
 def test_lengths_that_are_known_give_exact_costs(gate):

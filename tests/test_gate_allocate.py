@@ -1,14 +1,14 @@
 """Allocation of a budget: closed forms, brute force over whole menus, the meeting of offline runs, the online price."""
 
 import itertools
-from dataclasses import replace
+import math
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treedecode.gate.allocate import Bid, Grant, allocate, at_price, chain_gains, steps_of
+from treedecode.gate.allocate import Bid, Grant, allocate, at_price, chain_gains, chain_needs, steps_of
 from treedecode.gate.sharing import Record, Stream, Terms
 
 
@@ -56,12 +56,20 @@ def bids(draw, max_trees=2):
     )
 
 
+def all_fail(alpha, beta, count):
+    """E[(1 - p)^count] = B(alpha, beta + count) / B(alpha, beta)."""
+    logs = [math.lgamma(beta + n) - math.lgamma(alpha + beta + n) for n in (count, 0)]
+    return math.exp(logs[0] - logs[1])
+
+
 def menu(one, max_chains):
-    """Every item of a menu: (grant, gain, cost)."""
+    """Every item of a menu: (grant, gain, cost). The n-th chain is paid for only where all before it fail."""
     gains = np.cumsum(chain_gains(one.alpha, one.beta, one.unsolved, max(0, max_chains - one.num_chains)))
     yield Grant(), 0.0, 0.0
+    cost = 0.0
     for n, gain in enumerate(gains, 1):
-        yield Grant(n), gain, n * one.chain_cost
+        cost += one.chain_cost * all_fail(one.alpha, one.beta, n - 1)
+        yield Grant(n), gain, cost
     for i, (p, cost) in enumerate(zip(one.trees, one.tree_costs, strict=True)):
         yield Grant(tree=i), one.unsolved * p, cost
 
@@ -86,19 +94,28 @@ def test_no_allocation_is_better_by_more_than_one_step(problems, budget):
         assert gain == pytest.approx(sum(max(g for g, _ in menu.values()) for menu in menus))
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.lists(bids(max_trees=0), min_size=1, max_size=3), st.integers(0, 12))
-def test_with_equal_costs_and_chains_alone_it_is_optimal(problems, budget):
-    problems = [replace(one, chain_cost=1.0) for one in problems]
-    grants, _ = allocate(problems, budget, max_chains=4)
-    every = [list(menu(one, 4)) for one in problems]
+@settings(deadline=None, max_examples=60)
+@given(st.lists(bids(), min_size=1, max_size=3), st.floats(0.01, 0.6))
+def test_what_a_price_buys_no_allocation_of_its_cost_betters(problems, price):
+    menus = [{grant: (gain, cost) for grant, gain, cost in menu(one, 4)} for one in problems]
+    bought = [some[at_price(one, price, 4)] for one, some in zip(problems, menus, strict=True)]
+    gain, cost = sum(g for g, _ in bought), sum(c for _, c in bought)
     best = max(
-        sum(gain for _, gain, _ in items)
-        for items in itertools.product(*every)
-        if sum(cost for _, _, cost in items) <= budget
+        sum(g for g, _ in items)
+        for items in itertools.product(*(some.values() for some in menus))
+        if sum(c for _, c in items) <= cost
     )
-    gain = sum(g for items, grant in zip(every, grants, strict=True) for other, g, _ in items if other == grant)
-    assert gain == pytest.approx(best, abs=1e-12)
+    assert gain == pytest.approx(best, abs=1e-9)
+    grants, _ = allocate(problems, cost * (1 + 1e-9), max_chains=4)
+    assert sum(some[grant][0] for some, grant in zip(menus, grants, strict=True)) == pytest.approx(best, abs=1e-9)
+
+
+@pytest.mark.parametrize("wave", [1, 3])
+def test_chains_are_needed_where_the_waves_before_have_failed(wave):
+    needs = chain_needs(2.0, 3.0, 7, wave)
+    exact = [integral(lambda p, n=n: (1 - p) ** (n // wave * wave), 2.0, 3.0) for n in range(7)]
+    np.testing.assert_allclose(needs, exact, rtol=1e-5)
+    assert chain_needs(2.0, 3.0, 0, wave).shape == (0,)
 
 
 @settings(deadline=None, max_examples=40)
@@ -113,8 +130,9 @@ def test_the_floor_comes_first_and_is_part_of_the_budget():
     hopeless, easy = bid(0.01, 100.0), bid(5.0, 1.0)
     grants, _ = allocate([hopeless, easy], 4, max_chains=8, floor=2)
     assert grants == [Grant(2), Grant(2)]
+    # two chains solve the easy one with probability 0.95: the others that it may have are hardly ever needed
     grants, _ = allocate([hopeless, easy], 5, max_chains=8, floor=2)
-    assert grants == [Grant(2), Grant(3)]
+    assert grants == [Grant(2), Grant(8)]
     [grant], _ = allocate([bid(num_chains=3)], 0, max_chains=8, floor=2)
     assert grant.ends
 

@@ -169,7 +169,7 @@ def test_a_gate_comes_back_from_its_file(trained, tmp_path):
         Gate.load(tmp_path / "other")
     with pytest.raises(FileNotFoundError):
         Gate.load(tmp_path / "missing")
-    newer = Gate(replace(gate.config, features=99), gate.network, gate.mean, gate.std, gate.calibrators)
+    newer = Gate(replace(gate.config, features=99), gate.network, gate.mean, gate.std, gate.calibrators, gate.costs)
     newer.save(tmp_path / "newer")
     with pytest.raises(ValueError, match=r"reads version 99 of the features"):
         Gate.load(tmp_path / "newer")

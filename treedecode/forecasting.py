@@ -56,13 +56,13 @@ def forecast(
 
     The prompts are computed, and nothing is generated; a run on the same decoder finds them in the prefix index. How
     long chains will be is what the gate has learned from its training problems: of another task, another model or
-    another sampling it says nothing. What a judge generates is not in it, and KV bytes are of every problem apart: what
-    problems have in common, worked examples for instance, is read less often than that.
+    another sampling it says nothing. What a verifier generates or reads is not in it, and KV bytes are of every problem
+    apart: what problems have in common, worked examples for instance, is read less often than that.
 
     Args:
         problems: their prompts.
-        strategy: one whose cost follows from how long chains are (of those that may stop early, what they spend at
-            most), or a tree search of the gate's menu.
+        strategy: one whose cost follows from how long chains are (of those that may stop early, and of dynamic
+            allocation, what they spend at most), or a tree search of the gate's menu.
         gate: by default the strategy's own.
         unit: "tokens" generated, or "kv_bytes" read.
         num_draws: ways the run may go that are drawn, from `seed`.
@@ -79,9 +79,12 @@ def forecast(
     prompts = decoder.run(_prefills(decoder, list(problems), wants_hidden=gate.config.hidden_size > 0))
     quantiles = gate.costs(np.stack([prompt_vector(prompt, gate.config.hidden_size) for prompt in prompts]))
     rng = np.random.default_rng(seed)
+    costs = gate.costs
+    errors = rng.normal(size=(num_draws, len(costs.errors))) * costs.errors.numpy()
+    factors = costs.factors.numpy() * (1 + errors).clip(min=0)
     sizes = kv_sizes(decoder.engine)
     draws = [
-        strategy.cost(CostDraws(gate, prompt, some, unit=unit, num_draws=num_draws, rng=rng, **sizes))
+        strategy.cost(CostDraws(gate, prompt, some, factors, unit=unit, rng=rng, **sizes))
         for prompt, some in zip(prompts, quantiles, strict=True)
     ]
     return Forecast(unit, np.stack(draws))

@@ -1,9 +1,9 @@
 """Allocation: one budget over many problems, at one price.
 
-A problem's menu is what it may be given: so many chains more, or one tree search. Each item has an expected gain, the
-probability that it turns a wrong answer into a right one, and an expected cost. Of all problems, the steps with the
-most gain per cost are taken until the budget is spent; the ratio where that happens is the price lambda, the
-multiplier of the budget constraint (2410.04707, section 3).
+A problem's menu is what it may be given: up to so many chains more, as long as it needs them, or one tree search. Each
+item has an expected gain, the probability that it turns a wrong answer into a right one, and an expected cost. Of all
+problems, the steps with the most gain per cost are taken until the budget is spent; the ratio where that happens is the
+price lambda, the multiplier of the budget constraint (2410.04707, section 3).
 """
 
 from collections.abc import Mapping, Sequence
@@ -72,13 +72,14 @@ def chain_gains(alpha: float, beta: float, unsolved: float, num_chains: int) -> 
     return unsolved * alpha / (alpha + beta) * np.concatenate([[1.0], np.cumprod(falls[:-1])])[:num_chains]
 
 
-def chain_needs(alpha: float, beta: float, num_chains: int) -> np.ndarray:
-    """`[num_chains]` P(the first further chain is needed), the second, ...: `E[(1 - p)^(n - 1)]`.
+def chain_needs(alpha: float, beta: float, num_chains: int, wave: int = 1) -> np.ndarray:
+    """`[num_chains]` P(the first further chain is sampled), the second, ...: `E[(1 - p)^m]` after m in earlier waves.
 
     Once a chain has mended the answer, the gate sees it and asks for no more: what is planned costs less than it may.
     """
     j = np.arange(max(0, num_chains - 1))
-    return np.concatenate([[1.0], np.cumprod((beta + j) / (alpha + beta + j))])[:num_chains]
+    after = np.concatenate([[1.0], np.cumprod((beta + j) / (alpha + beta + j))])
+    return after[np.arange(num_chains) // wave * wave]
 
 
 @dataclass(frozen=True)
@@ -100,17 +101,18 @@ class Steps:
         return self.gains / self.costs
 
 
-def steps_of(bid: Bid, max_chains: int) -> Steps:
-    """The upper concave hull of a menu over (cost, gain), from nothing: all that any price can choose.
+def steps_of(bid: Bid, max_chains: int, wave: int = 1) -> Steps:
+    """The upper concave hull of a menu over (expected cost, gain), from nothing: all that any price can choose.
 
     Args:
         max_chains: a problem gets at most so many, with those it has.
+        wave: chains sampled at a time.
     """
     more = max(0, max_chains - bid.num_chains)
     gains = np.r_[
         0.0, np.cumsum(chain_gains(bid.alpha, bid.beta, bid.unsolved, more)), np.multiply(bid.unsolved, bid.trees)
     ]
-    costs = np.r_[0.0, bid.chain_cost * np.cumsum(chain_needs(bid.alpha, bid.beta, more)), bid.tree_costs]
+    costs = np.r_[0.0, bid.chain_cost * np.cumsum(chain_needs(bid.alpha, bid.beta, more, wave)), bid.tree_costs]
     grants = [Grant(n) for n in range(more + 1)] + [Grant(tree=i) for i in range(len(bid.trees))]
     hull: list[int] = []
     for i in np.lexsort((-gains, costs)):
@@ -126,22 +128,25 @@ def _slope(gains: np.ndarray, costs: np.ndarray, begin: int, end: int) -> float:
     return (gains[end] - gains[begin]) / (costs[end] - costs[begin])
 
 
-def at_price(bid: Bid, price: float, max_chains: int) -> Grant:
+def at_price(bid: Bid, price: float, max_chains: int, wave: int = 1) -> Grant:
     """What a problem takes at a price: all steps whose gain per cost is at least that."""
-    steps = steps_of(bid, max_chains)
+    steps = steps_of(bid, max_chains, wave)
     count = int((steps.slopes >= price).sum())
     return steps.grants[count - 1] if count else Grant()
 
 
-def allocate(bids: Sequence[Bid], budget: float, *, max_chains: int, floor: int = 0) -> tuple[list[Grant], float]:
+def allocate(
+    bids: Sequence[Bid], budget: float, *, max_chains: int, floor: int = 0, wave: int = 1
+) -> tuple[list[Grant], float]:
     """Divides a budget among problems so that the expected number of right answers is the highest.
 
     Exact up to the last step that does not fit: no allocation of the budget gains more than this one and that step.
 
     Args:
-        budget: what all may still cost together.
+        budget: what all may still cost together, as expected.
         max_chains: of one problem, with those it has.
         floor: chains that every problem gets in any case, with those it has, before the rest is divided.
+        wave: chains sampled at a time.
 
     Returns:
         a grant for each problem, and the price: the gain per cost of the first step that was too expensive; 0 where the
@@ -149,12 +154,13 @@ def allocate(bids: Sequence[Bid], budget: float, *, max_chains: int, floor: int 
     """
     owed = [max(0, min(floor, max_chains) - bid.num_chains) for bid in bids]
     left = budget - sum(bid.chain_cost * more for bid, more in zip(bids, owed, strict=True))
-    menus = [steps_of(bid, max_chains) for bid in bids]
+    menus = [steps_of(bid, max_chains, wave) for bid in bids]
     grants = [Grant(more) for more in owed]
     which = np.repeat(np.arange(len(bids)), [len(steps.grants) for steps in menus])
     within = np.concatenate([np.zeros(0, np.int64), *(np.arange(len(steps.grants)) for steps in menus)])
     slopes = np.concatenate([np.zeros(0), *(steps.slopes for steps in menus)])
-    paid = np.array([bid.chain_cost * more for bid, more in zip(bids, owed, strict=True)])
+    needs = [chain_needs(bid.alpha, bid.beta, more, wave).sum() for bid, more in zip(bids, owed, strict=True)]
+    paid = np.array([bid.chain_cost * need for bid, need in zip(bids, needs, strict=True)])  # of what steps cost
     reached, open_ = np.zeros(len(bids)), np.ones(len(bids), bool)
     price = 0.0
     for i in np.lexsort((within, which, -slopes)):

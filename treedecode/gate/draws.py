@@ -13,6 +13,7 @@ class CostDraws:
 
     Args:
         quantiles: `[num_targets, len(LEVELS)]` of log(1 + cost), as the gate tells them.
+        factors: `[num_draws, num_targets]` on costs, those of all problems of a draw.
     """
 
     def __init__(
@@ -20,16 +21,16 @@ class CostDraws:
         gate: Gate,
         prompt: Prefill,
         quantiles: np.ndarray,
+        factors: np.ndarray,
         *,
         unit: str,
         token_bytes: int,
         page_size: int,
-        num_draws: int,
         rng: np.random.Generator,
     ) -> None:
         self.unit = unit
-        self._gate, self._prompt, self._quantiles = gate, prompt, quantiles
-        self._token_bytes, self._page_size, self._num_draws, self._rng = token_bytes, page_size, num_draws, rng
+        self._gate, self._prompt, self._quantiles, self._factors = gate, prompt, quantiles, factors
+        self._token_bytes, self._page_size, self._rng = token_bytes, page_size, rng
 
     def chains(self, count: int) -> np.ndarray:
         """`[num_draws]`, of so many chains side by side, which read the prompt's pages together."""
@@ -66,5 +67,5 @@ class CostDraws:
 
     def _draw(self, target: int, count: int) -> np.ndarray:
         """`[num_draws, count]`: linear between the quantiles, constant beyond the outer ones."""
-        levels = self._rng.random((self._num_draws, count))
-        return np.expm1(np.interp(levels, LEVELS, self._quantiles[target]))
+        levels = self._rng.random((len(self._factors), count))
+        return np.expm1(np.interp(levels, LEVELS, self._quantiles[target])) * self._factors[:, target, None]

@@ -10,6 +10,7 @@ from treedecode.gate.features import Prefill
 
 LEVELS = (np.arange(20) + 0.5) / 20  # 0.025 to 0.975
 PROMPT_FEATURES = 2  # and the hidden state
+_TENSORS = ("mean", "std", "center", "scale", "shifts", "factors", "errors")
 
 
 def prompt_vector(prompt: Prefill, hidden_size: int) -> np.ndarray:
@@ -40,6 +41,8 @@ class CostQuantiles:
         mean, std: `[num_features]` float32 of the features; center, scale: `[num_targets]` of the logarithms.
         shifts: `[num_targets, len(LEVELS)]`, added to each quantile so that its share of the calibration problems lies
             below it.
+        factors, errors: `[num_targets]`, the mean cost over that of what the quantiles name, which know nothing of the
+            tails, and its relative standard error: of all problems together, by the calibration problems.
     """
 
     network: QuantileNetwork
@@ -48,6 +51,8 @@ class CostQuantiles:
     center: Tensor
     scale: Tensor
     shifts: Tensor
+    factors: Tensor
+    errors: Tensor
 
     @torch.inference_mode()
     def raw(self, features: np.ndarray) -> Tensor:
@@ -62,7 +67,7 @@ class CostQuantiles:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All of it, for a file."""
-        named = {name: getattr(self, name) for name in ("mean", "std", "center", "scale", "shifts")}
+        named = {name: getattr(self, name) for name in _TENSORS}
         return {**named, **{f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}}
 
     @classmethod
@@ -71,4 +76,4 @@ class CostQuantiles:
         weights = {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
         network = QuantileNetwork(len(tensors["mean"]), len(tensors["center"]), len(weights["heads.weight"].T))
         network.load_state_dict(weights)
-        return cls(network.eval(), *(tensors[name] for name in ("mean", "std", "center", "scale", "shifts")))
+        return cls(network.eval(), *(tensors[name] for name in _TENSORS))

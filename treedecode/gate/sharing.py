@@ -35,7 +35,7 @@ class Terms:
             alone, spent: of all problems of the run, those that have ended too.
         """
         left = self.budget * alone - spent
-        grants, _ = allocate(bids, left, max_chains=self.max_chains, floor=self.floor)
+        grants, _ = allocate(bids, left, max_chains=self.max_chains, floor=self.floor, wave=self.wave)
         return [self.limited(grant) for grant in grants]
 
     def limited(self, grant: Grant) -> Grant:
@@ -202,7 +202,7 @@ class Stream:
             self._waiting.setdefault(after, []).append(future)
             await future
         price, mean = self._priced[after]
-        grant = at_price(bid, price / (mean or bid.alone), self.terms.max_chains)
+        grant = at_price(bid, price / (mean or bid.alone), self.terms.max_chains, self.terms.wave)
         owed = self.terms.floor - bid.num_chains
         if grant.tree < 0 and owed > grant.num_chains:
             grant = Grant(owed)

@@ -78,10 +78,16 @@ def fit_costs(
                 break
     network.load_state_dict(best_weights)
     shape = (y.shape[-1], len(LEVELS))
-    costs = CostQuantiles(network.eval(), mean, std, center, scale, torch.zeros(shape))
-    residuals = (other_y[..., None] - costs.raw(prompt_features(calibrated, hidden_size))[:, None]).numpy()
+    costs = CostQuantiles(network.eval(), mean, std, center, scale, torch.zeros(shape), *torch.zeros(2, shape[0]))
+    features = prompt_features(calibrated, hidden_size)
+    residuals = (other_y[..., None] - costs.raw(features)[:, None]).numpy()
     shifts = np.stack([np.quantile(residuals[..., j], level, axis=(0, 1)) for j, level in enumerate(LEVELS)], axis=1)
-    return replace(costs, shifts=torch.from_numpy(shifts).float())
+    costs = replace(costs, shifts=torch.from_numpy(shifts).float())
+    spent = np.expm1(other_y.double().numpy()).mean(axis=1)  # a problem's chains go together
+    named = np.expm1(costs(features)).mean(axis=-1)
+    factors = spent.mean(axis=0) / named.mean(axis=0)
+    errors = (spent - factors * named).std(axis=0) / np.sqrt(len(spent)) / spent.mean(axis=0)
+    return replace(costs, factors=torch.from_numpy(factors).float(), errors=torch.from_numpy(errors).float())
 
 
 def measure_costs(gate: Gate, data: Rollouts) -> list[dict[str, Any]]:
