@@ -277,4 +277,4 @@ def test_the_description_tells_gates_apart():
 
 
 def parts(one):
-    return one.network, one.mean, one.std, one.calibrators
+    return one.network, one.mean, one.std, one.calibrators, one.costs

@@ -387,3 +387,19 @@ def test_slots_are_at_least_as_many_as_tokens():
         with pytest.raises(ValueError, match=r"slots: expected at least"):
             module.append_slots(pool.state, pool.kv, torch.zeros(2, dtype=torch.int64), int32(0, 1), int32(1, 2))
         assert_unchanged(pool, before)
+
+
+def test_a_row_holds_no_more_tokens_than_its_length_can_say():
+    """A table of 2^31 + 2^30 tokens: a length beyond 2^31 - 1 would wrap around and be negative."""
+    page_size = 2**30
+    pool = make_pool(num_pages=3, page_size=page_size, max_branches=1, max_pages_per_branch=3, num_layers=0)
+    pool.seq_lens[0], pool.page_table[0, :2] = 2**31 - 3, int32(0, 1)
+    pool.refcount[:2] = 1
+    pool.status[1] = 1  # free pages: the third
+    slots = torch.empty(4, dtype=torch.int64)
+    with pytest.raises(
+        ValueError, match=r"q_lens: expected lengths from 0 to the room left in the row's page table, 2, got 3"
+    ):
+        ops.append_slots(pool.state, pool.kv, slots, int32(0), int32(3))
+    ops.append_slots(pool.state, pool.kv, slots, int32(0), int32(2))
+    assert pool.seq_lens[0] == 2**31 - 1
