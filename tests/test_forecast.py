@@ -171,7 +171,7 @@ def test_what_cannot_be_forecast(gate):
             td.forecast(dec, ["the cat"], strategy=BestOfN(), gate=gate, unit="joules")
         with pytest.raises(ValueError, match=r"num_draws: expected at least 1, got 0"):
             td.forecast(dec, ["the cat"], strategy=BestOfN(), gate=gate, num_draws=0)
-        with pytest.raises(ValueError, match=r"problems: is empty"):
+        with pytest.raises(ValueError, match=r"prompts: is empty"):
             td.forecast(dec, [], strategy=BestOfN(), gate=gate)
         assert dec.num_branches == 0
 

@@ -44,7 +44,7 @@ class Forecast:
 
 def forecast(
     decoder: Decoder,
-    problems: Iterable[Prompt],
+    prompts: Iterable[Prompt],
     *,
     strategy: Strategy,
     gate: Gate | None = None,
@@ -52,7 +52,7 @@ def forecast(
     num_draws: int = 1000,
     seed: int = 0,
 ) -> Forecast:
-    """Quantiles of what a strategy will spend on problems, before it runs.
+    """Quantiles of what a strategy will spend on problems, before it runs (conformalised, 1905.03222).
 
     The prompts are computed, and nothing is generated; a run on the same decoder finds them in the prefix index. How
     long chains will be is what the gate has learned from its training problems: of another task, another model or
@@ -60,7 +60,7 @@ def forecast(
     apart: what problems have in common, worked examples for instance, is read less often than that.
 
     Args:
-        problems: their prompts.
+        prompts: of the problems.
         strategy: one whose cost follows from how long chains are (of those that may stop early, and of dynamic
             allocation, what they spend at most), or a tree search of the gate's menu.
         gate: by default the strategy's own.
@@ -76,23 +76,23 @@ def forecast(
     require_one_of("unit", unit, tuple(UNITS))
     if num_draws < 1:
         raise ValueError(f"num_draws: expected at least 1, got {num_draws}")
-    prompts = decoder.run(_prefills(decoder, list(problems), wants_hidden=gate.config.hidden_size > 0))
-    quantiles = gate.costs(np.stack([prompt_vector(prompt, gate.config.hidden_size) for prompt in prompts]))
+    costs, hidden_size = gate.costs, gate.config.hidden_size
+    known = decoder.run(_prefills(decoder, list(prompts), wants_hidden=hidden_size > 0))
+    quantiles = costs(np.stack([prompt_vector(prompt, hidden_size) for prompt in known]))
     rng = np.random.default_rng(seed)
-    costs = gate.costs
     errors = rng.normal(size=(num_draws, len(costs.errors))) * costs.errors.numpy()
     factors = costs.factors.numpy() * (1 + errors).clip(min=0)
     sizes = kv_sizes(decoder.engine)
     draws = [
         strategy.cost(CostDraws(gate, prompt, some, factors, unit=unit, rng=rng, **sizes))
-        for prompt, some in zip(prompts, quantiles, strict=True)
+        for prompt, some in zip(known, quantiles, strict=True)
     ]
     return Forecast(unit, np.stack(draws))
 
 
 async def _prefills(decoder: Decoder, prompts: list[Prompt], *, wants_hidden: bool) -> list[Prefill]:
     if not prompts:
-        raise ValueError("problems: is empty; expected at least one")
+        raise ValueError("prompts: is empty; expected at least one")
     found = []
     for begin in range(0, len(prompts), _SIDE_BY_SIDE):
         with await decoder.roots(prompts[begin : begin + _SIDE_BY_SIDE], sampling=Sampling()) as roots:

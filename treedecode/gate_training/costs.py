@@ -1,6 +1,5 @@
 """Fitting quantiles of costs to rollouts."""
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +11,7 @@ from treedecode.gate.costs import kv_tokens
 from treedecode.gate.model import Gate
 from treedecode.gate.quantiles import LEVELS, PROMPT_FEATURES, CostQuantiles, QuantileNetwork, prompt_vector
 from treedecode.gate_training.rollouts import Rollouts
+from treedecode.gate_training.stopping import fit_until_best
 
 
 def prompt_features(data: Rollouts, hidden_size: int) -> np.ndarray:
@@ -59,26 +59,23 @@ def fit_costs(
     x, y = (x - mean) / std, (y - center) / scale
     other_x = (torch.from_numpy(prompt_features(calibrated, hidden_size)) - mean) / std
     other_y = torch.from_numpy(log_costs(calibrated))
-    network, best, best_weights, since = None, float("inf"), {}, 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = QuantileNetwork(PROMPT_FEATURES + hidden_size, y.shape[-1])
         optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=weight_decay)
-        for _ in range(max_epochs):
+
+        def epoch() -> None:
             for rows in torch.randperm(len(x)).split(batch_size):
                 optimizer.zero_grad()
                 pinball(network(x[rows]), y[rows]).sum().backward()
                 optimizer.step()
-            with torch.inference_mode():
-                loss = float(pinball(network(other_x), (other_y - center) / scale).sum())
-            since += 1
-            if loss < best:
-                best, best_weights, since = loss, copy.deepcopy(network.state_dict()), 0
-            elif since >= patience:
-                break
-    network.load_state_dict(best_weights)
+
+        def loss() -> float:
+            return float(pinball(network(other_x), (other_y - center) / scale).sum())
+
+        fit_until_best(network, epoch, loss, max_epochs=max_epochs, patience=patience)
     shape = (y.shape[-1], len(LEVELS))
-    costs = CostQuantiles(network.eval(), mean, std, center, scale, torch.zeros(shape), *torch.zeros(2, shape[0]))
+    costs = CostQuantiles(network, mean, std, center, scale, torch.zeros(shape), *torch.zeros(2, shape[0]))
     features = prompt_features(calibrated, hidden_size)
     residuals = (other_y[..., None] - costs.raw(features)[:, None]).numpy()
     shifts = np.stack([np.quantile(residuals[..., j], level, axis=(0, 1)) for j, level in enumerate(LEVELS)], axis=1)

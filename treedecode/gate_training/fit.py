@@ -1,6 +1,5 @@
 """Fitting a gate to rollouts."""
 
-import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +14,7 @@ from treedecode.gate.features import vector
 from treedecode.gate.model import Gate, GateConfig, GateNetwork, TreeSearch, raw_beliefs
 from treedecode.gate_training.costs import fit_costs, measure_costs
 from treedecode.gate_training.rollouts import Rollouts
+from treedecode.gate_training.stopping import fit_until_best
 
 
 @dataclass(frozen=True)
@@ -185,26 +185,20 @@ def _fit(
 ) -> tuple[float, GateNetwork]:
     """Fits until `patience` epochs have not been better on the second part; the best loss there, and its weights."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    best, best_weights, since = float("inf"), copy.deepcopy(network.state_dict()), 0
+
+    def epoch() -> None:
+        for rows in torch.randperm(len(fitted[0])).split(batch_size):
+            optimizer.zero_grad()
+            _loss(network, tuple(part[rows] for part in fitted)).backward()
+            optimizer.step()
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network.reset_parameters()
-        for _ in range(max_epochs):
-            network.train()
-            for rows in torch.randperm(len(fitted[0])).split(batch_size):
-                optimizer.zero_grad()
-                _loss(network, tuple(part[rows] for part in fitted)).backward()
-                optimizer.step()
-            network.eval()
-            with torch.inference_mode():
-                loss = float(_loss(network, calibrated))
-            since += 1
-            if loss < best:
-                best, best_weights, since = loss, copy.deepcopy(network.state_dict()), 0
-            elif since >= patience:
-                break
-    network.load_state_dict(best_weights)
-    return best, network.eval()
+        best = fit_until_best(
+            network, epoch, lambda: float(_loss(network, calibrated)), max_epochs=max_epochs, patience=patience
+        )
+    return best, network
 
 
 def _calibrators(network: GateNetwork, examples: Examples, mean: Tensor, std: Tensor) -> tuple[Isotonic, ...]:
