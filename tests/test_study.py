@@ -347,3 +347,11 @@ def test_journals_are_those_of_solve(study):
     lines = (out / "rows/votes_4.jsonl").read_text().splitlines()
     assert len(lines) == 7
     Journal(out / "rows/votes_4.jsonl", json.loads(lines[0])["run"]).close()
+
+
+def test_another_task_needs_a_model(tmp_path, capsys):
+    data = tmp_path / "questions.jsonl"
+    data.write_text('{"question": "2 + 2?", "answer": "4"}\n')
+    assert cli.main(["study", "--data", str(data), "--out", str(tmp_path / "out"), "--problems", "1"]) == 2
+    assert f"model: expected a folder, a hub name or a .gguf file for the task {data}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
