@@ -133,10 +133,7 @@ def expected(
     """Lines on what a run will probably cost, and on whether its budget will be enough."""
     levels = (0.05, 0.25, 0.5, 0.75, 0.95)
     yield f"{'forecast':<12}" + "".join(f"{level:>16.0%}" for level in levels)
-    units: dict[str, Callable[[float], str]] = {
-        "tokens": "{:,.0f}".format,
-        "kv_bytes": lambda size: in_bytes(int(size)),
-    }
+    units: dict[str, Callable[[float], str]] = {"tokens": "{:,.0f}".format, "kv_bytes": in_bytes}
     own = getattr(strategy, "unit", None)
     for unit in units if own is None else (own,):
         found = forecast(decoder, prompts, strategy=strategy, gate=gate, unit=unit)

@@ -153,10 +153,9 @@ def train(
             batch_size=batch_size,
             seed=seed,
         )
-        calibrators = _calibrators(network, second, mean, std)
-        costs = fit_costs(parts[0], parts[1], hidden_size, seed=seed)
-        found.append((loss, Gate(config, network, mean, std, calibrators, costs)))
-    _, gate = min(found, key=lambda pair: pair[0])
+        found.append((loss, config, network, mean, std, _calibrators(network, second, mean, std)))
+    _, config, network, mean, std, calibrators = min(found, key=lambda one: one[0])
+    gate = Gate(config, network, mean, std, calibrators, fit_costs(parts[0], parts[1], config.hidden_size, seed=seed))
     held_out = replace(held_out, features=held_out.features[:, : gate.config.num_features])
     problems = {name: len(part) for name, part in zip(("fitted", "calibrated", "held_out"), parts, strict=True)}
     return gate, {"problems": problems, **measure(gate, held_out), "costs": measure_costs(gate, parts[2])}
