@@ -166,12 +166,12 @@ class Count:
                 self.spent[account] = self.spent.get(account, Spending()) + here
             return forward(model, pool_, table, batch, slots, **options)
 
-        def counted_choose(table, matcher, eos, batch, logits):
-            accounts = table.account[batch.rows[batch.wanted][batch.sampled]]
+        def counted_choose(table, matcher, eos, draw, logits):
+            accounts = table.account[draw.rows]
             for account in [None, *set(accounts.tolist())]:
                 count = len(accounts) if account is None else int((accounts == account).sum())
                 self.sampled.setdefault(account, []).append(count)
-            return choose(table, matcher, eos, batch, logits)
+            return choose(table, matcher, eos, draw, logits)
 
         monkeypatch.setattr(step, "forward", counted_forward)
         monkeypatch.setattr(step, "choose", counted_choose)

@@ -190,7 +190,7 @@ class CapturedStep(Captured):
         last = table.tokens[batch.rows, table.num_tokens[batch.rows] - 1]
         self.ids[:count].copy_(torch.from_numpy(last.astype(np.int64)))
         for name, values in self.sampling.items():
-            values[:count] = getattr(batch.inputs, name)
+            values[:count] = getattr(batch.draw, name)
 
     def _step(self) -> None:
         logits, length = self._forward()
@@ -280,7 +280,7 @@ def fits(batch: Batch, table: BranchTable) -> bool:
     return bool(
         batch.decode_only
         and len(batch.sampled) == len(rows)
-        and not batch.penalised
+        and not batch.draw.penalised
         and (table.num_tokens[rows] >= table.min_tokens[rows]).all()
         # until the prompt is wholly in the cache, the prefix index has something to learn
         and (table.num_cached[rows] >= table.prompt_len[rows]).all()

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treedecode import step
 from treedecode.branches import Finish, Ints, Work
 from treedecode.captured import CapturedSteps
 from treedecode.jobs import Callback, Job, Stats, settle
@@ -139,11 +138,11 @@ class Engine(Ticker):
         loop = asyncio.get_running_loop()
         table = self.table
         with self.open_lock():
-            if hasattr(self.model, "refresh"):
+            if hasattr(self.model, "refresh") and not self._jobs:  # else every forward looks
                 self.model.refresh()
             self._follow_model()
             self.require_resting(rows)
-            if len(np.unique(rows)) < len(rows):
+            if len(set(rows.tolist())) < len(rows):
                 raise RuntimeError("a branch appears twice in one call")
             self._require_funds(rows)
             live = rows
@@ -162,11 +161,11 @@ class Engine(Ticker):
                 table.finish[live] = Finish.NONE
                 table.finish[full] = Finish.LENGTH
                 live = live[table.num_tokens[live] < table.limit[live]]
-            known, logits = live, first
-            if work == Work.SAMPLE and first is None:
-                known, logits = self._known_logits(live)
+            known: dict[int, tuple[Tensor, int]] = {}
+            if work == Work.SAMPLE:
+                known = self._known_logits(live) if first is None else dict.fromkeys(live.tolist(), (first[None], 0))
             if work != Work.PREFILL:
-                self._uncache_last(np.setdiff1d(live, known) if logits is not None else live, work)
+                self._uncache_last(live[~np.isin(live, list(known))] if known else live, work)
             if len(live) == 0:
                 return torch.empty(0, _width(self.model, work)) if work in (Work.LOGITS, Work.HIDDEN) else None
             job_id, self._num_jobs = self._num_jobs, self._num_jobs + 1
@@ -176,8 +175,7 @@ class Engine(Ticker):
             table.job[live] = job_id
             table.order[live] = (job_id << 24) + np.arange(len(live))
             self._batch = None
-            if logits is not None:
-                self._take_first(known, logits)
+            self._first |= {row: (job_id, *found) for row, found in known.items()}
             if loop not in self._drivers:
                 self._drivers[loop] = loop.create_task(self._drive())
         try:
@@ -200,31 +198,14 @@ class Engine(Ticker):
         finally:
             del self._drivers[loop]
 
-    def _known_logits(self, rows: Ints) -> tuple[Ints, Tensor | None]:
-        """Those of rows whose next token's logits an earlier forward computed, and these `[n, vocab_size]`."""
-        table, found = self.table, []
+    def _known_logits(self, rows: Ints) -> dict[int, tuple[Tensor, int]]:
+        """Rows whose next token's logits an earlier forward computed: those logits, and the row's place in them."""
+        table, found = self.table, {}
         for row in rows.tolist() if self._next_logits else ():
             logits, at, num_tokens = self._next_logits.pop(row, (None, 0, -1))
             if logits is not None and table.num_cached[row] == table.num_tokens[row] == num_tokens:
-                found.append((row, logits[at]))
-        if not found:
-            return rows[:0], None
-        return np.array([row for row, _ in found]), torch.stack([logits for _, logits in found])
-
-    def _take_first(self, rows: Ints, logits: Tensor) -> None:
-        """Samples a token for each of rows from logits `[n, vocab_size]`, or the same for all, without a forward."""
-        try:
-            with torch.inference_mode():
-                batch = self.scheduler.batch(rows, np.zeros(len(rows), np.int32), complete=True)
-                every = logits.expand(len(rows), -1).contiguous()
-                if logits.dim() == 2:
-                    places = {int(row): i for i, row in enumerate(rows)}
-                    every = logits[[places[int(row)] for row in batch.rows]]
-                self._record(batch, batch.rows, *step.choose(self.table, self.matcher, self._eos_ids, batch, every))
-                self._stats.num_sampled_tokens += len(rows)
-                self._end_over(self.meter.charge_sampled(self.table.account[rows]))
-        except Exception as error:
-            self._end_work(rows, error)
+                found[row] = logits, at
+        return found
 
     def _require_funds(self, rows: Ints) -> None:
         """Raises if an account of rows is over its limits."""

@@ -12,9 +12,12 @@ from treedecode.meter import Meter, Shares
 
 
 @dataclass(frozen=True)
-class SampleInputs:
-    """Arguments of `ops.sample` for the sampled rows of a batch, each `[n]` on the model's device."""
+class Draw:
+    """Rows that get a token sampled, with the arguments of `ops.sample` for them, each `[s]` on the model's device."""
 
+    rows: Ints  # [s] int64
+    penalised: bool  # whether a row has a repetition penalty
+    stop_ids: list[int]  # stop sets in use among the rows
     temperature: Tensor  # fp32
     top_k: Tensor  # int32
     top_p: Tensor  # fp32
@@ -36,9 +39,7 @@ class Batch:
     q_lens_tensor: Tensor | None  # [B] int32, None = 1 each
     wanted: Ints  # [n] indices of rows whose last token's logits are wanted
     sampled: Ints  # [s] indices into wanted of rows that sample
-    inputs: SampleInputs
-    penalised: bool  # whether a sampled row has a repetition penalty
-    stop_ids: list[int]  # stop sets in use among the sampled rows
+    draw: Draw  # of the rows that sample
     shares: list[Shares]  # of the accounts that pay for rows
 
 
@@ -92,15 +93,15 @@ class Scheduler:
         rows, lens = list(decoding), [1] * len(decoding)
         budget = self.prefill_tokens
         promised = len(decoding)  # pages that rows already admitted may still take
-        ahead: list[int] = []
-        for row in waiting:
+        ahead: list[tuple[int, int]] = []
+        for row, goal in zip(waiting, table.goal(waiting).tolist(), strict=True):
             if budget <= 0:
                 break
             empty = table.num_cached[row] == 0
             if empty and not self._adopt(int(row), ahead):
                 continue
             cached = int(table.num_cached[row])
-            todo = int(table.goal(np.array([row]))[0]) - cached
+            todo = goal - cached
             if todo <= 0:
                 self.num_prefix_tokens += cached
                 continue  # the index had all of it; the next call reports it
@@ -118,16 +119,20 @@ class Scheduler:
             budget -= take
             rows.append(row)
             lens.append(take)
-            ahead.append(int(row))
+            ahead.append((int(row), goal))
         return np.array(rows, np.int64), np.array(lens, np.int32)
 
-    def _adopt(self, row: int, ahead: list[int]) -> bool:
-        """Starts an empty row on pages of the index; False: it should wait for a row ahead with the same beginning."""
+    def _adopt(self, row: int, ahead: list[tuple[int, int]]) -> bool:
+        """Starts an empty row on pages of the index; False: it should wait for a row ahead with the same beginning.
+
+        Args:
+            ahead: (row, tokens it will have in the cache) of those that go before it.
+        """
         table, page = self.table, self.pool.page_size
         known = np.ascontiguousarray(table.tokens[row, : table.num_tokens[row] - 1])
         pages, found = self.index.match(known)
-        for other in ahead:
-            both = min(len(known), int(table.goal(np.array([other]))[0]))
+        for other, goal in ahead:
+            both = min(len(known), goal)
             differ = np.flatnonzero(known[:both] != table.tokens[other, :both])
             common = int(differ[0]) if len(differ) else both
             if common // page * page > found:
@@ -170,23 +175,18 @@ class Scheduler:
         if not self.free_held_pages(max(lacking, 1)) and len(holders) == 0:
             raise RuntimeError("out of pages: nothing is left to preempt; give the decoder more kv_memory")
 
-    def batch(self, rows: Ints, lens: Ints, *, complete: bool = False) -> Batch:
-        """The batch that takes the next `lens` tokens of `rows`; `complete`: logits are wanted of all of them."""
+    def batch(self, rows: Ints, lens: Ints) -> Batch:
+        """The batch that takes the next `lens` tokens of `rows`."""
         table = self.table
         pages, used = self._pages(rows)
         order = _depth_first(rows, pages, used)
         rows, lens = rows[order], lens[order]
         wants = table.work[rows] != Work.PREFILL
-        wanted = np.flatnonzero((wants & (table.num_cached[rows] + lens == table.goal(rows))) | complete)
+        wanted = np.flatnonzero(wants & (table.num_cached[rows] + lens == table.goal(rows)))
         out = rows[wanted]
         sampled = np.flatnonzero(table.work[out] == Work.SAMPLE)
-        chosen = out[sampled]
         decode_only = bool((lens == 1).all()) and len(wanted) == len(rows)
         device = self.pool.device
-
-        def put(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array[chosen]).to(device)
-
         return Batch(
             rows=rows,
             q_lens=lens,
@@ -195,12 +195,19 @@ class Scheduler:
             q_lens_tensor=None if decode_only else torch.from_numpy(lens).to(device),
             wanted=wanted,
             sampled=sampled,
-            inputs=SampleInputs(
-                put(table.temperature), put(table.top_k), put(table.top_p), put(table.min_p), put(table.seed)
-            ),
-            penalised=bool((table.penalty[chosen] != 1).any()),
-            stop_ids=[int(stop) for stop in np.unique(table.stop[chosen]) if stop],
+            draw=self.draw(out[sampled]),
             shares=self.meter.shares(table.account[rows], pages[order], used[order], table.num_cached[rows]),
+        )
+
+    def draw(self, rows: Ints) -> Draw:
+        """How `rows` sample."""
+        table = self.table
+        arrays = (table.temperature, table.top_k, table.top_p, table.min_p, table.seed)
+        return Draw(
+            rows,
+            bool((table.penalty[rows] != 1).any()),
+            [int(stop) for stop in np.unique(table.stop[rows]) if stop],
+            *(torch.from_numpy(array[rows]).to(self.pool.device) for array in arrays),
         )
 
     def _pages(self, rows: Ints) -> tuple[Ints, np.ndarray]:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,6 +93,11 @@ class Search:
         """Whether `score` can say anything."""
         return self._score is not None
 
+    @cached_property
+    def _prompt_ids(self) -> list[int]:
+        """`prompt` as token ids: a search may begin anew many times."""
+        return self.decoder.encode(self.prompt) if isinstance(self.prompt, str) else list(self.prompt)
+
     async def root(self, prompt: "Prompt | None" = None) -> "Frontier":
         """A branch on the problem's prompt, or on another one for it; each call's branches sample anew."""
         assert self.sampling.seed is not None
@@ -99,7 +105,7 @@ class Search:
         self._num_roots += 1
         sampling = replace(self.sampling, seed=int(seed))
         return await self.decoder.roots(
-            [self.prompt if prompt is None else prompt],
+            [self._prompt_ids if prompt is None else prompt],
             sampling=sampling,
             account=self._account,
         )

@@ -11,7 +11,7 @@ from treedecode.branches import BranchTable, Ints
 from treedecode.models.context import StepContext
 from treedecode.models.prefill import Prefill
 from treedecode.pages import PagePool
-from treedecode.schedule import Batch
+from treedecode.schedule import Batch, Draw
 from treedecode.stops import StopMatcher
 
 
@@ -73,9 +73,9 @@ def dense_prefills(
 
 
 def choose(
-    table: BranchTable, matcher: StopMatcher, eos_ids: Tensor, batch: Batch, logits: Tensor
+    table: BranchTable, matcher: StopMatcher, eos_ids: Tensor, draw: Draw, logits: Tensor
 ) -> tuple[Ints, np.ndarray]:
-    """Samples the next token of each row that wants one: (token ids, log-probabilities), `[len(batch.sampled)]`.
+    """Samples the next token of each row from its `[s, vocab_size]` logits: (token ids, log-probabilities), `[s]`.
 
     Repetition penalty and the minimum length change the logits first, of the rows that ask for them alone; the
     log-probabilities are of the distribution after that, before temperature and filters.
@@ -83,12 +83,10 @@ def choose(
     Raises:
         BadLogits: rows from whose logits no token can be drawn.
     """
-    if len(batch.sampled) == 0:
+    chosen = draw.rows
+    if len(chosen) == 0:
         return np.zeros(0, np.int32), np.zeros(0, np.float32)
-    chosen = batch.rows[batch.wanted][batch.sampled]
-    if len(batch.sampled) < len(batch.wanted):
-        logits = logits[torch.from_numpy(batch.sampled).to(logits.device)]
-    for i in np.flatnonzero(table.penalty[chosen] != 1) if batch.penalised else ():
+    for i in np.flatnonzero(table.penalty[chosen] != 1) if draw.penalised else ():
         row = chosen[i]
         seen = torch.from_numpy(table.tokens[row, : table.num_tokens[row]].astype(np.int64)).to(logits.device)
         x, penalty = logits[i, seen], float(table.penalty[row])
@@ -97,15 +95,14 @@ def choose(
         if not table.ignore_eos[chosen[i]]:  # else they end nothing, and are tokens like others
             logits[i, eos_ids] = -torch.inf
         logits[i, list(matcher[int(table.stop[chosen[i]])].token_ids)] = -torch.inf
-    inputs = batch.inputs
     try:
         token, logprob, _ = ops.sample(
             logits,
-            temperature=inputs.temperature,
-            top_k=inputs.top_k,
-            top_p=inputs.top_p,
-            min_p=inputs.min_p,
-            seed=inputs.seed,
+            temperature=draw.temperature,
+            top_k=draw.top_k,
+            top_p=draw.top_p,
+            min_p=draw.min_p,
+            seed=draw.seed,
             position=torch.from_numpy(table.num_tokens[chosen]).to(logits.device),
         )
     except ValueError:

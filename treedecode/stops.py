@@ -1,5 +1,6 @@
 """Where a branch's text ends: stop strings across token borders, stop tokens, and streaming that never shows a stop."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,12 +65,24 @@ def parse_stop(
     return StopSet(tuple(dict.fromkeys(strings)), tuple(dict.fromkeys(ids)))
 
 
+def _decodes_as_backend(tokenizer: Any) -> bool:
+    """Whether `tokenizer.decode` is that of its Rust backend and no more: calling that is five times faster."""
+    kind, fast = type(tokenizer), getattr(sys.modules.get("transformers"), "PreTrainedTokenizerFast", None)
+    return (
+        fast is not None
+        and isinstance(tokenizer, fast)
+        and all(getattr(kind, name) is getattr(fast, name) for name in ("decode", "_decode"))
+        and not {"decode", "_decode"} & set(vars(tokenizer))
+    )
+
+
 class StopMatcher:
     """Finds stops in generated tokens; decodes text only after a token that could complete one."""
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
+        self._decodes_as_backend = _decodes_as_backend(tokenizer)
         self._pieces: list[tuple[str, ...]] | None = None
         self._sets: list[StopSet] = [StopSet()]
         self._masks: list[np.ndarray | None] = [None]
@@ -78,6 +91,8 @@ class StopMatcher:
         """Text of `tokens`; special tokens leave no text. Without a tokenizer: empty."""
         if self._tokenizer is None or len(tokens) == 0:
             return ""
+        if self._decodes_as_backend:
+            return str(self._tokenizer.backend_tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     @cached_property

@@ -17,7 +17,7 @@ from treedecode.jobs import Job, Stats
 from treedecode.meter import BudgetExhausted, Meter
 from treedecode.ops.pages import OK, OUT_OF_PAGES, STATUS_ERROR, STATUS_NUM_FREE, STATUS_NUM_NEEDED
 from treedecode.pages import OutOfPages, PagePool
-from treedecode.schedule import Batch, Scheduler
+from treedecode.schedule import Batch, Draw, Scheduler
 from treedecode.search_tree import SearchTree
 from treedecode.stops import StopMatcher, TextStream
 
@@ -50,6 +50,8 @@ class Ticker(Forest):
         self.scheduler = Scheduler(self.table, pool, self.index, self.meter, prefill_tokens=prefill_tokens)
         self._stats = Stats()
         self._jobs: dict[int, Job] = {}
+        # row -> (its job, logits of an earlier forward, row in them): its next token needs no forward
+        self._first: dict[int, tuple[int, Tensor, int]] = {}
         self._batch: Batch | None = None
         self.captured = captured  # None: every step is launched op by op, and waited for
         self._run_ahead: Run | None = None
@@ -72,6 +74,7 @@ class Ticker(Forest):
             rows: Ints = np.flatnonzero(self.table.work)
             try:
                 with torch.inference_mode():
+                    self._take_first()
                     if self._run_ahead is None or self._run_ahead.batch is not self._batch:
                         self._catch_up()
                         self._run_ahead = self._start_run()
@@ -110,6 +113,7 @@ class Ticker(Forest):
             self.pool.clear(rows.astype(np.int32))
             self.table.num_cached[rows] = 0
             self._next_logits.clear()
+            self._first.clear()
             self._batch = None
 
     def _follow_model(self) -> None:
@@ -151,7 +155,7 @@ class Ticker(Forest):
         wants_hidden = bool((table.work[batch.rows[batch.wanted]] == Work.HIDDEN).any())
         try:
             logits, hidden = step.forward(self.model, self.pool, table, batch, slots, wants_hidden=wants_hidden)
-            tokens, logprobs = step.choose(table, self.matcher, self._eos_ids, batch, logits)
+            tokens, logprobs = self._choose(batch, logits)
         except BaseException:
             self.pool.truncate(batch.rows.astype(np.int32), cached.astype(np.int32))
             raise
@@ -168,8 +172,34 @@ class Ticker(Forest):
                     self._next_logits[row] = (logits, int(i), int(table.num_tokens[row]))
                 self._jobs[int(table.job[row])].found[row] = (found, int(i))
             self._finish(out[given])
-        self._record(batch, out[batch.sampled], tokens, logprobs)
+        self._record(batch.draw, batch.draw.rows, tokens, logprobs)
         self._charge(batch, cached, batch.q_lens)
+
+    def _choose(self, batch: Batch, logits: Tensor) -> tuple[Ints, np.ndarray]:
+        if len(batch.sampled) < len(batch.wanted):
+            logits = logits[torch.from_numpy(batch.sampled).to(logits.device)]
+        return step.choose(self.table, self.matcher, self._eos_ids, batch.draw, logits)
+
+    def _take_first(self) -> None:
+        """Samples a token for every row whose logits an earlier forward computed."""
+        waiting, self._first = self._first, {}
+        while waiting := {row: found for row, found in waiting.items() if self.table.job[row] == found[0]}:
+            parts: dict[int, tuple[Tensor, list[int], list[int]]] = {}  # the rows of each forward's logits
+            for row, (_, logits, at) in waiting.items():
+                _, rows, places = parts.setdefault(id(logits), (logits, [], []))
+                rows.append(row)
+                places.append(at)
+            found = [logits.index_select(0, torch.tensor(at, device=logits.device)) for logits, _, at in parts.values()]
+            draw = self.scheduler.draw(np.concatenate([rows for _, rows, _ in parts.values()]))
+            try:
+                chosen = step.choose(self.table, self.matcher, self._eos_ids, draw, torch.cat(found))
+            except step.BadLogits as error:
+                self._end_work(error.rows, error)  # the others' tokens are drawn again without them
+                continue
+            self._record(draw, draw.rows, *chosen)
+            self._stats.num_sampled_tokens += len(draw.rows)
+            self._end_over(self.meter.charge_sampled(self.table.account[draw.rows]))
+            return
 
     def _charge(self, batch: Batch, cached: Ints, q_lens: Ints) -> None:
         """Charges a forward to the accounts of its rows; what those that are then over a limit have under way ends."""
@@ -217,7 +247,7 @@ class Ticker(Forest):
         table.num_cached[rows] += 1
         self._count(run.batch)
         cached = table.num_cached[run.batch.rows] - good
-        self._record(run.batch, rows, tokens[good], logprobs[good])
+        self._record(run.batch.draw, rows, tokens[good], logprobs[good])
         self._charge(run.batch, cached, good.astype(np.int64))
         if len(bad):
             self._end_work(bad, step.BadLogits(bad, table.num_tokens[bad]))
@@ -246,7 +276,7 @@ class Ticker(Forest):
             left = run.batch.rows[gone]
             self.pool.truncate(left.astype(np.int32), self.table.num_cached[left].astype(np.int32))
 
-    def _record(self, batch: Batch, rows: Ints, tokens: Ints, logprobs: np.ndarray) -> None:
+    def _record(self, draw: Draw, rows: Ints, tokens: Ints, logprobs: np.ndarray) -> None:
         table = self.table
         if len(rows) == 0:
             return
@@ -256,7 +286,7 @@ class Ticker(Forest):
         table.cum_logprob[rows] += logprobs
         table.num_tokens[rows] = at + 1
         finish = np.where(at + 1 >= table.limit[rows], Finish.LENGTH, Finish.NONE)
-        for stop_id in batch.stop_ids:
+        for stop_id in draw.stop_ids:
             may = (
                 (table.stop[rows] == stop_id) & self.matcher.mask(stop_id)[tokens] & (at + 1 >= table.min_tokens[rows])
             )

@@ -8,6 +8,7 @@ price lambda, the multiplier of the budget constraint (2410.04707, section 3).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,7 @@ class Steps:
         return self.gains / self.costs
 
 
+@lru_cache(maxsize=1 << 12)  # most bids stand for many rounds
 def steps_of(bid: Bid, max_chains: int, wave: int = 1) -> Steps:
     """The upper concave hull of a menu over (expected cost, gain), from nothing: all that any price can choose.
 

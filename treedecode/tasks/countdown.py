@@ -221,6 +221,8 @@ class Countdown:
         pool = _replay(ended)
         if pool is None or len(pool) == 1:
             return True
+        if ended == text:
+            return False
         pool = _replay(text)  # with the line that has not ended, which may be unreadable only because it has not
         return pool is not None and len(pool) == 1
 
@@ -229,7 +231,7 @@ class Countdown:
 
         Lines after the one that leaves one number are not read.
         """
-        pool = _replay(text, problem.data["numbers"])
+        pool = _replay(text, tuple(problem.data["numbers"]))
         return pool is not None and len(pool) == 1 and pool[0].right and pool[0].value == problem.data["target"]
 
 
@@ -271,7 +273,8 @@ def _joined(first: _Item, operator: str, second: _Item, value: int) -> _Item:
     return _Item(value, right, operators, tuple(sorted(direct + others[0])), tuple(sorted(inverse + others[1])))
 
 
-def _replay(text: str, numbers: Sequence[int] | None = None) -> list[_Item] | None:
+@lru_cache(maxsize=1 << 12)  # a search asks for the same text again: is it final, what does it come to
+def _replay(text: str, numbers: tuple[int, ...] | None = None) -> tuple[_Item, ...] | None:
     """What is left after the lines of a solution, up to the one that leaves a single number.
 
     None if a line cannot be read, takes a number that is not there, or says that others are left than are.
@@ -304,7 +307,7 @@ def _replay(text: str, numbers: Sequence[int] | None = None) -> list[_Item] | No
         pool.append(_joined(taken[0], match[2], taken[1], result))
         if sorted(item.value for item in pool) != sorted(left):
             return None
-    return pool
+    return tuple(pool)
 
 
 def solution_of(numbers: Sequence[int], steps: Sequence[tuple[int, str, int, int]]) -> str:

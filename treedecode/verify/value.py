@@ -1,21 +1,26 @@
 """A value head on the decoder's own hidden states: scores of branches at the price of no forward."""
 
+import asyncio
 import hashlib
 import os
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from treedecode.models.value_head import ValueHead
 from treedecode.tasks.base import Problem
 from treedecode.tree import Frontier
+
+_Waiting = list[tuple[Tensor, asyncio.Future[np.ndarray]]]
 
 
 class Value:
     """P(a solution sampled on from here is right), read off the hidden state of each branch's last token.
 
     The forward that gives the hidden states gives the logits of the next tokens too, so a branch, or its children, that
-    go on from here need one forward less.
+    go on from here need one forward less. Whoever waits for the same forward is scored in one evaluation of the head.
 
     Args:
         head: a `ValueHead` for the decoder's model, or the file one was saved in.
@@ -28,6 +33,8 @@ class Value:
 
     def __init__(self, head: ValueHead | str | os.PathLike[str]) -> None:
         self.head = head if isinstance(head, ValueHead) else ValueHead.load(head)
+        self._waiting: dict[asyncio.AbstractEventLoop, _Waiting] = {}
+        self._fast: tuple[list[int], Callable[[Tensor], Tensor]] | None = None  # of these versions of the weights
 
     def __repr__(self) -> str:
         """Tells heads apart by their weights, wherever they are kept: journals ask whether a run is the same."""
@@ -43,8 +50,35 @@ class Value:
             ValueError: the head was trained for another hidden size.
         """
         hidden = await frontier.hidden()
+        loop = asyncio.get_running_loop()
+        waiting = self._waiting.setdefault(loop, [])
+        future: asyncio.Future[np.ndarray] = loop.create_future()
+        waiting.append((hidden, future))
+        if len(waiting) == 1:
+            loop.call_soon(self._evaluate, loop)
+        frontier.scores = await future
+        return frontier.scores
+
+    def _evaluate(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Scores all that wait in a loop."""
+        waiting = [(hidden, future) for hidden, future in self._waiting.pop(loop) if not future.done()]
+        if not waiting:
+            return
+        try:
+            values = self._values(torch.cat([hidden for hidden, _ in waiting]))
+        except Exception as error:
+            for _, future in waiting:
+                future.set_exception(error)
+            return
+        ends = np.cumsum([len(hidden) for hidden, _ in waiting])
+        for (_, future), part in zip(waiting, np.split(values, ends[:-1]), strict=True):
+            future.set_result(part)
+
+    def _values(self, hidden: Tensor) -> np.ndarray:
         if next(self.head.parameters()).device != hidden.device:
             self.head.to(hidden.device)
+        versions = [parameter._version for parameter in self.head.parameters()]
+        if self._fast is None or self._fast[0] != versions:
+            self._fast = versions, self.head.fast()
         with torch.inference_mode():
-            frontier.scores = self.head(hidden).double().numpy(force=True)
-        return frontier.scores
+            return self._fast[1](hidden).double().numpy(force=True)
