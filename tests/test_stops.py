@@ -5,9 +5,11 @@ import pytest
 from fakes import VOCAB, FakeTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from treedecode import Decoder, Sampling
 from treedecode.stops import StopMatcher, StopSet, TextStream, parse_stop
+from treedecode.tasks.countdown import model_path
 
 TOKENIZER = FakeTokenizer()
 MATCHER = StopMatcher(TOKENIZER, VOCAB)
@@ -133,3 +135,26 @@ def test_parse_stop():
     ]:
         with pytest.raises(error, match="stop: "):
             parse_stop(wrong, **options)
+
+
+FAST = AutoTokenizer.from_pretrained(model_path())
+
+
+@given(st.lists(st.integers(0, len(FAST) - 1), max_size=20))
+def test_text_is_what_the_tokenizer_says(tokens):
+    text = StopMatcher(FAST, len(FAST)).decode(np.array(tokens, np.int32))
+    assert text == FAST.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("method", ["decode", "_decode"])
+@pytest.mark.parametrize("where", ["class", "object"])
+def test_a_tokenizer_that_decodes_in_its_own_way_is_asked(method, where):
+    def own(self, token_ids, **options):
+        return "its own"
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    if where == "class":
+        tokenizer.__class__ = type("Own", (type(tokenizer),), {method: own})
+    else:
+        setattr(tokenizer, method, own.__get__(tokenizer))
+    assert StopMatcher(tokenizer, len(FAST)).decode(np.array([5, 6])) == "its own"

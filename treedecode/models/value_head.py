@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from treedecode.models.fused import linear_forward
+from treedecode.models.fused import Unfit, linear_forward
 
 
 class ValueHead(nn.Module):
@@ -55,12 +55,13 @@ class ValueHead(nn.Module):
     def fast(self) -> Callable[[Tensor], Tensor]:
         """`forward` for the weights as they are now, without gradients.
 
-        On the CPU a row's value does not depend on the other rows, not even in the last bit, if both sizes are even.
+        On the CPU a row's value does not depend on the other rows then, not even in the last bit. Layers that cannot be
+        packed (of odd sizes, or replaced by others) and other devices leave it as it is.
         """
-        layers = (self.up, self.middle, self.out)
-        if self.up.weight.device.type != "cpu" or any(layer.in_features % 2 for layer in layers):
+        try:
+            packed = [linear_forward(layer) for layer in (self.up, self.middle, self.out)]
+        except Unfit:
             return self
-        packed = [linear_forward(layer) for layer in layers]
         return lambda hidden: self._logits(hidden, *packed).sigmoid()
 
     def forward(self, hidden: Tensor) -> Tensor:
