@@ -17,7 +17,7 @@ from treedecode import cli
 from treedecode.commands import study as command
 from treedecode.journal import Journal
 from treedecode.strategies import ChainOfThought, SelfConsistency, Strategy, TreeOfThoughts
-from treedecode.study import analysis, plan, plots, report, rows, run, stats
+from treedecode.study import analysis, machine, plan, plots, report, rows, run, stats
 from treedecode.study.laws import Curve
 from treedecode.study.pool import ChainPool
 from treedecode.study.rows import Conditions, Entry
@@ -181,11 +181,13 @@ def test_files(study):
 
 def test_the_report_says_what_the_numbers_say(study):
     found, _ = study
-    quiet = {**found, "machine": {**found["machine"], "load_average": 0.5, "cores": 2}}
-    busy = {**found, "machine": {**found["machine"], "load_average": 9.0, "cores": 2}}
+    quiet = {**found, "machine": {**found["machine"], "other_cores": 0.1, "cores": 2}}
+    busy = {**found, "machine": {**found["machine"], "other_cores": 0.9, "cores": 2}}
+    unknown = {**found, "machine": {**found["machine"], "other_cores": None}}
+    assert not any("Other work" in sentence for sentence in report.sentences(unknown))
     said = list(report.sentences(quiet))
-    assert not any("Other work ran" in sentence for sentence in said)
-    assert any("Other work ran meanwhile (load 9.0 on 2 cores)" in sentence for sentence in report.sentences(busy))
+    assert not any("Other work" in sentence for sentence in said)
+    assert any("Other work took 0.9 of 2 cores meanwhile" in sentence for sentence in report.sentences(busy))
     best = max(found["rows"][1:], key=lambda row: row["accuracy"])
     assert any(f"The most accurate is {best['label']}: {100 * best['accuracy']:.1f}%" in sentence for sentence in said)
     rest = found["rows"][1:]
@@ -355,3 +357,19 @@ def test_another_task_needs_a_model(tmp_path, capsys):
     assert cli.main(["study", "--data", str(data), "--out", str(tmp_path / "out"), "--problems", "1"]) == 2
     assert f"model: expected a folder, a hub name or a .gguf file for the task {data}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_others_use_of_the_machine_is_told_from_its_own(tmp_path, monkeypatch):
+    stat, now, own = tmp_path / "stat", 100.0, [1.0, 0.5, 0.0, 0.0, 9e9]
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(machine.os, "times", lambda: own)
+    monkeypatch.setattr(machine.os, "sysconf", {"SC_CLK_TCK": 100}.get)
+    #           user nice system idle iowait irq softirq steal guest guest_nice
+    stat.write_text("cpu  1000 100 200 5000 300 10 20 30 77 7\ncpu0 1 1 1 1\n")
+    others = machine.Others(stat)
+    now, own[:4] = 110.0, [7.0, 1.5, 1.0, 0.0]  # 8 seconds of its own in 10
+    stat.write_text("cpu  1700 200 300 9000 800 20 40 250 999 99\ncpu0 1 1 1 1\n")  # 11.5 in all
+    assert others.mean == pytest.approx((11.5 - 8.0) / 10)
+    stat.unlink()
+    assert others.mean is None
+    assert machine.Others(tmp_path / "none").mean is None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from treedecode.gate.calibration import Isotonic
 from treedecode.gate.features import NAMES, VERSION
-from treedecode.gate.quantiles import CostQuantiles
+from treedecode.gate.quantiles import CostQuantiles, tensors_under
 
 SCHEMA = "treedecode.gate/2"
 _MIN_RATE = 1e-4  # a mean success rate of 0 or 1 is no Beta distribution
@@ -225,14 +225,12 @@ class Gate:
                 f"path: {os.fspath(path)} reads version {config.features} of the features, and this is {VERSION}; "
                 "train it anew"
             )
-        weights = {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
+        weights = tensors_under("network.", tensors)
         network = GateNetwork(config.num_features, len(config.menu), width=len(weights["heads.weight"].T))
         network.load_state_dict(weights)
         pairs = [tensors[f"calibrators.{i}"].numpy() for i in range(2 + len(config.menu))]
         calibrators = tuple(Isotonic(x, y) for x, y in pairs)
-        costs = CostQuantiles.from_tensors(
-            {name.removeprefix("costs."): t for name, t in tensors.items() if name.startswith("costs.")}
-        )
+        costs = CostQuantiles.from_tensors(tensors_under("costs.", tensors))
         return cls(config, network, tensors["mean"], tensors["std"], calibrators, costs)
 
 

@@ -73,7 +73,12 @@ class CostQuantiles:
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "CostQuantiles":
         """What `tensors` described."""
-        weights = {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
+        weights = tensors_under("network.", tensors)
         network = QuantileNetwork(len(tensors["mean"]), len(tensors["center"]), len(weights["heads.weight"].T))
         network.load_state_dict(weights)
         return cls(network.eval(), *(tensors[name] for name in _TENSORS))
+
+
+def tensors_under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names begin with `prefix`, by what follows it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -7,6 +7,7 @@ from typing import Any
 
 Json = dict[str, Any]
 
+_QUIET = 0.1  # of a machine's cores; a measurement beside more other work is said to be
 COLUMNS = (
     "key", "label", "strategy", "settings", "problems", "accuracy", "accuracy_low", "accuracy_high", "tokens",
     "tokens_x", "flops_x", "kv_bytes_x", "kv_bytes_copied_x", "joules", "joules_x", "latency_s", "latency_x",
@@ -140,10 +141,10 @@ def sentences(study: Json) -> Iterator[str]:
             f"for {_percent(first['accuracy'])}: what choosing among chains could gain at most."
         )
     machine = study["machine"]
-    if machine["load_average"] > machine["cores"] + 1:
+    if (machine["other_cores"] or 0) > _QUIET * machine["cores"]:
         yield (
-            f"Other work ran meanwhile (load {machine['load_average']:.1f} on {machine['cores']} cores): times are "
-            "longer than on a quiet machine, and their ratios noisy."
+            f"Other work took {machine['other_cores']:.1f} of {machine['cores']} cores meanwhile: times are longer "
+            "than on a quiet machine, and their ratios noisy."
         )
     cut = [f"{row['label']} ({row['num_cut']})" for row in rows if row["num_cut"]]
     if cut:

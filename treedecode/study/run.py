@@ -3,20 +3,17 @@
 import contextlib
 import hashlib
 import json
-import os
-import platform
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from treedecode.collect_env import attempt, cpu, gpus, memory, version
+from treedecode.collect_env import version
 from treedecode.gate.model import Gate
 from treedecode.solving import Solution
 from treedecode.study import analysis
+from treedecode.study.machine import Others, machine
 from treedecode.study.pool import ChainPool, Chains, chains_of
 from treedecode.study.rows import Conditions, Entry, Measured, heading, measure, row
 
@@ -60,6 +57,7 @@ async def run_study(
     if not plan or len({entry.key for entry in plan}) < len(plan):
         raise ValueError("plan: expected entries, the baseline first, each with a key of its own")
     folder = _claim(out, describe(conditions, plan, model), resume)
+    others = Others()
     baseline, chain_tokens = None, 0.0
     rows: list[Json] = []
     pools: list[Chains] = []
@@ -94,7 +92,7 @@ async def run_study(
         "command": command,
         **describe(conditions, plan, model),
         "commit": commit(),
-        "machine": machine(conditions.decoder),
+        "machine": {**machine(conditions.decoder), "other_cores": others.mean},
         "versions": {package: version(package) for package in PACKAGES},
         "baseline": plan[0].key,
         "rows": rows,
@@ -156,21 +154,6 @@ def _chains(conditions: Conditions, measured: Measured) -> list[Chains]:
 
 def _said(error: Exception) -> str:
     return "".join(traceback.format_exception_only(error)).strip()
-
-
-def machine(decoder: Any) -> Json:
-    """Where the times are from."""
-    return {
-        "platform": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "cpu": cpu()["cpu"],
-        "memory": attempt(memory),
-        "gpu": gpus(),
-        "device": str(decoder.engine.pool.device),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[2],  # of the last 15 minutes
-    }
 
 
 def commit() -> str | None:
