@@ -8,7 +8,7 @@ import torch
 from cuda_logits import logits_params
 from logits_cases import DTYPES, KINDS, make_logits, pack
 from simt_kernels import SEEDS, run
-from test_sample import FILTERS, OFF, assert_drawn_right, per_row
+from test_sample import FILTERS, LARGE, OFF, assert_drawn_right, per_row
 
 from treedecode.reference.sample import uniform
 
@@ -54,6 +54,13 @@ def test_any_vocab_and_alignment(dtype, vocab):
     logits = storage[:, 1 : vocab + 1]
     logits.copy_(make_logits("peaked", rows, vocab))
     settings = per_row(rows, top_p=0.9, top_k=[0, 1, 5, 0, 2000], temperature=[1, 0.5, 1, 2, 0], seed=9)
+    assert_drawn_right(logits, sample(logits, settings), settings)
+
+
+@pytest.mark.parametrize("scale", [1, 50])
+def test_large_vocabularies(scale):
+    logits = (scale * torch.randn(2, LARGE, generator=torch.Generator().manual_seed(scale))).bfloat16()
+    settings = per_row(2, temperature=[1.0, 0.6], top_p=0.95)
     assert_drawn_right(logits, sample(logits, settings), settings)
 
 

@@ -91,6 +91,18 @@ def test_any_vocab(dtype, vocab, isa):
     assert_drawn_right(logits, ops.sample(logits, **settings), settings)
 
 
+LARGE = 131072  # tokens of today's vocabularies; sums over them, flat and peaked, keep to the same budgets
+
+
+@pytest.mark.parametrize("scale", [1, 8, 50, 1000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_vocabularies(dtype, scale, isa):
+    generator = torch.Generator().manual_seed(scale)
+    logits = (scale * torch.randn(2, LARGE, generator=generator)).to(dtype)
+    settings = per_row(2, temperature=[1.0, 0.6], top_p=0.95)
+    assert_drawn_right(logits, ops.sample(logits, **settings), settings)
+
+
 @pytest.mark.parametrize("filters", FILTERS[:6], ids=str)
 def test_masks(filters, isa):
     rows, vocab = 6, 3001
