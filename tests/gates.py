@@ -1,8 +1,13 @@
-"""Gates whose beliefs are known."""
+"""Gates for the fake model."""
 
+import numpy as np
 import torch
 
+from treedecode.gate.calibration import Isotonic
+from treedecode.gate.model import Gate, GateConfig, GateNetwork, TreeSearch
 from treedecode.gate.quantiles import LEVELS, PROMPT_FEATURES, CostQuantiles, QuantileNetwork
+
+IDENTITY = Isotonic(np.array([0.0, 1.0]), np.array([0.0, 1.0]))
 
 
 def known_costs(hidden_size, costs):
@@ -19,4 +24,17 @@ def known_costs(hidden_size, costs):
         shifts=torch.zeros(num_targets, len(LEVELS)),
         factors=torch.ones(num_targets),
         errors=torch.zeros(num_targets),
+    )
+
+
+def gate(*, verifier=True, trees=0, hidden_size=0, seed=0):
+    """Weights at random, so that beliefs differ with everything a gate reads."""
+    menu = tuple(TreeSearch(depth=2, width=2, keep=1 + i, tokens=2.0 + i, kv_bytes=3.0) for i in range(trees))
+    config = GateConfig(hidden_size, verifier, min_chains=1, max_chains=16, menu=menu)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = GateNetwork(config.num_features, trees)
+    ones = torch.ones(config.num_features)
+    return Gate(
+        config, network, 0 * ones, ones, (IDENTITY,) * (2 + trees), known_costs(hidden_size, [8] * (1 + 2 * trees))
     )

@@ -9,19 +9,17 @@ import pytest
 import torch
 from fake_task import Digits
 from fakes import FakeModel
-from gates import known_costs
+from gates import IDENTITY, gate
 
 import treedecode as td
 from treedecode.gate.allocate import Bid
 from treedecode.gate.calibration import Isotonic
 from treedecode.gate.features import NAMES
-from treedecode.gate.model import Gate, GateConfig, GateNetwork, TreeSearch
+from treedecode.gate.model import Gate
 from treedecode.gate.sharing import Record
 from treedecode.solving import solve_async
 from treedecode.strategies.dynamic_allocation import DynamicAllocation
 from treedecode.tasks.base import Problem
-
-IDENTITY = Isotonic(np.array([0.0, 1.0]), np.array([0.0, 1.0]))
 
 
 class Killed(Exception):
@@ -41,19 +39,6 @@ PROBLEMS = [Problem(f"p{i}", f"the {word} {i}", str(i)) for i, word in enumerate
 def rates(problem, text):
     """A verifier that is no oracle: some numbers in [0, 1)."""
     return (sum(text.encode()) * 37 % 101) / 101
-
-
-def gate(*, verifier=True, trees=0, hidden_size=0, seed=0):
-    """Weights at random, so that beliefs differ with everything a gate reads."""
-    menu = tuple(TreeSearch(depth=2, width=2, keep=1 + i, tokens=2.0 + i, kv_bytes=3.0) for i in range(trees))
-    config = GateConfig(hidden_size, verifier, min_chains=1, max_chains=16, menu=menu)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = GateNetwork(config.num_features, trees)
-    ones = torch.ones(config.num_features)
-    return Gate(
-        config, network, 0 * ones, ones, (IDENTITY,) * (2 + trees), known_costs(hidden_size, [8] * (1 + 2 * trees))
-    )
 
 
 def strategy(**settings):
@@ -128,7 +113,8 @@ def test_a_run_that_goes_on_from_a_journal_ends_like_one_that_was_never_interrup
         run(make_decoder(), chosen, journal=journal, callback=kill)
     resumed = run(make_decoder(), chosen, journal=journal)
     assert essence(resumed) == essence(whole)
-    assert resumed.ledger.total.generated_tokens == whole.ledger.total.generated_tokens
+    ledger = resumed.ledger
+    assert ledger.total.generated_tokens == whole.ledger.total.generated_tokens + ledger.lost_tokens
     with pytest.raises(ValueError, match=r"strategy was"):
         run(make_decoder(), strategy(mode=mode, lag=2, max_chains=6, gate=gate(trees=1, seed=1)), journal=journal)
 

@@ -4,12 +4,12 @@ import asyncio
 
 import numpy as np
 import pytest
+from counting import Count
 from fake_task import FakeTask, Recorder, talkative_decoder
 from fakes import FakeModel, FakeTokenizer, fake_decoder
+from gates import gate
 
 import treedecode as td
-from treedecode import step
-from treedecode.meter import Spending
 from treedecode.search import Search
 from treedecode.strategies import STRATEGIES
 
@@ -34,6 +34,11 @@ SMALL = {
     "mcts": td.MCTS(num_simulations=3, width=2, parallel=2),
     "mcts, rollouts": td.MCTS(num_simulations=3, width=2, parallel=2, evaluate="rollout", answer="visits"),
     "particles": td.ParticleFilter(num_particles=4),
+    "dynamic": td.DynamicAllocation(budget=4, gate=gate(), max_chains=7),
+    # this gate sends some problems to its tree search, others to more chains
+    "dynamic, trees": td.DynamicAllocation(budget=6, gate=gate(trees=1, seed=11), probes=2, max_chains=7),
+    "dynamic, waves": td.DynamicAllocation(budget=4, gate=gate(), wave=3, floor=3, unit="kv_bytes"),
+    "dynamic, online": td.DynamicAllocation(budget=4, gate=gate(), mode="online", lag=1, max_chains=7),
 }
 every_strategy = pytest.mark.parametrize("strategy", SMALL.values(), ids=SMALL.keys())
 both_ways = pytest.mark.parametrize("captured", [False, True], ids=["op by op", "captured"])
@@ -59,8 +64,7 @@ def everything_is_back(dec):
 
 
 def test_every_strategy_is_tried_here():
-    # dynamic allocation divides a budget among problems, so that they do depend on each other: it has tests of its own
-    assert {strategy.name for strategy in SMALL.values()} == set(STRATEGIES) - {"dynamic_allocation"}
+    assert {strategy.name for strategy in SMALL.values()} == set(STRATEGIES)
 
 
 @both_ways
@@ -71,9 +75,10 @@ def test_solutions_depend_on_the_problem_alone(strategy, captured):
     together = solve(dec, strategy, problems)
     everything_is_back(dec)
     found = {solution.problem.id: told(solution) for solution in together.solutions}
-    # one after another in the opposite order, on few pages, and as few branches as will do
+    # one after another in the opposite order (that of a stream matters), on few pages, and as few branches as will do
+    order = problems if getattr(strategy, "mode", "") == "online" else problems[::-1]
     tight = talkative_decoder(captured=captured, num_pages=40, max_branches=strategy.num_branches, prefill_tokens=8)
-    again = solve(tight, strategy, problems[::-1])
+    again = solve(tight, strategy, order)
     assert {solution.problem.id: told(solution) for solution in again.solutions} == found
     for solution in together.solutions:
         assert solution.answer == (TASK.extract(solution.text) if solution.answer is not None else None)
@@ -133,48 +138,6 @@ def test_everything_comes_back_when_the_verifier_raises(strategy):
         assert "while solving the problem 'test/" in error.value.__notes__[0]
         everything_is_back(dec)
     assert asked.calls or not strategy.needs_verifier
-
-
-class Count:
-    """Counts what every forward reads and samples, from the page table, by account and for all (None)."""
-
-    def __init__(self, dec, monkeypatch):
-        self.spent, self.sampled = {}, {}
-        forward, choose = step.forward, step.choose
-        pool, model = dec.engine.pool, dec.model
-        token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * 4
-
-        def counted_forward(model, pool_, table, batch, slots, **options):
-            q_lens = np.asarray(batch.q_lens)
-            lens = table.num_cached[batch.rows] + q_lens
-            accounts = table.account[batch.rows]
-            for account in [None, *set(accounts.tolist())]:
-                fill, mine = {}, [i for i in range(len(lens)) if account is None or accounts[i] == account]
-                for i in mine:
-                    for at, page in enumerate(pool.page_table[batch.rows[i]][: -(-lens[i] // pool.page_size)].tolist()):
-                        fill[page] = max(fill.get(page, 0), min(lens[i] - at * pool.page_size, pool.page_size))
-                pages = sum(-(-int(lens[i]) // pool.page_size) for i in mine)
-                here = Spending(
-                    computed_tokens=int(q_lens[mine].sum()),
-                    kv_bytes=int(sum(fill.values())) * token_bytes,
-                    kv_bytes_copied=int(lens[mine].sum()) * token_bytes,
-                    forwards=1,
-                    branch_forwards=len(mine),
-                    peak_pages=len(fill),
-                    peak_pages_copied=pages,
-                )
-                self.spent[account] = self.spent.get(account, Spending()) + here
-            return forward(model, pool_, table, batch, slots, **options)
-
-        def counted_choose(table, matcher, eos, draw, logits):
-            accounts = table.account[draw.rows]
-            for account in [None, *set(accounts.tolist())]:
-                count = len(accounts) if account is None else int((accounts == account).sum())
-                self.sampled.setdefault(account, []).append(count)
-            return choose(table, matcher, eos, draw, logits)
-
-        monkeypatch.setattr(step, "forward", counted_forward)
-        monkeypatch.setattr(step, "choose", counted_choose)
 
 
 def without(spending, *names):
@@ -263,7 +226,10 @@ def test_a_budget_counts_tokens_that_took_no_forward(name, monkeypatch):
         everything_is_back(dec)
 
 
-@pytest.mark.parametrize("name", ["majority", "beams", "mcts", "rewrite"])
+@pytest.mark.parametrize(
+    "name",
+    ["majority", "majority, beta", "beams", "mcts", "rewrite", "dynamic", "dynamic, waves", "dynamic, online"],
+)
 def test_a_killed_run_goes_on_where_it_was(name, tmp_path):
     problems = TASK.problems(4)
     whole = solve(talkative_decoder(), SMALL[name], problems)

@@ -47,7 +47,7 @@ ALLOWED = {
     "strategies": {"branches", "gate", "meter", "tree", "sampling", "search"},
     "study": {
         *("branches", "captured", "collect_env", "decoder", "meter", "ops", "pages", "sampling", "schedule", "search"),
-        *("gate", "search_tree", "solving", "strategies", "tasks", "verify"),
+        *("gate", "journal", "search_tree", "solving", "strategies", "tasks", "verify"),
     },
 }
 

@@ -14,6 +14,7 @@ from treedecode import cli
 from treedecode.commands import solve as command
 from treedecode.commands.outputs import Outputs, file_name
 from treedecode.commands.verifiers import Oracle, verifier_named
+from treedecode.journal import num_solutions
 from treedecode.strategies import STRATEGIES, SelfConsistency, TreeOfThoughts
 from treedecode.tasks import Problem
 
@@ -108,12 +109,14 @@ def test_the_same_command_goes_on_where_it_ended(solve, tmp_path):
     for solutions in same:
         for solution in solutions.values():
             solution.pop("spending", None)  # who shares a forward with whom differs
+            solution.pop("spent", None)
     assert same[0] == same[1]
     before = {name: (part / name).read_bytes() for name in ("solutions.jsonl", "ledger.json")}
     status, text, err = solve("--out", str(part))
     assert (status, err) == (0, f"resuming: 4 of 4 problems are solved in {part}/solutions.jsonl\n")
     assert {name: (part / name).read_bytes() for name in before} == before
-    assert "seconds" not in table(text)
+    spent = json.loads((part / "solutions.jsonl").read_text().splitlines()[-1])["spent"]
+    assert table(text)["seconds"].startswith(f"{spent['seconds']:.1f}, {spent['seconds'] / 4:.2f} a problem; ")
 
 
 @pytest.mark.parametrize(
@@ -244,7 +247,7 @@ def test_ctrl_c_leaves_what_can_be_resumed(model, data, tmp_path):
     )
     journal = out / "solutions.jsonl"
     end = time.monotonic() + 120
-    while not (journal.exists() and journal.read_bytes().count(b"\n") >= 2):
+    while num_solutions(journal) < 1:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -253,7 +256,10 @@ def test_ctrl_c_leaves_what_can_be_resumed(model, data, tmp_path):
     assert process.returncode == 130, stderr
     assert stdout == ""
     assert stderr == f"treedecode solve: interrupted; the same command goes on from {journal}\n"
-    assert 2 <= journal.read_bytes().count(b"\n") < 1 + len(QUESTIONS)
+    assert 1 <= num_solutions(journal) < len(QUESTIONS)
+    last = json.loads(journal.read_text().splitlines()[-1])
+    assert last.keys() == {"spent"}, "what the interrupted search has cost is known"
+    assert last["spent"]["seconds"] > 0
 
 
 def test_metrics_are_served_while_it_runs(solve, monkeypatch):

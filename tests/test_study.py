@@ -253,6 +253,12 @@ def test_an_interrupted_study_goes_on_where_it_was(conditions, tmp_path):
     assert first["laws"] == whole["laws"]
     again = conditions.decoder.run(run.run_study(conditions, entries, tmp_path / "a", resume=True, num_resamples=10))
     assert again["rows"] == first["rows"]
+    # interrupted after its problems, while it was timed: what they took side by side is in the journal
+    (tmp_path / "a/rows/chain.timing.json").unlink()
+    timed = conditions.decoder.run(run.run_study(conditions, entries, tmp_path / "a", resume=True, num_resamples=10))
+    assert not timed["rows"][0]["is_resumed"]
+    last = json.loads((tmp_path / "a/rows/chain.jsonl").read_text().splitlines()[-1])
+    assert timed["rows"][0]["batched_s"] >= last["spent"]["seconds"] / 6
 
 
 def test_a_folder_with_other_things_in_it_is_left_alone(conditions, tmp_path):

@@ -12,6 +12,8 @@ from treedecode.meter import Meter
 class Budget:
     """Hard limits; a run never goes on by more than the forward that reached one. None = no limit.
 
+    A run that goes on from a journal has what is left of its limits, time and energy too.
+
     Args:
         tokens: generated tokens, those of judges and dropped branches too.
         flops: floating-point operations, as `Spending.flops` counts them.
@@ -49,11 +51,23 @@ class Budget:
             if not value > 0:
                 raise ValueError(f"{field.name}: expected more than 0, got {value}")
 
-    def open(self, meter: Meter, parent: int = -1, *, energy: Callable[[], float] | None = None) -> int:
+    def open(
+        self,
+        meter: Meter,
+        parent: int = -1,
+        *,
+        energy: Callable[[], float] | None = None,
+        seconds: float = 0.0,
+        joules: float = 0.0,
+    ) -> int:
         """An account with these limits, whose time begins now.
 
         Args:
             energy: joules since the account was opened; needed for a limit on them.
+            seconds, joules: spent before, of what the limits allow.
+
+        Raises:
+            ValueError: there is a limit on joules and no `energy`.
         """
         named = {"generated_tokens": self.tokens, "flops": self.flops, "kv_bytes": self.kv_bytes}
         limits: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
@@ -61,11 +75,11 @@ class Budget:
             return meter.open(parent, **limits)
         if self.joules is not None and energy is None:
             raise ValueError("joules: energy cannot be measured on this machine, so no limit on it can be kept")
-        begin, seconds, joules = time.monotonic(), self.seconds, self.joules
+        begin, until, most = time.monotonic() - seconds, self.seconds, self.joules
 
         def ended() -> bool:
-            if seconds is not None and time.monotonic() - begin >= seconds:
+            if until is not None and time.monotonic() - begin >= until:
                 return True
-            return joules is not None and energy is not None and energy() >= joules
+            return most is not None and energy is not None and joules + energy() >= most
 
         return meter.open(parent, ended=ended, **limits)

@@ -7,18 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-SCHEMA = "treedecode.journal/1"
+SCHEMA = "treedecode.journal/2"
 _SYNC_SECONDS = 1.0
+_SOLUTION = b'{"id": '  # how its line begins
 
 
 class Journal:
-    """A file of JSON lines: what the run is, then one solution after another.
+    """A file of JSON lines: what the run is, then one solution after another, and now and then what the run has spent.
+
+    Each line after the first says under "spent" what all processes of the run have spent by then; a solution's line has
+    the solution besides, and begins with its "id".
 
     A process that is killed loses none of them, a machine that loses its power those of the last second: a line is the
     system's at once, and waiting for the disk after each would cost as much as many a small model's forward.
 
     Attributes:
         solutions: by problem id, those that an earlier process wrote.
+        spent: by earlier processes, as of their last line; None = there is none.
     """
 
     def __init__(self, path: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
@@ -33,6 +38,7 @@ class Journal:
         self._path, self._next_sync = Path(path), 0.0
         header = {"schema": SCHEMA, "run": json.loads(json.dumps(run))}
         self.solutions: dict[str, dict[str, Any]] = {}
+        self.spent: dict[str, Any] | None = None
         lines = self._path.read_bytes().split(b"\n") if self._path.exists() else [b""]
         whole, rest = lines[:-1], lines[-1]
         if whole:
@@ -50,20 +56,27 @@ class Journal:
         try:
             found = [json.loads(line) for line in lines]
             schema = found[0]["schema"]
+            if schema == SCHEMA:
+                self.solutions = {line["id"]: line for line in found[1:] if "id" in line}
+                self.spent = [None, *(line["spent"] for line in found[1:])][-1]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"journal: {self._path} is not a journal of treedecode") from None
         if schema != SCHEMA:
-            raise ValueError(f"journal: {self._path} has the schema {schema!r}, not {SCHEMA!r}")
+            was = f"has the schema {schema!r}, not {SCHEMA!r}: another version of treedecode wrote it"
+            raise ValueError(f"journal: {self._path} {was}")
         mine, other = header["run"], found[0]["run"]
         differ = sorted(key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key))
         if differ:
             was = ", ".join(f"{key} was {other.get(key)!r} and is {mine.get(key)!r}" for key in differ)
             raise ValueError(f"journal: {self._path} is of another run: {was}")
-        self.solutions = {line["id"]: line for line in found[1:]}
 
-    def add(self, solution: Mapping[str, Any]) -> None:
-        """Writes a solution, `{"id", ...}`."""
-        self._write(solution)
+    def add(self, solution: Mapping[str, Any], spent: Mapping[str, Any]) -> None:
+        """Writes a solution, `{"id", ...}`, and what the run has spent when it comes."""
+        self._write({"id": solution["id"], **solution, "spent": spent})
+
+    def add_spent(self, spent: Mapping[str, Any]) -> None:
+        """Writes what the run has spent while no solution came."""
+        self._write({"spent": spent})
 
     def _write(self, line: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(line).encode() + b"\n")
@@ -76,3 +89,11 @@ class Journal:
         """Closes the file, all of which is on the disk then."""
         os.fsync(self._file.fileno())
         self._file.close()
+
+
+def num_solutions(path: str | os.PathLike[str]) -> int:
+    """How many solutions a journal holds, whichever run it is of; 0 where there is no file."""
+    if not os.path.exists(path):
+        return 0
+    with open(path, "rb") as file:
+        return sum(line.startswith(_SOLUTION) and line.endswith(b"\n") for line in file)

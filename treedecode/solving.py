@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from weakref import WeakSet
 
@@ -14,7 +14,7 @@ from treedecode.budget import Budget
 from treedecode.decoder import Decoder, Prompt
 from treedecode.energy import Counter
 from treedecode.journal import Journal
-from treedecode.ledger import Ledger
+from treedecode.ledger import Ledger, Spent
 from treedecode.meter import BudgetExhausted, Spending
 from treedecode.places import Places
 from treedecode.sampling import Sampling
@@ -26,6 +26,7 @@ from treedecode.verify.scorers import as_scorer
 
 # fields of a solution that are JSON as they are
 _PLAIN = ("answer", "text", "score", "is_cut", "correct", "seconds", "notes")
+_SPENT_SECONDS = 10.0  # between two entries of what the run has spent; a solution has one too
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of a function, and another one in every process
 
 
@@ -118,7 +119,7 @@ async def solve_async(
         prompt: what the model reads for a problem; by default the problem's own prompt.
         grade: whether the task checks the solutions, which the strategy never sees.
         journal: a file that solutions are written to as they come. A later call with the same arguments takes them from
-            there and solves the rest.
+            there and solves the rest, and its budget and ledger go on from what was spent.
         callback: called with every solution as it comes, those of the journal first.
 
     Raises:
@@ -173,6 +174,8 @@ class _Run:
         self._places = Places(decoder.engine.pool.max_branches - decoder.num_branches)
         self._energy = Counter(decoder.engine.pool.device)
         self._account = -1
+        self._earlier: Spent | None = None
+        self._begin = self._busy = 0.0
         self._shared: Any = None
 
     @property
@@ -205,43 +208,73 @@ class _Run:
         return digest.hexdigest()
 
     async def run(self, journal: Journal | None, callback: Callable[[Solution], None] | None) -> Result:
-        meter, stats = self.decoder.engine.meter, self.decoder.stats
+        meter = self.decoder.engine.meter
         known = journal.solutions if journal is not None else {}
         done = {p.id: Solution.from_json(known[p.id], p) for p in self.problems if p.id in known}
         notes = {name: solution.notes for name, solution in done.items()}
         self._shared = self.strategy.share([problem.id for problem in self.problems], notes)
-        begin, busy = time.perf_counter(), stats.busy_seconds
-        energy = self._energy.joules if self._energy.is_available else None
-        self._account = self.budget.open(meter, energy=energy)
-        before = sum((solution.spending for solution in done.values()), Spending())
-        meter.add(self._account, before)
+        self._open(Spent.from_json(journal.spent) if journal is not None and journal.spent is not None else None)
 
         async def one(problem: Problem) -> None:
             solution = await self._solve(problem)
             done[problem.id] = solution
             if journal is not None:
-                journal.add(solution.to_json())
+                journal.add(solution.to_json(), asdict(self._spent()))
             if callback is not None:
                 callback(solution)
+
+        def note_spent() -> None:
+            if journal is not None:
+                journal.add_spent(asdict(self._spent()))
 
         try:
             if callback is not None:
                 for solution in list(done.values()):
                     callback(solution)
-            await _all([one(problem) for problem in self.problems if problem.id not in done])
+            await _all([one(problem) for problem in self.problems if problem.id not in done], note_spent)
+        except BaseException:
+            note_spent()  # what searches have cost that will begin anew
+            raise
         finally:
-            total = meter.close(self._account)
+            spent = self._spent()
+            meter.close(self._account)
         solutions = [done[problem.id] for problem in self.problems]
         ledger = Ledger(
             problems={solution.problem.id: solution.spending for solution in solutions},
-            total=total,
+            total=spent.spending,
             seconds={solution.problem.id: solution.seconds for solution in solutions},
-            total_seconds=time.perf_counter() - begin,
-            busy_seconds=stats.busy_seconds - busy,
-            joules=None if energy is None else energy(),
-            energy_source=self._energy.source,
+            total_seconds=spent.seconds,
+            busy_seconds=spent.busy_seconds,
+            joules=spent.joules,
+            energy_source=spent.energy_source,
         )
         return Result(solutions, ledger)
+
+    def _open(self, earlier: Spent | None) -> None:
+        """Opens the run's account with what earlier processes have spent; this one begins now."""
+        meter = self.decoder.engine.meter
+        energy = self._energy.joules if self._energy.is_available else None
+        if earlier is None:
+            self._account = self.budget.open(meter, energy=energy)
+        else:
+            energy = None if earlier.joules is None else energy  # of which only a part would be known
+            self._account = self.budget.open(
+                meter, energy=energy, seconds=earlier.seconds, joules=earlier.joules or 0.0
+            )
+            meter.add(self._account, earlier.spending)
+        self._earlier, self._begin, self._busy = earlier, time.perf_counter(), self.decoder.stats.busy_seconds
+
+    def _spent(self) -> Spent:
+        """By all processes of the run up to now."""
+        here = Spent(
+            Spending(),
+            time.perf_counter() - self._begin,
+            self.decoder.stats.busy_seconds - self._busy,
+            self._energy.joules() if self._energy.is_available else None,
+            self._energy.source,
+        )
+        spent = here if self._earlier is None else self._earlier + here
+        return replace(spent, spending=self.decoder.engine.meter.spending(self._account))
 
     async def _solve(self, problem: Problem) -> Solution:
         engine = self.decoder.engine
@@ -299,12 +332,19 @@ class _Run:
         )
 
 
-async def _all(work: list[Coroutine[Any, Any, None]]) -> None:
-    """Runs coroutines side by side; the first error ends the others, and is raised once they have."""
+async def _all(work: list[Coroutine[Any, Any, None]], pulse: Callable[[], None]) -> None:
+    """Runs coroutines side by side; the first error ends the others, and is raised once they have.
+
+    Args:
+        pulse: called every `_SPENT_SECONDS` meanwhile.
+    """
     tasks = [asyncio.ensure_future(one) for one in work]
+    together = asyncio.gather(*tasks)
     try:
-        await asyncio.gather(*tasks)
+        while not (await asyncio.wait([together], timeout=_SPENT_SECONDS))[0]:
+            pulse()
+        await together
     finally:
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(together, *tasks, return_exceptions=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treedecode.forecasting import forecast
+from treedecode.journal import num_solutions
 from treedecode.tree_page import in_bytes, strict, tree_page
 
 if TYPE_CHECKING:
@@ -47,10 +48,7 @@ class Outputs:
     @property
     def num_known(self) -> int:
         """Solutions that an earlier process left; whether they are of the same run the journal checks."""
-        if self.journal is None or not os.path.exists(self.journal):
-            return 0
-        with open(self.journal, "rb") as file:
-            return max(0, sum(line.endswith(b"\n") for line in file) - 1)  # the first says what the run is
+        return 0 if self.journal is None else num_solutions(self.journal)
 
     def add(self, solution: "Solution") -> None:
         """Writes a solution's tree, if it is one of those asked for."""
@@ -109,11 +107,10 @@ def summary(result: "Result", strategy: "Strategy", verifier: str, num_known: in
     answered = sum(solution.answer is not None for solution in solutions)
     cut = sum(solution.is_cut for solution in solutions)
     yield _line("answers", f"{answered} of {count}" + (f", {cut} cut short by the budget" if cut else ""))
-    yield _line("tokens", f"{total.generated_tokens:,} generated, {total.prompt_tokens:,} of prompts")
-    new = count - num_known
-    if new:
-        share = f"the decoder worked in {ledger.occupancy:.0%} of them"
-        yield _line("seconds", f"{ledger.total_seconds:.1f}, {ledger.total_seconds / new:.2f} a problem; {share}")
+    lost = f" ({ledger.lost_tokens:,} of them by searches that were interrupted)" if ledger.lost_tokens else ""
+    yield _line("tokens", f"{total.generated_tokens:,} generated{lost}, {total.prompt_tokens:,} of prompts")
+    share = f"the decoder worked in {ledger.occupancy:.0%} of them"
+    yield _line("seconds", f"{ledger.total_seconds:.1f}, {ledger.total_seconds / count:.2f} a problem; {share}")
     source = ledger.energy_source
     yield _line("energy", source if ledger.joules is None else f"{ledger.joules:,.1f} J ({source})")
     yield ""

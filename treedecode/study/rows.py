@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from treedecode.decoder import Decoder, Prompt
+from treedecode.journal import num_solutions
 from treedecode.meter import Spending
 from treedecode.sampling import Sampling
 from treedecode.solving import Result, Solution, solve_async
@@ -19,7 +20,7 @@ from treedecode.study.pool import ChainPool
 from treedecode.study.stats import Floats, efficiency_ratio, mean_interval, paired_difference
 from treedecode.tasks.base import Problem, Task
 
-SCHEMA = "treedecode.study.timing/1"
+SCHEMA = "treedecode.study.timing/2"
 ANSWER_TOKENS = 8  # of an answer that is forced at the end of a long chain
 
 
@@ -119,16 +120,16 @@ class Timing:
     """What was timed of a row, on the wall clock.
 
     Attributes:
-        num_batched: problems that ran side by side in `batched_seconds`: all, or after an interruption the rest.
-        batched_seconds, busy_seconds: of these problems, and of that in the decoder.
-        joules: of these problems; None = not measured.
+        is_resumed: the batched run was interrupted, so that fewer problems ran side by side and searches began anew.
+        batched_seconds, busy_seconds: of all problems side by side, and of that in the decoder.
+        joules: of all problems; None = not measured.
         energy_source: the counter, or why there is none.
         alone: `[latency_problems]` seconds of one problem at a time.
         serial: the same, branches one after another over copied caches.
         same_texts: whether both gave the same solutions.
     """
 
-    num_batched: int
+    is_resumed: bool
     batched_seconds: float
     busy_seconds: float
     joules: float | None
@@ -174,7 +175,7 @@ async def measure(
     """
     strategy = entry.build(chain_tokens, conditions.room)
     journal, times = folder / f"{entry.key}.jsonl", folder / f"{entry.key}.timing.json"
-    num_known = _num_solutions(journal)
+    num_known = num_solutions(journal)
     result = await conditions.solve(
         conditions.decoder, conditions.problems, strategy, journal=str(journal), callback=callback
     )
@@ -184,7 +185,7 @@ async def measure(
         alone, serial, same = await _times_alone(conditions, strategy)
         ledger = result.ledger
         timing = Timing(
-            num_batched=len(conditions.problems) - num_known,
+            is_resumed=0 < num_known < len(conditions.problems) or ledger.lost_tokens > 0,
             batched_seconds=ledger.total_seconds,
             busy_seconds=ledger.busy_seconds,
             joules=ledger.joules,
@@ -209,10 +210,6 @@ async def _times_alone(conditions: Conditions, strategy: Strategy) -> tuple[list
     return alone, serial, same
 
 
-def _num_solutions(journal: Path) -> int:
-    return max(0, journal.read_bytes().count(b"\n") - 1) if journal.exists() else 0
-
-
 def _load(path: Path) -> Timing:
     data = json.loads(path.read_text())
     if data.pop("schema", None) != SCHEMA:
@@ -226,9 +223,9 @@ def row(measured: Measured, baseline: Measured) -> dict[str, Any]:
     correct, spent, unit = measured.correct, measured.spending, baseline.spending
     accuracy, tokens_x = float(correct.mean()), _over(measured.tokens, baseline.tokens)
     alone = median(timing.alone) if timing.alone else None
-    batched = timing.batched_seconds / timing.num_batched if timing.num_batched else None
-    joules = timing.joules / timing.num_batched if timing.joules is not None and timing.num_batched else None
-    unit_joules = first.joules / first.num_batched if first.joules is not None and first.num_batched else None
+    batched = timing.batched_seconds / n
+    joules = None if timing.joules is None else timing.joules / n
+    unit_joules = None if first.joules is None else first.joules / n
     difference = None
     if measured is not baseline:
         difference = paired_difference(correct, baseline.correct)._asdict()
@@ -251,16 +248,16 @@ def row(measured: Measured, baseline: Measured) -> dict[str, Any]:
         "latency_s": alone,
         "latency_x": _over(alone, median(first.alone) if first.alone else None),
         "batched_s": batched,
-        "occupancy": timing.busy_seconds / timing.batched_seconds if timing.num_batched else None,
+        "occupancy": timing.busy_seconds / timing.batched_seconds,
         "one_after_another": _one_after_another(timing, alone, batched),
         "cost_per_correct": {
             "tokens": _over(spent.generated_tokens, num_right),
             "flops": _over(spent.flops, num_right),
-            "seconds": _over(batched * n if batched is not None else None, num_right),
+            "seconds": _over(timing.batched_seconds, num_right),
         },
         "efficiency_ratio": None if tokens_x is None else efficiency_ratio(accuracy, baseline.correct.mean(), tokens_x),
         "num_cut": sum(solution.is_cut for solution in measured.solutions),
-        "is_resumed": timing.num_batched < n,
+        "is_resumed": timing.is_resumed,
         "correct": correct.astype(int).tolist(),
         "error": None,
     }
