@@ -30,7 +30,7 @@ VOCAB = len(_PIECES)
 
 
 class FakeTokenizer:
-    """Byte pieces joined, as byte-level BPE does it; token 1 is special."""
+    """Byte pieces joined, as byte-level BPE does it; token 1 is special. Bytes it does not know are left out."""
 
     bos_token = None
 
@@ -50,8 +50,9 @@ class FakeTokenizer:
         data, ids = text.encode(), []
         while data:
             fitting = [i for i, piece in enumerate(_PIECES) if piece and data.startswith(piece)]
-            ids.append(max(fitting, key=lambda i: len(_PIECES[i])))
-            data = data[len(_PIECES[ids[-1]]) :]
+            best = max(fitting, key=lambda i: len(_PIECES[i]), default=None)
+            ids += [] if best is None else [best]
+            data = data[1 if best is None else len(_PIECES[best]) :]
         return ids
 
 

@@ -26,6 +26,7 @@ SMALL = {
     "weighted": td.BestOfN(num_samples=4, answer="weighted"),
     "bfs": td.TreeOfThoughts(depth=2, width=3, keep=2),
     "dfs": td.TreeOfThoughts(depth=2, width=2, keep=2, order="dfs", max_visits=4),
+    "proposals": td.TreeOfThoughts(depth=2, width=3, keep=2, generate="propose", propose_prompt="\n", propose_tokens=9),
     "beams": td.StepBeamSearch(num_beams=4, width=2),
     "lookahead": td.StepBeamSearch(num_beams=4, width=2, lookahead=1, answer="majority"),
     "dvts": td.DVTS(num_beams=4, width=2),

@@ -140,9 +140,9 @@ class Search:
 
     def unfinished(self, frontier: "Frontier") -> np.ndarray:
         """`[n]` bool: `step` and `complete` go on with the branch, its solution being neither complete nor too long."""
-        return ~self.final(frontier) & (self._left(frontier) > 0)
+        return ~self.final(frontier) & (self.left(frontier) > 0)
 
-    def _left(self, frontier: "Frontier") -> Ints:
+    def left(self, frontier: "Frontier") -> Ints:
         """`[n]` tokens that each solution may still have."""
         left = self.task.max_new_tokens - (frontier.num_tokens - frontier.num_prompt_tokens)
         return np.minimum(left, self.room(frontier))
@@ -162,7 +162,7 @@ class Search:
     async def _extend(self, frontier: "Frontier", stop: tuple[str, ...], limit: int, sampling: Sampling | None) -> None:
         going = np.flatnonzero(self.unfinished(frontier))
         if len(going):
-            limits = np.minimum(limit, self._left(frontier)[going])
+            limits = np.minimum(limit, self.left(frontier)[going])
             with frontier.select(going) as live:
                 await live.extend(stop=list(stop) or None, max_new_tokens=limits, sampling=sampling)
 

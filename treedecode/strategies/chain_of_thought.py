@@ -17,7 +17,7 @@ class ChainOfThought(Strategy):
     """One chain. Below `min_tokens` its end is replaced by `wait`; at `max_tokens` `answer_prompt` forces an answer.
 
     Args:
-        min_tokens: a chain that ends earlier is made to go on; 0 = never.
+        min_tokens: a chain that ends earlier is made to go on, even where its text has come to an answer; 0 = never.
         wait: what it goes on from ("Wait" in the paper).
         max_waits: how often at most.
         max_tokens: where thinking is cut and the answer forced; None = at the task's own limit, without forcing.
@@ -53,26 +53,40 @@ class ChainOfThought(Strategy):
         return draws.chains(1)
 
     async def solve(self, search: Search) -> Outcome:
+        limit = search.task.max_new_tokens if self.max_tokens is None else self.max_tokens
+        if self.min_tokens > limit:
+            raise ValueError(f"min_tokens: expected at most {limit}, all that the task allows, got {self.min_tokens}")
+        forces = self.max_tokens is not None
+        answer = self._encode(search, self.answer_prompt) if forces else []
+        wait = self._encode(search, self.wait) if self.min_tokens else []
         chain = await search.root()
-        await self._think(search, chain)
+        room, reserve = int(search.room(chain)[0]), len(answer) + 1 if forces else 0
+        most = min(limit, room - reserve if room > reserve else room)
+        await self._think(search, chain, most)
         for _ in range(self.max_waits):
-            if self._length(chain) >= self.min_tokens or not search.final(chain).all():
+            if self._length(chain) >= self.min_tokens or most - self._length(chain) <= len(wait):
                 break
-            chain = without_end(search, chain).append(self.wait)
-            await self._think(search, chain)
-        if self.max_tokens is not None and not search.final(chain).all():
-            chain.append(self.answer_prompt)
+            # it goes on, whatever its text has come to
+            chain = self._given(without_end(search, chain), wait)
+            await self._think(search, chain, most)
+        if forces and not search.final(chain).all() and search.room(chain)[0] > len(answer):
+            self._given(chain, answer)
             await chain.extend(stop=search.task.stop, max_new_tokens=self.answer_tokens, sampling=self.sampling)
             text = chain.texts()[0]
-            return Outcome(search.task.extract(text), text)
+            return Outcome(search.task.extract(text), text, node=int(chain.nodes[0]))
         return search.outcome(chain, 0)
 
-    async def _think(self, search: Search, chain: Frontier) -> None:
-        if self.max_tokens is None:
-            await search.complete(chain, self.sampling)
-        elif (left := self.max_tokens - self._length(chain)) > 0:
+    async def _think(self, search: Search, chain: Frontier, most: int) -> None:
+        """Goes on until the text ends or the chain has `most` tokens."""
+        if (left := most - self._length(chain)) > 0:
             stop = list(search.task.end) or None
             await chain.extend(stop=stop, max_new_tokens=left, sampling=self.sampling)
+
+    def _encode(self, search: Search, text: str) -> list[int]:
+        return search.decoder.encode(text, special=False) if text else []
+
+    def _given(self, chain: Frontier, tokens: list[int]) -> Frontier:
+        return chain.append(tokens) if tokens else chain
 
     def _length(self, chain: Frontier) -> int:
         return int((chain.num_tokens - chain.num_prompt_tokens)[0])

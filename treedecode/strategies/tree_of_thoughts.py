@@ -8,7 +8,8 @@ import numpy as np
 from treedecode.gate.draws import CostDraws
 from treedecode.sampling import Sampling
 from treedecode.search import Outcome, Search
-from treedecode.strategies.base import Strategy, rank, require
+from treedecode.strategies.base import Strategy, rank, require, require_one_of
+from treedecode.strategies.propose import propose
 from treedecode.tree import Frontier
 
 
@@ -19,6 +20,10 @@ class TreeOfThoughts(Strategy):
     Args:
         depth: steps chosen by search; what is left of a solution after them is generated in one go.
         width: steps tried from each branch (5 in the paper).
+        generate: "sample": steps are sampled one by one, for long ones that differ. "propose": the model lists the next
+            steps in one answer, for short ones that would come out alike (the paper's Game of 24).
+        propose_prompt: asks for that list.
+        propose_tokens: how long it may be.
         keep: branches kept after each step (`b` of the paper's BFS, 5 for the Game of 24).
         order: "bfs", or "dfs": the best child first, back to its siblings when it is dead or its solution falls short.
         dead: a branch scored below this is given up; None = none is ("dfs": the paper's threshold).
@@ -33,6 +38,9 @@ class TreeOfThoughts(Strategy):
     depth: int = 3
     width: int = 5
     keep: int = 5
+    generate: str = "sample"
+    propose_prompt: str = "\nPossible next steps:\n"
+    propose_tokens: int = 256
     order: str = "bfs"
     dead: float | None = None
     good: float | None = None
@@ -40,10 +48,12 @@ class TreeOfThoughts(Strategy):
     sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
-        for name in ("depth", "width", "keep", "max_visits"):
+        for name in ("depth", "width", "keep", "max_visits", "propose_tokens"):
             require(name, getattr(self, name), int, 1)
-        if self.order not in ("bfs", "dfs"):
-            raise ValueError(f"order: expected 'bfs' or 'dfs', got {self.order!r}")
+        require_one_of("order", self.order, ("bfs", "dfs"))
+        require_one_of("generate", self.generate, ("sample", "propose"))
+        if not self.propose_prompt:
+            raise ValueError("propose_prompt: is empty; the model has to be asked")
 
     @property
     def num_branches(self) -> int:
@@ -52,7 +62,7 @@ class TreeOfThoughts(Strategy):
         return 1 + self.width * self.depth
 
     def cost(self, draws: CostDraws) -> np.ndarray:
-        if self.order != "bfs" or self.dead is not None:
+        if self.order != "bfs" or self.dead is not None or self.generate != "sample":
             return super().cost(draws)
         return draws.tree(self.depth, self.width, self.keep)
 
@@ -72,9 +82,14 @@ class TreeOfThoughts(Strategy):
 
     async def _thoughts(self, search: Search, states: Frontier) -> Frontier:
         """The children of every state, scored; a complete solution is its own and only child. Equal ones are one."""
-        children = states.fork(np.where(search.final(states), 1, self.width))
-        states.release()
-        await search.step(children, self.sampling)
+        if self.generate == "propose":
+            limits = {"width": self.width, "max_new_tokens": self.propose_tokens}
+            children = await propose(search, states, self.propose_prompt, **limits, sampling=self.sampling)
+            states.release()
+        else:
+            children = states.fork(np.where(search.final(states), 1, self.width))
+            states.release()
+            await search.step(children, self.sampling)
         children = children.merge()
         await search.score(children)
         return children

@@ -1,0 +1,46 @@
+"""Proposals: several next steps in one answer of the model (Tree of Thoughts, 2305.10601)."""
+
+import re
+
+import numpy as np
+
+from treedecode.sampling import Sampling
+from treedecode.search import Search
+from treedecode.tree import Frontier
+
+_BULLET = re.compile(r"^\s*(?:[-*\u2022]|\(?[0-9]+[.):])\s+")
+_NO_TEXT = "\ufffd"  # bytes that are no character
+
+
+async def propose(
+    search: Search, states: Frontier, prompt: str, *, width: int, max_new_tokens: int, sampling: Sampling | None
+) -> Frontier:
+    """Children of every state by the steps that the model lists when it is asked, the first `width` different ones.
+
+    The question and the list are on side branches, which share the pages of the states and are gone afterwards; a child
+    has the step alone, as given text. Bullets and numbers before a step are left out, and so are steps that are too
+    long for the solution, or cut off with the list. A complete solution is its own only child; a state without a
+    proposal has none, and if nothing at all is proposed the states stay as they are.
+    """
+    asked = np.flatnonzero(search.unfinished(states))
+    listed: list[list[list[int]]] = [[[]] for _ in range(len(states))]  # of each state, what its children add
+    question = search.decoder.encode(prompt, special=False)
+    room = int(search.room(states).min()) - len(question)
+    if len(asked) and room > 0:
+        with states.select(asked) as some, some.fork(1) as side:
+            side.leave_record()
+            side.append(question)
+            stop = ["\n\n", *search.task.end]
+            begins, most = side.num_tokens, min(max_new_tokens, room)
+            await side.extend(stop=stop, max_new_tokens=most, sampling=sampling)
+            answers, is_cut = side.step_texts(), (side.num_tokens - begins == most) & ~side.finished
+        for state, answer, cut, left in zip(asked, answers, is_cut, search.left(states)[asked], strict=True):
+            lines = answer.splitlines()[: -1 if cut and not answer.endswith("\n") else None]  # half a step is none
+            steps = [_BULLET.sub("", line).strip() for line in lines if _NO_TEXT not in line]
+            texts = list(dict.fromkeys(step + search.task.stop for step in steps if step))
+            tokens = [search.decoder.encode(text, special=False) for text in texts]
+            listed[state] = [ids for ids in tokens if 0 < len(ids) <= left][:width]
+    counts = np.array([len(steps) for steps in listed])
+    if not counts.any():
+        return states.fork(1)
+    return states.fork(counts).append([ids for steps in listed for ids in steps])
