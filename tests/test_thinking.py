@@ -6,6 +6,7 @@ from fake_task import FakeTask, Recorder, talkative_decoder
 from strategy_cases import solve_one
 
 import treedecode as td
+from treedecode.verify import Vote
 
 
 class Answered(FakeTask):
@@ -148,3 +149,11 @@ def test_where_nothing_is_proposed_solutions_are_written_on(monkeypatch):
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         td.TreeOfThoughts(**settings)
+
+
+def test_votes_are_no_part_of_the_tree(monkeypatch):
+    scripted.follow(monkeypatch, ". ", lambda before: "toast\njam")
+    dec = scripted.fakes.fake_decoder(scripted.ScriptedModel(), tokenizer=scripted.ByteTokenizer(), num_pages=1000)
+    strategy = td.TreeOfThoughts(depth=1, width=2, keep=1)
+    [solution] = td.solve(dec, STEPS.problems(1), strategy=strategy, task=STEPS, verifier=Vote(num_samples=2)).solutions
+    assert [node.text for node in solution.tree.nodes[1:]] == ["toast\n", "toast\n", "jam\n\n"]

@@ -139,11 +139,10 @@ class Vote:
         for branches in members:
             listed = [CHOICE.format(number=k, text=texts[i].strip()) for k, i in enumerate(branches, 1)]
             asked.append(self.prompt.replace("{choices}", "\n\n".join(listed)))
-        with (
-            frontier.select(first) as ones,
-            ones.fork_at(ones.num_prompt_tokens) as roots,
-            roots.append(asked).fork(self.num_samples) as voters,
-        ):
+        with frontier.select(first) as ones, ones.fork_at(ones.num_prompt_tokens) as roots:
+            roots.leave_record()
+            voters = roots.append(asked).fork(self.num_samples)
+        with voters:
             await voters.extend(stop=self.stop, max_new_tokens=self.max_new_tokens, sampling=self.sampling)
             votes = [parse_vote(answer) for answer in voters.step_texts()]
         counts = np.zeros(len(frontier))
