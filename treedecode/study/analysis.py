@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from treedecode.study import coverage, pool
-from treedecode.study.laws import COVERAGE, LAWS, CannotFit, Curve, compare, fit, saturation, slopes
+from treedecode.study.laws import COVERAGE, LAWS, CannotFit, Curve, compare, fit
 from treedecode.study.pool import Chains
+from treedecode.study.slopes import saturation, slopes
 from treedecode.study.stats import Difference, Floats, mean_interval, paired_difference
 
 Json = dict[str, Any]

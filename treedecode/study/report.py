@@ -152,24 +152,37 @@ def sentences(study: Json) -> Iterator[str]:
 
 
 def _law_sentence(title: str, laws: Json) -> str:
-    held, last = laws["held_out"], laws["points"][-1]["cost"]
+    held = laws["held_out"]
     if isinstance(held, dict):
         said = f"{title}: no law was compared ({held['cannot_be_fitted']})"
     else:
         level = [one["law"] for one in held[1:] if one["behind"]["low"] <= 0]
         said = f"{title}: left-out budgets are predicted best by the {held[0]['law']} law"
         said += f", though not measurably better than by the {' or the '.join(level)} law" if level else ""
-    power = laws["fits"].get("power", {})
-    if "parameters" in power:
-        low, high = power["intervals"]["E_inf"]
-        said += (
-            f"; as a power law its error tends to {_percent(power['parameters']['E_inf'])} (95% CI {_percent(low)} to "
-        )
-        said += f"{_percent(high)})"
-    at = laws["saturation"]
-    if at is None:
-        return said + f". Every budget up to {last:.3g}x gained measurably on the one before."
-    return said + f". From {at:.3g}x on the next budget's gain cannot be told from none."
+        if "power" in (held[0]["law"], *level) and "parameters" in laws["fits"]["power"]:
+            said += f"; as a power law its error tends to {_limit(laws['fits']['power'])}"
+    return said + f". {_gains(laws)}".rstrip()
+
+
+def _limit(power: Json) -> str:
+    """What the error of a power law tends to."""
+    ends = power["intervals"]["E_inf"]
+    if ends is None:
+        return "a value that is not determined (at its bound)"
+    low, high = ends
+    return f"{_percent(power['parameters']['E_inf'])} (95% CI {_percent(low)} to {_percent(high)})"
+
+
+def _gains(laws: Json) -> str:
+    """Which budgets gained measurably on the one before; nothing of a single budget."""
+    slopes, at = laws["slopes"], laws["saturation"]
+    if not slopes:
+        return ""
+    if at is not None:
+        return f"Beyond {at:.3g}x no budget gained measurably on the one before."
+    idle = [f"from {one['from']:.3g}x to {one['to']:.3g}x" for one in slopes if one["low"] <= 0]
+    said = f"Every budget up to {slopes[-1]['to']:.3g}x gained measurably on the one before"
+    return said + (f", but for the steps {', '.join(idle)}." if idle else ".")
 
 
 def _setting(study: Json) -> Iterator[str]:
@@ -216,8 +229,7 @@ def _laws(laws: Json) -> Iterator[str]:
             yield f"* {name}: {found['cannot_be_fitted']}"
             continue
         values = ", ".join(
-            f"{key} = {value:.3g} ({found['intervals'][key][0]:.3g} to {found['intervals'][key][1]:.3g})"
-            for key, value in found["parameters"].items()
+            _parameter(key, value, found["intervals"][key]) for key, value in found["parameters"].items()
         )
         yield f"* {name}: {found['formula']}; {values}"
     held = laws.get("held_out")
@@ -229,6 +241,12 @@ def _laws(laws: Json) -> Iterator[str]:
         yield "* points gained per doubling: " + ", ".join(
             f"{_interval(one)} from {one['from']:.3g}x" for one in laws["slopes"]
         )
+
+
+def _parameter(name: str, value: float, ends: list[float] | None) -> str:
+    if ends is None:
+        return f"{name} not determined (at its bound, {value:.3g})"
+    return f"{name} = {value:.3g} ({ends[0]:.3g} to {ends[1]:.3g})"
 
 
 def _flat(row: Json) -> Json:
