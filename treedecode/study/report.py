@@ -5,14 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from treedecode.study.bars import FAILS
+
 Json = dict[str, Any]
 
 _QUIET = 0.1  # of a machine's cores; a measurement beside more other work is said to be
 COLUMNS = (
     "key", "label", "strategy", "settings", "problems", "accuracy", "accuracy_low", "accuracy_high", "tokens",
     "tokens_x", "flops_x", "kv_bytes_x", "kv_bytes_copied_x", "joules", "joules_x", "latency_s", "latency_x",
-    "batched_s", "occupancy", "serial_latency_s", "serial_latency_ratio", "serial_per_problem_s", "throughput_ratio",
-    "tokens_per_correct", "flops_per_correct", "seconds_per_correct", "efficiency_ratio", "num_cut", "error",
+    "batched_s", "tokens_per_s", "occupancy", "serial_latency_s", "serial_latency_ratio", "serial_per_problem_s",
+    "serial_tokens_per_s", "throughput_ratio", "tokens_per_correct",
+    "flops_per_correct", "seconds_per_correct", "efficiency_ratio", "num_cut", "error",
 )  # fmt: skip
 TITLES = {
     "self_consistency": "Self-consistency (tokens in multiples of one chain)",
@@ -56,6 +59,11 @@ def report(study: Json, pictures: list[str]) -> Iterator[str]:
         "same work, branches one after another over copied caches, in multiples of the time alone. Efficiency: "
         "accuracy gained, in points, per multiple of the baseline's tokens added."
     )
+    yield ""
+    yield (
+        "Every interval is that of one comparison, and none is adjusted for how many comparisons there are: where "
+        "nothing differs, one in twenty shows a difference."
+    )
     failed = [row for row in study["rows"] if row["error"] is not None]
     if failed:
         yield ""
@@ -69,8 +77,9 @@ def report(study: Json, pictures: list[str]) -> Iterator[str]:
     yield ""
     yield "## Bars"
     yield ""
-    words = {True: "holds", False: "**does not hold**", None: "cannot be told"}
-    yield from (f"* {bar['bar']}: {words[bar['holds']]} ({bar['evidence']})" for bar in study["bars"])
+    for bar in study["bars"]:
+        verdict = f"**{bar['verdict']}**" if bar["verdict"] == FAILS else bar["verdict"]
+        yield f"* {bar['bar']}: {verdict} ({bar['evidence']})"
     for name in pictures:
         yield ""
         yield f"![{PICTURES[name]}]({name}.svg)"
@@ -261,6 +270,7 @@ def _flat(row: Json) -> Json:
         "serial_latency_s": apart.get("latency_s"),
         "serial_latency_ratio": apart.get("latency_ratio"),
         "serial_per_problem_s": apart.get("per_problem_s"),
+        "serial_tokens_per_s": apart.get("tokens_per_s"),
         "throughput_ratio": apart.get("throughput_ratio"),
         **{f"{name}_per_correct": value for name, value in cost.items()},
     }
