@@ -296,7 +296,7 @@ def test_the_command(conditions, tmp_path, monkeypatch, capsys):
     arguments = ["study", "--out", str(tmp_path / "out"), "--model", "somewhere", "--strategies"]
     assert cli.main([*arguments, "self_consistency,dynamic_allocation_4x"]) == 1
     out, err = capsys.readouterr()
-    assert "Dynamic allocation (4x) failed: " in err
+    assert "Dynamic allocation (budget 4) failed: " in err
     assert "* Baseline: one chain solves" in out
     assert str(tmp_path / "out" / "report.md") in out
     found = json.loads((tmp_path / "out" / "study.json").read_text())

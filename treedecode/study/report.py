@@ -9,13 +9,14 @@ from treedecode.study.bars import FAILS
 
 Json = dict[str, Any]
 
+_USED = 0.95  # of a budget; a row that spent less is said to
 _QUIET = 0.1  # of a machine's cores; a measurement beside more other work is said to be
 COLUMNS = (
     "key", "label", "strategy", "settings", "problems", "accuracy", "accuracy_low", "accuracy_high", "tokens",
     "tokens_x", "flops_x", "kv_bytes_x", "kv_bytes_copied_x", "joules", "joules_x", "latency_s", "latency_x",
     "batched_s", "tokens_per_s", "occupancy", "serial_latency_s", "serial_latency_ratio", "serial_per_problem_s",
-    "serial_tokens_per_s", "throughput_ratio", "tokens_per_correct",
-    "flops_per_correct", "seconds_per_correct", "efficiency_ratio", "num_cut", "error",
+    "serial_tokens_per_s", "throughput_ratio", "tokens_per_correct", "flops_per_correct", "seconds_per_correct",
+    "efficiency_ratio", "changed_answers", "budget", "passes", "num_cut", "error",
 )  # fmt: skip
 TITLES = {
     "self_consistency": "Self-consistency (tokens in multiples of one chain)",
@@ -105,29 +106,17 @@ def report(study: Json, pictures: list[str]) -> Iterator[str]:
 def sentences(study: Json) -> Iterator[str]:
     """What the rows and laws say, in plain words."""
     rows = [row for row in study["rows"] if row["error"] is None]
-    base, rest = rows[0], rows[1:]
+    base, rest = rows[0], [row for row in rows[1:] if row["strategy"] != "chain_pool"]  # the pool is no strategy
     yield f"{base['label']} solves {_percent(base['accuracy'])} of {base['problems']} problems ({_ci(base)})."
-    if rest:
-        best = max(rest, key=lambda row: row["accuracy"])
-        gap = best["over_baseline"]
-        yield (
-            f"The most accurate is {best['label']}: {_percent(best['accuracy'])} at {_x(best['tokens_x'])} the tokens, "
-            f"{_change(gap)} against the baseline."
-        )
-        worse = [row["label"] for row in rest if row["over_baseline"]["high"] < 0]
-        same = [row["label"] for row in rest if row["over_baseline"]["low"] <= 0 <= row["over_baseline"]["high"]]
-        if worse:
-            yield f"Below the baseline: {', '.join(worse)}."
-        if same:
-            yield f"Not to be told from the baseline with so many problems: {', '.join(same)}."
-        gains = [row for row in rest if row["efficiency_ratio"] is not None and row["over_baseline"]["low"] > 0]
-        if gains:
-            thrifty = max(gains, key=lambda row: row["efficiency_ratio"])
-            yield (
-                f"Of those that gain, {thrifty['label']} gains most per compute: "
-                f"{100 * thrifty['efficiency_ratio']:.1f} points per multiple of the baseline's tokens, at "
-                f"{_x(thrifty['tokens_x'])}."
-            )
+    yield from _comparisons([row for row in rest if row["correct"] != base["correct"]])
+    yield from (_same_verdict(row) for row in rest if row["correct"] == base["correct"])
+    yield from (
+        f"{row['label']} made {row['passes']:.1f} passes on average." for row in rest if row["passes"] is not None
+    )
+    spare = [row for row in rest if row["budget"] and row["tokens_x"] < _USED * row["budget"]]
+    if spare:
+        names = ", ".join(f"{row['label']}, which spent {_x(row['tokens_x'])}" for row in spare)
+        yield f"A budget was not used up by {names}: there is a limit to the chains of one problem."
     timed = [row for row in rest if row["latency_x"] is not None and row["one_after_another"]]
     if timed:
         row = max(timed, key=lambda row: row["tokens_x"])
@@ -158,6 +147,40 @@ def sentences(study: Json) -> Iterator[str]:
     cut = [f"{row['label']} ({row['num_cut']})" for row in rows if row["num_cut"]]
     if cut:
         yield f"Searches that a budget cut short: {', '.join(cut)}."
+
+
+def _comparisons(rest: list[Json]) -> Iterator[str]:
+    """How rows compare with the baseline whose verdicts are not its own on every problem."""
+    if not rest:
+        return
+    best = max(rest, key=lambda row: row["accuracy"])
+    yield (
+        f"The most accurate is {best['label']}: {_percent(best['accuracy'])} at {_x(best['tokens_x'])} the tokens, "
+        f"{_change(best['over_baseline'])} against the baseline."
+    )
+    worse = [row["label"] for row in rest if row["over_baseline"]["high"] < 0]
+    same = [row["label"] for row in rest if row["over_baseline"]["low"] <= 0 <= row["over_baseline"]["high"]]
+    if worse:
+        yield f"Below the baseline: {', '.join(worse)}."
+    if same:
+        yield f"Not to be told from the baseline with so many problems: {', '.join(same)}."
+    gains = [row for row in rest if row["efficiency_ratio"] is not None and row["over_baseline"]["low"] > 0]
+    if gains:
+        thrifty = max(gains, key=lambda row: row["efficiency_ratio"])
+        yield (
+            f"Of those that gain, {thrifty['label']} gains most per compute: "
+            f"{100 * thrifty['efficiency_ratio']:.1f} points per multiple of the baseline's tokens, at "
+            f"{_x(thrifty['tokens_x'])}."
+        )
+
+
+def _same_verdict(row: Json) -> str:
+    """Of a row that is right and wrong where the baseline is; an interval would be of nothing."""
+    what = "answer to" if row["changed_answers"] == 0 else "verdict on"
+    return (
+        f"{row['label']} gave the baseline's {what} every problem, at {_x(row['tokens_x'])} the tokens: what it "
+        f"generated besides changed no {what.split()[0]} here."
+    )
 
 
 def _law_sentence(title: str, laws: Json) -> str:
@@ -204,7 +227,7 @@ def _setting(study: Json) -> Iterator[str]:
 
 def _table(rows: list[Json]) -> Iterator[str]:
     heads = (
-        "strategy", "accuracy (95% CI)", "tokens", "FLOPs", "KV bytes", "energy", "alone", "", "batched", "one by one",
+        "strategy", "accuracy (95% CI)", "tokens", "FLOPs", "KV bytes", "energy", "alone", "batched", "one by one",
         "tokens per correct", "efficiency",
     )  # fmt: skip
     yield f"| {' | '.join(heads)} |"
@@ -218,8 +241,7 @@ def _table(rows: list[Json]) -> Iterator[str]:
             _x(row["flops_x"]),
             f"{_x(row['kv_bytes_x'])} / {_x(row['kv_bytes_copied_x'])}",
             _x(row["joules_x"]),
-            _seconds(row["latency_s"]),
-            _x(row["latency_x"]),
+            f"{_seconds(row['latency_s'])} ({_x(row['latency_x'])})",
             _seconds(row["batched_s"]),
             _x(apart["latency_ratio"] if apart else None),
             _or(row["cost_per_correct"]["tokens"], "{:.0f}"),

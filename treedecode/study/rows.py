@@ -15,7 +15,7 @@ from treedecode.journal import num_solutions
 from treedecode.meter import Spending
 from treedecode.sampling import Sampling
 from treedecode.solving import Result, Solution, solve_async
-from treedecode.strategies import STRATEGIES, Strategy
+from treedecode.strategies import STRATEGIES, DynamicAllocation, IterativeRefinement, Strategy
 from treedecode.study.pool import ChainPool
 from treedecode.study.stats import Floats, efficiency_ratio, mean_interval, paired_difference
 from treedecode.tasks.base import Problem, Task
@@ -231,9 +231,11 @@ def row(measured: Measured, baseline: Measured) -> dict[str, Any]:
     rate = _over(measured.tokens, batched)
     joules = None if timing.joules is None else timing.joules / n
     unit_joules = None if first.joules is None else first.joules / n
-    difference = None
+    difference = changed = None
     if measured is not baseline:
         difference = paired_difference(correct, baseline.correct)._asdict()
+        pairs = zip(measured.solutions, baseline.solutions, strict=True)
+        changed = sum(one.answer != other.answer for one, other in pairs)
     num_right = float(correct.sum())
     return {
         **heading(measured.entry),
@@ -242,6 +244,7 @@ def row(measured: Measured, baseline: Measured) -> dict[str, Any]:
         "accuracy": accuracy,
         "accuracy_ci": list(mean_interval(correct)),
         "over_baseline": difference,
+        "changed_answers": changed,
         "tokens": measured.tokens,
         "tokens_x": tokens_x,
         "flops_x": _over(spent.flops, unit.flops),
@@ -262,11 +265,25 @@ def row(measured: Measured, baseline: Measured) -> dict[str, Any]:
             "seconds": _over(timing.batched_seconds, num_right),
         },
         "efficiency_ratio": None if tokens_x is None else efficiency_ratio(accuracy, baseline.correct.mean(), tokens_x),
+        "budget": _budget(measured.strategy),
+        "passes": _passes(measured),
         "num_cut": sum(solution.is_cut for solution in measured.solutions),
         "is_resumed": timing.is_resumed,
         "correct": correct.astype(int).tolist(),
         "error": None,
     }
+
+
+def _budget(strategy: Strategy) -> float | None:
+    """What a problem may cost on average, in multiples of a chain's tokens; None = nothing says."""
+    return float(strategy.budget) if isinstance(strategy, DynamicAllocation) and strategy.unit == "tokens" else None
+
+
+def _passes(measured: Measured) -> float | None:
+    """Revisions per problem of iterative refinement: each leaves a solution of its own beside the first."""
+    if not isinstance(measured.strategy, IterativeRefinement):
+        return None
+    return mean(len(solution.tree.leaves()) - 1 for solution in measured.solutions)
 
 
 def heading(entry: Entry) -> dict[str, Any]:
