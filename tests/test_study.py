@@ -85,14 +85,14 @@ def test_rows_are_what_the_strategies_did(study, conditions):
         "chain_pool": ChainPool(8),
     }
     settings = {"task": conditions.task, "verifier": Length(), "seed": 3}
-    base = None
+    base, answers = None, {}
     for key, strategy in strategies.items():
         conditions.decoder.engine.forget()
         result = td.solve(conditions.decoder, conditions.problems, strategy=strategy, **settings)
         spent = result.ledger.problems.values()
         tokens = sum(s.generated_tokens for s in spent)
         base = base or spent
-        row = by_key[key]
+        row, answers[key] = by_key[key], [solution.answer for solution in result.solutions]
         assert row["accuracy"] == result.accuracy
         assert row["correct"] == [int(solution.correct) for solution in result.solutions]
         assert row["accuracy_ci"] == list(stats.mean_interval(row["correct"]))
@@ -113,6 +113,10 @@ def test_rows_are_what_the_strategies_did(study, conditions):
     four = by_key["votes_4"]
     assert four["efficiency_ratio"] == pytest.approx((four["accuracy"] - chain["accuracy"]) / (four["tokens_x"] - 1))
     assert four["over_baseline"]["estimate"] == pytest.approx(four["accuracy"] - chain["accuracy"])
+    pairs = zip(answers["chain"], answers["votes_4"], strict=True)
+    assert four["changed_answers"] == sum(one != other for one, other in pairs) > 0
+    assert chain["changed_answers"] is None
+    assert four["budget"] is four["passes"] is None
     longer = by_key["longer"]["settings"]
     assert f"min_tokens={round(1.5 * chain['tokens'])}" in longer
     assert f"max_tokens={round(3 * chain['tokens'])}" in longer
@@ -190,10 +194,10 @@ def test_the_report_says_what_the_numbers_say(study):
     said = list(report.sentences(quiet))
     assert not any("Other work" in sentence for sentence in said)
     assert any("Other work took 0.9 of 2 cores meanwhile" in sentence for sentence in report.sentences(busy))
-    best = max(found["rows"][1:], key=lambda row: row["accuracy"])
+    best = max(found["rows"][1:-1], key=lambda row: row["accuracy"])
     assert any(f"The most accurate is {best['label']}: {100 * best['accuracy']:.1f}%" in sentence for sentence in said)
-    rest = found["rows"][1:]
-    lost = [{**row, "over_baseline": {"estimate": -0.2, "low": -0.3, "high": -0.1}} for row in rest]
+    rest = found["rows"][1:-1]  # the pool is no strategy
+    lost = [{**row, "correct": [2] * 6, "over_baseline": {"estimate": -0.2, "low": -0.3, "high": -0.1}} for row in rest]
     said = list(report.sentences({**quiet, "rows": [found["rows"][0], *lost]}))
     assert f"Below the baseline: {', '.join(row['label'] for row in rest)}." in said
     assert not any("gains most per compute" in sentence for sentence in said)

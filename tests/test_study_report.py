@@ -6,6 +6,20 @@ import pytest
 from treedecode.study import analysis, report
 from treedecode.study.laws import Curve
 
+MACHINE = {"other_cores": None, "cores": 2}
+ROW = {
+    "error": None,
+    "strategy": "chain_of_thought",
+    "accuracy_ci": [0.3, 0.7],
+    "problems": 4,
+    "tokens_x": 1.0,
+    "latency_x": None,
+    "one_after_another": None,
+    "efficiency_ratio": None,
+    "budget": None,
+    "passes": None,
+    "num_cut": 0,
+}
 COSTS = 2.0 ** np.arange(5)
 
 
@@ -54,3 +68,48 @@ def test_a_limit_is_told_only_of_a_law_that_is_not_behind():
         held = [best, {**law, "behind": {"estimate": 0.1, "low": low, "high": 0.2}}]
         said = report._law_sentence("Votes", {**laws, "held_out": held})
         assert ("as a power law its error tends to" in said) == is_told
+
+
+def row(label, correct, changed_answers=None, **fields):
+    gap = {"estimate": 0.1, "low": -0.1, "high": 0.3}
+    said = {"label": label, "correct": correct, "accuracy": np.mean(correct), "changed_answers": changed_answers}
+    return {**ROW, **said, "over_baseline": gap, **fields}
+
+
+def said_of(*rows):
+    base = row("One chain", [1, 0, 1, 0])
+    return list(report.sentences({"rows": [base, *rows], "laws": {}, "machine": MACHINE}))
+
+
+@pytest.mark.parametrize(("changed", "where", "what"), [(0, "answer to", "answer"), (3, "verdict on", "verdict")])
+def test_a_row_that_decides_as_the_baseline_does_is_not_compared(changed, where, what):
+    said = said_of(row("Longer", [1, 0, 1, 0], changed, tokens_x=7.26))
+    words = f"Longer gave the baseline's {where} every problem, at 7.26x the tokens: what it generated besides"
+    assert said[1:] == [f"{words} changed no {what} here."]
+    said = said_of(row("Longer", [1, 0, 1, 0], 0), row("Votes", [1, 1, 1, 0], 1))
+    assert any(one.startswith("The most accurate is Votes: 75.0%") for one in said)
+    assert "Not to be told from the baseline with so many problems: Votes." in said
+
+
+def test_the_pool_of_chains_is_no_strategy():
+    said = said_of(row("Pool", [1, 1, 1, 1], 2, strategy="chain_pool"))
+    assert said == ["One chain solves 50.0% of 4 problems (30.0 to 70.0)."]
+
+
+def test_a_budget_that_was_not_used_up_is_told():
+    def spent(tokens_x):
+        return said_of(row("Budget 8", [1, 1, 1, 0], 1, budget=8.0, tokens_x=tokens_x))
+
+    assert any("A budget was not used up by Budget 8, which spent 5.35x:" in one for one in spent(5.35))
+    assert not any("not used up" in one for one in spent(7.9))
+
+
+def test_passes_are_told():
+    assert "Refined made 4.9 passes on average." in said_of(row("Refined", [1, 1, 1, 0], 1, passes=4.9))
+
+
+def test_every_column_of_the_table_has_a_name():
+    head, line, *_ = report._table([])
+    names = [cell.strip() for cell in head.strip("|").split("|")]
+    assert all(names)
+    assert line.count("|") == len(names) + 1

@@ -116,7 +116,10 @@ def sentences(study: Json) -> Iterator[str]:
     spare = [row for row in rest if row["budget"] and row["tokens_x"] < _USED * row["budget"]]
     if spare:
         names = ", ".join(f"{row['label']}, which spent {_x(row['tokens_x'])}" for row in spare)
-        yield f"A budget was not used up by {names}: there is a limit to the chains of one problem."
+        yield (
+            f"A budget was not used up by {names}: a problem gets no more chains than the gate has seen, and none that "
+            "it expects nothing of."
+        )
     timed = [row for row in rest if row["latency_x"] is not None and row["one_after_another"]]
     if timed:
         row = max(timed, key=lambda row: row["tokens_x"])
