@@ -63,7 +63,7 @@ def report(study: Json, pictures: list[str]) -> Iterator[str]:
     yield ""
     yield (
         "Every interval is that of one comparison, and none is adjusted for how many comparisons there are: where "
-        "nothing differs, one in twenty shows a difference."
+        "nothing differs, about one in twenty shows a difference."
     )
     failed = [row for row in study["rows"] if row["error"] is not None]
     if failed:
