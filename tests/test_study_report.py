@@ -37,7 +37,7 @@ def laws_from(shares, costs=COSTS, num_problems=400):
         ([0.3, 0.5, 0.7, 0.7, 0.7], "Beyond 4x no budget gained measurably on the one before."),
         (
             [0.3, 0.3, 0.5, 0.6, 0.7],
-            "Every budget up to 16x gained measurably on the one before, but for the steps from 1x to 2x.",
+            "Every budget up to 16x gained measurably on the one before, except from 1x to 2x.",
         ),
     ],
 )

@@ -217,7 +217,7 @@ def _gains(laws: Json) -> str:
         return f"Beyond {at:.3g}x no budget gained measurably on the one before."
     idle = [f"from {one['from']:.3g}x to {one['to']:.3g}x" for one in slopes if one["low"] <= 0]
     said = f"Every budget up to {slopes[-1]['to']:.3g}x gained measurably on the one before"
-    return said + (f", but for the steps {', '.join(idle)}." if idle else ".")
+    return said + (f", except {', '.join(idle)}." if idle else ".")
 
 
 def _setting(study: Json) -> Iterator[str]:
