@@ -5,6 +5,7 @@ import pytest
 
 from treedecode.study import laws
 from treedecode.study.laws import COVERAGE, LAWS, LOG_LINEAR, LOGISTIC, POWER, CannotFit, Curve
+from treedecode.study.slopes import saturation, slopes
 
 COSTS = 2.0 ** np.arange(9)
 TRUTH = {
@@ -91,16 +92,48 @@ def test_a_curve_saturates_where_the_next_budget_gains_nothing():
     costs = np.array([1.0, 2.0, 4.0, 8.0, 16.0])
     difficulty = rng.random((400, 1))
     accuracy = (difficulty < np.array([0.3, 0.5, 0.7, 0.7, 0.7])).astype(float)
-    found = laws.slopes(Curve(costs, accuracy))
+    found = slopes(Curve(costs, accuracy))
     assert [slope.low_cost for slope in found] == [1, 2, 4, 8]
     assert found[0].per_doubling.estimate == pytest.approx((accuracy[:, 1] - accuracy[:, 0]).mean())
-    assert laws.saturation(found) == 4.0
-    assert laws.saturation(found[:2]) is None
+    assert saturation(found) == 4.0
+    assert saturation(found[:2]) is None
+
+
+def test_a_gain_that_comes_later_is_no_saturation():
+    # a majority of two is one chain: no gain from 1 to 2, and one at every later doubling
+    difficulty = np.random.default_rng(0).random((400, 1))
+    accuracy = (difficulty < np.array([0.3, 0.3, 0.5, 0.7, 0.7])).astype(float)
+    found = slopes(Curve(np.array([1.0, 2.0, 4.0, 8.0, 16.0]), accuracy))
+    assert [slope.per_doubling.low > 0 for slope in found] == [False, True, True, False]
+    assert saturation(found) == 8.0
+    assert saturation(found[:3]) is None
+    assert saturation([]) is None
+
+
+def test_a_parameter_at_its_bound_is_not_determined():
+    # log-linear data, which tend to no error above 0 as far as a power law can tell
+    curve = sampled(lambda c: 0.35 + 0.06 * np.log2(c))
+    fit = laws.fit(POWER, curve, num_resamples=50)
+    assert fit.parameters["E_inf"] == pytest.approx(0, abs=1e-6)
+    assert fit.intervals["E_inf"] is None
+    assert fit.intervals["b"].low < fit.parameters["b"] < fit.intervals["b"].high
+    assert fit.to_json()["intervals"]["E_inf"] is None
+    assert None not in laws.fit(POWER, sampled(TRUTH["power"][1]), num_resamples=20).intervals.values()
+
+
+def test_equal_leads_on_all_problems_have_an_interval():
+    curve = Curve(np.array([1.0, 2.0, 4.0, 8.0]), np.tile([[0.3, 0.5, 0.6, 0.7]], (5, 1)))
+    few, many = (laws.compare(Curve(curve.costs, np.tile(curve.accuracy, (times, 1))))[1:] for times in (1, 400))
+    for held in (*few, *many):
+        assert held.behind.low < held.behind.estimate < held.behind.high
+    assert all(held.behind.low < 0 for held in few)  # five problems prove nothing
+    assert all(one.behind.high - one.behind.low > 10 * (more.behind.high - more.behind.low)
+               for one, more in zip(few, many, strict=True))  # fmt: skip
 
 
 def test_slopes_are_per_doubling_and_skip_equal_costs():
     accuracy = np.tile([0.2, 0.6, 0.6], (30, 1))
-    (slope,) = laws.slopes(Curve(np.array([1.0, 4.0, 4.0]), accuracy))
+    (slope,) = slopes(Curve(np.array([1.0, 4.0, 4.0]), accuracy))
     assert slope.per_doubling.estimate == pytest.approx(0.2)
 
 
@@ -128,7 +161,7 @@ def test_a_falling_curve_has_no_power_law_but_slopes():
             laws.fit(law, curve)
     assert laws.fit(LOGISTIC, curve, num_resamples=50).intervals["k"].high < 0
     assert laws.fit(LOG_LINEAR, curve, num_resamples=50).flat_share == 1.0
-    assert laws.saturation(laws.slopes(curve)) == 1.0
+    assert saturation(slopes(curve)) == 1.0
 
 
 def test_one_problem_fits_as_well_as_it_can():

@@ -1,4 +1,4 @@
-"""Analysis: from the rows and the pool of chains to curves, laws and the bars a study is held to."""
+"""Analysis: from the rows and the pool of chains to curves and laws."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 
 from treedecode.study import coverage, pool
-from treedecode.study.laws import COVERAGE, LAWS, CannotFit, Curve, compare, fit, saturation, slopes
+from treedecode.study.laws import COVERAGE, LAWS, CannotFit, Curve, compare, fit
 from treedecode.study.pool import Chains
-from treedecode.study.stats import Difference, Floats, mean_interval, paired_difference
+from treedecode.study.slopes import saturation, slopes
+from treedecode.study.stats import Floats, mean_interval
 
 Json = dict[str, Any]
 
@@ -124,79 +125,3 @@ def accuracy_at(curve: Curve, cost: float) -> Floats | None:
     low, high = curve.costs[j - 1 : j + 1]
     at = np.log(cost / low) / np.log(high / low) if high > low else 0.0
     return (1 - at) * curve.accuracy[:, j - 1] + at * curve.accuracy[:, j]
-
-
-def bars(rows: Sequence[Json], curves: dict[str, Curve]) -> list[Json]:
-    """What a study on the shipped model is held to: `[{"bar", "holds", "evidence"}]`; `holds` None = cannot be told."""
-    by_key = {row["key"]: row for row in rows if row["error"] is None}
-    majority = curves.get("self_consistency")
-    found = []
-
-    def judge(bar: str, key: str, verdict: Any) -> None:
-        if key not in by_key:
-            found.append({"bar": bar, "holds": None, "evidence": f"no row {key}"})
-        else:
-            holds, evidence = verdict(by_key[key])
-            found.append({"bar": bar, "holds": holds, "evidence": evidence})
-
-    def against(curve: Curve | None, row: Json) -> tuple[bool | None, str]:
-        if curve is None:
-            return None, "no pool of chains"
-        at = pool_sizes(1 << (len(curve.costs) - 1))
-        if 8 not in at:
-            return None, "the pool has fewer than 8 chains"
-        gap = paired_difference(np.array(row["correct"], float), curve.accuracy[:, at.index(8)])
-        return gap.low > -0.01, f"{row['tokens_x']:.1f}x tokens: {_said(gap)}"
-
-    def uniform(row: Json) -> tuple[bool | None, str]:
-        return against(majority, row)
-
-    def best_of(row: Json) -> tuple[bool | None, str]:
-        return against(curves.get("best_of_n"), row)
-
-    def beats(row: Json) -> tuple[bool | None, str]:
-        if majority is None:
-            return None, "no pool of chains"
-        same = accuracy_at(majority, row["tokens_x"])
-        if same is None:
-            low, high = majority.costs[[0, -1]]
-            return None, f"it takes {row['tokens_x']:.1f}x tokens; majority votes go from {low:.1f}x to {high:.1f}x"
-        gap = paired_difference(np.array(row["correct"], float), same)
-        return gap.low > 0, f"at {row['tokens_x']:.1f}x: {_said(gap)}"
-
-    def latency(row: Json) -> tuple[bool | None, str]:
-        if row["latency_x"] is None:
-            return None, "latency was not measured"
-        return row["latency_x"] <= 3, f"{row['latency_x']:.2f}x ({row['latency_s']:.3g} s)"
-
-    def throughput(row: Json) -> tuple[bool | None, str]:
-        other = row["one_after_another"]
-        if other is None or other["throughput_ratio"] is None:
-            return None, "it was not measured"
-        times = f"{row['batched_s']:.3g} s per problem against {other['per_problem_s']:.3g} s"
-        return other["throughput_ratio"] >= 5, f"{other['throughput_ratio']:.1f}x, {times}"
-
-    judge(
-        "dynamic allocation at 4x is no more than a point below the majority of 8 chains",
-        "dynamic_allocation_4x",
-        uniform,
-    )
-    judge(
-        "dynamic allocation at 4x is no more than a point below the best of 8 chains by the same verifier",
-        "dynamic_allocation_4x",
-        best_of,
-    )
-    judge("tree of thoughts (3, 5) beats the majority at equal tokens", "tree_of_thoughts", beats)
-    for key in ("step_beam_search", "dvts", "rebase", "ets", "mcts", "particle_filter"):
-        judge(f"{key.replace('_', ' ')} beats the majority at equal tokens", key, beats)
-    judge(
-        "tree of thoughts (3, 5) takes at most 3x the time of a chain, one problem alone", "tree_of_thoughts", latency
-    )
-    judge(
-        "many problems at once: at least 5x the throughput of one branch after another", "tree_of_thoughts", throughput
-    )
-    return found
-
-
-def _said(gap: Difference) -> str:
-    return f"{100 * gap.estimate:+.1f} points, 95% CI {100 * gap.low:+.1f} to {100 * gap.high:+.1f}"

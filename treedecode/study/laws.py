@@ -1,4 +1,4 @@
-"""Laws of accuracy against compute: their fit by likelihood, which of them predicts best, and where a curve saturates.
+"""Laws of accuracy against compute: their fit by likelihood, and which of them predicts best.
 
 The data are shares of right answers per problem and budget. Every law is fitted by the same quasi-binomial likelihood
 (shares of chains are no whole numbers, and likelihood does not ask), so that laws differ in their shape alone. All
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from treedecode.study.stats import Difference, Floats, Interval, bca_interval, difference_of, draws
+from treedecode.study.stats import Difference, Floats, Interval, bca_interval, draws, wilson
 
 _MAX_STEPS = 300
 
@@ -69,6 +69,7 @@ class Law:
         report: (fitted parameters `[..., p]`, reference costs) -> parameters as reported, `[..., p]`.
         is_flat: whether fitted parameters `[..., p]` are those of a curve that compute does not raise, which leaves
             others of them without meaning.
+        bounded: which of `names` are fitted as they are reported, so that bounds of the box are theirs.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Law:
     predict: Callable[[Floats, Floats, Floats], tuple[Floats, Floats]]
     report: Callable[[Floats, Floats], Floats]
     is_flat: Callable[[Floats], np.ndarray]
+    bounded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class Fit:
     """A law fitted to a curve.
 
     Attributes:
-        parameters, intervals: by name, as the law reports them.
+        parameters, intervals: by name, as the law reports them. A parameter at a bound of its law has no interval
+            (None): the data do not determine it, and resampled fits that stop at the same bound say nothing of it.
         log_likelihood: per problem and budget, nats.
         flat_share: of the resampled problems' fits, the share in which compute did not raise accuracy.
         fitted, resampled, ends: what `accuracy` and `band` need: `[p]`, `[resamples, p]`, `[2]`.
@@ -94,7 +97,7 @@ class Fit:
 
     law: Law
     parameters: dict[str, float]
-    intervals: dict[str, Interval]
+    intervals: dict[str, Interval | None]
     log_likelihood: float
     flat_share: float
     fitted: Floats
@@ -111,11 +114,11 @@ class Fit:
         return np.quantile(curves, (1 - level) / 2, axis=0), np.quantile(curves, (1 + level) / 2, axis=0)
 
     def to_json(self) -> dict[str, Any]:
-        """`{"formula", "parameters", "intervals", "log_likelihood", "flat_share"}`."""
+        """`{"formula", "parameters", "intervals", "log_likelihood", "flat_share"}`; no interval is None."""
         return {
             "formula": self.law.formula,
             "parameters": self.parameters,
-            "intervals": {name: list(interval) for name, interval in self.intervals.items()},
+            "intervals": {name: None if one is None else list(one) for name, one in self.intervals.items()},
             "log_likelihood": self.log_likelihood,
             "flat_share": self.flat_share,
         }
@@ -185,6 +188,7 @@ POWER = Law(
     predict=_power,
     report=_report_power,
     is_flat=lambda params: ((1 - params[..., 0]) * params[..., 1] < 1e-4) | (params[..., 2] <= 1e-3),
+    bounded=("E_inf", "b"),
 )
 LOGISTIC = Law(
     name="logistic",
@@ -195,6 +199,7 @@ LOGISTIC = Law(
     predict=_logistic,
     report=lambda params, ends: params,
     is_flat=lambda params: params[..., 1] <= 0,
+    bounded=("a", "k"),
 )
 LOG_LINEAR = Law(
     name="log-linear",
@@ -215,6 +220,7 @@ COVERAGE = Law(
     predict=_coverage,
     report=_report_coverage,
     is_flat=lambda params: params[..., 1] <= 0,
+    bounded=("b",),
 )
 LAWS = (POWER, LOGISTIC, LOG_LINEAR)
 
@@ -236,16 +242,28 @@ def fit(law: Law, curve: Curve, *, num_resamples: int = 300, level: float = 0.95
     resampled, _ = _maximise(law, curve.costs, means, (tuple(fitted), *law.starts))
     shares = [(1 - level) / 2, (1 + level) / 2]
     low, high = np.quantile(law.report(resampled, ends), shares, axis=0)
+    intervals: dict[str, Interval | None] = {
+        name: None if _is_at_bound(law, name, fitted) else Interval(float(a), float(b))
+        for name, a, b in zip(law.names, low, high, strict=True)
+    }
     return Fit(
         law=law,
         parameters=dict(zip(law.names, law.report(fitted, ends).tolist(), strict=True)),
-        intervals={name: Interval(float(a), float(b)) for name, a, b in zip(law.names, low, high, strict=True)},
+        intervals=intervals,
         log_likelihood=float(value),
         flat_share=float(law.is_flat(resampled).mean()),
         fitted=fitted,
         resampled=resampled,
         ends=ends,
     )
+
+
+def _is_at_bound(law: Law, name: str, fitted: Floats) -> bool:
+    if name not in law.bounded:
+        return False
+    i = law.names.index(name)
+    low, high = law.bounds[i]
+    return not low + 1e-6 * (high - low) < fitted[i] < high - 1e-6 * (high - low)
 
 
 @dataclass(frozen=True)
@@ -289,35 +307,14 @@ def compare(curve: Curve, laws: tuple[Law, ...] = LAWS, *, seed: int = 0) -> lis
         if i == order[0]:
             return None
         mean = float(lead.mean())
-        return Difference(mean, *(bca_interval(lead, seed=seed) if np.ptp(lead) > 0 else (mean, mean)))
+        if np.ptp(lead) > 1e-12:
+            return Difference(mean, *bca_interval(lead, seed=seed))
+        # nothing to resample: other problems, as far as they may be rare, can have any lead from -log to log of `least`
+        rare = wilson(0, num_problems).high
+        middle, half = (1 - rare) * mean, -rare * float(np.log(least))
+        return Difference(mean, middle - half, middle + half)
 
     return [HeldOut(laws[i].name, float(scores[i].mean()), behind(int(i))) for i in order]
-
-
-@dataclass(frozen=True)
-class Slope:
-    """Accuracy gained per doubling of compute between two neighbouring budgets, with its interval over problems."""
-
-    low_cost: float
-    high_cost: float
-    per_doubling: Difference
-
-
-def slopes(curve: Curve, *, level: float = 0.95, seed: int = 0) -> list[Slope]:
-    """The local slopes of a curve, as measured, without a law; budgets of equal cost have none between them."""
-    found = []
-    for j in range(len(curve.costs) - 1):
-        low, high = curve.costs[j : j + 2]
-        if high > low:
-            gain = difference_of(curve.accuracy[:, j + 1] - curve.accuracy[:, j], level=level, seed=seed)
-            per_doubling = Difference(*(value / float(np.log2(high / low)) for value in gain))
-            found.append(Slope(float(low), float(high), per_doubling))
-    return found
-
-
-def saturation(found: list[Slope]) -> float | None:
-    """The smallest cost from which the next budget's gain cannot be told from none; None: every budget's could."""
-    return next((slope.low_cost for slope in found if slope.per_doubling.low <= 0), None)
 
 
 def _require(curve: Curve, num_costs: int) -> None:

@@ -1,11 +1,13 @@
 """The plan of the study: its table's rows, and the budgets of its curves."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from treedecode.study.rows import ANSWER_TOKENS, Entry
 
 CHAINS = 8  # of self-consistency and best-of-n in the table
 POOL = 32  # chains that curves of self-consistency, best-of-n and coverage are from
+PASSES = 10  # of iterative refinement, at most
 
 BUDGETS = (2, 4, 8)  # of dynamic allocation, in chains per problem; one chain is the baseline
 
@@ -17,7 +19,10 @@ def default_plan(gate: str, *, follows_instructions: bool) -> list[Entry]:
         gate: file of the gate that dynamic allocation goes by.
         follows_instructions: whether the model can be asked for a critique; else the verifier says what to revise.
     """
-    critique = {} if follows_instructions else {"critique_prompt": ""}
+    # docs/strategies.md; solutions come to the same answer again and again, and a pass may still find another
+    refined: dict[str, Any] = {"max_passes": PASSES, "max_repeats": PASSES - 1, "good": 0.99}
+    if not follows_instructions:
+        refined |= {"critique_prompt": "", "doubt": 0.3}
     forced = {} if follows_instructions else {"wait": "\n", "answer_prompt": "\n"}  # words that it has
     searches = (
         ("step_beam_search", "Beam search over steps (16)", {"num_beams": 16, "width": 4}),
@@ -36,7 +41,7 @@ def default_plan(gate: str, *, follows_instructions: bool) -> list[Entry]:
             {"max_waits": 64, "answer_tokens": ANSWER_TOKENS, **forced},
             {"min_tokens": 8.0, "max_tokens": 8.0},
         ),
-        Entry("refinement", "Iterative refinement (10 passes)", "iterative_refinement", {"max_passes": 10, **critique}),
+        Entry("refinement", f"Iterative refinement (up to {PASSES} passes)", "iterative_refinement", refined),
         Entry(
             "tree_of_thoughts",
             "Tree of thoughts (depth 3, width 5)",
@@ -49,14 +54,18 @@ def default_plan(gate: str, *, follows_instructions: bool) -> list[Entry]:
         *(
             Entry(
                 f"dynamic_allocation_{budget}x",
-                f"Dynamic allocation ({budget}x)",
+                f"Dynamic allocation (budget {budget})",
                 "dynamic_allocation",
                 {"budget": budget, "gate": gate},
                 curve="dynamic_allocation",
             )
             for budget in BUDGETS
         ),
-        Entry("chain_pool", f"Self-consistency ({POOL} chains)", "chain_pool", {"num_samples": POOL}),
+        # beside the pool, which pays for scores that votes have no use for
+        Entry(
+            f"self_consistency_{POOL}", f"Self-consistency ({POOL} chains)", "self_consistency", {"num_samples": POOL}
+        ),
+        Entry("chain_pool", f"Pool of {POOL} chains, all scored, for the curves", "chain_pool", {"num_samples": POOL}),
     ]
 
 

@@ -88,6 +88,7 @@ def accuracy(study: Json, axes: Axes) -> bool:
 def latency(study: Json, axes: Axes) -> bool:
     """Latency of one problem against compute: ours, and the same work one branch after another."""
     rows = [row for row in study["rows"] if row["error"] is None and row["tokens_x"] and row["latency_s"]]
+    rows = [row for row in rows if row["strategy"] != "chain_pool"]
     apart = [row for row in rows if row["one_after_another"]]
     for row in apart:
         ends = [row["latency_s"], row["one_after_another"]["latency_s"]]

@@ -5,14 +5,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from treedecode.study.bars import FAILS
+
 Json = dict[str, Any]
 
+_USED = 0.95  # of a budget; a row that spent less is said to
 _QUIET = 0.1  # of a machine's cores; a measurement beside more other work is said to be
 COLUMNS = (
     "key", "label", "strategy", "settings", "problems", "accuracy", "accuracy_low", "accuracy_high", "tokens",
     "tokens_x", "flops_x", "kv_bytes_x", "kv_bytes_copied_x", "joules", "joules_x", "latency_s", "latency_x",
-    "batched_s", "occupancy", "serial_latency_s", "serial_latency_ratio", "serial_per_problem_s", "throughput_ratio",
-    "tokens_per_correct", "flops_per_correct", "seconds_per_correct", "efficiency_ratio", "num_cut", "error",
+    "batched_s", "tokens_per_s", "occupancy", "serial_latency_s", "serial_latency_ratio", "serial_per_problem_s",
+    "serial_tokens_per_s", "throughput_ratio", "tokens_per_correct", "flops_per_correct", "seconds_per_correct",
+    "efficiency_ratio", "changed_answers", "budget", "passes", "num_cut", "error",
 )  # fmt: skip
 TITLES = {
     "self_consistency": "Self-consistency (tokens in multiples of one chain)",
@@ -56,6 +60,11 @@ def report(study: Json, pictures: list[str]) -> Iterator[str]:
         "same work, branches one after another over copied caches, in multiples of the time alone. Efficiency: "
         "accuracy gained, in points, per multiple of the baseline's tokens added."
     )
+    yield ""
+    yield (
+        "Every interval is that of one comparison, and none is adjusted for how many comparisons there are: where "
+        "nothing differs, about one in twenty shows a difference."
+    )
     failed = [row for row in study["rows"] if row["error"] is not None]
     if failed:
         yield ""
@@ -69,8 +78,9 @@ def report(study: Json, pictures: list[str]) -> Iterator[str]:
     yield ""
     yield "## Bars"
     yield ""
-    words = {True: "holds", False: "**does not hold**", None: "cannot be told"}
-    yield from (f"* {bar['bar']}: {words[bar['holds']]} ({bar['evidence']})" for bar in study["bars"])
+    for bar in study["bars"]:
+        verdict = f"**{bar['verdict']}**" if bar["verdict"] == FAILS else bar["verdict"]
+        yield f"* {bar['bar']}: {verdict} ({bar['evidence']})"
     for name in pictures:
         yield ""
         yield f"![{PICTURES[name]}]({name}.svg)"
@@ -96,29 +106,20 @@ def report(study: Json, pictures: list[str]) -> Iterator[str]:
 def sentences(study: Json) -> Iterator[str]:
     """What the rows and laws say, in plain words."""
     rows = [row for row in study["rows"] if row["error"] is None]
-    base, rest = rows[0], rows[1:]
+    base, rest = rows[0], [row for row in rows[1:] if row["strategy"] != "chain_pool"]  # the pool is no strategy
     yield f"{base['label']} solves {_percent(base['accuracy'])} of {base['problems']} problems ({_ci(base)})."
-    if rest:
-        best = max(rest, key=lambda row: row["accuracy"])
-        gap = best["over_baseline"]
+    yield from _comparisons([row for row in rest if row["correct"] != base["correct"]])
+    yield from (_same_verdict(row) for row in rest if row["correct"] == base["correct"])
+    yield from (
+        f"{row['label']} made {row['passes']:.1f} passes on average." for row in rest if row["passes"] is not None
+    )
+    spare = [row for row in rest if row["budget"] and row["tokens_x"] < _USED * row["budget"]]
+    if spare:
+        names = ", ".join(f"{row['label']}, which spent {_x(row['tokens_x'])}" for row in spare)
         yield (
-            f"The most accurate is {best['label']}: {_percent(best['accuracy'])} at {_x(best['tokens_x'])} the tokens, "
-            f"{_change(gap)} against the baseline."
+            f"A budget was not used up by {names}: a problem gets no more chains than the gate has seen, and none that "
+            "it expects nothing of."
         )
-        worse = [row["label"] for row in rest if row["over_baseline"]["high"] < 0]
-        same = [row["label"] for row in rest if row["over_baseline"]["low"] <= 0 <= row["over_baseline"]["high"]]
-        if worse:
-            yield f"Below the baseline: {', '.join(worse)}."
-        if same:
-            yield f"Not to be told from the baseline with so many problems: {', '.join(same)}."
-        gains = [row for row in rest if row["efficiency_ratio"] is not None and row["over_baseline"]["low"] > 0]
-        if gains:
-            thrifty = max(gains, key=lambda row: row["efficiency_ratio"])
-            yield (
-                f"Of those that gain, {thrifty['label']} gains most per compute: "
-                f"{100 * thrifty['efficiency_ratio']:.1f} points per multiple of the baseline's tokens, at "
-                f"{_x(thrifty['tokens_x'])}."
-            )
     timed = [row for row in rest if row["latency_x"] is not None and row["one_after_another"]]
     if timed:
         row = max(timed, key=lambda row: row["tokens_x"])
@@ -151,25 +152,72 @@ def sentences(study: Json) -> Iterator[str]:
         yield f"Searches that a budget cut short: {', '.join(cut)}."
 
 
+def _comparisons(rest: list[Json]) -> Iterator[str]:
+    """How rows compare with the baseline whose verdicts are not its own on every problem."""
+    if not rest:
+        return
+    best = max(rest, key=lambda row: row["accuracy"])
+    yield (
+        f"The most accurate is {best['label']}: {_percent(best['accuracy'])} at {_x(best['tokens_x'])} the tokens, "
+        f"{_change(best['over_baseline'])} against the baseline."
+    )
+    worse = [row["label"] for row in rest if row["over_baseline"]["high"] < 0]
+    same = [row["label"] for row in rest if row["over_baseline"]["low"] <= 0 <= row["over_baseline"]["high"]]
+    if worse:
+        yield f"Below the baseline: {', '.join(worse)}."
+    if same:
+        yield f"Not to be told from the baseline with so many problems: {', '.join(same)}."
+    gains = [row for row in rest if row["efficiency_ratio"] is not None and row["over_baseline"]["low"] > 0]
+    if gains:
+        thrifty = max(gains, key=lambda row: row["efficiency_ratio"])
+        yield (
+            f"Of those that gain, {thrifty['label']} gains most per compute: "
+            f"{100 * thrifty['efficiency_ratio']:.1f} points per multiple of the baseline's tokens, at "
+            f"{_x(thrifty['tokens_x'])}."
+        )
+
+
+def _same_verdict(row: Json) -> str:
+    """Of a row that is right and wrong where the baseline is; an interval would be of nothing."""
+    what = "answer to" if row["changed_answers"] == 0 else "verdict on"
+    return (
+        f"{row['label']} gave the baseline's {what} every problem, at {_x(row['tokens_x'])} the tokens: what it "
+        f"generated besides changed no {what.split()[0]} here."
+    )
+
+
 def _law_sentence(title: str, laws: Json) -> str:
-    held, last = laws["held_out"], laws["points"][-1]["cost"]
+    held = laws["held_out"]
     if isinstance(held, dict):
         said = f"{title}: no law was compared ({held['cannot_be_fitted']})"
     else:
         level = [one["law"] for one in held[1:] if one["behind"]["low"] <= 0]
         said = f"{title}: left-out budgets are predicted best by the {held[0]['law']} law"
         said += f", though not measurably better than by the {' or the '.join(level)} law" if level else ""
-    power = laws["fits"].get("power", {})
-    if "parameters" in power:
-        low, high = power["intervals"]["E_inf"]
-        said += (
-            f"; as a power law its error tends to {_percent(power['parameters']['E_inf'])} (95% CI {_percent(low)} to "
-        )
-        said += f"{_percent(high)})"
-    at = laws["saturation"]
-    if at is None:
-        return said + f". Every budget up to {last:.3g}x gained measurably on the one before."
-    return said + f". From {at:.3g}x on the next budget's gain cannot be told from none."
+        if "power" in (held[0]["law"], *level) and "parameters" in laws["fits"]["power"]:
+            said += f"; as a power law its error tends to {_limit(laws['fits']['power'])}"
+    return said + f". {_gains(laws)}".rstrip()
+
+
+def _limit(power: Json) -> str:
+    """What the error of a power law tends to."""
+    ends = power["intervals"]["E_inf"]
+    if ends is None:
+        return "a value that is not determined (at its bound)"
+    low, high = ends
+    return f"{_percent(power['parameters']['E_inf'])} (95% CI {_percent(low)} to {_percent(high)})"
+
+
+def _gains(laws: Json) -> str:
+    """Which budgets gained measurably on the one before; nothing of a single budget."""
+    slopes, at = laws["slopes"], laws["saturation"]
+    if not slopes:
+        return ""
+    if at is not None:
+        return f"Beyond {at:.3g}x no budget gained measurably on the one before."
+    idle = [f"from {one['from']:.3g}x to {one['to']:.3g}x" for one in slopes if one["low"] <= 0]
+    said = f"Every budget up to {slopes[-1]['to']:.3g}x gained measurably on the one before"
+    return said + (f", except {', '.join(idle)}." if idle else ".")
 
 
 def _setting(study: Json) -> Iterator[str]:
@@ -182,7 +230,7 @@ def _setting(study: Json) -> Iterator[str]:
 
 def _table(rows: list[Json]) -> Iterator[str]:
     heads = (
-        "strategy", "accuracy (95% CI)", "tokens", "FLOPs", "KV bytes", "energy", "alone", "", "batched", "one by one",
+        "strategy", "accuracy (95% CI)", "tokens", "FLOPs", "KV bytes", "energy", "alone", "batched", "one by one",
         "tokens per correct", "efficiency",
     )  # fmt: skip
     yield f"| {' | '.join(heads)} |"
@@ -196,8 +244,7 @@ def _table(rows: list[Json]) -> Iterator[str]:
             _x(row["flops_x"]),
             f"{_x(row['kv_bytes_x'])} / {_x(row['kv_bytes_copied_x'])}",
             _x(row["joules_x"]),
-            _seconds(row["latency_s"]),
-            _x(row["latency_x"]),
+            f"{_seconds(row['latency_s'])} ({_x(row['latency_x'])})",
             _seconds(row["batched_s"]),
             _x(apart["latency_ratio"] if apart else None),
             _or(row["cost_per_correct"]["tokens"], "{:.0f}"),
@@ -216,8 +263,7 @@ def _laws(laws: Json) -> Iterator[str]:
             yield f"* {name}: {found['cannot_be_fitted']}"
             continue
         values = ", ".join(
-            f"{key} = {value:.3g} ({found['intervals'][key][0]:.3g} to {found['intervals'][key][1]:.3g})"
-            for key, value in found["parameters"].items()
+            _parameter(key, value, found["intervals"][key]) for key, value in found["parameters"].items()
         )
         yield f"* {name}: {found['formula']}; {values}"
     held = laws.get("held_out")
@@ -229,6 +275,12 @@ def _laws(laws: Json) -> Iterator[str]:
         yield "* points gained per doubling: " + ", ".join(
             f"{_interval(one)} from {one['from']:.3g}x" for one in laws["slopes"]
         )
+
+
+def _parameter(name: str, value: float, ends: list[float] | None) -> str:
+    if ends is None:
+        return f"{name} not determined (at its bound, {value:.3g})"
+    return f"{name} = {value:.3g} ({ends[0]:.3g} to {ends[1]:.3g})"
 
 
 def _flat(row: Json) -> Json:
@@ -243,6 +295,7 @@ def _flat(row: Json) -> Json:
         "serial_latency_s": apart.get("latency_s"),
         "serial_latency_ratio": apart.get("latency_ratio"),
         "serial_per_problem_s": apart.get("per_problem_s"),
+        "serial_tokens_per_s": apart.get("tokens_per_s"),
         "throughput_ratio": apart.get("throughput_ratio"),
         **{f"{name}_per_correct": value for name, value in cost.items()},
     }

@@ -15,12 +15,12 @@ from treedecode.journal import num_solutions
 from treedecode.meter import Spending
 from treedecode.sampling import Sampling
 from treedecode.solving import Result, Solution, solve_async
-from treedecode.strategies import STRATEGIES, Strategy
+from treedecode.strategies import STRATEGIES, DynamicAllocation, IterativeRefinement, Strategy
 from treedecode.study.pool import ChainPool
 from treedecode.study.stats import Floats, efficiency_ratio, mean_interval, paired_difference
 from treedecode.tasks.base import Problem, Task
 
-SCHEMA = "treedecode.study.timing/2"
+SCHEMA = "treedecode.study.timing/3"
 ANSWER_TOKENS = 8  # of an answer that is forced at the end of a long chain
 
 
@@ -126,6 +126,7 @@ class Timing:
         energy_source: the counter, or why there is none.
         alone: `[latency_problems]` seconds of one problem at a time.
         serial: the same, branches one after another over copied caches.
+        serial_tokens: `[latency_problems]` tokens generated in that.
         same_texts: whether both gave the same solutions.
     """
 
@@ -136,6 +137,7 @@ class Timing:
     energy_source: str
     alone: list[float]
     serial: list[float]
+    serial_tokens: list[int]
     same_texts: bool
 
 
@@ -182,7 +184,7 @@ async def measure(
     if times.exists():
         timing = _load(times)
     else:
-        alone, serial, same = await _times_alone(conditions, strategy)
+        alone, serial, tokens, same = await _times_alone(conditions, strategy)
         ledger = result.ledger
         timing = Timing(
             is_resumed=0 < num_known < len(conditions.problems) or ledger.lost_tokens > 0,
@@ -192,22 +194,24 @@ async def measure(
             energy_source=ledger.energy_source,
             alone=alone,
             serial=serial,
+            serial_tokens=tokens,
             same_texts=same,
         )
         times.write_text(json.dumps({"schema": SCHEMA, **asdict(timing)}) + "\n")
     return Measured(entry, strategy, result.solutions, timing)
 
 
-async def _times_alone(conditions: Conditions, strategy: Strategy) -> tuple[list[float], list[float], bool]:
-    """(seconds per problem, seconds with branches one after another, whether the texts are the same)."""
-    alone, serial, same = [], [], True
+async def _times_alone(conditions: Conditions, strategy: Strategy) -> tuple[list[float], list[float], list[int], bool]:
+    """(seconds per problem; seconds and tokens with branches one after another; whether the texts are the same)."""
+    alone, serial, tokens, same = [], [], [], True
     for problem in conditions.problems[: conditions.latency_problems]:
         ours = await conditions.solve(conditions.decoder, [problem], strategy)
         other = await conditions.solve(conditions.serial, [problem], strategy)  # right after, under the same load
         alone.append(ours.ledger.total_seconds)
         serial.append(other.ledger.total_seconds)
+        tokens.append(other.ledger.total.generated_tokens)
         same &= ours.solutions[0].text == other.solutions[0].text
-    return alone, serial, same
+    return alone, serial, tokens, same
 
 
 def _load(path: Path) -> Timing:
@@ -224,11 +228,14 @@ def row(measured: Measured, baseline: Measured) -> dict[str, Any]:
     accuracy, tokens_x = float(correct.mean()), _over(measured.tokens, baseline.tokens)
     alone = median(timing.alone) if timing.alone else None
     batched = timing.batched_seconds / n
+    rate = _over(measured.tokens, batched)
     joules = None if timing.joules is None else timing.joules / n
     unit_joules = None if first.joules is None else first.joules / n
-    difference = None
+    difference = changed = None
     if measured is not baseline:
         difference = paired_difference(correct, baseline.correct)._asdict()
+        pairs = zip(measured.solutions, baseline.solutions, strict=True)
+        changed = sum(one.answer != other.answer for one, other in pairs)
     num_right = float(correct.sum())
     return {
         **heading(measured.entry),
@@ -237,6 +244,7 @@ def row(measured: Measured, baseline: Measured) -> dict[str, Any]:
         "accuracy": accuracy,
         "accuracy_ci": list(mean_interval(correct)),
         "over_baseline": difference,
+        "changed_answers": changed,
         "tokens": measured.tokens,
         "tokens_x": tokens_x,
         "flops_x": _over(spent.flops, unit.flops),
@@ -248,14 +256,17 @@ def row(measured: Measured, baseline: Measured) -> dict[str, Any]:
         "latency_s": alone,
         "latency_x": _over(alone, median(first.alone) if first.alone else None),
         "batched_s": batched,
+        "tokens_per_s": rate,
         "occupancy": timing.busy_seconds / timing.batched_seconds,
-        "one_after_another": _one_after_another(timing, alone, batched),
+        "one_after_another": _one_after_another(timing, alone, rate),
         "cost_per_correct": {
             "tokens": _over(spent.generated_tokens, num_right),
             "flops": _over(spent.flops, num_right),
             "seconds": _over(timing.batched_seconds, num_right),
         },
         "efficiency_ratio": None if tokens_x is None else efficiency_ratio(accuracy, baseline.correct.mean(), tokens_x),
+        "budget": _budget(measured.strategy),
+        "passes": _passes(measured),
         "num_cut": sum(solution.is_cut for solution in measured.solutions),
         "is_resumed": timing.is_resumed,
         "correct": correct.astype(int).tolist(),
@@ -263,21 +274,36 @@ def row(measured: Measured, baseline: Measured) -> dict[str, Any]:
     }
 
 
+def _budget(strategy: Strategy) -> float | None:
+    """What a problem may cost on average, in multiples of a chain's tokens; None = nothing says."""
+    return float(strategy.budget) if isinstance(strategy, DynamicAllocation) and strategy.unit == "tokens" else None
+
+
+def _passes(measured: Measured) -> float | None:
+    """Revisions per problem of iterative refinement: each leaves a solution of its own beside the first."""
+    if not isinstance(measured.strategy, IterativeRefinement):
+        return None
+    return mean(len(solution.tree.leaves()) - 1 for solution in measured.solutions)
+
+
 def heading(entry: Entry) -> dict[str, Any]:
     """What a row says even if it failed."""
     return {"key": entry.key, "label": entry.label, "strategy": entry.strategy, "curve": entry.curve}
 
 
-def _one_after_another(timing: Timing, alone: float | None, batched: float | None) -> dict[str, Any] | None:
+def _one_after_another(timing: Timing, alone: float | None, rate: float | None) -> dict[str, Any] | None:
+    """What was timed one branch after another; `rate` is the batched run's, tokens per second."""
     if not timing.serial:
         return None
-    latency, per_problem = median(timing.serial), mean(timing.serial)
+    latency, serial_rate = median(timing.serial), _over(sum(timing.serial_tokens), sum(timing.serial))
     return {
         "problems": len(timing.serial),
         "latency_s": latency,
         "latency_ratio": _over(latency, alone),
-        "per_problem_s": per_problem,
-        "throughput_ratio": _over(per_problem, batched),
+        "per_problem_s": mean(timing.serial),
+        "tokens": mean(timing.serial_tokens),
+        "tokens_per_s": serial_rate,
+        "throughput_ratio": _over(rate, serial_rate),
         "same_texts": timing.same_texts,
     }
 

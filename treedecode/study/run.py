@@ -13,11 +13,12 @@ from treedecode.collect_env import version
 from treedecode.gate.model import Gate
 from treedecode.solving import Solution
 from treedecode.study import analysis
+from treedecode.study.bars import bars
 from treedecode.study.machine import Others, machine
 from treedecode.study.pool import ChainPool, Chains, chains_of
 from treedecode.study.rows import Conditions, Entry, Measured, heading, measure, row
 
-SCHEMA = "treedecode.study/1"
+SCHEMA = "treedecode.study/2"
 PACKAGES = ("treedecode", "torch", "transformers", "numpy", "scipy", "matplotlib")
 
 Json = dict[str, Any]
@@ -97,7 +98,7 @@ async def run_study(
         "baseline": plan[0].key,
         "rows": rows,
         "laws": laws,
-        "bars": analysis.bars(rows, curves),
+        "bars": bars(rows, curves),
     }
     (out / "study.json").write_text(json.dumps(study, indent=1) + "\n")
     return study
