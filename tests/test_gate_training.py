@@ -12,6 +12,7 @@ from treedecode.cli import main
 from treedecode.gate.chains import Chain, confidence, selected
 from treedecode.gate.features import NAMES, Prefill, vector
 from treedecode.gate.model import Gate
+from treedecode.gate.origin import Origin
 from treedecode.gate.sharing import Terms
 from treedecode.gate_training.evaluate import evaluate, table
 from treedecode.gate_training.fit import beta_binomial_nll, look, measure, train
@@ -49,6 +50,7 @@ def population(num_problems=400, num_chains=24, *, seed=0, trees=0, verifier=Tru
         tree_tokens=np.full((num_problems, trees), 2.0),
         tree_kv_bytes=np.full((num_problems, trees), 2.0),
         menu=np.array([[3, 5, 5]] * trees, np.int64).reshape(-1, 3),
+        origin=Origin("scores" if verifier else "", "population", 64, 2),
     )
 
 
@@ -168,6 +170,7 @@ def test_a_gate_comes_back_from_its_file(trained, tmp_path):
         Gate.load(tmp_path / "other")
     with pytest.raises(FileNotFoundError):
         Gate.load(tmp_path / "missing")
+    assert gate.config.prices
     newer = Gate(replace(gate.config, features=99), gate.network, gate.mean, gate.std, gate.calibrators, gate.costs)
     newer.save(tmp_path / "newer")
     with pytest.raises(ValueError, match=r"reads version 99 of the features"):
@@ -199,6 +202,8 @@ def test_collected_rollouts_are_what_the_decoder_did(make_decoder, tmp_path):
     assert (data.classes.shape, data.right.shape, data.tokens.shape) == ((3, 6), (3, 6), (3, 5))
     assert data.hidden.shape == (3, 0)
     assert data.has_scores
+    verifier_name = "TextScorer(fn=<function test_collected_rollouts_are_what_the_decoder_did.<locals>.verifier>, "
+    assert data.origin == Origin(verifier_name + "probability=False, workers=0)", "digits", 52, 2)
     alone = data.tokens.mean(axis=1)
     searched = np.rint(data.tree_tokens[:, 0] * alone)
     solutions = [json.loads(line) for line in (tmp_path / "journal").read_text().splitlines()[1:]]
@@ -282,6 +287,19 @@ def test_dynamic_beats_uniform_and_comes_near_the_oracle(trained):
     assert all(group["spend"] >= 2 for group in free["groups"].values())
 
 
+@pytest.mark.parametrize("budget", [2.0, 4.0, 7.0])
+def test_the_price_of_a_budget_meets_it(trained, budget):
+    gate, _ = trained
+    costs, prices = np.array(gate.config.prices).T
+    assert (np.diff(costs) > 0).all()
+    assert (np.diff(prices) < 0).all()
+    _, data = population(300, seed=7)
+    replay = Replay(data, orders(data, np.random.default_rng(0)))
+    spent = replay.at_price(replay.by_gate(gate, 1), Terms(budget, 13, 1, 0), gate.price(budget), 1)
+    # 60 problems told the price; spends of a problem differ by about 4 chains
+    assert spent.multiple == pytest.approx(min(budget, costs[-1]), abs=3 * 4 / np.sqrt(60))
+
+
 def test_tree_searches_are_used_where_they_pay():
     _, data = population(trees=1)
     gate, figures = train(data, max_chains=12, max_epochs=8)
@@ -299,5 +317,5 @@ def test_a_gate_without_verifier_goes_by_votes():
     gate, figures = train(data, max_chains=12, max_epochs=5)
     assert not gate.config.uses_verifier
     assert figures["solved"]["auc"] > 0.7
-    with pytest.raises(ValueError, match=r"data: the gate reads hidden states of 0 and no scores, the rollouts have"):
+    with pytest.raises(ValueError, match=r"verifier: Gate\(\w+\) was trained with no verifier, and the run has scores"):
         evaluate(gate, population(30)[1])

@@ -47,11 +47,12 @@ def evaluate(
     config = gate.config
     if config.hidden_size == 0:
         data = data.without_hidden()
-    if data.hidden.shape[1] != config.hidden_size or data.has_scores != config.uses_verifier:
+    if data.hidden.shape[1] != config.hidden_size:
         raise ValueError(
-            f"data: the gate reads hidden states of {config.hidden_size} and {_scores(config.uses_verifier)}, the "
-            f"rollouts have hidden states of {data.hidden.shape[1]} and {_scores(data.has_scores)}"
+            f"data: the gate reads hidden states of {config.hidden_size}, the rollouts have those of "
+            f"{data.hidden.shape[1]}"
         )
+    config.origin.require(data.origin, gate)
     rng = np.random.default_rng(seed)
     max_chains = min(config.max_chains + wave, data.num_chains)
     replays = [Replay(data, orders(data, rng)) for _ in range(repeats)]
@@ -211,10 +212,6 @@ def table(report: dict[str, Any]) -> str:
                 shown = "".join(f"{_shown(figures[name]):>22}" for name in names)
                 lines.append(f"  {group or '-':<14}{shown}{_with_interval(figures, 'excess_gap'):>28}")
     return "\n".join(lines)
-
-
-def _scores(there: bool) -> str:
-    return "scores" if there else "no scores"
 
 
 def _shown(value: Any) -> str:
