@@ -1,4 +1,8 @@
-"""Gate: from features to beliefs about a problem, calibrated, in one file."""
+"""Gate: from features to beliefs about a problem, calibrated, in one file.
+
+A chain or a tree search mends a wrong answer when its own is right and is taken in its place: the verifier scores it
+higher, or there was no answer. Without a verifier every right one counts as taken.
+"""
 
 import hashlib
 import json

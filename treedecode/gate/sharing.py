@@ -163,8 +163,8 @@ class Stream:
 
     Short runs cost what their first price makes of them: it moves by a factor e only after 1 / (step * share above the
     budget) problems, and not at all for the first `lag`. From a first price that is off by a factor f, n problems are
-    off in the mean by up to about log(f) / (step * n) of the budget. The gate's own price for a budget (`Gate.price`) is
-    off by what its calibration problems tell of others, and by the difference between these problems and those.
+    off in the mean by up to about log(f) / (step * n) of the budget. The gate's own price for a budget (`Gate.price`)
+    is off by as much as these problems differ from its calibration problems.
 
     The price of a problem follows the spending of those that came at least `lag` before it, whichever of the others
     have ended by then: so its solution does not depend on the machine, and `lag` problems can be under way at once.
