@@ -1,11 +1,16 @@
 """Gates for the fake model."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
+from fakes import FakeModel
 
 from treedecode.gate.calibration import Isotonic
 from treedecode.gate.model import Gate, GateConfig, GateNetwork, TreeSearch
+from treedecode.gate.origin import Origin
 from treedecode.gate.quantiles import LEVELS, PROMPT_FEATURES, CostQuantiles, QuantileNetwork
+from treedecode.verify.scorers import as_scorer
 
 IDENTITY = Isotonic(np.array([0.0, 1.0]), np.array([0.0, 1.0]))
 
@@ -27,10 +32,15 @@ def known_costs(hidden_size, costs):
     )
 
 
-def gate(*, verifier=True, trees=0, hidden_size=0, seed=0):
-    """Weights at random, so that beliefs differ with everything a gate reads."""
+def gate(verifier, task, *, trees=0, hidden_size=0, seed=0):
+    """Weights at random, so that beliefs differ with everything a gate reads.
+
+    Args:
+        verifier, task: that it is for, on the fake model; verifier None = none.
+    """
     menu = tuple(TreeSearch(depth=2, width=2, keep=1 + i, tokens=2.0 + i, kv_bytes=3.0) for i in range(trees))
-    config = GateConfig(hidden_size, verifier, min_chains=1, max_chains=16, menu=menu)
+    origin = Origin.of(SimpleNamespace(model=FakeModel), task, None if verifier is None else as_scorer(verifier))
+    config = GateConfig(hidden_size, 1, 16, origin, menu, prices=((1.0, 0.5), (16.0, 0.001)))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = GateNetwork(config.num_features, trees)

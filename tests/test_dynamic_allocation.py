@@ -3,23 +3,28 @@
 import asyncio
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from fake_task import Digits
+from fake_task import Digits, FakeTask
 from fakes import FakeModel
-from gates import IDENTITY, gate
+from gates import IDENTITY
+from gates import gate as gate_for
 
 import treedecode as td
 from treedecode.gate.allocate import Bid
 from treedecode.gate.calibration import Isotonic
 from treedecode.gate.features import NAMES
 from treedecode.gate.model import Gate
+from treedecode.gate.origin import Origin
 from treedecode.gate.sharing import Record
 from treedecode.solving import solve_async
 from treedecode.strategies.dynamic_allocation import DynamicAllocation
 from treedecode.tasks.base import Problem
+from treedecode.tasks.jsonl import Jsonl
+from treedecode.verify.scorers import Likelihood
 
 
 class Killed(Exception):
@@ -39,6 +44,10 @@ PROBLEMS = [Problem(f"p{i}", f"the {word} {i}", str(i)) for i, word in enumerate
 def rates(problem, text):
     """A verifier that is no oracle: some numbers in [0, 1)."""
     return (sum(text.encode()) * 37 % 101) / 101
+
+
+def gate(verifier=rates, **settings):
+    return gate_for(verifier, Digits(), **settings)
 
 
 def strategy(**settings):
@@ -63,7 +72,7 @@ def essence(result):
 @pytest.mark.parametrize("budget", [2.0, 3.5, 6.0])
 def test_with_chains_of_known_length_the_budget_is_met_to_the_chain(make_decoder, budget):
     for unit, wave in (("tokens", 3), ("tokens", 1)):
-        chosen = strategy(budget=budget, gate=gate(verifier=False), unit=unit, wave=wave)
+        chosen = strategy(budget=budget, gate=gate(None), unit=unit, wave=wave)
         result = run(make_decoder(), chosen, task=Fixed(), verifier=None, sampling=EXACT)
         total = result.ledger.total.generated_tokens
         assert budget * 8 * len(PROBLEMS) - 8 < total <= budget * 8 * len(PROBLEMS)
@@ -139,7 +148,7 @@ def test_a_verifier_that_raises_ends_the_run_and_leaves_nothing(make_decoder, mo
         return 0.5
 
     with pytest.raises(ArithmeticError, match="no score"):
-        run(make_decoder(), strategy(mode=mode), verifier=breaks)
+        run(make_decoder(), strategy(mode=mode, gate=gate(breaks, trees=1)), verifier=breaks)
 
 
 @pytest.mark.parametrize("mode", ["offline", "online"])
@@ -170,7 +179,7 @@ def test_problems_that_a_hard_budget_ends_keep_nobody_waiting(make_decoder, mode
 @pytest.mark.parametrize("mode", ["offline", "online"])
 def test_the_floor_is_what_every_problem_gets(make_decoder, mode):
     # a gate to which everything is solved gives no more than it must
-    sure = gate(verifier=False)
+    sure = gate(None)
     sure.calibrators = (Isotonic(np.array([0.0]), np.array([1.0])), IDENTITY)
     for floor in (0, 5):
         chosen = strategy(gate=sure, floor=floor, budget=6, mode=mode)
@@ -222,10 +231,41 @@ def test_hidden_states_are_read_where_the_gate_wants_them(make_decoder):
 
 
 def test_a_gate_says_whether_there_is_to_be_a_verifier(make_decoder):
-    with pytest.raises(ValueError, match=r"verifier: the gate was trained with a verifier, and the run has none"):
+    known = r"Gate\(\w+\) was trained with TextScorer\(fn=<function rates>, probability=False, workers=0\)"
+    with pytest.raises(ValueError, match=rf"verifier: {known}, and the run has none; train a gate for it \(`tree"):
         run(make_decoder(), strategy(), verifier=None)
-    with pytest.raises(ValueError, match=r"verifier: the gate was trained with no verifier, and the run has one"):
-        run(make_decoder(), strategy(gate=gate(verifier=False)))
+    with pytest.raises(ValueError, match=rf"verifier: {known}, and the run has Likelihood\(normalize=True\); train"):
+        run(make_decoder(), strategy(), verifier=Likelihood())
+    with pytest.raises(ValueError, match=r"was trained with no verifier, and the run has TextScorer\(.*rates"):
+        run(make_decoder(), strategy(gate=gate(None)))
+
+
+def test_a_gate_is_for_its_task_and_its_model(make_decoder, tmp_path):
+    with pytest.raises(ValueError, match=r"task: Gate\(\w+\) was trained on 'digits', and the run is of 'fake'; train"):
+        run(make_decoder(), strategy(), task=FakeTask())
+    with pytest.raises(ValueError, match=r"model: Gate\(\w+\) was trained on one of 52 tokens and 2 layers, and the r"):
+        run(make_decoder(Deeper()), strategy())
+    # a file of problems is as good as another one: training and use have different ones
+    origins = []
+    for name in ("first.jsonl", "second.jsonl"):
+        (tmp_path / name).write_text('{"question": "a", "answer": "1"}\n')
+        origins.append(Origin.of(SimpleNamespace(model=FakeModel), Jsonl(tmp_path / name), None))
+    assert origins[0] == origins[1]
+
+
+class Deeper(FakeModel):
+    num_layers = 3
+
+
+def test_a_stream_begins_at_the_price_of_its_budget(make_decoder):
+    cheap, dear = (strategy(mode="online", budget=budget).share(["a"], {}).price for budget in (2, 8))
+    assert 0.001 < dear < cheap < 0.5
+    assert strategy(mode="online", price=0.2).share(["a"], {}).price == 0.2
+    one = gate()
+    unknown = Gate(replace(one.config, prices=()), *parts(one))
+    with pytest.raises(ValueError, match=r"price: Gate\(\w+\) knows no prices of budgets; give the one to begin with"):
+        run(make_decoder(), strategy(mode="online", gate=unknown))
+    assert run(make_decoder(), strategy(mode="online", gate=unknown, price=0.1)).solutions
 
 
 @pytest.mark.parametrize(
@@ -249,7 +289,7 @@ def test_settings_are_checked(settings, message):
 
 def test_a_problem_gets_no_more_than_the_most(make_decoder):
     for most, chains in ((None, 19), (7, 7)):
-        eager = gate(verifier=False)
+        eager = gate(None)
         eager.calibrators = (Isotonic(np.array([0.0]), np.array([0.0])), IDENTITY)  # nothing is ever solved
         chosen = strategy(gate=eager, max_chains=most, budget=30)
         result = run(make_decoder(), chosen, task=Fixed(), verifier=None, sampling=EXACT)
@@ -259,7 +299,9 @@ def test_a_problem_gets_no_more_than_the_most(make_decoder):
 def test_the_description_tells_gates_apart():
     assert repr(strategy()) == repr(strategy())
     assert repr(strategy()) != repr(strategy(gate=gate(trees=1, seed=1)))
-    assert repr(strategy()) != repr(strategy(gate=Gate(replace(gate().config, task="x"), *parts(gate()))))
+    assert repr(strategy()) != repr(
+        strategy(gate=Gate(replace(gate().config, origin=replace(gate().config.origin, task="x")), *parts(gate())))
+    )
 
 
 def parts(one):

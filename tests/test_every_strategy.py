@@ -35,11 +35,13 @@ SMALL = {
     "mcts": td.MCTS(num_simulations=3, width=2, parallel=2),
     "mcts, rollouts": td.MCTS(num_simulations=3, width=2, parallel=2, evaluate="rollout", answer="visits"),
     "particles": td.ParticleFilter(num_particles=4),
-    "dynamic": td.DynamicAllocation(budget=4, gate=gate(), max_chains=7),
+    "dynamic": td.DynamicAllocation(budget=4, gate=gate(Recorder(), TASK), max_chains=7),
     # this gate sends some problems to its tree search, others to more chains
-    "dynamic, trees": td.DynamicAllocation(budget=6, gate=gate(trees=1, seed=11), probes=2, max_chains=7),
-    "dynamic, waves": td.DynamicAllocation(budget=4, gate=gate(), wave=3, floor=3, unit="kv_bytes"),
-    "dynamic, online": td.DynamicAllocation(budget=4, gate=gate(), mode="online", lag=1, max_chains=7),
+    "dynamic, trees": td.DynamicAllocation(
+        budget=6, gate=gate(Recorder(), TASK, trees=1, seed=11), probes=2, max_chains=7
+    ),
+    "dynamic, waves": td.DynamicAllocation(budget=4, gate=gate(Recorder(), TASK), wave=3, floor=3, unit="kv_bytes"),
+    "dynamic, online": td.DynamicAllocation(budget=4, gate=gate(Recorder(), TASK), mode="online", lag=1, max_chains=7),
 }
 every_strategy = pytest.mark.parametrize("strategy", SMALL.values(), ids=SMALL.keys())
 both_ways = pytest.mark.parametrize("captured", [False, True], ids=["op by op", "captured"])

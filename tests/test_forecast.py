@@ -8,6 +8,7 @@ from gates import known_costs
 import treedecode as td
 from treedecode import cli
 from treedecode.gate.model import Gate
+from treedecode.gate.origin import Origin
 from treedecode.gate.quantiles import LEVELS, prompt_vector
 from treedecode.gate_training.costs import fit_costs
 from treedecode.gate_training.fit import train
@@ -141,6 +142,7 @@ def test_quantiles_are_calibrated_and_rise():
             tree_tokens=np.zeros((count, 0)),
             tree_kv_bytes=np.zeros((count, 0)),
             menu=np.zeros((0, 3), int),
+            origin=Origin("scores", "lengths", 64, 2),
         )
 
     costs = fit_costs(rollouts(0)[1], rollouts(1)[1], 0)

@@ -63,12 +63,13 @@ def all_fail(alpha, beta, count):
 
 
 def menu(one, max_chains):
-    """Every item of a menu: (grant, gain, cost). The n-th chain is paid for only where all before it fail."""
+    """Every item of a menu: (grant, gain, cost). The n-th chain is paid for only where none before it has mended the
+    answer, which none does that is right."""
     gains = np.cumsum(chain_gains(one.alpha, one.beta, one.unsolved, max(0, max_chains - one.num_chains)))
     yield Grant(), 0.0, 0.0
     cost = 0.0
     for n, gain in enumerate(gains, 1):
-        cost += one.chain_cost * all_fail(one.alpha, one.beta, n - 1)
+        cost += one.chain_cost * (1 - one.unsolved + one.unsolved * all_fail(one.alpha, one.beta, n - 1))
         yield Grant(n), gain, cost
     for i, (p, cost) in enumerate(zip(one.trees, one.tree_costs, strict=True)):
         yield Grant(tree=i), one.unsolved * p, cost
@@ -112,10 +113,21 @@ def test_what_a_price_buys_no_allocation_of_its_cost_betters(problems, price):
 
 @pytest.mark.parametrize("wave", [1, 3])
 def test_chains_are_needed_where_the_waves_before_have_failed(wave):
-    needs = chain_needs(2.0, 3.0, 7, wave)
-    exact = [integral(lambda p, n=n: (1 - p) ** (n // wave * wave), 2.0, 3.0) for n in range(7)]
-    np.testing.assert_allclose(needs, exact, rtol=1e-5)
-    assert chain_needs(2.0, 3.0, 0, wave).shape == (0,)
+    for unsolved in (1.0, 0.3, 0.0):
+        needs = chain_needs(2.0, 3.0, unsolved, 7, wave)
+        failed = [integral(lambda p, n=n: (1 - p) ** (n // wave * wave), 2.0, 3.0) for n in range(7)]
+        np.testing.assert_allclose(needs, 1 - unsolved + unsolved * np.array(failed), rtol=1e-5)
+    assert chain_needs(2.0, 3.0, 0.5, 0, wave).shape == (0,)
+
+
+def test_a_plan_pays_for_a_chain_what_a_look_after_those_before_it_does():
+    """Gain over need is P(wrong | so many chains mended nothing) E[p | so many failed], by Bayes' rule."""
+    alpha, beta, unsolved = 1.2, 3.0, 0.4
+    gains, needs = chain_gains(alpha, beta, unsolved, 6), chain_needs(alpha, beta, unsolved, 6)
+    for n in range(6):
+        failed = integral(lambda p, n=n: (1 - p) ** n, alpha, beta)
+        still_wrong = unsolved * failed / (1 - unsolved + unsolved * failed)
+        assert gains[n] / needs[n] == pytest.approx(still_wrong * alpha / (alpha + beta + n), rel=1e-5)
 
 
 @settings(deadline=None, max_examples=40)

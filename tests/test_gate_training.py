@@ -12,8 +12,8 @@ from treedecode.cli import main
 from treedecode.gate.chains import Chain, confidence, selected
 from treedecode.gate.features import NAMES, Prefill, vector
 from treedecode.gate.model import Gate
+from treedecode.gate.origin import Origin
 from treedecode.gate.sharing import Terms
-from treedecode.gate_training.audit import Allocation, audit, permutation_test, spend_gap, strata_of
 from treedecode.gate_training.evaluate import evaluate, table
 from treedecode.gate_training.fit import beta_binomial_nll, look, measure, train
 from treedecode.gate_training.rollouts import Rollouts, collect
@@ -50,6 +50,7 @@ def population(num_problems=400, num_chains=24, *, seed=0, trees=0, verifier=Tru
         tree_tokens=np.full((num_problems, trees), 2.0),
         tree_kv_bytes=np.full((num_problems, trees), 2.0),
         menu=np.array([[3, 5, 5]] * trees, np.int64).reshape(-1, 3),
+        origin=Origin("scores" if verifier else "", "population", 64, 2),
     )
 
 
@@ -169,6 +170,7 @@ def test_a_gate_comes_back_from_its_file(trained, tmp_path):
         Gate.load(tmp_path / "other")
     with pytest.raises(FileNotFoundError):
         Gate.load(tmp_path / "missing")
+    assert gate.config.prices
     newer = Gate(replace(gate.config, features=99), gate.network, gate.mean, gate.std, gate.calibrators, gate.costs)
     newer.save(tmp_path / "newer")
     with pytest.raises(ValueError, match=r"reads version 99 of the features"):
@@ -200,6 +202,8 @@ def test_collected_rollouts_are_what_the_decoder_did(make_decoder, tmp_path):
     assert (data.classes.shape, data.right.shape, data.tokens.shape) == ((3, 6), (3, 6), (3, 5))
     assert data.hidden.shape == (3, 0)
     assert data.has_scores
+    verifier_name = "TextScorer(fn=<function test_collected_rollouts_are_what_the_decoder_did.<locals>.verifier>, "
+    assert data.origin == Origin(verifier_name + "probability=False, workers=0)", "digits", 52, 2)
     alone = data.tokens.mean(axis=1)
     searched = np.rint(data.tree_tokens[:, 0] * alone)
     solutions = [json.loads(line) for line in (tmp_path / "journal").read_text().splitlines()[1:]]
@@ -273,9 +277,27 @@ def test_dynamic_beats_uniform_and_comes_near_the_oracle(trained):
     assert row["gain_over_uniform_at_twice"] > -0.02, "half the compute for what uniform allocation comes to"
     assert json.loads(json.dumps(report)) == report
     assert "odd" in table(report)
+    for name in ("accuracy", "oracle", "gain_over_uniform", "regret_to_oracle"):
+        low, high = row[f"{name}_interval"]
+        assert low <= row[name] <= high <= low + 0.15
     free, floored = report["audits"][0]["floors"]
+    for floor in (free, floored):  # two tests each, so four of the report
+        assert all(group["p_value_holm"] >= group["p_value"] for group in floor["groups"].values())
     assert floored["worst_false_low_budget_rate"] is not None
     assert all(group["spend"] >= 2 for group in free["groups"].values())
+
+
+@pytest.mark.parametrize("budget", [2.0, 4.0, 7.0])
+def test_the_price_of_a_budget_meets_it(trained, budget):
+    gate, _ = trained
+    costs, prices = np.array(gate.config.prices).T
+    assert (np.diff(costs) > 0).all()
+    assert (np.diff(prices) < 0).all()
+    _, data = population(300, seed=7)
+    replay = Replay(data, orders(data, np.random.default_rng(0)))
+    spent = replay.at_price(replay.by_gate(gate, 1), Terms(budget, 13, 1, 0), gate.price(budget), 1)
+    # 60 problems told the price; spends of a problem differ by about 4 chains
+    assert spent.multiple == pytest.approx(min(budget, costs[-1]), abs=3 * 4 / np.sqrt(60))
 
 
 def test_tree_searches_are_used_where_they_pay():
@@ -295,62 +317,5 @@ def test_a_gate_without_verifier_goes_by_votes():
     gate, figures = train(data, max_chains=12, max_epochs=5)
     assert not gate.config.uses_verifier
     assert figures["solved"]["auc"] > 0.7
-    with pytest.raises(ValueError, match=r"data: the gate reads hidden states of 0 and no scores, the rollouts have"):
+    with pytest.raises(ValueError, match=r"verifier: Gate\(\w+\) was trained with no verifier, and the run has scores"):
         evaluate(gate, population(30)[1])
-
-
-# -- audit --
-
-
-def groups(num_problems, rng, planted=0.0):
-    """Problems of two groups, one of them harder; spend follows difficulty, and `planted` takes from the harder."""
-    member = rng.random(num_problems) < 0.4
-    difficulty = np.round(rng.beta(1, np.where(member, 3, 1)), 1)
-    spend = 10 - 6 * difficulty + rng.normal(0, 1, num_problems) - planted * member
-    return spend, member, difficulty
-
-
-def test_the_permutation_test_is_valid_under_difficulty_alone_and_sees_a_planted_gap():
-    rng = np.random.default_rng(0)
-    values = []
-    for i in range(150):
-        spend, member, difficulty = groups(60, rng)
-        strata = np.unique(difficulty, return_inverse=True)[1]  # spend depends on difficulty within coarser ones
-        values.append(permutation_test(spend, member, strata, permutations=39, seed=i)[1])
-    values = np.array(values)
-    # uniform on 1/40 .. 1: the largest gap of the distribution function is below 1.63 / sqrt(n) at the 1% level
-    grid = np.arange(1, 41) / 40
-    assert np.abs((values[:, None] <= grid + 1e-9).mean(axis=0) - grid).max() < 1.63 / np.sqrt(150)
-    spend, member, difficulty = groups(300, rng, planted=1.5)
-    gap, p_value = permutation_test(spend, member, strata_of(difficulty, 8), permutations=199)
-    assert gap == pytest.approx(-1.5, abs=0.4)
-    assert p_value == 1 / 200
-
-
-def test_the_gap_is_standardised_by_the_groups_difficulties():
-    strata = np.array([0, 0, 0, 1, 1, 1, 2])
-    member = np.array([1, 0, 0, 1, 1, 0, 1], bool)
-    spend = np.array([5.0, 3, 4, 2, 4, 2, 99])
-    assert spend_gap(spend, member, strata) == pytest.approx((1.5 * 1 + 1.0 * 2) / 3)
-    assert np.isnan(spend_gap(spend, np.ones(7, bool), strata))
-
-
-def test_the_audit_counts():
-    allocation = Allocation(
-        groups=np.array(["a", "a", "a", "b"]),
-        problems=np.arange(4),
-        difficulty=np.array([0.5, 0.1, 0.0, 0.5]),
-        chains=np.array([2, 2, 6, 4]),
-        spend=np.array([2.0, 2.0, 6.0, 4.0]),
-        needed=np.array([1, 5, 9, 3]),
-        probed=np.array([True, False, False, False]),
-        right=np.array([True, False, False, True]),
-        available=8,
-    )
-    found = audit(allocation, permutations=19)
-    assert found["a"]["false_low_budget_rate"] == 0.5  # of the two that some number of chains solves
-    assert found["b"]["false_low_budget_rate"] == 0
-    assert found["a"]["accuracy"] == pytest.approx(1 / 3)
-    assert found["a"]["gain_per_unit"] == 0
-    assert found["b"]["gain_per_unit"] == pytest.approx(0.5)
-    assert found["a"]["spend"] == pytest.approx(10 / 3)

@@ -43,7 +43,7 @@ ALLOWED = {
     "ledger": {"meter"},
     "places": set(),
     "search": {"branches", "meter", "places", "sampling", "search_tree", "tasks"},
-    "gate": {"search", "tree"},
+    "gate": {"search", "tasks", "tree"},
     "strategies": {"branches", "gate", "meter", "tree", "sampling", "search"},
     "study": {
         *("branches", "captured", "collect_env", "decoder", "meter", "ops", "pages", "sampling", "schedule", "search"),

@@ -98,8 +98,6 @@ def _train(arguments: argparse.Namespace) -> None:
     gate, figures = train(
         _rollouts(arguments, arguments.menu),
         max_chains=arguments.max_chains,
-        task=arguments.task,
-        model=arguments.model or arguments.task,
         seed=arguments.seed,
     )
     gate.save(arguments.out / "gate.safetensors")

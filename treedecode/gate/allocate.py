@@ -73,14 +73,17 @@ def chain_gains(alpha: float, beta: float, unsolved: float, num_chains: int) -> 
     return unsolved * alpha / (alpha + beta) * np.concatenate([[1.0], np.cumprod(falls[:-1])])[:num_chains]
 
 
-def chain_needs(alpha: float, beta: float, num_chains: int, wave: int = 1) -> np.ndarray:
-    """`[num_chains]` P(the first further chain is sampled), the second, ...: `E[(1 - p)^m]` after m in earlier waves.
+def chain_needs(alpha: float, beta: float, unsolved: float, num_chains: int, wave: int = 1) -> np.ndarray:
+    """`[num_chains]` P(the first further chain is sampled), the second, ...: P(the m in earlier waves mend nothing).
 
-    Once a chain has mended the answer, the gate sees it and asks for no more: what is planned costs less than it may.
+    That is `1 - unsolved + unsolved * E[(1 - p)^m]`. Once a chain has mended the answer, the gate sees it and asks for
+    no more, so what is planned costs less than it may. An answer that is right already no chain mends: there all that
+    is planned is sampled, as far as the gate does not know it. Gain over need of a chain is then what it gains where
+    it is sampled, P(wrong | nothing mended so far) times its chance: a plan and a new look ask the same price of it.
     """
     j = np.arange(max(0, num_chains - 1))
     after = np.concatenate([[1.0], np.cumprod((beta + j) / (alpha + beta + j))])
-    return after[np.arange(num_chains) // wave * wave]
+    return 1 - unsolved + unsolved * after[np.arange(num_chains) // wave * wave]
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ def steps_of(bid: Bid, max_chains: int, wave: int = 1) -> Steps:
     gains = np.r_[
         0.0, np.cumsum(chain_gains(bid.alpha, bid.beta, bid.unsolved, more)), np.multiply(bid.unsolved, bid.trees)
     ]
-    costs = np.r_[0.0, bid.chain_cost * np.cumsum(chain_needs(bid.alpha, bid.beta, more, wave)), bid.tree_costs]
+    needs = chain_needs(bid.alpha, bid.beta, bid.unsolved, more, wave)
+    costs = np.r_[0.0, bid.chain_cost * np.cumsum(needs), bid.tree_costs]
     grants = [Grant(n) for n in range(more + 1)] + [Grant(tree=i) for i in range(len(bid.trees))]
     hull: list[int] = []
     for i in np.lexsort((-gains, costs)):
@@ -161,8 +165,12 @@ def allocate(
     which = np.repeat(np.arange(len(bids)), [len(steps.grants) for steps in menus])
     within = np.concatenate([np.zeros(0, np.int64), *(np.arange(len(steps.grants)) for steps in menus)])
     slopes = np.concatenate([np.zeros(0), *(steps.slopes for steps in menus)])
-    needs = [chain_needs(bid.alpha, bid.beta, more, wave).sum() for bid, more in zip(bids, owed, strict=True)]
-    paid = np.array([bid.chain_cost * need for bid, need in zip(bids, needs, strict=True)])  # of what steps cost
+    paid = np.array(  # of what steps cost
+        [
+            bid.chain_cost * chain_needs(bid.alpha, bid.beta, bid.unsolved, more, wave).sum()
+            for bid, more in zip(bids, owed, strict=True)
+        ]
+    )
     reached, open_ = np.zeros(len(bids)), np.ones(len(bids), bool)
     price = 0.0
     for i in np.lexsort((within, which, -slopes)):

@@ -1,11 +1,15 @@
-"""Gate: from features to beliefs about a problem, calibrated, in one file."""
+"""Gate: from features to beliefs about a problem, calibrated, in one file.
+
+A chain or a tree search mends a wrong answer when its own is right and is taken in its place: the verifier scores it
+higher, or there was no answer. Without a verifier every right one counts as taken.
+"""
 
 import hashlib
 import json
 import math
 import os
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,9 +19,13 @@ from torch import Tensor, nn
 
 from treedecode.gate.calibration import Isotonic
 from treedecode.gate.features import NAMES, VERSION
+from treedecode.gate.origin import Origin
 from treedecode.gate.quantiles import CostQuantiles, tensors_under
 
-SCHEMA = "treedecode.gate/2"
+if TYPE_CHECKING:
+    from treedecode.search import Search
+
+SCHEMA = "treedecode.gate/3"
 _MIN_RATE = 1e-4  # a mean success rate of 0 or 1 is no Beta distribution
 _MIN_PAIR, _MAX_PAIR = 0.1, 1000.0  # alpha + beta: from all or nothing to a known rate
 
@@ -48,25 +56,30 @@ class GateConfig:
 
     Attributes:
         hidden_size: of the model whose hidden states it reads; 0 = it reads none.
-        uses_verifier: whether chains were scored in training, and so have to be in use.
         min_chains, max_chains: it was trained after so many chains.
+        origin: verifier, task and model it was trained with, and so has to be used with.
         menu: tree searches it knows.
-        task, model: it was trained on, in words.
+        prices: pairs (mean cost of a problem in units of one chain alone, price in expected right answers per chain at
+            which problems come to that), costs rising: where a stream begins. () = not known.
         features: version of the features.
     """
 
     hidden_size: int
-    uses_verifier: bool
     min_chains: int
     max_chains: int
+    origin: Origin
     menu: tuple[TreeSearch, ...] = ()
-    task: str = ""
-    model: str = ""
+    prices: tuple[tuple[float, float], ...] = ()
     features: int = VERSION
 
     def __post_init__(self) -> None:
         if self.menu and not self.uses_verifier:
             raise ValueError("menu: tree searches score branches, so their gate is one that uses a verifier")
+
+    @property
+    def uses_verifier(self) -> bool:
+        """Whether chains were scored in training, and so have to be in use."""
+        return self.origin.verifier != ""
 
     @property
     def num_features(self) -> int:
@@ -158,13 +171,26 @@ class Gate:
             digest.update(name.encode() + tensor.numpy().tobytes())
         return f"Gate({digest.hexdigest()[:16]})"
 
-    def check_verifier(self, has_verifier: bool) -> None:
-        """Raises:
-        ValueError: the gate was trained with a verifier and there is none, or the other way round.
+    def check(self, search: "Search") -> None:
+        """Checks that a search is what the gate was trained for: scores of another verifier say nothing to it.
+
+        Raises:
+            ValueError: another verifier, task or model (named, with the gate).
         """
-        if has_verifier != self.config.uses_verifier:
-            needs, has = ("a", "has none") if self.config.uses_verifier else ("no", "has one")
-            raise ValueError(f"verifier: the gate was trained with {needs} verifier, and the run {has}")
+        self.config.origin.require(Origin.of(search.decoder, search.task, search._score), self)
+
+    def price(self, budget: float) -> float:
+        """The price at which problems like those of the training cost `budget` chains in the mean.
+
+        Between the prices that were tried it is interpolated, in logarithms; beyond them it is the first or the last.
+
+        Raises:
+            ValueError: the gate knows no prices.
+        """
+        if not self.config.prices:
+            raise ValueError(f"price: {self!r} knows no prices of budgets; give the one to begin with")
+        costs, prices = np.log(self.config.prices).T
+        return float(np.exp(np.interp(np.log(budget), costs, prices)))
 
     def believe(self, features: np.ndarray) -> Beliefs:
         """Beliefs about problems, from `[n, num_features]` features.
@@ -219,7 +245,9 @@ class Gate:
         if metadata.get("schema") != SCHEMA:
             raise ValueError(f"path: {os.fspath(path)} has the schema {metadata.get('schema')!r}, not {SCHEMA!r}")
         values = json.loads(metadata["config"])
-        config = GateConfig(**{**values, "menu": tuple(TreeSearch(**entry) for entry in values["menu"])})
+        values["menu"] = tuple(TreeSearch(**entry) for entry in values["menu"])
+        values["prices"] = tuple((cost, price) for cost, price in values["prices"])
+        config = GateConfig(**{**values, "origin": Origin(**values["origin"])})
         if config.features != VERSION:
             raise ValueError(
                 f"path: {os.fspath(path)} reads version {config.features} of the features, and this is {VERSION}; "

@@ -34,7 +34,12 @@ class QuantileNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class CostQuantiles:
-    """Conformalised quantile regression (1905.03222) of the logarithms of costs.
+    """Quantile regression of the logarithms of costs, recalibrated (after 1905.03222, without its guarantee).
+
+    Each quantile is shifted by the empirical quantile of what the calibration problems' chains cost beyond it. The
+    paper's coverage in finite samples needs more: a part of the data that did not end the fit, one score per problem
+    (chains of a problem are not exchangeable with those of others), and a level of (n + 1) / n. So intervals may be too
+    narrow on new problems; how much so is measured (`treedecode.gate_training.costs.measure_costs`).
 
     Attributes:
         network: in evaluation mode; it sees and says standardised values.

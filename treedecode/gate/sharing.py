@@ -9,7 +9,7 @@ from typing import Any
 from treedecode.gate.allocate import Bid, Grant, allocate, at_price
 from treedecode.search import Search
 
-_MIN_PRICE = 1e-4  # from which a price that nobody had to pay for long comes back soon; a chain gains 1 at most
+MIN_PRICE = 1e-4  # from which a price that nobody had to pay for long comes back soon; a chain gains 1 at most
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,11 @@ class Stream:
     cuts the price off at 0 it stays below the budget for good.) Spending is counted in chains of mean cost, the price
     in expected right answers per such chain, so neither depends on how long chains are.
 
+    Short runs cost what their first price makes of them: it moves by a factor e only after 1 / (step * share above the
+    budget) problems, and not at all for the first `lag`. From a first price that is off by a factor f, n problems are
+    off in the mean by up to about log(f) / (step * n) of the budget. The gate's own price for a budget (`Gate.price`)
+    is off by as much as these problems differ from its calibration problems.
+
     The price of a problem follows the spending of those that came at least `lag` before it, whichever of the others
     have ended by then: so its solution does not depend on the machine, and `lag` problems can be under way at once.
     """
@@ -220,7 +225,7 @@ class Stream:
             if mean > 0:
                 above = (one.spent - self.terms.budget * one.alone) / mean
                 price = self._price * math.exp(self._step * above / self.terms.budget)
-                self._price = min(max(price, _MIN_PRICE), 1.0)
+                self._price = min(max(price, MIN_PRICE), 1.0)
             self._priced[self._count] = (self._price, mean)
             for future in self._waiting.pop(self._count, ()):
                 if not future.done():

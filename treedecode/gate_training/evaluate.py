@@ -10,10 +10,11 @@ from treedecode.gate.sharing import Terms
 from treedecode.gate_training.audit import Allocation, audit
 from treedecode.gate_training.costs import measure_costs
 from treedecode.gate_training.fit import look, measure
+from treedecode.gate_training.resampling import holm, mean_interval
 from treedecode.gate_training.rollouts import Rollouts
 from treedecode.gate_training.simulate import Replay, Spent, orders
 
-SCHEMA = "treedecode.gate_report/1"
+SCHEMA = "treedecode.gate_report/2"
 
 
 def evaluate(
@@ -33,6 +34,8 @@ def evaluate(
 
     Policies are replayed on the rollouts with the chains of every problem in `repeats` random orders, the same for all
     policies. Uniform allocation gives each problem as many chains; it is shown at the budget and at twice that.
+    Accuracies and their differences have 95% bootstrap intervals over problems, repeats averaged first. The audit's
+    p-values are shown as they are, and corrected for all tests of the report (Holm).
 
     Args:
         floors: minimum numbers of chains whose effect is shown at each budget; 0 = the probes alone.
@@ -44,11 +47,12 @@ def evaluate(
     config = gate.config
     if config.hidden_size == 0:
         data = data.without_hidden()
-    if data.hidden.shape[1] != config.hidden_size or data.has_scores != config.uses_verifier:
+    if data.hidden.shape[1] != config.hidden_size:
         raise ValueError(
-            f"data: the gate reads hidden states of {config.hidden_size} and {_scores(config.uses_verifier)}, the "
-            f"rollouts have hidden states of {data.hidden.shape[1]} and {_scores(data.has_scores)}"
+            f"data: the gate reads hidden states of {config.hidden_size}, the rollouts have those of "
+            f"{data.hidden.shape[1]}"
         )
+    config.origin.require(data.origin, gate)
     rng = np.random.default_rng(seed)
     max_chains = min(config.max_chains + wave, data.num_chains)
     replays = [Replay(data, orders(data, rng)) for _ in range(repeats)]
@@ -65,11 +69,13 @@ def evaluate(
         for floor in floors:
             terms = Terms(budget, max_chains, wave, floor)
             runs = [replay.dynamic(replay.by_gate(gate, wave), terms, probes) for replay in replays]
-            allocation = _allocation(replays, runs, probes)
+            oracle = [replay.dynamic(replay.by_oracle(), terms, probes) for replay in replays]
+            allocation = _allocation(replays, runs, oracle, probes)
             by_floor[floor] = _accuracy(runs), audit(allocation, permutations=permutations, seed=seed)
             if floor == floors[0]:
-                rows.append(_row(budget, runs, replays, terms, probes))
+                rows.append(_row(budget, runs, oracle, replays, seed))
         audits.append({"budget": budget, "floors": [_floor(floor, *found) for floor, found in by_floor.items()]})
+    _correct(audits)
     return {
         "schema": SCHEMA,
         "problems": len(data),
@@ -84,13 +90,11 @@ def evaluate(
     }
 
 
-def _row(budget: float, runs: list[Spent], replays: list[Replay], terms: Terms, probes: int) -> dict[str, Any]:
-    oracle = [replay.dynamic(replay.by_oracle(), terms, probes) for replay in replays]
-    gate, best = _accuracy(runs), _accuracy(oracle)
+def _row(budget: float, runs: list[Spent], oracle: list[Spent], replays: list[Replay], seed: int) -> dict[str, Any]:
+    """Accuracies and their differences, each with its 95% bootstrap interval over problems (paired)."""
+    gate, best = _right(runs), _right(oracle)
     uniform, twice = (_uniform(replays, multiple) for multiple in (budget, 2 * budget))
-    return {
-        "budget": budget,
-        "spent": float(np.mean([run.multiple for run in runs])),
+    compared: dict[str, np.ndarray | None] = {
         "accuracy": gate,
         "uniform": uniform,
         "uniform_at_twice": twice,
@@ -98,20 +102,39 @@ def _row(budget: float, runs: list[Spent], replays: list[Replay], terms: Terms, 
         "regret_to_oracle": best - gate,
         "gain_over_uniform": None if uniform is None else gate - uniform,
         "gain_over_uniform_at_twice": None if twice is None else gate - twice,
+    }
+    row: dict[str, Any] = {"budget": budget, "spent": float(np.mean([run.multiple for run in runs]))}
+    for name, values in compared.items():
+        row[name] = None if values is None else float(values.mean())
+        row[f"{name}_interval"] = None if values is None else list(mean_interval(values, seed=seed))
+    return {
+        **row,
         "tree_searches": float(np.mean([(run.trees >= 0).mean() for run in runs])),
         "deciles_of_chains": np.quantile(np.concatenate([run.chains for run in runs]), np.arange(1, 10) / 10).tolist(),
     }
 
 
-def _uniform(replays: list[Replay], num_chains: float) -> float | None:
-    """Accuracy with so many chains for all; None where the rollouts have too few, or it is no whole number."""
+def _uniform(replays: list[Replay], num_chains: float) -> np.ndarray | None:
+    """`_right` with so many chains for all; None where the rollouts have too few, or it is no whole number."""
     if num_chains != int(num_chains) or num_chains > replays[0].data.num_chains:
         return None
-    return _accuracy([replay.uniform(int(num_chains)) for replay in replays])
+    return _right([replay.uniform(int(num_chains)) for replay in replays])
+
+
+def _right(runs: Sequence[Spent]) -> np.ndarray:
+    """`[n]` share of the repeats in which each problem came out right."""
+    return np.mean([run.right for run in runs], axis=0)
 
 
 def _accuracy(runs: Sequence[Spent]) -> float:
-    return float(np.mean([run.right.mean() for run in runs]))
+    return float(_right(runs).mean())
+
+
+def _correct(audits: list[dict[str, Any]]) -> None:
+    """Adds p-values that are corrected for all tests of the report."""
+    groups = [group for found in audits for floor in found["floors"] for group in floor["groups"].values()]
+    for group, p_value in zip(groups, holm([group["p_value"] for group in groups]), strict=True):
+        group["p_value_holm"] = p_value
 
 
 def _floor(floor: int, accuracy: float, groups: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +148,7 @@ def _floor(floor: int, accuracy: float, groups: dict[str, Any]) -> dict[str, Any
     }
 
 
-def _allocation(replays: list[Replay], runs: list[Spent], probes: int) -> Allocation:
+def _allocation(replays: list[Replay], runs: list[Spent], oracle: list[Spent], probes: int) -> Allocation:
     """All repeats together."""
     data = replays[0].data
     solved = [_solved_after(replay) for replay in replays]
@@ -135,6 +158,8 @@ def _allocation(replays: list[Replay], runs: list[Spent], probes: int) -> Alloca
         difficulty=np.tile(data.right[:, : data.num_chains].mean(axis=1), len(runs)),
         chains=np.concatenate([run.chains for run in runs]),
         spend=np.concatenate([run.cost / run.alone for run in runs]),
+        probe_spend=np.concatenate([replay.uniform(probes).cost / replay.alone for replay in replays]),
+        oracle_spend=np.concatenate([run.cost / run.alone for run in oracle]),
         needed=np.concatenate([np.where(s.any(axis=1), s.argmax(axis=1), data.num_chains) + 1 for s in solved]),
         probed=np.concatenate([s[:, probes - 1] for s in solved]),
         right=np.concatenate([run.right for run in runs]),
@@ -162,6 +187,12 @@ def table(report: dict[str, Any]) -> str:
     columns = ("budget", "spent", "accuracy", "uniform", "uniform_at_twice", "oracle", "tree_searches")
     lines += ["", "".join(f"{name:>17}" for name in columns)]
     lines += ["".join(f"{_shown(row[name]):>17}" for name in columns) for row in report["budgets"]]
+    differences = ("accuracy", "gain_over_uniform", "gain_over_uniform_at_twice", "regret_to_oracle")
+    lines += ["", f"{'budget':>17}" + "".join(f"{name:>28}" for name in differences) + "   (95% intervals)"]
+    lines += [
+        f"{_shown(row['budget']):>17}" + "".join(f"{_with_interval(row, name):>28}" for name in differences)
+        for row in report["budgets"]
+    ]
     names = (
         "problems",
         "spend",
@@ -169,22 +200,28 @@ def table(report: dict[str, Any]) -> str:
         "gain_per_unit",
         "false_low_budget_rate",
         "spend_gap",
-        "spend_gap_p_value",
+        "oracle_spend_gap",
+        "p_value",
+        "p_value_holm",
     )
     for found in report["audits"]:
         for by_floor in found["floors"]:
             lines += ["", f"budget {found['budget']}, floor {by_floor['floor']}: accuracy {by_floor['accuracy']:.3f}"]
-            lines.append(f"  {'group':<14}" + "".join(f"{name:>22}" for name in names))
+            lines.append(f"  {'group':<14}" + "".join(f"{name:>22}" for name in names) + f"{'excess_gap':>28}")
             for group, figures in by_floor["groups"].items():
-                lines.append(f"  {group or '-':<14}" + "".join(f"{_shown(figures[name]):>22}" for name in names))
+                shown = "".join(f"{_shown(figures[name]):>22}" for name in names)
+                lines.append(f"  {group or '-':<14}{shown}{_with_interval(figures, 'excess_gap'):>28}")
     return "\n".join(lines)
-
-
-def _scores(there: bool) -> str:
-    return "scores" if there else "no scores"
 
 
 def _shown(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _with_interval(figures: dict[str, Any], name: str) -> str:
+    if figures[name] is None:
+        return "-"
+    low, high = figures[f"{name}_interval"]
+    return f"{figures[name]:.3f} ({low:.3f} to {high:.3f})"

@@ -13,6 +13,7 @@ from treedecode.gate.chains import selected
 from treedecode.gate.features import vector
 from treedecode.gate.model import Gate, GateConfig, GateNetwork, TreeSearch, raw_beliefs
 from treedecode.gate_training.costs import fit_costs, measure_costs
+from treedecode.gate_training.prices import fit_prices
 from treedecode.gate_training.rollouts import Rollouts
 from treedecode.gate_training.stopping import fit_until_best
 
@@ -102,8 +103,6 @@ def train(
     *,
     min_chains: int = 1,
     max_chains: int = 16,
-    task: str = "",
-    model: str = "",
     looks: int = 8,
     width: int = 64,
     dropout: float = 0.2,
@@ -118,8 +117,9 @@ def train(
 
     Problems are split 70 : 15 : 15. The first part is fitted, by the likelihood of whether the selected answer is right
     (Bernoulli), of how many further chains mend it (Beta-binomial), and of whether tree searches do, and by the pinball
-    loss of what they cost; the second ends the fit and calibrates (isotonic); the third is measured. Hidden states are
-    read only where the second part is the likelier for it: from hundreds of problems a network learns them by heart.
+    loss of what they cost; the second ends the fit, calibrates (isotonic), and tells the prices of budgets; the third
+    is measured. Hidden states are read only where the second part is the likelier for it: from hundreds of problems a
+    network learns them by heart.
 
     Raises:
         ValueError: too few problems to split, or an argument does not fit the rollouts (named).
@@ -136,7 +136,7 @@ def train(
     menu = _menu(data)
     found = []
     for hidden_size in sorted({0, data.hidden.shape[1]}):
-        config = GateConfig(hidden_size, data.has_scores, min_chains, max_chains, menu, task, model)
+        config = GateConfig(hidden_size, min_chains, max_chains, data.origin, menu)
         first, second = (
             replace(part, features=part.features[:, : config.num_features]) for part in (fitted, calibrated)
         )
@@ -155,7 +155,9 @@ def train(
         )
         found.append((loss, config, network, mean, std, _calibrators(network, second, mean, std)))
     _, config, network, mean, std, calibrators = min(found, key=lambda one: one[0])
-    gate = Gate(config, network, mean, std, calibrators, fit_costs(parts[0], parts[1], config.hidden_size, seed=seed))
+    rest = (network, mean, std, calibrators, fit_costs(parts[0], parts[1], config.hidden_size, seed=seed))
+    prices = fit_prices(Gate(config, *rest), parts[1], seed=seed)
+    gate = Gate(replace(config, prices=prices), *rest)
     held_out = replace(held_out, features=held_out.features[:, : gate.config.num_features])
     problems = {name: len(part) for name, part in zip(("fitted", "calibrated", "held_out"), parts, strict=True)}
     return gate, {"problems": problems, **measure(gate, held_out), "costs": measure_costs(gate, parts[2])}

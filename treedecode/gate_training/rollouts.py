@@ -1,5 +1,6 @@
 """Rollouts: chains and tree searches on training problems, and how they came out."""
 
+import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -11,12 +12,14 @@ from treedecode.decoder import Decoder
 from treedecode.gate.chains import Chain, chains_of
 from treedecode.gate.costs import kv_tokens
 from treedecode.gate.features import Prefill, prefill
+from treedecode.gate.origin import Origin
 from treedecode.sampling import Sampling
 from treedecode.search import Outcome, Search
 from treedecode.solving import solve
 from treedecode.strategies.base import Strategy
 from treedecode.strategies.tree_of_thoughts import TreeOfThoughts
 from treedecode.tasks.base import Problem, Task
+from treedecode.verify.scorers import as_scorer
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Rollouts:
         right: `[n, c + m]` bool, by the task.
         tree_tokens, tree_kv_bytes: `[n, m]` float64, what the searches cost in units of what one chain alone does.
         menu: `[m, 3]` int64, (depth, width, keep) of the searches.
+        origin: verifier, task and model they are of.
     """
 
     ids: np.ndarray
@@ -48,6 +52,7 @@ class Rollouts:
     tree_tokens: np.ndarray
     tree_kv_bytes: np.ndarray
     menu: np.ndarray
+    origin: Origin
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -60,12 +65,11 @@ class Rollouts:
     @property
     def has_scores(self) -> bool:
         """Whether there was a verifier."""
-        return not np.isnan(self.scores).any()
+        return self.origin.verifier != ""
 
     def rows(self, which: np.ndarray) -> "Rollouts":
         """Some of the problems."""
-        per_problem = [field.name for field in fields(self) if field.name != "menu"]
-        return Rollouts(menu=self.menu, **{name: getattr(self, name)[which] for name in per_problem})
+        return replace(self, **{name: getattr(self, name)[which] for name in _ARRAYS if name != "menu"})
 
     def without_hidden(self) -> "Rollouts":
         """The same for a gate that reads no hidden states."""
@@ -102,7 +106,8 @@ class Rollouts:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes an npz file."""
-        np.savez_compressed(path, **{field.name: getattr(self, field.name) for field in fields(self)})
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        np.savez_compressed(path, **arrays, origin=np.array(json.dumps(asdict(self.origin))))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Rollouts":
@@ -112,10 +117,14 @@ class Rollouts:
             FileNotFoundError: no such file. ValueError: it holds something else.
         """
         with np.load(path, allow_pickle=False) as arrays:
-            missing = {field.name for field in fields(cls)} - set(arrays)
+            missing = {*_ARRAYS, "origin"} - set(arrays)
             if missing:
                 raise ValueError(f"path: {os.fspath(path)} holds no rollouts: {sorted(missing)} are missing")
-            return cls(**{field.name: arrays[field.name] for field in fields(cls)})
+            origin = Origin(**json.loads(arrays["origin"].item()))
+            return cls(**{name: arrays[name] for name in _ARRAYS}, origin=origin)
+
+
+_ARRAYS = tuple(field.name for field in fields(Rollouts) if field.name != "origin")
 
 
 @dataclass(frozen=True)
@@ -226,6 +235,7 @@ def collect(
         tree_tokens=costs[:, :, 0] / tokens.mean(axis=1, keepdims=True),
         tree_kv_bytes=costs[:, :, 1] / bytes_alone.mean(axis=1, keepdims=True),
         menu=np.array(menu, np.int64).reshape(-1, 3),
+        origin=Origin.of(decoder, task, None if verifier is None else as_scorer(verifier)),
     )
 
 

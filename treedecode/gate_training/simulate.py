@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from treedecode.gate.allocate import Bid
+from treedecode.gate.allocate import Bid, at_price
 from treedecode.gate.chains import Chain, selected
 from treedecode.gate.costs import chain_costs
 from treedecode.gate.features import vector
@@ -107,6 +107,23 @@ class Replay:
                         fresh.append(i)
             if all(grant.ends for grant in grants):
                 break
+        return self.outcome(chains, trees)
+
+    def at_price(
+        self, bids: Callable[[Sequence[int], np.ndarray], list[Bid]], terms: Terms, price: float, probes: int
+    ) -> Spent:
+        """What problems take at one price for all, in expected right answers per chain of mean cost."""
+        count, per_token = len(self.data), price / float(self.alone.mean())
+        chains, trees = np.full(count, probes), np.full(count, -1)
+        going = list(range(count))
+        while going:
+            asked, going = going, []
+            for i, bid in zip(asked, bids(asked, chains), strict=True):
+                grant = terms.limited(at_price(bid, per_token, terms.max_chains, terms.wave))
+                trees[i] = grant.tree
+                chains[i] += grant.num_chains
+                if grant.num_chains and chains[i] < terms.max_chains:
+                    going.append(i)
         return self.outcome(chains, trees)
 
     def by_gate(self, gate: Gate, wave: int) -> Callable[[Sequence[int], np.ndarray], list[Bid]]:

@@ -29,16 +29,15 @@ class DynamicAllocation(Strategy):
 
     Args:
         budget: mean cost of a problem, in units of what one chain alone costs; probes are part of it.
-        gate: a trained gate or its file. It says whether a verifier has to be in use.
-        probes: chains of every problem before the gate looks first.
-        wave: chains between two looks; more at a time need fewer rounds.
+        gate: a trained gate or its file, for the verifier, the task and the model that it was trained with.
+        probes, wave: chains of every problem before the gate looks first, and between two looks.
         max_chains: of one problem; None = a wave more than the gate has seen in training.
         floor: chains that every problem gets, whatever the gate thinks of it; 0 = the probes alone.
         mode: "offline" divides the budget among all problems of the run after each wave; "online" takes them as a
             stream, at a price that follows what earlier ones spent.
         unit: of cost: "tokens" generated, or "kv_bytes" read.
-        price, step, lag: "online": the first price in expected right answers per chain, how fast it moves, and how many
-            problems later spending counts (`Stream`).
+        price, step, lag: "online": the first price in expected right answers per chain (None: the gate's, for that
+            budget), how fast it moves, and how many problems later spending counts (`Stream`).
         sampling: in place of the run's.
     """
 
@@ -52,7 +51,7 @@ class DynamicAllocation(Strategy):
     floor: int = 0
     mode: str = "offline"
     unit: str = "tokens"
-    price: float = 0.05
+    price: float | None = None
     step: float = 0.05
     lag: int = 32
     sampling: Sampling | None = None
@@ -68,7 +67,7 @@ class DynamicAllocation(Strategy):
             require("max_chains", self.max_chains, int, self.probes, config.max_chains + self.wave)
         require("floor", self.floor, int, 0, self._most)
         require("budget", self.budget, float, max(self.probes, self.floor))
-        require("price", self.price, float, 1e-4, 1)
+        require("price", 1 if self.price is None else self.price, float, 1e-4, 1)
         require("step", self.step, float, 0)
         require_one_of("mode", self.mode, ("offline", "online"))
         require_one_of("unit", self.unit, tuple(UNITS))
@@ -96,7 +95,8 @@ class DynamicAllocation(Strategy):
         terms, known = Terms(self.budget, self._most, self.wave, self.floor), Record.by_problem(notes)
         if self.mode == "offline":
             return Meeting(terms, problems, known)
-        return Stream(terms, problems, known, price=self.price, step=self.step, lag=self.lag)
+        price = self.price or self._gate.price(self.budget)
+        return Stream(terms, problems, known, price=price, step=self.step, lag=self.lag)
 
     def cost(self, draws: CostDraws) -> np.ndarray:
         if draws.unit != self.unit:
@@ -104,7 +104,7 @@ class DynamicAllocation(Strategy):
         return self.budget * draws.alone(self.probes)
 
     async def solve(self, search: Search) -> Outcome:
-        self._gate.check_verifier(search.has_scorer)
+        self._gate.check(search)
         try:
             return await self._solve(search)
         finally:
