@@ -158,6 +158,18 @@ class Gate:
             digest.update(name.encode() + tensor.numpy().tobytes())
         return f"Gate({digest.hexdigest()[:16]})"
 
+    def check_model(self, model: Any) -> None:
+        """Raises:
+        ValueError: the gate was trained on another model, as far as the size of its hidden states tells.
+        """
+        if self.config.hidden_size and not hasattr(model, "forward_hidden"):
+            raise ValueError(f"model: {type(model).__name__} has no forward_hidden, so it gives no hidden states")
+        if self.config.hidden_size not in (0, getattr(model, "hidden_size", 0)):
+            raise ValueError(
+                f"gate: it reads hidden states of {self.config.hidden_size}, as of the model it was trained on, and "
+                f"those of this model have {model.hidden_size}"
+            )
+
     def check_verifier(self, has_verifier: bool) -> None:
         """Raises:
         ValueError: the gate was trained with a verifier and there is none, or the other way round.
@@ -210,6 +222,8 @@ class Gate:
         Raises:
             FileNotFoundError: no such file. ValueError: it is no gate, or of another version.
         """
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"path: no file {os.fspath(path)}")
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}

@@ -52,6 +52,16 @@ class Strategy:
             "all that a gate knows"
         )
 
+    def check(self, model: Any, has_verifier: bool) -> None:
+        """Looks at what a run has, before it begins.
+
+        Args:
+            model: the decoder's.
+
+        Raises:
+            ValueError: the strategy cannot run with it (named).
+        """
+
     async def solve(self, search: Search) -> Outcome:
         """The strategy's answer to one problem.
 

@@ -103,8 +103,11 @@ class DynamicAllocation(Strategy):
             raise ValueError(f"unit: dynamic allocation divides {self.unit}, and what it costs in them alone is known")
         return self.budget * draws.alone(self.probes)
 
+    def check(self, model: Any, has_verifier: bool) -> None:
+        self._gate.check_verifier(has_verifier)
+        self._gate.check_model(model)
+
     async def solve(self, search: Search) -> Outcome:
-        self._gate.check_verifier(search.has_scorer)
         try:
             return await self._solve(search)
         finally:
