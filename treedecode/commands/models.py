@@ -48,11 +48,15 @@ def model_for(model: str | None, task: "Task") -> str:
 
         return str(model_path())
     assert model is not None
-    # a hub name is NAME or OWNER/NAME
-    is_path = model.startswith((".", "~")) or os.path.isabs(model) or model.endswith(".gguf") or model.count("/") > 1
-    if not model or (is_path and not os.path.exists(model)):
+    if leads_nowhere(model):
         raise ValueError(f"model: expected a folder, a hub name or a .gguf file, and there is no {model!r}")
     return model
+
+
+def leads_nowhere(name: str) -> bool:
+    """Whether a name is a path, and nothing is there; a hub name is NAME or OWNER/NAME."""
+    is_path = name.startswith((".", "~")) or os.path.isabs(name) or name.endswith(".gguf") or name.count("/") > 1
+    return not name or (is_path and not os.path.exists(name))
 
 
 def decoder_for(model: str, *, dtype: str | None = None, device: str = "cpu", **options: Any) -> "Decoder":

@@ -164,7 +164,8 @@ def _solve(arguments: argparse.Namespace) -> int:
         if port is not None:
             from treedecode.metrics import serve
 
-            metrics, end = serve(decoder, strategy.name, port)
+            with misuse.argument("metrics-port"):
+                metrics, end = serve(decoder, strategy.name, port)
         num_known = outputs.num_known
         try:
             with Progress(decoder, len(problems), num_known, show=arguments.progress) as progress:

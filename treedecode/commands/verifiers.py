@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from treedecode.commands import misuse
+from treedecode.commands.models import leads_nowhere
 from treedecode.tasks.base import Problem, Task
 
 VERIFIERS = {
@@ -46,6 +47,8 @@ def verifier_named(name: str, task: Task, model: str, device: str = "cpu") -> An
 
         with misuse.argument("verifier", "path"):
             return Value(path)
+    if name == "help" or ":" in name or leads_nowhere(name):
+        raise ValueError(f"verifier: expected one of {', '.join(VERIFIERS)}; got {name!r}")
     from treedecode.verify.reward_model import RewardModel
 
     with misuse.argument("verifier", "path_or_model"):
