@@ -1,4 +1,4 @@
-"""What an installed package and a source distribution hold: nothing that is opened, imported or compiled is left out."""
+"""What an installed package and a source distribution hold: all that is opened, imported or compiled."""
 
 import tomllib
 from fnmatch import fnmatch
