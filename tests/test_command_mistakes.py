@@ -196,6 +196,6 @@ def test_ctrl_c_in_the_training_of_a_gate(tmp_path):
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=120)
     assert (process.returncode, stdout) == (misuse.INTERRUPTED, "")
-    assert stderr == "treedecode gate: interrupted; the same command goes on where it was\n"
+    assert stderr == f"treedecode gate: interrupted; the same command goes on from {tmp_path / 'out'}\n"
     assert [path.name for path in (tmp_path / "out").iterdir()] == [journal.name]
     assert all(json.loads(line) for line in journal.read_bytes().splitlines()[:-1])

@@ -61,7 +61,11 @@ def _menu(text: str) -> tuple[int, int, int]:
 
 
 def _run(arguments: argparse.Namespace, verb: Any) -> int:
-    return misuse.run("gate", lambda: verb(arguments), lambda: "the same command goes on where it was")
+    def interrupted() -> str:
+        has_begun = any(arguments.out.glob("rollouts-*.jsonl"))
+        return f"the same command goes on from {arguments.out}" if has_begun else "nothing was written yet"
+
+    return misuse.run("gate", lambda: verb(arguments), interrupted)
 
 
 def _rollouts(
