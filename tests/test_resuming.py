@@ -246,7 +246,7 @@ def test_a_journal_that_does_not_say_what_was_spent_is_refused(run, tmp_path):
     with pytest.raises(ValueError, match=r"has the schema 'treedecode.journal/1', not .*another version of treedecode"):
         run()
     journal.write_text(text.replace('"spent"', '"sent"'))
-    with pytest.raises(ValueError, match="is not a journal of treedecode"):
+    with pytest.raises(ValueError, match="line 2, cannot be read"):
         run()
 
 

@@ -130,7 +130,9 @@ def test_the_settings_of_the_package_itself():
     for strategy in STRATEGIES.values():
         needs = [field.name for field in fields(strategy) if field.default is MISSING]
         if needs:
-            with pytest.raises(TypeError, match=f"strategy: .*missing.*{needs[0]}"):
+            with pytest.raises(
+                ValueError, match=f"strategy: expected {'=... and '.join(needs)}=..., which has no default"
+            ):
                 parse(strategy, "", "strategy")
         else:
             assert parse(strategy, "", "strategy") == strategy()

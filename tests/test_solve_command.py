@@ -11,6 +11,7 @@ import pytest
 from tiny_model import save_tiny_model
 
 from treedecode import cli
+from treedecode.commands import misuse
 from treedecode.commands import solve as command
 from treedecode.commands.outputs import Outputs, file_name
 from treedecode.commands.verifiers import Oracle, verifier_named
@@ -128,7 +129,7 @@ def test_another_run_is_not_mixed_in(solve, tmp_path, changed, named):
     changed = [*changed, str(examples)] if changed[-1] == "--few-shot" else changed
     assert solve("--out", str(tmp_path / "out"))[0] == 0
     status, _, err = solve("--out", str(tmp_path / "out"), *changed)
-    assert status == command.MISUSED
+    assert status == misuse.MISUSED
     assert f"solutions.jsonl is of another run: {named}" in err
     assert len(err.splitlines()) == 1
 
@@ -165,12 +166,22 @@ def test_an_oracle_is_called_one(solve):
         (("--budget", "tonkens=1"), "budget: has no setting 'tonkens'"),
         (("--budget-per-problem", "joules=1"), "energy is measured of a whole run"),
         (("--temperature", "-1"), "temperature: expected a number >= 0"),
-        (("--data", "nowhere.jsonl"), "No such file or directory: 'nowhere.jsonl'"),
-        (("--task", "crosswords"), "expected 'countdown', 'reasoning_gym:<dataset>'"),
+        (("--data", "nowhere.jsonl"), "data: No such file or directory: 'nowhere.jsonl'"),
+        (("--data", "problems.txt"), "data: expected .* the path of a .jsonl file; got 'problems.txt'"),
+        (("--task", "crosswords"), "task: expected 'countdown', 'reasoning_gym:<dataset>'"),
         (("--num-problems", "5"), "num_problems: .* has 4, got 5"),
-        (("--num-problems", "0"), "num-problems: expected at least 1"),
         (("--split", "train"), "split: .* was loaded without a file for 'train'"),
-        (("--model", "./nowhere"), "no model folder at ./nowhere"),
+        (("--model", "./nowhere"), "model: expected a folder, .* there is no './nowhere'"),
+        (("--model", "a/folder/nowhere"), "model: expected a folder, .* there is no 'a/folder/nowhere'"),
+        (("--model", "nowhere.gguf"), "model: expected a folder, .* there is no 'nowhere.gguf'"),
+        (("--model", ""), "model: expected a folder, .* there is no ''"),
+        (("--model", "countdown/nowhere", "--task", "reasoning_gym:"), "task: expected"),
+        (("--few-shot", "nowhere.jsonl"), "few-shot: expected a file of examples, and there is no 'nowhere.jsonl'"),
+        (("--gate", "nowhere.safetensors", "--forecast"), "gate: .* there is none at nowhere.safetensors"),
+        (("--gate", "nowhere.safetensors"), "gate: self_consistency has none, so expected it with --forecast alone"),
+        (("--strategy", "dynamic_allocation:budget=4"), "gate: .* there is none beside the model, .*gate.safetensors"),
+        (("--budget", "joules=5"), "budget: joules are limited, and energy is not measured"),
+        (("--kv-memory", "8000000GiB"), "kv_memory: 8000000GiB, max_branches: 32 take more memory than there is"),
         (("--verifier", "value_head"), "verifier: no value head at .*value_head.safetensors"),
         (("--verifier", "value_head:x.safetensors"), "verifier: no value head at x.safetensors"),
         (("--chat",), "chat: expected a tokenizer with a chat template"),
@@ -182,13 +193,13 @@ def test_an_oracle_is_called_one(solve):
 )
 def test_mistakes_are_a_line(solve, arguments, message):
     status, out, err = solve(*arguments)
-    assert (status, out) == (command.MISUSED, "")
+    assert (status, out) == (misuse.MISUSED, "")
     assert re.fullmatch(f"treedecode solve: error: .*{message}.*\n", err), err
 
 
 def test_the_examples_are_not_the_problems(solve, data):
     status, _, err = solve("--few-shot", data)
-    assert status == command.MISUSED
+    assert status == misuse.MISUSED
     assert "few-shot: is the file of the problems itself" in err
 
 
@@ -196,7 +207,7 @@ def test_a_prompt_without_room(solve, tmp_path):
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"question": "x" * 300, "answer": "1"}) + "\n")
     status, _, err = solve("--data", str(long))
-    assert status == command.MISUSED
+    assert status == misuse.MISUSED
     assert re.search(r"problem long-1: its prompt of \d+ tokens leaves no room in the 256 there are", err)
 
 

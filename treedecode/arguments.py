@@ -1,9 +1,10 @@
 """What users give, checked: each error names the argument, what was expected and what came."""
 
+import contextlib
 import inspect
 import math
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,23 @@ def memory_bytes(kv_memory: int | str | None, device: torch.device, useful: int)
     if isinstance(kv_memory, bool) or not isinstance(kv_memory, (int, float)) or not math.isfinite(kv_memory):
         raise TypeError(f'kv_memory: expected bytes or a string like "2GiB", got {kv_memory!r}')
     return int(kv_memory)
+
+
+@contextlib.contextmanager
+def allocated(kv_memory: int | str | None, max_branches: int) -> Iterator[None]:
+    """Around what takes the memory that `kv_memory` and `max_branches` ask for.
+
+    Raises:
+        MemoryError: there is not so much.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # torch has no class for it on the CPU
+            raise
+        raise MemoryError(
+            f"kv_memory: {kv_memory}, max_branches: {max_branches} take more memory than there is: {error}"
+        ) from error
 
 
 async def numbers_of(fn: Callable[[list[str]], Scores | Awaitable[Scores]], texts: list[str], count: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from treedecode import beam_search, completions
-from treedecode.arguments import memory_bytes, sampling_or, token_ids, whole_numbers
+from treedecode.arguments import allocated, memory_bytes, sampling_or, token_ids, whole_numbers
 from treedecode.branches import Ints
 from treedecode.captured import CapturedSteps
 from treedecode.completions import Completion
@@ -45,6 +45,7 @@ class Decoder:
 
     Raises:
         TypeError, ValueError: the model is not supported, or an argument is out of range (named).
+        MemoryError: there is not as much memory as `kv_memory` and `max_branches` take.
     """
 
     def __init__(
@@ -78,25 +79,27 @@ class Decoder:
             raise ValueError(f"kv_memory: {kv_memory} is less than one page of {page_bytes} bytes")
         self.model = model
         self.tokenizer = tokenizer
-        pool = PagePool(
-            num_layers=model.num_layers,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            num_pages=num_pages,
-            page_size=page_size,
-            max_branches=max_branches,
-            max_pages_per_branch=min(columns, num_pages),
-            dtype=model.dtype,
-            device=model.device,
-        )
+        with allocated(kv_memory, max_branches):
+            pool = PagePool(
+                num_layers=model.num_layers,
+                num_kv_heads=model.num_kv_heads,
+                head_dim=model.head_dim,
+                num_pages=num_pages,
+                page_size=page_size,
+                max_branches=max_branches,
+                max_pages_per_branch=min(columns, num_pages),
+                dtype=model.dtype,
+                device=model.device,
+            )
         # The last token of a full branch is never computed, so a prompt may fill the pages and one token more come out.
         self._capacity = num_pages * page_size
         self._max_tokens = min(model.max_position, self._capacity)
         matcher = StopMatcher(tokenizer, model.vocab_size)
         captured = CapturedSteps(model, pool) if cuda_graphs and pool.device.type == "cuda" else None
-        self.engine = Engine(
-            model, pool, matcher, max_tokens=self._max_tokens, prefill_tokens=prefill_tokens, captured=captured
-        )
+        with allocated(kv_memory, max_branches):
+            self.engine = Engine(
+                model, pool, matcher, max_tokens=self._max_tokens, prefill_tokens=prefill_tokens, captured=captured
+            )
 
     @classmethod
     def from_pretrained(

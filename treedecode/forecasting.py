@@ -70,7 +70,8 @@ def forecast(
         num_draws: ways the run may go that are drawn, from `seed`.
 
     Raises:
-        ValueError: nothing is known of the strategy, there is no gate, or an argument is out of range (named).
+        ValueError: nothing is known of the strategy, there is no gate, it is another model's, or an argument is out of
+            range (named).
     """
     gate = getattr(strategy, "gate", None) if gate is None else gate
     if not isinstance(gate, Gate):
@@ -78,6 +79,7 @@ def forecast(
     require_one_of("unit", unit, tuple(UNITS))
     if num_draws < 1:
         raise ValueError(f"num_draws: expected at least 1, got {num_draws}")
+    gate.check_model(decoder.model)
     costs, hidden_size = gate.costs, gate.config.hidden_size
     known = decoder.run(_prefills(decoder, list(prompts), wants_hidden=hidden_size > 0))
     quantiles = costs(np.stack([prompt_vector(prompt, hidden_size) for prompt in known]))

@@ -10,6 +10,7 @@ from typing import Any
 SCHEMA = "treedecode.journal/2"
 _SYNC_SECONDS = 1.0
 _SOLUTION = b'{"id": '  # how its line begins
+_SHOWN = 8  # entries of lists that a message shows
 
 
 class Journal:
@@ -54,21 +55,26 @@ class Journal:
 
     def _read(self, lines: list[bytes], header: dict[str, Any]) -> None:
         try:
-            found = [json.loads(line) for line in lines]
-            schema = found[0]["schema"]
-            if schema == SCHEMA:
-                self.solutions = {line["id"]: line for line in found[1:] if "id" in line}
-                self.spent = [None, *(line["spent"] for line in found[1:])][-1]
+            first = json.loads(lines[0])
+            schema = first["schema"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"journal: {self._path} is not a journal of treedecode") from None
         if schema != SCHEMA:
             was = f"has the schema {schema!r}, not {SCHEMA!r}: another version of treedecode wrote it"
             raise ValueError(f"journal: {self._path} {was}")
-        mine, other = header["run"], found[0]["run"]
+        mine, other = header["run"], first["run"]
         differ = sorted(key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key))
         if differ:
-            was = ", ".join(f"{key} was {other.get(key)!r} and is {mine.get(key)!r}" for key in differ)
+            was = ", ".join(f"{key} {_change(other.get(key), mine.get(key))}" for key in differ)
             raise ValueError(f"journal: {self._path} is of another run: {was}")
+        for number, text in enumerate(lines[1:], 2):
+            try:
+                line = json.loads(text)
+                self.spent = line["spent"]
+                if "id" in line:
+                    self.solutions[line["id"]] = line
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"journal: {self._path}, line {number}, cannot be read") from None
 
     def add(self, solution: Mapping[str, Any], spent: Mapping[str, Any]) -> None:
         """Writes a solution, `{"id", ...}`, and what the run has spent when it comes."""
@@ -97,3 +103,9 @@ def num_solutions(path: str | os.PathLike[str]) -> int:
         return 0
     with open(path, "rb") as file:
         return sum(line.startswith(_SOLUTION) and line.endswith(b"\n") for line in file)
+
+
+def _change(old: Any, new: Any) -> str:
+    if isinstance(old, list) and isinstance(new, list) and len(old) + len(new) > _SHOWN:
+        return f"had {len(old)} entries and has {len(new)}" if len(old) != len(new) else "has other entries"
+    return f"was {old!r} and is {new!r}"

@@ -23,6 +23,7 @@ from treedecode.search_tree import SearchTree
 from treedecode.strategies.base import Strategy
 from treedecode.tasks.base import Problem, Task
 from treedecode.verify.scorers import as_scorer
+from treedecode.verify.value import Value
 
 # fields of a solution that are JSON as they are
 _PLAIN = ("answer", "text", "score", "is_cut", "correct", "seconds", "notes")
@@ -123,7 +124,7 @@ async def solve_async(
         callback: called with every solution as it comes, those of the journal first.
 
     Raises:
-        TypeError, ValueError: an argument is wrong (named); nothing has been started then.
+        TypeError, ValueError: an argument is wrong (named); nothing has been started or written then.
         Exception: of a verifier or a strategy, with the problem's id in a note; the run ends, the journal stays.
     """
     run = _Run(decoder, list(problems), strategy, task, verifier, budget, sampling or Sampling(), seed, prompt, grade)
@@ -161,6 +162,9 @@ class _Run:
         scorer = None if verifier is None else as_scorer(verifier)
         if strategy.needs_verifier and scorer is None:
             raise ValueError(f"verifier: {strategy.name} scores branches and needs one")
+        strategy.check(decoder, task, scorer)
+        if isinstance(scorer, Value):
+            scorer.check(decoder.model)
         self._num_places = strategy.num_branches * (1 + getattr(scorer, "num_samples", 0))
         if self._num_places > decoder.engine.pool.max_branches:
             raise ValueError(
@@ -173,6 +177,8 @@ class _Run:
         self._prompt = prompt or (lambda problem: problem.prompt)
         self._places = Places(decoder.engine.pool.max_branches - decoder.num_branches)
         self._energy = Counter(decoder.engine.pool.device)
+        if self.budget.joules is not None and not self._energy.is_available:
+            raise ValueError(f"budget: joules are limited, and energy is {self._energy.source}")
         self._account = -1
         self._earlier: Spent | None = None
         self._begin = self._busy = 0.0

@@ -2,14 +2,17 @@
 
 import argparse
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treedecode.commands.models import model_for
+from treedecode.commands import misuse
+from treedecode.commands.misuse import at_least_one, check_folder, whole_number
+from treedecode.commands.models import decoder_for, gate_file, model_for, num_lines, task_for
 from treedecode.commands.verifiers import verifier_named
 
 if TYPE_CHECKING:
+    from treedecode.gate.model import Gate
     from treedecode.gate_training.rollouts import Rollouts
 
 _SPLITS = ("train", "validation", "test")
@@ -23,15 +26,15 @@ def add_parser(commands: Any) -> None:
     train.add_argument(
         "--menu", nargs="*", default=[], metavar="DEPTH,WIDTH,KEEP", type=_menu, help="tree searches it may advise"
     )
-    train.add_argument("--max-chains", type=int, default=16, help="it looks at a problem after up to so many chains")
+    train.add_argument("--max-chains", type=at_least_one, default=16, help="it looks after up to so many")
     train.set_defaults(run=lambda arguments: _run(arguments, _train))
     judge = verbs.add_parser("eval", help="judge a gate on held-out problems, and audit what groups of them get")
-    judge.add_argument("gate", type=Path, help="file of the gate")
+    judge.add_argument("gate", nargs="?", type=Path, help="file of the gate; default: the one beside the model")
     judge.add_argument("--budgets", nargs="+", type=float, default=[3.0, 4.0, 6.0, 8.0], help="in chains per problem")
-    judge.add_argument("--floors", nargs="+", type=int, default=[0, 3], help="minimum chains per problem to compare")
-    judge.add_argument("--probes", type=int, default=1, help="chains before its first look")
-    judge.add_argument("--wave", type=int, default=1, help="chains between two looks")
-    judge.add_argument("--repeats", type=int, default=8, help="random orders of the chains")
+    judge.add_argument("--floors", nargs="+", type=whole_number, default=[0, 3], help="minimum chains to compare")
+    judge.add_argument("--probes", type=at_least_one, default=1, help="chains before its first look")
+    judge.add_argument("--wave", type=at_least_one, default=1, help="chains between two looks")
+    judge.add_argument("--repeats", type=at_least_one, default=8, help="random orders of the chains")
     judge.set_defaults(run=lambda arguments: _run(arguments, _eval))
     for verb, split, count in ((train, "train", 1500), (judge, "test", 300)):
         add = verb.add_argument
@@ -40,85 +43,115 @@ def add_parser(commands: Any) -> None:
         add("--model", help="folder, hub name or .gguf file; default: the demo model of the task 'countdown'")
         add("--task", default="countdown", help="name of a task, or a .jsonl file of problems")
         add("--verifier", default="none", metavar="NAME", help="as of `treedecode solve`")
-        add("--split", choices=_SPLITS, default=split)
-        add("--num-problems", type=int, default=count, metavar="N", help=f"default: {count}")
-        add("--chains", type=int, default=24, metavar="N", help="sampled per problem; default: 24")
+        add("--split", choices=_SPLITS, help=f"default: {split}; a file has the split test alone")
+        add("--num-problems", type=at_least_one, metavar="N", help=f"default: {count}, or all of a file")
+        add("--chains", type=at_least_one, default=24, metavar="N", help="sampled per problem; default: 24")
         add("--temperature", type=float, default=1.0)
         # a value head knows the training problems of seed 0
-        add("--seed", type=int, default=1 if verb is train else 0, help="of the problems and of what is sampled")
+        add("--seed", type=whole_number, default=1 if verb is train else 0, help="of the problems and of all sampling")
+        verb.set_defaults(usual=(split, count))
 
 
 def _menu(text: str) -> tuple[int, int, int]:
-    depth, width, keep = (int(part) for part in text.split(","))
+    try:
+        depth, width, keep = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected DEPTH,WIDTH,KEEP, three numbers, got {text!r}") from None
     return depth, width, keep
 
 
 def _run(arguments: argparse.Namespace, verb: Any) -> int:
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        verb(arguments)
-    except (ImportError, OSError, TypeError, ValueError) as error:
-        if getattr(error, "__notes__", None):  # of a problem's search, not of an argument
-            raise
-        print(f"treedecode gate: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    def interrupted() -> str:
+        has_begun = any(arguments.out.glob("rollouts-*.jsonl"))
+        return f"the same command goes on from {arguments.out}" if has_begun else "nothing was written yet"
+
+    return misuse.run("gate", lambda: verb(arguments), interrupted)
 
 
-def _rollouts(arguments: argparse.Namespace, menu: list[tuple[int, int, int]]) -> "Rollouts":
-    """The rollouts that were asked for. New ones are kept, and go on where an earlier process was ended."""
-    from treedecode.decoder import Decoder
-    from treedecode.gate_training.rollouts import Rollouts, collect
+def _rollouts(
+    arguments: argparse.Namespace,
+    menu: list[tuple[int, int, int]],
+    fits: "Callable[[int, int], None]",
+    gate: "Gate | None" = None,
+) -> "Rollouts":
+    """The rollouts that were asked for. New ones are kept, and go on where an earlier process was ended.
+
+    Args:
+        fits: raises where so many problems, with so many chains each, are not enough.
+        gate: what they are for.
+    """
+    from treedecode.gate_training.rollouts import Rollouts, check_menu, collect
     from treedecode.sampling import Sampling
-    from treedecode.tasks import load
+    from treedecode.verify.scorers import as_scorer
 
+    check_folder(arguments.out)
     if arguments.rollouts is not None:
-        return Rollouts.load(arguments.rollouts)
-    task = load(arguments.task)
+        with misuse.argument("rollouts", "path"):
+            found = Rollouts.load(arguments.rollouts)
+        fits(len(found), found.num_chains)
+        return found
+    task = task_for(arguments.task)
+    split, count = arguments.usual
+    if arguments.task.endswith(".jsonl"):
+        split, count = "test", num_lines(arguments.task)
+    split, count = arguments.split or split, arguments.num_problems or count
+    fits(count, arguments.chains)
+    problems = task.problems(count, split=split, seed=arguments.seed)
+    sampling = Sampling(temperature=arguments.temperature)
     model = model_for(arguments.model, task)
-    with Decoder.from_pretrained(model) as decoder:
+    verifier = verifier_named(arguments.verifier, task, model)
+    check_menu(menu, verifier)
+    with decoder_for(model) as decoder:
+        if gate is not None:
+            gate.check(decoder, task, None if verifier is None else as_scorer(verifier))
         data = collect(
             decoder,
-            task.problems(arguments.num_problems, split=arguments.split, seed=arguments.seed),
+            problems,
             task=task,
             num_chains=arguments.chains,
-            verifier=verifier_named(arguments.verifier, task, model),
+            verifier=verifier,
             menu=menu,
-            sampling=Sampling(temperature=arguments.temperature),
+            sampling=sampling,
             seed=arguments.seed,
-            journal=str(arguments.out / f"rollouts-{arguments.split}.jsonl"),
+            journal=str(arguments.out / f"rollouts-{split}.jsonl"),
         )
-    data.save(arguments.out / f"rollouts-{arguments.split}.npz")
+    data.save(arguments.out / f"rollouts-{split}.npz")
     return data
 
 
-def _train(arguments: argparse.Namespace) -> None:
-    from treedecode.gate_training.fit import train
+def _train(arguments: argparse.Namespace) -> int:
+    from treedecode.gate_training.fit import check_sizes, train
 
+    sizes = {"max_chains": arguments.max_chains}
     gate, figures = train(
-        _rollouts(arguments, arguments.menu),
-        max_chains=arguments.max_chains,
+        _rollouts(arguments, arguments.menu, lambda problems, chains: check_sizes(problems, chains, **sizes)),
+        **sizes,
         seed=arguments.seed,
     )
+    arguments.out.mkdir(parents=True, exist_ok=True)
     gate.save(arguments.out / "gate.safetensors")
     (arguments.out / "gate.json").write_text(json.dumps({"gate": repr(gate), **figures}, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
+    return 0
 
 
-def _eval(arguments: argparse.Namespace) -> None:
+def _eval(arguments: argparse.Namespace) -> int:
     from treedecode.gate.model import Gate
-    from treedecode.gate_training.evaluate import evaluate, table
+    from treedecode.gate_training.evaluate import check_policy, evaluate, table
 
-    gate = Gate.load(arguments.gate)
-    report = evaluate(
+    if arguments.gate is None:
+        arguments.gate = gate_file(None, model_for(arguments.model, task_for(arguments.task)))
+    with misuse.argument("gate", "path"):
+        gate = Gate.load(arguments.gate)
+    policy = {"budgets": arguments.budgets, "probes": arguments.probes, "wave": arguments.wave}
+    data = _rollouts(
+        arguments,
+        [entry.shape for entry in gate.config.menu],
+        lambda problems, chains: check_policy(gate, chains, **policy),
         gate,
-        _rollouts(arguments, [entry.shape for entry in gate.config.menu]),
-        budgets=arguments.budgets,
-        probes=arguments.probes,
-        wave=arguments.wave,
-        floors=arguments.floors,
-        repeats=arguments.repeats,
-        seed=arguments.seed,
     )
+    report = evaluate(gate, data, **policy, floors=arguments.floors, repeats=arguments.repeats, seed=arguments.seed)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "gate_report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(table(report))
+    return 0

@@ -1,27 +1,97 @@
-"""Which model, and which gate, a command takes."""
+"""Which task, which model, and which gate, a command takes."""
 
+import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from treedecode.commands import misuse
 
 if TYPE_CHECKING:
+    from treedecode.decoder import Decoder
     from treedecode.gate.model import Gate
     from treedecode.strategies import Strategy
     from treedecode.tasks import Task
+
+
+def task_for(name: str, argument: str = "task") -> "Task":
+    """A task by name, or the problems of a .jsonl file.
+
+    Args:
+        argument: the one that named it.
+
+    Raises:
+        ValueError: no such task, or a file that is missing or broken. ModuleNotFoundError: a package is missing.
+    """
+    from treedecode import tasks
+
+    with misuse.argument(argument, "name_or_path"):
+        return tasks.load(name)
+
+
+def num_lines(path: str) -> int:
+    """How many problems a .jsonl file has."""
+    with open(path, "rb") as file:
+        return sum(1 for line in file if line.strip())
 
 
 def model_for(model: str | None, task: "Task") -> str:
     """A folder, hub name or `.gguf` file; without one, or as "countdown", the demo model of the task countdown.
 
     Raises:
-        ValueError: no model, for another task.
+        ValueError: no model, for another task, or a path that leads nowhere.
     """
-    if model not in (None, "countdown"):
-        return model
     if model is None and task.name != "countdown":
         raise ValueError(f"model: expected a folder, a hub name or a .gguf file for the task {task.name}")
-    from treedecode.tasks.countdown import model_path
+    if model in (None, "countdown"):
+        from treedecode.tasks.countdown import model_path
 
-    return str(model_path())
+        return str(model_path())
+    assert model is not None
+    if leads_nowhere(model):
+        raise ValueError(f"model: expected a folder, a hub name or a .gguf file, and there is no {model!r}")
+    return model
+
+
+def leads_nowhere(name: str) -> bool:
+    """Whether a name is a path, and nothing is there; a hub name is NAME or OWNER/NAME."""
+    is_path = name.startswith((".", "~")) or os.path.isabs(name) or name.endswith(".gguf") or name.count("/") > 1
+    return not name or (is_path and not os.path.exists(name))
+
+
+def decoder_for(model: str, *, dtype: str | None = None, device: str = "cpu", **options: Any) -> "Decoder":
+    """A decoder on a model.
+
+    Args:
+        options: of `Decoder`.
+
+    Raises:
+        ValueError: the device or the model cannot be used, or an option is out of range. MemoryError: it does not fit.
+    """
+    import torch
+    from transformers.utils import logging
+
+    from treedecode.decoder import Decoder
+    from treedecode.models import load_pretrained
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    check_device(device)
+    with misuse.argument("model", "path_or_id", "gguf_file"):
+        found = load_pretrained(model, dtype=None if dtype is None else getattr(torch, dtype), device=device)
+    return Decoder(*found, **options)
+
+
+def check_device(device: str) -> None:
+    """Raises:
+    ValueError: torch cannot use it.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such device; torch built without it
+        raise ValueError(f"device: {device!r} cannot be used: {misuse.first_line(error)}") from None
 
 
 def gate_path(model: str) -> Path:
@@ -29,17 +99,29 @@ def gate_path(model: str) -> Path:
     return Path(model) / "gate.safetensors"
 
 
+def gate_file(path: str | os.PathLike[str] | None, model: str) -> Path:
+    """The file of a gate; without one, that beside the model.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    found = gate_path(model) if path is None else Path(path)
+    if not found.is_file():
+        where = f"at {found}" if path is not None else f"beside the model, {found}"
+        raise ValueError(f"gate: expected the file of one, and there is none {where}")
+    return found
+
+
 def gate_for(path: str | None, strategy: "Strategy", model: str) -> "Gate":
     """The gate of a file; without one the strategy's own, or the one beside the model.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or the file is no gate.
     """
     from treedecode.gate.model import Gate
 
     own = getattr(strategy, "gate", None)
     if path is None and isinstance(own, Gate):
         return own
-    if path is None and not gate_path(model).exists():
-        raise ValueError(f"gate: {strategy.name} has none, nor is there one beside {model}; expected a file")
-    return Gate.load(gate_path(model) if path is None else path)
+    with misuse.argument("gate", "path"):
+        return Gate.load(gate_file(path, model))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from treedecode.commands.misuse import check_folder
 from treedecode.forecasting import forecast
 from treedecode.journal import num_solutions
 from treedecode.tree_page import in_bytes, strict, tree_page
@@ -30,7 +31,7 @@ class Outputs:
         trees: ids of the problems whose trees are.
 
     Raises:
-        ValueError: there are trees to write and no folder. OSError: the folder cannot be made.
+        ValueError: there are trees to write and no folder, or the folder is something else.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None, trees: Collection[str] = ()) -> None:
@@ -38,7 +39,7 @@ class Outputs:
             raise ValueError("trees: expected --out DIR to write them to")
         self._folder, self._trees = None if folder is None else Path(folder), frozenset(trees)
         if self._folder is not None:
-            (self._folder / "trees" if trees else self._folder).mkdir(parents=True, exist_ok=True)
+            check_folder(self._folder)
 
     @property
     def journal(self) -> str | None:
@@ -82,6 +83,7 @@ def _json(value: Any) -> str:
 
 def _write(path: Path, text: str) -> None:
     """The file is there as a whole or not at all, also when the process ends meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.part")
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)

@@ -17,7 +17,7 @@ _ARGUMENT = re.compile(r"^    (\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)", re.MULTILINE
 _TEXTS = tuple[str, ...]
 
 
-def parse(cls: type[T], text: str, what: str, **fixed: Any) -> T:
+def parse(cls: type[T], text: str, what: str, others: Mapping[str, Callable[[], str]] | None = None, **fixed: Any) -> T:
     """An instance of a dataclass from `name=value,name=value`; empty text gives the defaults.
 
     Values are read by the types of the fields: numbers, strings (quoted where they hold commas or line breaks), true or
@@ -26,13 +26,16 @@ def parse(cls: type[T], text: str, what: str, **fixed: Any) -> T:
 
     Args:
         what: how messages call the whole, for instance "budget".
+        others: what settings are that the text leaves out.
         fixed: fields that are given otherwise and have no setting.
 
     Raises:
         ValueError: the text is malformed, names a setting that does not exist (those that do are listed), or has a
             value the type does not take. TypeError, ValueError: of the dataclass's own checks.
     """
-    return _build(cls, dict(_pairs(text, what)), what, fixed)
+    pairs = dict(_pairs(text, what))
+    pairs |= {name: given() for name, given in (others or {}).items() if name not in pairs}
+    return _build(cls, pairs, what, fixed)
 
 
 def _pairs(text: str, what: str) -> Iterator[tuple[str, str]]:
@@ -66,6 +69,13 @@ def _build(cls: type[T], pairs: Mapping[str, str], what: str, fixed: Mapping[str
         kind = _inner(types_of[first])
         assert kind is not None
         values[first] = _build(kind, inner, f"{what}: {first}", {})
+    missing = [
+        field.name
+        for field in _fields(cls)
+        if field.init and field.default is MISSING and field.default_factory is MISSING and field.name not in values
+    ]
+    if missing:
+        raise ValueError(f"{what}: expected {' and '.join(f'{name}=...' for name in missing)}, which has no default")
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:

@@ -2,9 +2,11 @@
 
 import argparse
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
+
+from treedecode.commands import misuse
+from treedecode.commands.misuse import at_least_one, whole_number
 
 if TYPE_CHECKING:
     from treedecode.decoder import Decoder
@@ -14,8 +16,6 @@ if TYPE_CHECKING:
 _SHOTS = 8
 _PROBLEMS = 20
 _JOURNAL = "solutions.jsonl"
-INTERRUPTED = 130  # as a shell reports the end by SIGINT
-MISUSED = 2
 
 
 def add_parser(commands: Any) -> None:
@@ -31,36 +31,30 @@ def add_parser(commands: Any) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--task", help="countdown (the default), or reasoning_gym:NAME")
     source.add_argument("--data", metavar="FILE.jsonl", help='problems, {"question": ..., "answer": ...} a line')
-    add("--num-problems", type=_count, metavar="N", help=f"default: {_PROBLEMS}, or all of --data")
+    add("--num-problems", type=at_least_one, metavar="N", help=f"default: {_PROBLEMS}, or all of --data")
     add("--split", choices=("train", "validation", "test"), default="test")
     add("--few-shot", metavar="FILE.jsonl", help="worked examples before every problem; default: the task's own")
-    add("--shots", type=_count, metavar="N", help=f"how many; default: {_SHOTS} with --few-shot, otherwise none")
+    add("--shots", type=whole_number, metavar="N", help=f"how many; default: {_SHOTS} with --few-shot, otherwise none")
     add("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
     add("--verifier", default="none", metavar="NAME", help="what scores branches; 'help' lists the choices")
     limits = "tokens, flops, kv_bytes, joules, seconds"
     add("--budget", metavar="LIMIT=NUMBER,...", default="", help=f"hard limits of the whole run: {limits}")
     add("--budget-per-problem", metavar="LIMIT=NUMBER,...", default="", help="the same of each problem (no joules)")
     add("--forecast", action="store_true", help="say what the run will probably cost, by a gate, and do not run it")
-    add("--gate", metavar="FILE", help="of the forecast; default: the strategy's own, or the demo model's")
+    add("--gate", metavar="FILE", help="of dynamic_allocation and of --forecast; default: the one beside the model")
     add("--temperature", type=float, default=1.0)
     add("--top-p", type=float, default=1.0)
     add("--top-k", type=int, default=0)
-    add("--seed", type=int, default=0, help="of the problems drawn and of everything sampled")
+    add("--seed", type=whole_number, default=0, help="of the problems drawn and of everything sampled")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
     add("--device", default="cpu")
     add("--kv-memory", metavar="SIZE", help="for keys and values, such as 2GiB; default: by the machine")
-    add("--max-branches", type=_count, metavar="N", default=512, help="decoded at once")
+    add("--max-branches", type=at_least_one, metavar="N", default=512, help="decoded at once")
     add("--out", metavar="DIR", help="where solutions, ledger and trees go; what is there already is not solved again")
-    add("--trees", type=_count, default=0, metavar="N", help="of so many problems the tree as a page and as JSON")
+    add("--trees", type=whole_number, default=0, metavar="N", help="of so many problems the tree as a page and as JSON")
     add("--progress", action=argparse.BooleanOptionalAction, help="a bar; default: on a terminal")
     add("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics there while it runs")
     parser.set_defaults(run=run)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
-    return int(text)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -72,25 +66,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.strategy == "help" or arguments.verifier == "help":
         print("\n".join(_strategies() if arguments.strategy == "help" else _verifiers()))
         return 0
-    try:
-        return _solve(arguments)
-    except KeyboardInterrupt:
-        where = arguments.out and os.path.join(arguments.out, _JOURNAL)
-        if where and os.path.exists(where):
-            print(f"treedecode solve: interrupted; the same command goes on from {where}", file=sys.stderr)
-        else:
-            print("treedecode solve: interrupted; with --out DIR it could go on later", file=sys.stderr)
-        return INTERRUPTED
-    except (ImportError, OSError, TypeError, ValueError) as error:
-        # An error of the search itself has a note that says which problem it was in, and keeps its traceback.
-        if getattr(error, "__notes__", None):
-            raise
-        print(f"treedecode solve: error: {_first_line(error)}", file=sys.stderr)
-        return MISUSED
 
+    def interrupted() -> str:
+        if arguments.out is None:
+            return "with --out DIR it could go on later"
+        where = os.path.join(arguments.out, _JOURNAL)
+        return f"the same command goes on from {where}" if os.path.exists(where) else "nothing was written yet"
 
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return misuse.run("solve", lambda: _solve(arguments), interrupted)
 
 
 def _strategies() -> Iterator[str]:
@@ -109,70 +92,80 @@ def _verifiers() -> Iterator[str]:
     yield from (f"{name:<{width}}  {meaning}" for name, meaning in VERIFIERS.items())
 
 
-def strategy_named(text: str) -> "Strategy":
+def strategy_named(text: str, gate: "Callable[[], str] | None" = None) -> "Strategy":
     """The strategy that `name:setting=value,...` means.
+
+    Args:
+        gate: names the file of the gate, for a strategy that has one where the text names none.
 
     Raises:
         TypeError, ValueError: no such strategy or setting (those there are are listed), or a value out of range.
     """
-    from treedecode.commands.settings import parse
+    from treedecode.commands.settings import parse, settings_of
     from treedecode.strategies import STRATEGIES
 
     name, _, settings = text.partition(":")
     if name not in STRATEGIES:
         raise ValueError(f"strategy: no {name!r}; there are {', '.join(STRATEGIES)} (--strategy help says more)")
-    return parse(STRATEGIES[name], settings, f"strategy {name}")
+    strategy = STRATEGIES[name]
+    others = {"gate": gate} if gate is not None and "gate" in settings_of(strategy) else {}
+    return parse(strategy, settings, f"strategy {name}", others)
 
 
 def _solve(arguments: argparse.Namespace) -> int:
     # what needs no model comes first: a typing error should not cost the loading of one
-    strategy = strategy_named(arguments.strategy)
-    from transformers.utils import logging as transformers_logging
-
     from treedecode import tasks
     from treedecode.budget import Budget
-    from treedecode.commands.models import gate_for, model_for
+    from treedecode.commands.models import (
+        check_device,
+        decoder_for,
+        gate_file,
+        gate_for,
+        model_for,
+        task_for,
+    )
     from treedecode.commands.outputs import Outputs, expected, summary
     from treedecode.commands.settings import parse
     from treedecode.commands.verifiers import verifier_named
-    from treedecode.decoder import Decoder
     from treedecode.progress import Progress
     from treedecode.sampling import Sampling
     from treedecode.solving import solve
 
+    task = task_for(arguments.data, "data") if arguments.data is not None else task_for(arguments.task or "countdown")
+    model = model_for(arguments.model, task)
+    strategy = strategy_named(arguments.strategy, lambda: str(gate_file(arguments.gate, model)))
+    if arguments.gate is not None and not arguments.forecast and not hasattr(strategy, "gate"):
+        raise ValueError(f"gate: {strategy.name} has none, so expected it with --forecast alone")
     sampling = Sampling(temperature=arguments.temperature, top_p=arguments.top_p, top_k=arguments.top_k)
     alone = parse(Budget, arguments.budget_per_problem, "budget-per-problem", per_problem=None)
     per_problem = None if alone == Budget() else alone
     budget = parse(Budget, arguments.budget, "budget", per_problem=per_problem)
-    task = tasks.load(arguments.data or arguments.task or "countdown")
     problems = _problems(arguments, task)
     examples = _examples(arguments, task)
     if strategy.needs_verifier and arguments.verifier == "none":
         raise ValueError(f"verifier: {strategy.name} scores branches and needs one (--verifier help)")
-    model = model_for(arguments.model, task)
+    check_device(arguments.device)
     verifier = verifier_named(arguments.verifier, task, model, arguments.device)
-    _check_device(arguments.device)
     port = arguments.metrics_port
     if port is not None and not 0 <= port < 2**16:
         raise ValueError(f"metrics-port: expected 0 to {2**16 - 1}, got {port}")
+    gate = gate_for(arguments.gate, strategy, model) if arguments.forecast else None
     outputs = Outputs(arguments.out, [problem.id for problem in problems[: arguments.trees]])
 
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
     options = {"max_branches": arguments.max_branches, "kv_memory": arguments.kv_memory}
-    with Decoder.from_pretrained(model, dtype=arguments.dtype, device=arguments.device, **options) as decoder:
+    with decoder_for(model, dtype=arguments.dtype, device=arguments.device, **options) as decoder:
         prompts = tasks.format_prompts(problems, examples, tokenizer=decoder.tokenizer, chat=arguments.chat)
         by_id = dict(zip([problem.id for problem in problems], prompts, strict=True))
         _check_lengths(decoder, by_id)
-        if arguments.forecast:
-            gate = gate_for(arguments.gate, strategy, model)
+        if gate is not None:
             print("\n".join(expected(decoder, prompts, strategy, gate, budget)))
             return 0
         metrics, end = None, None
         if port is not None:
             from treedecode.metrics import serve
 
-            metrics, end = serve(decoder, strategy.name, port)
+            with misuse.argument("metrics-port"):
+                metrics, end = serve(decoder, strategy.name, port)
         num_known = outputs.num_known
         try:
             with Progress(decoder, len(problems), num_known, show=arguments.progress) as progress:
@@ -211,23 +204,13 @@ def _solve(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # no such device; torch built without it
-        raise ValueError(f"device: {device!r} cannot be used: {error}") from None
-
-
 def _problems(arguments: argparse.Namespace, task: "Task") -> "list[Problem]":
+    from treedecode.commands.models import num_lines
+
     count = arguments.num_problems
     if count is None and arguments.data is not None:
-        with open(arguments.data, encoding="utf-8") as file:
-            count = sum(1 for line in file if line.strip())
+        count = num_lines(arguments.data)
     count = _PROBLEMS if count is None else count
-    if count == 0:
-        raise ValueError("num-problems: expected at least 1")
     return task.problems(count, split=arguments.split, seed=arguments.seed)
 
 
@@ -235,10 +218,13 @@ def _examples(arguments: argparse.Namespace, task: "Task") -> list[tuple[str, st
     from treedecode.tasks import few_shot
 
     source = arguments.few_shot
+    if source is not None and not os.path.isfile(source):
+        raise ValueError(f"few-shot: expected a file of examples, and there is no {source!r}")
     if source is not None and arguments.data is not None and os.path.samefile(source, arguments.data):
         raise ValueError("few-shot: is the file of the problems itself, whose answers the examples would give away")
     shots = arguments.shots if arguments.shots is not None else _SHOTS if source is not None else 0
-    return few_shot(task if source is None else source, shots)
+    with misuse.argument("shots" if source is None else "few-shot", "count"):
+        return few_shot(task if source is None else source, shots)
 
 
 def _check_lengths(decoder: "Decoder", prompts: "dict[str, Any]") -> None:

@@ -1,19 +1,23 @@
 """`treedecode study`: every strategy on the same problems, what each buys, and a report."""
 
 import argparse
+import importlib
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treedecode.commands.models import gate_path, model_for
-from treedecode.commands.solve import INTERRUPTED, MISUSED
+from treedecode.commands import misuse
+from treedecode.commands.misuse import at_least_one, check_folder, whole_number
+from treedecode.commands.models import check_device, decoder_for, gate_file, gate_path, model_for, num_lines, task_for
 
 if TYPE_CHECKING:
     from treedecode.solving import Solution
     from treedecode.study.rows import Conditions, Entry
     from treedecode.tasks import Task
+
+_PROBLEMS, _LATENCY_PROBLEMS = 100, 6
 
 
 def add_parser(commands: Any) -> None:
@@ -26,20 +30,22 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="where all of it goes")
     add("--resume", action="store_true", help="go on with the study that --out holds")
-    add("--problems", type=int, default=100, metavar="N", help="of the test split (default: 100)")
-    add("--latency-problems", type=int, default=6, metavar="N", help="of these, solved one at a time too (default: 6)")
+    count = f"default: {_PROBLEMS}, or all of a file"
+    add("--problems", type=at_least_one, metavar="N", help=f"of the test split ({count})")
+    of_these = f"of these, solved one at a time too (default: {_LATENCY_PROBLEMS}, or all)"
+    add("--latency-problems", type=at_least_one, metavar="N", help=of_these)
     add("--strategies", metavar="NAME,...", help="rows beside the baseline, by key or strategy (default: all)")
     add("--model", help="folder, hub name or .gguf file; default: the demo model that comes with the task 'countdown'")
     add("--data", default="countdown", help="a task by name, or FILE.jsonl (default: countdown)")
     add("--few-shot", metavar="FILE.jsonl", help="worked examples before every problem")
-    add("--shots", type=int, default=8, metavar="N", help="how many of them (default: 8)")
+    add("--shots", type=whole_number, default=8, metavar="N", help="how many of them (default: 8)")
     add("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
     add(
         "--verifier", default="value_head", metavar="NAME", help="as of `solve` (default: value_head, beside the model)"
     )
     add("--gate", metavar="FILE", help="of dynamic allocation (default: gate.safetensors beside the model)")
     add("--temperature", type=float, default=1.0)
-    add("--seed", type=int, default=0, help="of the problems drawn and of everything sampled")
+    add("--seed", type=whole_number, default=0, help="of the problems drawn and of everything sampled")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
     add("--device", default="cpu")
     parser.set_defaults(run=run)
@@ -52,32 +58,34 @@ def run(arguments: argparse.Namespace) -> int:
         the exit status: 0; 1 where a row failed; 2, with a line on standard error, where an argument is wrong; 130
         after Ctrl-C.
     """
-    try:
-        return _study(arguments)
-    except KeyboardInterrupt:
-        print(f"treedecode study: interrupted; with --resume it goes on from {arguments.out}", file=sys.stderr)
-        return INTERRUPTED
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("scipy", "matplotlib"):
-            raise
-        print(f"treedecode study: error: needs {error.name}: pip install 'treedecode[study]'", file=sys.stderr)
-        return MISUSED
-    except (OSError, TypeError, ValueError) as error:
-        # An error of the baseline's search has a note that says which problem it was in, and keeps its traceback.
-        if getattr(error, "__notes__", None):
-            raise
-        print(f"treedecode study: error: {error}", file=sys.stderr)
-        return MISUSED
+
+    def interrupted() -> str:
+        if (arguments.out / "plan.json").exists():
+            return f"with --resume it goes on from {arguments.out}"
+        return "nothing was written yet"
+
+    return misuse.run("study", lambda: _study(arguments), interrupted)
 
 
 def _study(arguments: argparse.Namespace) -> int:
-    from treedecode import tasks
+    for package in ("scipy", "matplotlib"):
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError(f"needs {package}: pip install 'treedecode[study]'", name=package) from None
     from treedecode.study import plan, plots, report
     from treedecode.study.run import run_study
 
-    task = tasks.load(arguments.data)
+    check_folder(arguments.out)
+    task = task_for(arguments.data, "data")
     model = model_for(arguments.model, task)
-    gate = arguments.gate or str(gate_path(model))
+    gate = str(gate_path(model))
+    if arguments.gate is not None:  # a row whose gate is missing says so, but not if it was asked for
+        from treedecode.gate.model import Gate
+
+        gate = str(gate_file(arguments.gate, model))
+        with misuse.argument("gate", "path"):
+            Gate.load(gate)
     entries = plan.default_plan(gate, follows_instructions=arguments.model is not None)
     if arguments.strategies is not None:
         entries = plan.choose(entries, arguments.strategies.split(","))
@@ -111,18 +119,28 @@ def conditions_of(arguments: argparse.Namespace, task: "Task", model: str) -> "C
     """
     from treedecode import tasks
     from treedecode.commands.verifiers import verifier_named
-    from treedecode.decoder import Decoder, Prompt
+    from treedecode.decoder import Prompt
     from treedecode.sampling import Sampling
     from treedecode.study.rows import Conditions
     from treedecode.study.serial import one_after_another
+    from treedecode.verify.value import Value
 
-    if not 1 <= arguments.latency_problems <= arguments.problems:
-        limits = f"1 to {arguments.problems}, the problems there are"
-        raise ValueError(f"latency-problems: expected from {limits}, got {arguments.latency_problems}")
-    problems = task.problems(arguments.problems, split="test", seed=arguments.seed)
-    examples = tasks.few_shot(arguments.few_shot, arguments.shots) if arguments.few_shot is not None else []
+    count = num_lines(arguments.data) if arguments.data.endswith(".jsonl") else _PROBLEMS
+    count = arguments.problems or count
+    latency_problems = arguments.latency_problems or min(count, _LATENCY_PROBLEMS)
+    if latency_problems > count:
+        raise ValueError(f"latency-problems: expected at most {count}, the problems there are, got {latency_problems}")
+    problems = task.problems(count, split="test", seed=arguments.seed)
+    examples = []
+    if arguments.few_shot is not None:
+        with misuse.argument("few-shot", "count"):
+            examples = tasks.few_shot(arguments.few_shot, arguments.shots)
+    sampling = Sampling(temperature=arguments.temperature)
+    check_device(arguments.device)
     verifier = verifier_named(arguments.verifier, task, model, arguments.device)
-    decoder = Decoder.from_pretrained(model, dtype=arguments.dtype, device=arguments.device)
+    decoder = decoder_for(model, dtype=arguments.dtype, device=arguments.device)
+    if isinstance(verifier, Value):
+        verifier.check(decoder.model)
     prompts: Sequence[Prompt]
     prompts = tasks.format_prompts(problems, examples, tokenizer=decoder.tokenizer, chat=arguments.chat)
     by_id: dict[str, Prompt] = dict(zip([problem.id for problem in problems], prompts, strict=True))
@@ -132,9 +150,9 @@ def conditions_of(arguments: argparse.Namespace, task: "Task", model: str) -> "C
         task=task,
         problems=problems,
         verifier=verifier,
-        sampling=Sampling(temperature=arguments.temperature),
+        sampling=sampling,
         seed=arguments.seed,
-        latency_problems=arguments.latency_problems,
+        latency_problems=latency_problems,
         prompt=lambda problem: by_id[problem.id],
     )
 

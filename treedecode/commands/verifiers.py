@@ -3,6 +3,8 @@
 import os
 from typing import Any
 
+from treedecode.commands import misuse
+from treedecode.commands.models import leads_nowhere
 from treedecode.tasks.base import Problem, Task
 
 VERIFIERS = {
@@ -22,7 +24,7 @@ def verifier_named(name: str, task: Task, model: str, device: str = "cpu") -> An
         model: the folder or hub name of the model that decodes. device: where a reward model is put.
 
     Raises:
-        FileNotFoundError, OSError, ValueError: there is no such verifier, or it cannot be loaded.
+        FileNotFoundError, ValueError: there is no such verifier, or it cannot be loaded.
     """
     if name == "none":
         return None
@@ -43,10 +45,14 @@ def verifier_named(name: str, task: Task, model: str, device: str = "cpu") -> An
             raise FileNotFoundError(f"verifier: no value head at {path}")
         from treedecode.verify.value import Value
 
-        return Value(path)
+        with misuse.argument("verifier", "path"):
+            return Value(path)
+    if name == "help" or ":" in name or leads_nowhere(name):
+        raise ValueError(f"verifier: expected one of {', '.join(VERIFIERS)}; got {name!r}")
     from treedecode.verify.reward_model import RewardModel
 
-    return RewardModel(name, device=device)
+    with misuse.argument("verifier", "path_or_model"):
+        return RewardModel(name, device=device)
 
 
 class Oracle:

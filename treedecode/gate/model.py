@@ -23,7 +23,8 @@ from treedecode.gate.origin import Origin
 from treedecode.gate.quantiles import CostQuantiles, tensors_under
 
 if TYPE_CHECKING:
-    from treedecode.search import Search
+    from treedecode.decoder import Decoder
+    from treedecode.tasks.base import Task
 
 SCHEMA = "treedecode.gate/3"
 _MIN_RATE = 1e-4  # a mean success rate of 0 or 1 is no Beta distribution
@@ -171,13 +172,29 @@ class Gate:
             digest.update(name.encode() + tensor.numpy().tobytes())
         return f"Gate({digest.hexdigest()[:16]})"
 
-    def check(self, search: "Search") -> None:
-        """Checks that a search is what the gate was trained for: scores of another verifier say nothing to it.
+    def check(self, decoder: "Decoder", task: "Task", scorer: Any) -> None:
+        """Checks that a run is what the gate was trained for: scores of another verifier say nothing to it.
+
+        Args:
+            scorer: the run's verifier; None = it has none.
 
         Raises:
-            ValueError: another verifier, task or model (named, with the gate).
+            ValueError: another verifier, task or model (named, with the gate), or a model that gives no hidden states.
         """
-        self.config.origin.require(Origin.of(search.decoder, search.task, search._score), self)
+        self.config.origin.require(Origin.of(decoder, task, scorer), self)
+        self.check_model(decoder.model)
+
+    def check_model(self, model: Any) -> None:
+        """Checks that the gate can read a decoder's model.
+
+        Raises:
+            ValueError: it gives no hidden states, or of another size.
+        """
+        size = self.config.hidden_size
+        if size and not hasattr(model, "forward_hidden"):
+            raise ValueError(f"model: {type(model).__name__} has no forward_hidden, so it gives no hidden states")
+        if size not in (0, getattr(model, "hidden_size", 0)):
+            raise ValueError(f"gate: {self!r} reads hidden states of {size}, and this model's have {model.hidden_size}")
 
     def price(self, budget: float) -> float:
         """The price at which problems like those of the training cost `budget` chains in the mean.
@@ -236,6 +253,8 @@ class Gate:
         Raises:
             FileNotFoundError: no such file. ValueError: it is no gate, or of another version.
         """
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"path: no file {os.fspath(path)}")
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}

@@ -42,7 +42,7 @@ def evaluate(
         permutations: of the audit's test.
 
     Raises:
-        ValueError: the gate and the rollouts do not fit (named).
+        ValueError: the gate and the rollouts do not fit, or a number is out of range (named).
     """
     config = gate.config
     if config.hidden_size == 0:
@@ -53,6 +53,12 @@ def evaluate(
             f"{data.hidden.shape[1]}"
         )
     config.origin.require(data.origin, gate)
+    if data.menu.tolist() != [list(item.shape) for item in config.menu]:
+        raise ValueError(
+            f"data: the gate knows the tree searches {[item.shape for item in config.menu]} (depth, width, keep), the "
+            f"rollouts have {[tuple(entry) for entry in data.menu.tolist()]}"
+        )
+    check_policy(gate, data.num_chains, budgets=budgets, probes=probes, wave=wave)
     rng = np.random.default_rng(seed)
     max_chains = min(config.max_chains + wave, data.num_chains)
     replays = [Replay(data, orders(data, rng)) for _ in range(repeats)]
@@ -88,6 +94,25 @@ def evaluate(
         "budgets": rows,
         "audits": audits,
     }
+
+
+def check_policy(gate: Gate, num_chains: int, *, budgets: Sequence[float], probes: int, wave: int) -> None:
+    """Checks what is to be replayed on problems of so many chains.
+
+    Raises:
+        ValueError: a number is out of range (named).
+    """
+    if num_chains < 2:
+        raise ValueError(f"chains: expected at least 2 of a problem, got {num_chains}")
+    config = gate.config
+    most = min(config.max_chains, num_chains)
+    if not config.min_chains <= probes <= most:
+        raise ValueError(f"probes: expected from {config.min_chains} to {most}, got {probes}")
+    if wave < 1:
+        raise ValueError(f"wave: expected at least 1, got {wave}")
+    for budget in budgets:
+        if not probes <= budget < np.inf:
+            raise ValueError(f"budgets: expected numbers from the {probes} of the probes on, got {budget}")
 
 
 def _row(budget: float, runs: list[Spent], oracle: list[Spent], replays: list[Replay], seed: int) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from treedecode.gate_training.prices import fit_prices
 from treedecode.gate_training.rollouts import Rollouts
 from treedecode.gate_training.stopping import fit_until_best
 
+_LEAST = 20  # problems
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -45,11 +47,7 @@ def look(data: Rollouts, *, min_chains: int, max_chains: int, looks: int, rng: n
     Raises:
         ValueError: no chain would be left to learn from.
     """
-    if not 1 <= min_chains <= max_chains < data.num_chains:
-        raise ValueError(
-            f"max_chains: expected from min_chains = {min_chains} to less than the {data.num_chains} chains of a "
-            f"problem, got {max_chains}"
-        )
+    _check_chains(data.num_chains, min_chains, max_chains)
     features, solved, hits, trees = [], [], [], []
     sizes = np.exp(rng.uniform(np.log(min_chains), np.log(max_chains + 1), (len(data), looks))).astype(np.int64)
     for problem in range(len(data)):
@@ -68,6 +66,25 @@ def look(data: Rollouts, *, min_chains: int, max_chains: int, looks: int, rng: n
     return Examples(
         np.array(features), np.array(solved), np.array(hits), data.num_chains - counts, np.array(trees, bool)
     )
+
+
+def check_sizes(num_problems: int, num_chains: int, *, min_chains: int = 1, max_chains: int = 16) -> None:
+    """Checks that so many problems, with so many chains each, are enough to train on.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    if num_problems < _LEAST:
+        raise ValueError(f"num_problems: expected at least {_LEAST} to split, got {num_problems}")
+    _check_chains(num_chains, min_chains, max_chains)
+
+
+def _check_chains(num_chains: int, min_chains: int, max_chains: int) -> None:
+    if not 1 <= min_chains <= max_chains < num_chains:
+        raise ValueError(
+            f"max_chains: expected from min_chains = {min_chains} to less than the {num_chains} chains of a "
+            f"problem, got {max_chains}"
+        )
 
 
 def beta_binomial_nll(hits: Tensor, trials: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
@@ -124,8 +141,7 @@ def train(
     Raises:
         ValueError: too few problems to split, or an argument does not fit the rollouts (named).
     """
-    if len(data) < 20:
-        raise ValueError(f"data: expected at least 20 problems to split, got {len(data)}")
+    check_sizes(len(data), data.num_chains, min_chains=min_chains, max_chains=max_chains)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(data))
     ends = [int(len(data) * share) for share in (0.7, 0.85)]

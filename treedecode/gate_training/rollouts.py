@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
@@ -116,6 +117,10 @@ class Rollouts:
         Raises:
             FileNotFoundError: no such file. ValueError: it holds something else.
         """
+        if not zipfile.is_zipfile(path):
+            if not os.path.isfile(path):
+                raise FileNotFoundError(f"path: no file {os.fspath(path)}")
+            raise ValueError(f"path: {os.fspath(path)} is no npz file")
         with np.load(path, allow_pickle=False) as arrays:
             missing = {*_ARRAYS, "origin"} - set(arrays)
             if missing:
@@ -197,10 +202,9 @@ def collect(
         settings: further ones of `solve`.
 
     Raises:
-        ValueError: tree searches without a verifier.
+        ValueError: tree searches without a verifier, or one that there cannot be.
     """
-    if menu and verifier is None:
-        raise ValueError("menu: tree searches score branches and need a verifier")
+    check_menu(menu, verifier)
     strategy = Collect(num_chains, tuple(menu), wants_hidden=hasattr(decoder.model, "forward_hidden"))
     result = solve(
         decoder,
@@ -237,6 +241,21 @@ def collect(
         menu=np.array(menu, np.int64).reshape(-1, 3),
         origin=Origin.of(decoder, task, None if verifier is None else as_scorer(verifier)),
     )
+
+
+def check_menu(menu: Sequence[tuple[int, int, int]], verifier: Any) -> None:
+    """Checks tree searches, (depth, width, keep) each.
+
+    Raises:
+        ValueError: they have no verifier, or there can be no such search.
+    """
+    if menu and verifier is None:
+        raise ValueError("menu: tree searches score branches and need a verifier")
+    for entry in menu:
+        try:
+            TreeOfThoughts(*entry)
+        except ValueError as error:
+            raise ValueError(f"menu: {entry}: {error}") from None
 
 
 def _column(notes: Sequence[dict[str, Any]], name: str) -> np.ndarray:

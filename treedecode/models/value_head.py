@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -79,9 +80,12 @@ class ValueHead(nn.Module):
         Raises:
             FileNotFoundError: no such file. ValueError: it does not hold a value head.
         """
-        tensors = load_file(path)
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"path: {os.fspath(path)} holds no value head: {error}") from error
         if "up.weight" not in tensors or tensors["up.weight"].ndim != 2:
-            raise ValueError(f"path: {os.fspath(path)} holds no value head, but {sorted(tensors)}")
+            raise ValueError(f"path: {os.fspath(path)} holds no value head: it has no matrix up.weight")
         width, hidden_size = tensors["up.weight"].shape
         head = cls(hidden_size, width)
         try:

@@ -2,13 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from treedecode.gate.draws import CostDraws
 from treedecode.search import Outcome, Search
 from treedecode.tree import Frontier
+
+if TYPE_CHECKING:
+    from treedecode.decoder import Decoder
+    from treedecode.tasks.base import Task
 
 ANSWERS = ("best", "weighted", "majority")
 
@@ -51,6 +55,16 @@ class Strategy:
             f"strategy: what {self.name} with these settings costs does not follow from how long chains are, which is "
             "all that a gate knows"
         )
+
+    def check(self, decoder: "Decoder", task: "Task", scorer: Any) -> None:
+        """Looks at what a run has, before it begins.
+
+        Args:
+            scorer: the run's verifier; None = it has none.
+
+        Raises:
+            ValueError: the strategy cannot run with it (named).
+        """
 
     async def solve(self, search: Search) -> Outcome:
         """The strategy's answer to one problem.

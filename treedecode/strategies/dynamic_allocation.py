@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
@@ -24,8 +24,7 @@ from treedecode.strategies.tree_of_thoughts import TreeOfThoughts
 class DynamicAllocation(Strategy):
     """A few chains for every problem; then more chains, or a tree search, where a unit of the budget buys most.
 
-    After every wave of chains the gate looks at the problem again. The answer is that of the chain the verifier scores
-    best, without a verifier that of most.
+    After every wave the gate looks again. The answer is that of the chain the verifier scores best, or else of most.
 
     Args:
         budget: mean cost of a problem, in units of what one chain alone costs; probes are part of it.
@@ -78,8 +77,7 @@ class DynamicAllocation(Strategy):
 
     @property
     def _gate(self) -> Gate:
-        assert isinstance(self.gate, Gate)
-        return self.gate
+        return cast(Gate, self.gate)
 
     @property
     def _most(self) -> int:
@@ -103,8 +101,10 @@ class DynamicAllocation(Strategy):
             raise ValueError(f"unit: dynamic allocation divides {self.unit}, and what it costs in them alone is known")
         return self.budget * draws.alone(self.probes)
 
+    def check(self, *run: Any) -> None:
+        self._gate.check(*run)
+
     async def solve(self, search: Search) -> Outcome:
-        self._gate.check(search)
         try:
             return await self._solve(search)
         finally:

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import os
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +43,20 @@ class Value:
         for tensor in self.head.state_dict().values():
             weights.update(tensor.float().numpy(force=True).tobytes())
         return f"Value({weights.hexdigest()})"
+
+    def check(self, model: Any) -> None:
+        """Looks at a decoder's model, before a run begins.
+
+        Raises:
+            ValueError: it gives no hidden states, or the head was trained for those of another size.
+        """
+        if not hasattr(model, "forward_hidden"):
+            raise ValueError(f"model: {type(model).__name__} has no forward_hidden, so it gives no hidden states")
+        if model.hidden_size != self.head.hidden_size:
+            raise ValueError(
+                f"verifier: the value head reads hidden states of {self.head.hidden_size}, and those of this model "
+                f"have {model.hidden_size}"
+            )
 
     async def __call__(self, frontier: Frontier, problem: Problem) -> np.ndarray:
         """Sets and returns the scores of a frontier's branches, `[n]` float64 in [0, 1].
