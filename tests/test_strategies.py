@@ -13,7 +13,6 @@ import treedecode as td
 from treedecode.search import Outcome
 from treedecode.strategies.puct import Node, exploration
 from treedecode.strategies.self_consistency import leads
-from treedecode.strategies.step_beam_search import best_of_each
 from treedecode.tasks import Problem
 
 # -- self-consistency, best of n --
@@ -110,11 +109,6 @@ def test_trees_of_dvts_know_nothing_of_each_other():
         for i in range(0, 6, 2):
             pair = [score for _, score in before[i : i + 2]]
             assert (children[i] > 0, children[i + 1] > 0) == (pair[0] >= pair[1], pair[0] < pair[1])
-
-
-def test_the_first_of_equals_is_kept():
-    kept = best_of_each(np.array([0, 0, 0, 1, 1]), np.array([0.5, 0.5, 0.5, 0.1, 0.2]), 2)
-    assert kept.tolist() == [True, True, False, True, True]
 
 
 @pytest.mark.parametrize("dead", [None, 0.5])

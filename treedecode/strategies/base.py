@@ -8,7 +8,6 @@ import numpy as np
 
 from treedecode.gate.draws import CostDraws
 from treedecode.search import Outcome, Search
-from treedecode.tree import Frontier
 
 ANSWERS = ("best", "weighted", "majority")
 
@@ -83,23 +82,27 @@ def require_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
 
 
-def choose(search: Search, solutions: Frontier, answer: str) -> Outcome:
-    """The outcome of scored solutions.
+def choose(search: Search, solutions: Sequence[Outcome], answer: str) -> Outcome:
+    """The outcome of scored solutions; of equals the one given first.
 
     Args:
         answer: "best": the best scored solution; "weighted": the answer with the highest sum of scores, equal answers
-            being one (2206.02336); "majority": that of most solutions.
+            being one (2206.02336); "majority": that of most solutions. Where no solution comes to an answer, the best
+            scored one.
 
     Raises:
         ValueError: scores that are to be summed are negative; a sum of log-probabilities would favour rare answers.
     """
     if answer == "best":
-        return search.best(solutions)
+        return max(solutions, key=rank)
     if answer == "majority":
-        return search.majority(solutions)
-    if (np.asarray(solutions.scores) < 0).any():
-        raise ValueError(f"verifier: weighted votes need scores >= 0, got {solutions.scores.min()}")
-    return search.majority(solutions, solutions.scores)
+        return search.vote(solutions, np.ones(len(solutions)))
+    scores = np.array([solution.score for solution in solutions], np.float64)
+    if (scores < 0).any():
+        raise ValueError(
+            f'verifier: weighted votes need scores >= 0, got {scores.min():g}; answer="best" takes any scores'
+        )
+    return search.vote(solutions, scores)
 
 
 def rank(outcome: Outcome) -> tuple[bool, float]:

@@ -65,7 +65,7 @@ class ParticleFilter(Strategy):
             if going_on and effective_sample_size(weights) <= self.ess_threshold * self.num_particles:
                 particles = particles.spread(systematic_resampling(weights, rng.random()))
                 log_weights = np.zeros(self.num_particles)
-        return choose(search, particles, self.answer)
+        return choose(search, search.outcomes(particles), self.answer)
 
     def _logits(self, scores: np.ndarray) -> np.ndarray:
         if self.is_logit:
