@@ -64,8 +64,13 @@ def test_the_best_and_the_weighted_answer():
 def test_weighted_votes_refuse_negative_scores():
     with pytest.raises(ValueError, match="verifier: weighted votes need scores >= 0, got -"):
         solve_one(td.BestOfN(num_samples=3, answer="weighted"), Recorder(lambda problem, text: -len(text) - 1.0))
-    with pytest.raises(ValueError, match="verifier: expected a number for every branch, got"):
-        solve_one(td.BestOfN(num_samples=3), Recorder(lambda problem, text: math.nan))
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
+def test_scores_are_finite(score):
+    for strategy in (td.BestOfN(num_samples=3), td.REBASE(width=3), td.MCTS(num_simulations=2, width=2)):
+        with pytest.raises(ValueError, match="verifier: expected a finite number for every branch, got"):
+            solve_one(strategy, Recorder(lambda problem, text: score if "e" in text else 0.5))
 
 
 # -- beams over steps, DVTS, tree of thoughts --

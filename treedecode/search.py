@@ -175,7 +175,7 @@ class Search:
             which: `[n]` bool, those to score (None: all); the others keep the scores they have.
 
         Raises:
-            ValueError: the run has no verifier, or it gives nan.
+            ValueError: the run has no verifier, or it gives nan or an infinite score.
         """
         if self._score is None:
             raise ValueError("verifier: this strategy scores branches and needs one")
@@ -186,8 +186,8 @@ class Search:
                     values[which] = await self.score(some)
         else:
             values = np.asarray(await self._score(frontier, self.problem), np.float64)
-        if np.isnan(values).any():
-            raise ValueError(f"verifier: expected a number for every branch, got {values}")
+        if not np.isfinite(values).all():
+            raise ValueError(f"verifier: expected a finite number for every branch, got {values}")
         frontier.scores = values
         return frontier.scores
 

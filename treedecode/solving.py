@@ -22,7 +22,8 @@ from treedecode.search import Outcome, Search
 from treedecode.search_tree import SearchTree
 from treedecode.strategies.base import Strategy
 from treedecode.tasks.base import Problem, Task
-from treedecode.verify.scorers import as_scorer
+from treedecode.verify.judges import Judge
+from treedecode.verify.scorers import TextScorer, as_scorer
 
 # fields of a solution that are JSON as they are
 _PLAIN = ("answer", "text", "score", "is_cut", "correct", "seconds", "notes")
@@ -161,6 +162,8 @@ class _Run:
         scorer = None if verifier is None else as_scorer(verifier)
         if strategy.needs_verifier and scorer is None:
             raise ValueError(f"verifier: {strategy.name} scores branches and needs one")
+        if scorer is not None and not (scorer.probability or isinstance(scorer, (TextScorer, Judge))):
+            strategy.check_unbounded(scorer)
         self._num_places = strategy.num_branches * (1 + getattr(scorer, "num_samples", 0))
         if self._num_places > decoder.engine.pool.max_branches:
             raise ValueError(

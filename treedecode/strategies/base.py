@@ -40,6 +40,18 @@ class Strategy:
         """
         return None
 
+    def check_unbounded(self, scorer: Any) -> None:
+        """Called before a run whose scorer does not say that its scores are probabilities, nor is made of a function.
+
+        Raises:
+            ValueError: these settings need scores that are not negative, or probabilities (the setting is named).
+        """
+        if getattr(self, "answer", None) == "weighted":
+            raise ValueError(
+                f'answer: "weighted" adds scores up, which must not be negative then, and {scorer!r} does not say that '
+                'its scores are probabilities; answer="best" takes any'
+            )
+
     def cost(self, draws: CostDraws) -> np.ndarray:
         """`[num_draws]` of what it may spend on a problem, in the unit of the draws (`treedecode.forecasting`).
 
