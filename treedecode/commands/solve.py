@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from treedecode.decoder import Decoder
     from treedecode.strategies import Strategy
     from treedecode.tasks import Problem, Task
 
@@ -131,6 +130,7 @@ def _solve(arguments: argparse.Namespace) -> int:
 
     from treedecode import tasks
     from treedecode.budget import Budget
+    from treedecode.checks import check_prompts
     from treedecode.commands.models import gate_for, model_for
     from treedecode.commands.outputs import Outputs, expected, summary
     from treedecode.commands.settings import parse
@@ -163,8 +163,8 @@ def _solve(arguments: argparse.Namespace) -> int:
     with Decoder.from_pretrained(model, dtype=arguments.dtype, device=arguments.device, **options) as decoder:
         prompts = tasks.format_prompts(problems, examples, tokenizer=decoder.tokenizer, chat=arguments.chat)
         by_id = dict(zip([problem.id for problem in problems], prompts, strict=True))
-        _check_lengths(decoder, by_id)
         if arguments.forecast:
+            check_prompts(decoder, by_id)
             gate = gate_for(arguments.gate, strategy, model)
             print("\n".join(expected(decoder, prompts, strategy, gate, budget)))
             return 0
@@ -239,11 +239,3 @@ def _examples(arguments: argparse.Namespace, task: "Task") -> list[tuple[str, st
         raise ValueError("few-shot: is the file of the problems itself, whose answers the examples would give away")
     shots = arguments.shots if arguments.shots is not None else _SHOTS if source is not None else 0
     return few_shot(task if source is None else source, shots)
-
-
-def _check_lengths(decoder: "Decoder", prompts: "dict[str, Any]") -> None:
-    limit = decoder.engine.table.max_tokens
-    for name, prompt in prompts.items():
-        length = len(decoder.encode(prompt) if isinstance(prompt, str) else prompt)
-        if length >= limit:
-            raise ValueError(f"problem {name}: its prompt of {length} tokens leaves no room in the {limit} there are")
