@@ -36,7 +36,9 @@ def test_solve_and_solve_async_have_the_same_arguments():
 def test_prompts_that_are_too_long_are_named(long):
     problems = TASK.problems(8)
     ids = {problems[i].id for i in long}
-    with pytest.raises(ValueError, match=r"problems: prompts leave no room for a solution in the .* there are") as error:
+    with pytest.raises(
+        ValueError, match=r"problems: prompts leave no room for a solution in the .* there are"
+    ) as error:
         solve(problems, prompt=lambda problem: [5] * (600 if problem.id in ids else 5))
     assert solve.num_forwards == 0
     named = [problem.id for problem in problems if repr(problem.id) in str(error.value)]

@@ -40,7 +40,7 @@ class Solution:
         problem: the problem.
         answer, text, score: as in `Outcome`.
         is_cut: the budget ended the search; this is the best it had.
-        correct: the task's verdict on the text; None where it was not asked.
+        correct: the task's verdict on the text, False without an answer; None where it was not asked.
         spending: what the problem cost.
         seconds: from the moment its search began; other problems ran meanwhile.
         tree: the record of the search; the answer's last step has the status "answer".
@@ -360,7 +360,9 @@ class _Run:
                 search.tree.nodes[leaf].status = "final"
         if outcome.node >= 0:
             search.tree.nodes[outcome.node].status = "answer"
-        correct = self.task.verify(search.problem, outcome.text) if self.grade else None
+        correct = None
+        if self.grade:  # a text that was cut is no solution, whatever the task makes of it
+            correct = outcome.answer is not None and self.task.verify(search.problem, outcome.text)
         return Solution(
             search.problem,
             outcome.answer,

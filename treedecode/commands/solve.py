@@ -135,7 +135,7 @@ def _solve(arguments: argparse.Namespace) -> int:
     from treedecode.commands.outputs import Outputs, expected, summary
     from treedecode.commands.settings import parse
     from treedecode.commands.verifiers import verifier_named
-    from treedecode.decoder import Decoder
+    from treedecode.decoder import Decoder, Prompt
     from treedecode.progress import Progress
     from treedecode.sampling import Sampling
     from treedecode.solving import solve
@@ -162,7 +162,7 @@ def _solve(arguments: argparse.Namespace) -> int:
     options = {"max_branches": arguments.max_branches, "kv_memory": arguments.kv_memory}
     with Decoder.from_pretrained(model, dtype=arguments.dtype, device=arguments.device, **options) as decoder:
         prompts = tasks.format_prompts(problems, examples, tokenizer=decoder.tokenizer, chat=arguments.chat)
-        by_id = dict(zip([problem.id for problem in problems], prompts, strict=True))
+        by_id: dict[str, Prompt] = dict(zip([problem.id for problem in problems], prompts, strict=True))
         if arguments.forecast:
             check_prompts(decoder, by_id)
             gate = gate_for(arguments.gate, strategy, model)

@@ -80,8 +80,8 @@ def require(name: str, value: Any, kind: type, low: float, high: float = float("
     if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and isinstance(value, float)):
         raise TypeError(f"{name}: expected {'a number' if kind is float else 'an int'}, got {value!r}")
     if not low <= value <= high:
-        bounds = f">= {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
-        raise ValueError(f"{name}: expected a number {bounds}, got {value}")
+        bounds = f" >= {low:g}" if high == float("inf") else f" from {low:g} to {high:g}"
+        raise ValueError(f"{name}: expected a number{'' if low == -float('inf') else bounds}, got {value}")
 
 
 def require_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:

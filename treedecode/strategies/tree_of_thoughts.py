@@ -42,6 +42,8 @@ class TreeOfThoughts(Strategy):
     def __post_init__(self) -> None:
         for name in ("depth", "width", "keep", "max_visits"):
             require(name, getattr(self, name), int, 1)
+        if self.dead is not None:
+            require("dead", self.dead, float, -float("inf"))
         if self.order not in ("bfs", "dfs"):
             raise ValueError(f"order: expected 'bfs' or 'dfs', got {self.order!r}")
 
