@@ -91,7 +91,7 @@ def talkative_decoder(**options):
 class Recorder:
     """A verifier that remembers what it was asked: `calls[i]` is a list of (text, score)."""
 
-    probability = False
+    probability = True
 
     def __init__(self, rate=rate, fail_at=None):
         self.rate = rate

@@ -1,10 +1,12 @@
 """What REBASE, ETS and the particle filter share out, against papers' formulas, worked examples and brute force."""
 
 import itertools
+import math
+from collections import Counter
 
 import numpy as np
 import pytest
-from fake_task import Recorder
+from fake_task import FakeTask, Recorder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategy_cases import ENDLESS, parents_of, solve_one
@@ -130,4 +132,31 @@ def test_particles_are_resampled_when_they_degenerate():
 def test_particles_need_probabilities():
     with pytest.raises(ValueError, match="verifier: expected probabilities, as is_logit=False says"):
         solve_one(td.ParticleFilter(num_particles=3), Recorder(lambda problem, text: 2.0))
-    solve_one(td.ParticleFilter(num_particles=3, is_logit=True), Recorder(lambda problem, text: 2.0))
+    for answer in ("best", "weighted", "majority"):
+        strategy = td.ParticleFilter(num_particles=3, is_logit=True, answer=answer)
+        solve_one(strategy, Recorder(lambda problem, text: 2.0 - len(text)))
+
+
+def test_particles_vote_with_their_weights():
+    """Never resampled, a particle's weight is the product of its odds, whatever its last score is."""
+    strategy = td.ParticleFilter(num_particles=8, ess_threshold=0, answer="weighted")
+    task, by_last_score = FakeTask(max_new_tokens=9, end=tuple(".aeinorst"), stop="nothing", max_step_tokens=3), 0
+    for seed in range(10):
+        asked = Recorder()
+        solution = solve_one(strategy, asked, task=task, seed=seed)
+        texts = [solution.tree.text(leaf) for leaf in solution.tree.leaves()]
+        scores = {text: score for call in asked.calls for text, score in call}
+        depth = len(asked.calls)
+        votes, last = Counter(), Counter()
+        for leaf, text in zip(solution.tree.leaves(), texts, strict=True):
+            answer = task.extract(text) if text.endswith(task.end) or solution.tree.nodes[leaf].ended else None
+            if answer is None:
+                continue
+            path = [scores[solution.tree.text(node)] for node in solution.tree.path(leaf)[1:]]
+            path += [path[-1]] * (depth - len(path))  # a complete one is looked at again
+            votes[answer.lower()] += math.prod(score / (1 - score) for score in path)
+            last[answer.lower()] += path[-1]
+        if votes:
+            assert solution.answer.lower() == max(votes, key=votes.get)
+            by_last_score += max(votes, key=votes.get) != max(last, key=last.get)
+    assert by_last_score

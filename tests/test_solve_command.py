@@ -208,7 +208,9 @@ def test_a_prompt_without_room(solve, tmp_path):
     long.write_text(json.dumps({"question": "x" * 300, "answer": "1"}) + "\n")
     status, _, err = solve("--data", str(long))
     assert status == misuse.MISUSED
-    assert re.search(r"problem long-1: its prompt of \d+ tokens leaves no room in the 256 there are", err)
+    assert re.search(
+        r"problems: prompts leave no room for a solution in the 256 tokens there are: 'long-1' \(\d+ tokens\)", err
+    )
 
 
 def test_an_error_of_the_search_keeps_its_traceback(solve, monkeypatch):

@@ -13,7 +13,6 @@ import treedecode as td
 from treedecode.search import Outcome
 from treedecode.strategies.puct import Node, exploration
 from treedecode.strategies.self_consistency import leads
-from treedecode.strategies.step_beam_search import best_of_each
 from treedecode.tasks import Problem
 
 # -- self-consistency, best of n --
@@ -65,8 +64,13 @@ def test_the_best_and_the_weighted_answer():
 def test_weighted_votes_refuse_negative_scores():
     with pytest.raises(ValueError, match="verifier: weighted votes need scores >= 0, got -"):
         solve_one(td.BestOfN(num_samples=3, answer="weighted"), Recorder(lambda problem, text: -len(text) - 1.0))
-    with pytest.raises(ValueError, match="verifier: expected a number for every branch, got"):
-        solve_one(td.BestOfN(num_samples=3), Recorder(lambda problem, text: math.nan))
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
+def test_scores_are_finite(score):
+    for strategy in (td.BestOfN(num_samples=3), td.REBASE(width=3), td.MCTS(num_simulations=2, width=2)):
+        with pytest.raises(ValueError, match="verifier: expected a finite number for every branch, got"):
+            solve_one(strategy, Recorder(lambda problem, text: score if "e" in text else 0.5))
 
 
 # -- beams over steps, DVTS, tree of thoughts --
@@ -110,11 +114,6 @@ def test_trees_of_dvts_know_nothing_of_each_other():
         for i in range(0, 6, 2):
             pair = [score for _, score in before[i : i + 2]]
             assert (children[i] > 0, children[i + 1] > 0) == (pair[0] >= pair[1], pair[0] < pair[1])
-
-
-def test_the_first_of_equals_is_kept():
-    kept = best_of_each(np.array([0, 0, 0, 1, 1]), np.array([0.5, 0.5, 0.5, 0.1, 0.2]), 2)
-    assert kept.tolist() == [True, True, False, True, True]
 
 
 @pytest.mark.parametrize("dead", [None, 0.5])
@@ -198,9 +197,9 @@ def test_prompts_of_refinement_name_problem_and_solution():
 
 def test_refinement_ends_when_it_is_good_or_repeats_itself():
     good = Recorder(lambda problem, text: 1.0)
-    solve_one(passes(max_passes=5), good)
-    assert len(good.calls) == 1
     task, asked = Agreeing(end=tuple("aeioutrs "), max_new_tokens=60), Recorder()
+    solve_one(passes(max_passes=5), good, task=task)
+    assert len(good.calls) == 1
     solve_one(passes(max_passes=5, critique_tokens=3), asked, task=task)
     assert len(asked.calls) == 2
 
@@ -208,6 +207,16 @@ def test_refinement_ends_when_it_is_good_or_repeats_itself():
 class Silent(FakeTask):
     def extract(self, text):
         return None
+
+
+@pytest.mark.parametrize("prompts", [{}, {"critique_prompt": ""}])
+def test_a_text_without_an_answer_is_never_good_enough(prompts):
+    asked = Recorder(lambda problem, text: 1.0)
+    strategy = td.IterativeRefinement(
+        **{"critique_prompt": "\nbad ", "revise_prompt": "\nnew ", **prompts}, max_passes=3
+    )
+    solve_one(strategy, asked, task=Silent(end=tuple("aeiou"), stop="nothing", max_step_tokens=14))
+    assert len(asked.calls) == 4, "a solution is one step here, and three passes follow the first"
 
 
 @pytest.mark.parametrize("doubt", [None, 0.5])
@@ -240,10 +249,11 @@ def test_puct_by_hand():
     often = Node(parent=root, prior=0.25)
     once = Node(parent=root, prior=0.75)
     root.children = [often, once]
-    for value in (0.9, 0.7, 0.8):
-        often.back_up(value)
+    often.back_up(0.9)
+    often.back_up(0.75, 2)  # drawn twice
     once.back_up(0.2)
     assert (root.visits, root.total) == (4, pytest.approx(2.6))
+    assert (often.q, once.q) == (pytest.approx(0.8), 0.2)
     c = exploration(4, 1.25, 19652)
     assert c == pytest.approx(1.25 + math.log(19657 / 19652))
     assert often.puct(c, 0.2, 1.0) == pytest.approx(0.75 + c * 0.25 * 2 / 4)
@@ -266,7 +276,8 @@ def test_mcts_expands_what_puct_says():
 
     for _ in range(simulations):
         leaf = ""
-        low, high = min(value.values(), default=0), max(value.values(), default=0)
+        means = [total[one] / visits[one] for one in value]
+        low, high = min(means, default=0), max(means, default=0)
         while children.get(leaf):
             n, siblings = visits[leaf], children[leaf]
             c = 1.25 + math.log((19653 + n) / 19652)
@@ -291,6 +302,25 @@ def test_mcts_expands_what_puct_says():
         leaf = max(children[leaf], key=lambda one: (visits[one], value[one]))
     assert solution.text.startswith(leaf)
     assert len(calls) == (0 if len(path_of(leaf)) == depth + 1 else 1), "what is left is the score of the whole"
+
+
+def test_equal_steps_are_one_child_that_is_backed_up_for_each():
+    roots = []
+
+    class Watched(td.MCTS):
+        def _select(self, root):
+            roots.append(root)
+            return super()._select(root)
+
+    settings = {"num_simulations": 1, "width": 12, "sampling": td.Sampling(temperature=0.5)}
+    solve_one(Watched(**settings), task=FakeTask(max_step_tokens=1))
+    [root] = roots
+    assert 1 < len(root.children) < 12, "some of the steps are equal"
+    assert root.visits == 12
+    for child in root.children:
+        assert child.visits == round(12 * child.prior)
+        assert child.q == pytest.approx(child.value)
+    assert root.q == pytest.approx(sum(child.prior * child.value for child in root.children))
 
 
 def test_the_answer_is_the_best_or_the_most_visited():
@@ -319,6 +349,11 @@ def test_the_answer_is_the_best_or_the_most_visited():
         (lambda: td.MCTS(evaluate="guess"), ValueError, "evaluate: expected one of 'verifier', 'rollout', got 'guess'"),
         (lambda: td.MCTS(width=2.5), TypeError, "width: expected an int, got 2.5"),
         (lambda: td.ParticleFilter(ess_threshold=2), ValueError, "ess_threshold: expected a number from 0 to 1"),
+        (lambda: td.IterativeRefinement(good="1"), TypeError, "good: expected a number, got '1'"),
+        (lambda: td.IterativeRefinement(good=math.nan), ValueError, "good: expected a number, got nan"),
+        (lambda: td.IterativeRefinement(doubt=True), TypeError, "doubt: expected a number, got True"),
+        (lambda: td.TreeOfThoughts(dead="a"), TypeError, "dead: expected a number, got 'a'"),
+        (lambda: td.TreeOfThoughts(dead=math.nan), ValueError, "dead: expected a number, got nan"),
         (lambda: td.IterativeRefinement(revise_prompt=""), ValueError, "revise_prompt: is empty"),
         (lambda: td.IterativeRefinement(critique_stop="no"), TypeError, "critique_stop: expected a tuple of strings"),
     ],

@@ -77,6 +77,24 @@ def test_a_chain_that_was_cut_off_has_no_answer():
     assert pool.best_accuracy(cut, 2) == 0.0
 
 
+class EveryText(Digits):
+    def verify(self, problem, text):
+        return True
+
+
+def test_a_solution_without_an_answer_is_right_nowhere(make_decoder):
+    task = EveryText()
+    result = td.solve(make_decoder(), task.problems(6), strategy=ChainPool(3), task=task)
+    every = [pool.chains_of(s.tree, task, s.problem) for s in result.solutions]
+    assert {True, False} == {bool(right) for one in every for right in one.right}
+    for solution, one in zip(result.solutions, every, strict=True):
+        assert one.right.tolist() == (one.classes >= 0).tolist()
+        assert solution.correct == (solution.answer is not None)
+    one = td.solve(make_decoder(), task.problems(6), strategy=SelfConsistency(1), task=task)
+    assert {solution.correct for solution in one.solutions} == {True, False}
+    assert [solution.correct for solution in one.solutions] == [s.answer is not None for s in one.solutions]
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="k: expected from 1 to 2"):
         pool.majority_accuracy(chains([0, 1]), 3)

@@ -14,9 +14,12 @@ if TYPE_CHECKING:
     from treedecode.completions import Completion as Completion
     from treedecode.decoder import Decoder as Decoder
     from treedecode.forecasting import forecast as forecast
+    from treedecode.gate.model import Gate as Gate
     from treedecode.integrations.transformers import generate as generate
     from treedecode.sampling import Sampling as Sampling
     from treedecode.solving import solve as solve
+    from treedecode.solving import solve_async as solve_async
+    from treedecode.tasks.base import Problem as Problem
     from treedecode.tree import Frontier as Frontier
 
 # An installed package holds the Triton kernels; a source checkout has them beside it.
@@ -31,10 +34,13 @@ _EXPORTS: dict[str, str] = {
     "Completion": "treedecode.completions",
     "Decoder": "treedecode.decoder",
     "Frontier": "treedecode.tree",
+    "Gate": "treedecode.gate.model",
+    "Problem": "treedecode.tasks.base",
     "Sampling": "treedecode.sampling",
     "forecast": "treedecode.forecasting",
     "generate": "treedecode.integrations.transformers",
     "solve": "treedecode.solving",
+    "solve_async": "treedecode.solving",
 }
 _MODULES = ("ops", "strategies", "tasks")
 

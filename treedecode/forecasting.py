@@ -1,5 +1,6 @@
 """Forecast: quantiles of what a run will cost, from a gate that has read its prompts."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -47,7 +48,7 @@ def forecast(
     prompts: Iterable[Prompt],
     *,
     strategy: Strategy,
-    gate: Gate | None = None,
+    gate: Gate | str | os.PathLike[str] | None = None,
     unit: str = "tokens",
     num_draws: int = 1000,
     seed: int = 0,
@@ -65,15 +66,17 @@ def forecast(
         prompts: of the problems.
         strategy: one whose cost follows from how long chains are (of those that may stop early, and of dynamic
             allocation, what they spend at most), or a tree search of the gate's menu.
-        gate: by default the strategy's own.
+        gate: a gate or its file; by default the strategy's own.
         unit: "tokens" generated, or "kv_bytes" read.
         num_draws: ways the run may go that are drawn, from `seed`.
 
     Raises:
-        ValueError: nothing is known of the strategy, there is no gate, it is another model's, or an argument is out of
-            range (named).
+        FileNotFoundError, ValueError: nothing is known of the strategy, there is no gate, it is missing or another
+            model's, or an argument is out of range (named).
     """
     gate = getattr(strategy, "gate", None) if gate is None else gate
+    if isinstance(gate, (str, os.PathLike)):
+        gate = Gate.load(gate)
     if not isinstance(gate, Gate):
         raise ValueError(f"gate: {strategy.name} has none of its own, so expected a Gate, got {gate!r}")
     require_one_of("unit", unit, tuple(UNITS))

@@ -1,7 +1,7 @@
 """Search: one problem under way. What a strategy knows of it, and how its branches go a step or to their end."""
 
 import hashlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -175,7 +175,7 @@ class Search:
             which: `[n]` bool, those to score (None: all); the others keep the scores they have.
 
         Raises:
-            ValueError: the run has no verifier, or it gives nan.
+            ValueError: the run has no verifier, or it gives nan or an infinite score.
         """
         if self._score is None:
             raise ValueError("verifier: this strategy scores branches and needs one")
@@ -186,8 +186,8 @@ class Search:
                     values[which] = await self.score(some)
         else:
             values = np.asarray(await self._score(frontier, self.problem), np.float64)
-        if np.isnan(values).any():
-            raise ValueError(f"verifier: expected a number for every branch, got {values}")
+        if not np.isfinite(values).all():
+            raise ValueError(f"verifier: expected a finite number for every branch, got {values}")
         frontier.scores = values
         return frontier.scores
 
@@ -216,23 +216,37 @@ class Search:
         first = np.lexsort((np.arange(len(frontier)), -frontier.scores, ~answered))[0]
         return self.outcome(frontier, int(first), float(frontier.scores[first]))
 
-    def majority(self, frontier: "Frontier", weights: np.ndarray | None = None) -> Outcome:
-        """The answer with the most votes, or weight; of equals the one given first. Branches without one abstain.
+    def outcomes(self, frontier: "Frontier") -> list[Outcome]:
+        """The solution of every branch, with its score where it has one. They stay when the branches are released."""
+        scores = [None if np.isnan(score) else float(score) for score in frontier.scores]
+        rows = zip(self.answers(frontier), self.texts(frontier), scores, frontier.nodes.tolist(), strict=True)
+        return [Outcome(*row) for row in rows]
 
-        The outcome's score is its share of all votes.
+    def majority(self, frontier: "Frontier", weights: np.ndarray | None = None) -> Outcome:
+        """`vote` of branches; without weights each counts as often as it was drawn (`Frontier.counts`)."""
+        return self.vote(self.outcomes(frontier), frontier.counts if weights is None else weights)
+
+    def vote(self, solutions: Sequence[Outcome], weights: np.ndarray) -> Outcome:
+        """The answer with the greatest sum of weights; of equals the one given first. Solutions without one abstain.
+
+        Shown is the heaviest solution that comes to it. Where none comes to an answer it is the best scored one,
+        without scores the first.
+
+        Args:
+            weights: `[len(solutions)]` >= 0.
+
+        Returns:
+            the solution; its score is the answer's share of all votes, 0 where there are none.
         """
-        answers = self.answers(frontier)
-        classes = self.classes(answers)
-        votes = np.bincount(
-            classes[classes >= 0],
-            (frontier.counts if weights is None else weights)[classes >= 0],
-        )
+        classes = self.classes([solution.answer for solution in solutions])
+        votes = np.bincount(classes[classes >= 0], weights[classes >= 0])
         if len(votes) == 0:
-            return self.outcome(frontier, 0, 0.0)
+            best = max(solutions, key=lambda solution: -np.inf if solution.score is None else solution.score)
+            return replace(best, score=0.0)
         winner = int(votes.argmax())
         members = np.flatnonzero(classes == winner)
-        shown = members[0] if weights is None else members[np.argmax(weights[members])]
-        return self.outcome(frontier, int(shown), float(votes[winner] / votes.sum()) if votes.sum() else 0.0)
+        shown = solutions[members[np.argmax(weights[members])]]
+        return replace(shown, score=float(votes[winner] / votes.sum()) if votes.sum() else 0.0)
 
     def best_so_far(self) -> Outcome:
         """What the record of a search that was cut short has to offer.

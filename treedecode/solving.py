@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakSet
 
 from treedecode.budget import Budget
+from treedecode.checks import check_prompts, check_task, checked_problems
 from treedecode.decoder import Decoder, Prompt
 from treedecode.energy import Counter
 from treedecode.journal import Journal
@@ -39,7 +40,7 @@ class Solution:
         problem: the problem.
         answer, text, score: as in `Outcome`.
         is_cut: the budget ended the search; this is the best it had.
-        correct: the task's verdict on the text; None where it was not asked.
+        correct: the task's verdict on the text, False without an answer; None where it was not asked.
         spending: what the problem cost.
         seconds: from the moment its search began; other problems ran meanwhile.
         tree: the record of the search; the answer's last step has the status "answer".
@@ -84,9 +85,38 @@ class Result:
         return sum(graded) / len(graded) if graded else None
 
 
-def solve(decoder: Decoder, problems: Iterable[Problem], **settings: Any) -> Result:
-    """Runs a strategy on problems; `solve_async` has the arguments."""
-    return decoder.run(solve_async(decoder, problems, **settings))
+def solve(
+    decoder: Decoder,
+    problems: Iterable[Problem],
+    *,
+    strategy: Strategy,
+    task: Task,
+    verifier: Any = None,
+    budget: Budget | None = None,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    prompt: Callable[[Problem], Prompt] | None = None,
+    grade: bool = True,
+    journal: str | None = None,
+    callback: Callable[[Solution], None] | None = None,
+) -> Result:
+    """Runs a strategy on problems: `solve_async`, where its arguments are described, for code that is no coroutine."""
+    return decoder.run(
+        solve_async(
+            decoder,
+            problems,
+            strategy=strategy,
+            task=task,
+            verifier=verifier,
+            budget=budget,
+            sampling=sampling,
+            seed=seed,
+            prompt=prompt,
+            grade=grade,
+            journal=journal,
+            callback=callback,
+        )
+    )
 
 
 async def solve_async(
@@ -127,7 +157,18 @@ async def solve_async(
         TypeError, ValueError: an argument is wrong (named); nothing has been started or written then.
         Exception: of a verifier or a strategy, with the problem's id in a note; the run ends, the journal stays.
     """
-    run = _Run(decoder, list(problems), strategy, task, verifier, budget, sampling or Sampling(), seed, prompt, grade)
+    run = _Run(
+        decoder,
+        checked_problems(problems),
+        strategy,
+        task,
+        verifier,
+        budget,
+        sampling or Sampling(),
+        seed,
+        prompt,
+        grade,
+    )
     book = Journal(journal, run.description) if journal is not None else None
     try:
         return await run.run(book, callback)
@@ -157,8 +198,7 @@ class _Run:
         own = getattr(strategy, "sampling", None)
         if own is not None and own.seed is not None:
             raise ValueError(f"sampling: {strategy.name} has the seed {own.seed}; branches take theirs from the run's")
-        if len({problem.id for problem in problems}) < len(problems):
-            raise ValueError("problems: two have the same id")
+        check_task(task)
         scorer = None if verifier is None else as_scorer(verifier)
         if strategy.needs_verifier and scorer is None:
             raise ValueError(f"verifier: {strategy.name} scores branches and needs one")
@@ -174,7 +214,8 @@ class _Run:
         self.decoder, self.problems, self.strategy, self.task = decoder, problems, strategy, task
         self.scorer, self.budget, self.sampling = scorer, budget or Budget(), sampling
         self.seed, self.grade = seed, grade
-        self._prompt = prompt or (lambda problem: problem.prompt)
+        self._prompts = {problem.id: problem.prompt if prompt is None else prompt(problem) for problem in problems}
+        check_prompts(decoder, self._prompts)
         self._places = Places(decoder.engine.pool.max_branches - decoder.num_branches)
         self._energy = Counter(decoder.engine.pool.device)
         if self.budget.joules is not None and not self._energy.is_available:
@@ -208,8 +249,7 @@ class _Run:
     def _digest(self) -> str:
         """Of all that the model is given to read: worked examples and chat templates are in no setting."""
         digest = hashlib.blake2b(digest_size=16)
-        for problem in self.problems:
-            prompt = self._prompt(problem)
+        for prompt in self._prompts.values():
             digest.update(json.dumps(prompt if isinstance(prompt, str) else [int(token) for token in prompt]).encode())
         return digest.hexdigest()
 
@@ -289,7 +329,7 @@ class _Run:
             self.decoder,
             self.task,
             problem,
-            prompt=self._prompt(problem),
+            prompt=self._prompts[problem.id],
             sampling=self.sampling,
             seed=self.seed,
             account=account,
@@ -323,7 +363,9 @@ class _Run:
                 search.tree.nodes[leaf].status = "final"
         if outcome.node >= 0:
             search.tree.nodes[outcome.node].status = "answer"
-        correct = self.task.verify(search.problem, outcome.text) if self.grade else None
+        correct = None
+        if self.grade:  # a text that was cut is no solution, whatever the task makes of it
+            correct = outcome.answer is not None and self.task.verify(search.problem, outcome.text)
         return Solution(
             search.problem,
             outcome.answer,

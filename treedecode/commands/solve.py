@@ -9,7 +9,6 @@ from treedecode.commands import misuse
 from treedecode.commands.misuse import at_least_one, whole_number
 
 if TYPE_CHECKING:
-    from treedecode.decoder import Decoder
     from treedecode.strategies import Strategy
     from treedecode.tasks import Problem, Task
 
@@ -116,6 +115,7 @@ def _solve(arguments: argparse.Namespace) -> int:
     # what needs no model comes first: a typing error should not cost the loading of one
     from treedecode import tasks
     from treedecode.budget import Budget
+    from treedecode.checks import check_prompts
     from treedecode.commands.models import (
         check_device,
         decoder_for,
@@ -127,6 +127,7 @@ def _solve(arguments: argparse.Namespace) -> int:
     from treedecode.commands.outputs import Outputs, expected, summary
     from treedecode.commands.settings import parse
     from treedecode.commands.verifiers import verifier_named
+    from treedecode.decoder import Prompt
     from treedecode.progress import Progress
     from treedecode.sampling import Sampling
     from treedecode.solving import solve
@@ -155,9 +156,9 @@ def _solve(arguments: argparse.Namespace) -> int:
     options = {"max_branches": arguments.max_branches, "kv_memory": arguments.kv_memory}
     with decoder_for(model, dtype=arguments.dtype, device=arguments.device, **options) as decoder:
         prompts = tasks.format_prompts(problems, examples, tokenizer=decoder.tokenizer, chat=arguments.chat)
-        by_id = dict(zip([problem.id for problem in problems], prompts, strict=True))
-        _check_lengths(decoder, by_id)
+        by_id: dict[str, Prompt] = dict(zip([problem.id for problem in problems], prompts, strict=True))
         if gate is not None:
+            check_prompts(decoder, by_id)
             print("\n".join(expected(decoder, prompts, strategy, gate, budget)))
             return 0
         metrics, end = None, None
@@ -225,11 +226,3 @@ def _examples(arguments: argparse.Namespace, task: "Task") -> list[tuple[str, st
     shots = arguments.shots if arguments.shots is not None else _SHOTS if source is not None else 0
     with misuse.argument("shots" if source is None else "few-shot", "count"):
         return few_shot(task if source is None else source, shots)
-
-
-def _check_lengths(decoder: "Decoder", prompts: "dict[str, Any]") -> None:
-    limit = decoder.engine.table.max_tokens
-    for name, prompt in prompts.items():
-        length = len(decoder.encode(prompt) if isinstance(prompt, str) else prompt)
-        if length >= limit:
-            raise ValueError(f"problem {name}: its prompt of {length} tokens leaves no room in the {limit} there are")

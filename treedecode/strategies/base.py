@@ -8,7 +8,8 @@ import numpy as np
 
 from treedecode.gate.draws import CostDraws
 from treedecode.search import Outcome, Search
-from treedecode.tree import Frontier
+from treedecode.verify.judges import Judge
+from treedecode.verify.scorers import TextScorer
 
 if TYPE_CHECKING:
     from treedecode.decoder import Decoder
@@ -63,8 +64,13 @@ class Strategy:
             scorer: the run's verifier; None = it has none.
 
         Raises:
-            ValueError: the strategy cannot run with it (named).
+            ValueError: the strategy cannot run with it (named): scores that it adds up may be negative, say.
         """
+        if getattr(self, "answer", None) == "weighted" and may_be_negative(scorer):
+            raise ValueError(
+                f'answer: "weighted" adds scores up, which must not be negative then, and {scorer!r} does not say that '
+                'its scores are probabilities; answer="best" takes any'
+            )
 
     async def solve(self, search: Search) -> Outcome:
         """The strategy's answer to one problem.
@@ -72,6 +78,11 @@ class Strategy:
         What it still holds when it ends, or is ended (by an error, a spent budget, a cancelled call), is released.
         """
         raise NotImplementedError
+
+
+def may_be_negative(scorer: Any) -> bool:
+    """Whether a scorer, by its kind, gives any numbers; of a user's function only its scores will tell."""
+    return scorer is not None and not (scorer.probability or isinstance(scorer, (TextScorer, Judge)))
 
 
 def require(name: str, value: Any, kind: type, low: float, high: float = float("inf")) -> None:
@@ -83,8 +94,8 @@ def require(name: str, value: Any, kind: type, low: float, high: float = float("
     if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and isinstance(value, float)):
         raise TypeError(f"{name}: expected {'a number' if kind is float else 'an int'}, got {value!r}")
     if not low <= value <= high:
-        bounds = f">= {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
-        raise ValueError(f"{name}: expected a number {bounds}, got {value}")
+        bounds = f" >= {low:g}" if high == float("inf") else f" from {low:g} to {high:g}"
+        raise ValueError(f"{name}: expected a number{'' if low == -float('inf') else bounds}, got {value}")
 
 
 def require_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
@@ -97,23 +108,27 @@ def require_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
 
 
-def choose(search: Search, solutions: Frontier, answer: str) -> Outcome:
-    """The outcome of scored solutions.
+def choose(search: Search, solutions: Sequence[Outcome], answer: str) -> Outcome:
+    """The outcome of scored solutions; of equals the one given first.
 
     Args:
         answer: "best": the best scored solution; "weighted": the answer with the highest sum of scores, equal answers
-            being one (2206.02336); "majority": that of most solutions.
+            being one (2206.02336); "majority": that of most solutions. Where no solution comes to an answer, the best
+            scored one.
 
     Raises:
         ValueError: scores that are to be summed are negative; a sum of log-probabilities would favour rare answers.
     """
     if answer == "best":
-        return search.best(solutions)
+        return max(solutions, key=rank)
     if answer == "majority":
-        return search.majority(solutions)
-    if (np.asarray(solutions.scores) < 0).any():
-        raise ValueError(f"verifier: weighted votes need scores >= 0, got {solutions.scores.min()}")
-    return search.majority(solutions, solutions.scores)
+        return search.vote(solutions, np.ones(len(solutions)))
+    scores = np.array([solution.score for solution in solutions], np.float64)
+    if (scores < 0).any():
+        raise ValueError(
+            f'verifier: weighted votes need scores >= 0, got {scores.min():g}; answer="best" takes any scores'
+        )
+    return search.vote(solutions, scores)
 
 
 def rank(outcome: Outcome) -> tuple[bool, float]:

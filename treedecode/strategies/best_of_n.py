@@ -43,4 +43,4 @@ class BestOfN(Strategy):
         solutions = (await search.root()).spread(self.num_samples)
         await search.complete(solutions, self.sampling)
         await search.score(solutions)
-        return choose(search, solutions, self.answer)
+        return choose(search, search.outcomes(solutions), self.answer)

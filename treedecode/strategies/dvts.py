@@ -10,7 +10,8 @@ from treedecode.strategies.step_beam_search import StepBeamSearch
 class DVTS(StepBeamSearch):
     """`num_beams / width` trees that know nothing of each other, each following the best of its `width` next steps.
 
-    Settings are those of `StepBeamSearch`; the answer is chosen among the last beams of all trees.
+    Settings are those of `StepBeamSearch`; the answer is chosen among the solutions of all trees. A tree ends when all
+    of its steps have become complete solutions.
     """
 
     name: ClassVar[str] = "dvts"

@@ -29,7 +29,7 @@ class IterativeRefinement(Strategy):
         revise_prompt: asks for a new solution; the same.
         critique_tokens: how long a critique may be.
         critique_stop: strings that end it, beside the model's end of sequence.
-        good: a solution scored at least this is the answer; None = makes all passes.
+        good: a solution that comes to an answer and is scored at least this is taken; None = makes all passes.
         max_repeats: ends when so many solutions came to an answer that an earlier one had.
         doubt: see above.
         sampling: in place of the run's.
@@ -52,6 +52,9 @@ class IterativeRefinement(Strategy):
         require("max_passes", self.max_passes, int, 0)
         require("critique_tokens", self.critique_tokens, int, 1)
         require("max_repeats", self.max_repeats, int, 1)
+        for name in ("good", "doubt"):
+            if getattr(self, name) is not None:
+                require(name, getattr(self, name), float, -float("inf"))
         if isinstance(self.critique_stop, str):
             raise TypeError(f"critique_stop: expected a tuple of strings, got {self.critique_stop!r}")
         if self.critique_prompt and not self.revise_prompt:
@@ -115,7 +118,8 @@ class IterativeRefinement(Strategy):
         return next(doubtful, int(np.argmin(scores)))
 
     def _goes_on(self, search: Search, found: list[Outcome]) -> bool:
-        if len(found) > self.max_passes or (self.good is not None and rank(found[-1])[1] >= self.good):
+        is_good = self.good is not None and rank(found[-1]) >= (True, self.good)
+        if len(found) > self.max_passes or is_good:
             return False
         classes = [one for one in search.classes([outcome.answer for outcome in found]) if one >= 0]
         return len(classes) - len(set(classes)) < self.max_repeats

@@ -16,7 +16,8 @@ from treedecode.tree import Frontier
 class MCTS(Strategy):
     """A simulation goes down by PUCT to a leaf, samples `width` steps from it and backs up what each is worth.
 
-    Equal steps are one child, whose prior is its share of the samples. Values are scaled to [0, 1] over the tree, as in
+    Equal steps are one child, whose prior is its share of the samples and whose value is backed up once for each. Q,
+    the mean of what was backed up through a node, is scaled to [0, 1] by the least and greatest of the tree, as in
     MuZero (1911.08265), so that the constants fit any verifier.
 
     Args:
@@ -85,8 +86,8 @@ class MCTS(Strategy):
         return leaf.outcome
 
     def _select(self, root: Node) -> Node:
-        values = [node.value for node in root.below()] or [0.0]
-        low, high = min(values), max(values)
+        means = [node.q for node in root.below()] or [0.0]
+        low, high = min(means), max(means)
         node = root
         while node.children:
             c = exploration(node.visits + node.pending, self.c_init, self.c_base)
@@ -101,19 +102,19 @@ class MCTS(Strategy):
         parts = [steps.select(of_leaf == i).merge() for i in range(len(leaves))]
         steps.release()
         parents = [leaf for leaf, part in zip(leaves, parts, strict=True) for _ in range(len(part))]
-        priors = np.concatenate([part.counts / part.counts.sum() for part in parts])
+        counts = np.concatenate([part.counts for part in parts])
         steps = parts[0].join(*parts[1:])
         await self._evaluate(search, steps, found)
         is_open = search.unfinished(steps)
         for i, parent in enumerate(parents):
             value = float(steps.scores[i])
-            child = Node(parent=parent, prior=float(priors[i]), value=value)
+            child = Node(parent=parent, prior=float(counts[i] / self.width), value=value)
             if is_open[i]:
                 child.state = steps.select(np.array([i]))
             else:
                 child.outcome = search.outcome(steps, i, value)
             parent.children.append(child)
-            child.back_up(value)
+            child.back_up(value, int(counts[i]))
         steps.release()
         for leaf in leaves:
             leaf.state = None

@@ -1,15 +1,19 @@
 """Particle filtering (2502.01618): sequential Monte Carlo over steps, weighted by a process reward model."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from treedecode.branches import Ints
 from treedecode.sampling import Sampling
 from treedecode.search import Outcome, Search
-from treedecode.strategies.base import ANSWERS, Strategy, choose, require, require_one_of
+from treedecode.strategies.base import ANSWERS, Strategy, choose, may_be_negative, require, require_one_of
 from treedecode.strategies.rebase import softmax
+
+if TYPE_CHECKING:
+    from treedecode.decoder import Decoder
+    from treedecode.tasks.base import Task
 
 _EPS = 1e-6  # a score of 0 or 1 has an infinite logit
 
@@ -27,7 +31,8 @@ class ParticleFilter(Strategy):
             after every step (the paper), 0 = never.
         temperature: divides the logits in the softmax.
         is_logit: the verifier's scores are logits already, not probabilities.
-        answer: how one of the particles is chosen: "best" (the paper), "weighted" or "majority".
+        answer: how one of the particles is chosen: "best": the best scored one (the paper); "weighted": the answer of
+            the greatest weight, weights being those since the last resampling; "majority": that of most particles.
         sampling: in place of the run's.
     """
 
@@ -51,6 +56,13 @@ class ParticleFilter(Strategy):
     def num_branches(self) -> int:
         return self.num_particles
 
+    def check(self, decoder: "Decoder", task: "Task", scorer: Any) -> None:
+        if not self.is_logit and may_be_negative(scorer):
+            raise ValueError(
+                f"is_logit: False needs probabilities, and {scorer!r} does not say that its scores are; "
+                "is_logit=True takes any numbers"
+            )
+
     async def solve(self, search: Search) -> Outcome:
         assert search.sampling.seed is not None
         rng = np.random.default_rng(search.sampling.seed % 2**64)
@@ -65,7 +77,10 @@ class ParticleFilter(Strategy):
             if going_on and effective_sample_size(weights) <= self.ess_threshold * self.num_particles:
                 particles = particles.spread(systematic_resampling(weights, rng.random()))
                 log_weights = np.zeros(self.num_particles)
-        return choose(search, particles, self.answer)
+        found = search.outcomes(particles)
+        if self.answer == "weighted":
+            return search.vote(found, softmax(log_weights))
+        return choose(search, found, self.answer)
 
     def _logits(self, scores: np.ndarray) -> np.ndarray:
         if self.is_logit:

@@ -22,7 +22,7 @@ class Node:
         value: what it was worth when it was sampled.
         state: a branch to go on from; None once that has happened, or where the solution is complete.
         outcome: the complete solution.
-        visits, total: values backed up through it, and their sum.
+        visits, total: values backed up through it, and their sum; q: their mean.
         pending: visits whose value is still to come.
     """
 
@@ -36,10 +36,14 @@ class Node:
     total: float = 0.0
     pending: int = 0
 
+    @property
+    def q(self) -> float:
+        return self.total / self.visits
+
     def puct(self, c: float, low: float, high: float) -> float:
         """Q + U among its siblings, Q being scaled from [low, high] to [0, 1]; pending visits count in U alone."""
         assert self.parent is not None
-        q = (self.total / self.visits - low) / (high - low) if high > low else 0.0
+        q = (self.q - low) / (high - low) if high > low else 0.0
         num_visits = self.parent.visits + self.parent.pending
         return q + c * self.prior * math.sqrt(num_visits) / (1 + self.visits + self.pending)
 
@@ -56,11 +60,11 @@ class Node:
             yield child
             yield from child.below()
 
-    def back_up(self, value: float) -> None:
-        """One more visit with a value."""
+    def back_up(self, value: float, count: int = 1) -> None:
+        """So many more visits with a value."""
         for node in self.path():
-            node.visits += 1
-            node.total += value
+            node.visits += count
+            node.total += count * value
 
     def add_pending(self, count: int) -> None:
         """So many more visits are under way."""

@@ -53,7 +53,7 @@ class REBASE(Strategy):
                 with branches.select(growing) as live:
                     counts[growing] = self._widths(search, live, int(growing.sum()))
                 branches, growing = branches.spread(counts), np.repeat(growing, counts)
-        return choose(search, branches, self.answer)
+        return choose(search, search.outcomes(branches), self.answer)
 
     def _widths(self, search: Search, live: Frontier, budget: int) -> Ints:
         """How many children each of the live branches gets of a budget of so many."""

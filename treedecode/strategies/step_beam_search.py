@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from treedecode.branches import Ints
 from treedecode.sampling import Sampling
 from treedecode.search import Outcome, Search
 from treedecode.strategies.base import ANSWERS, Strategy, choose, require, require_one_of
@@ -15,14 +16,16 @@ from treedecode.tree import Frontier
 class StepBeamSearch(Strategy):
     """Of `num_beams` steps the best `num_beams / width` go on, with `width` next steps each, until all are complete.
 
-    A complete solution stays a beam of its own while its score lets it.
+    As in the reference implementation (Beeching, Tunstall and Rush 2024: Scaling test-time compute with open models),
+    complete solutions are set aside as candidates for the answer, and all `num_beams` go on from those still growing:
+    where they are fewer than `num_beams / width`, with more next steps each.
 
     Args:
         num_beams: N of the paper, a multiple of `width`.
         width: M of the paper.
         max_steps: steps chosen by search; what is left of a solution after them is generated in one go.
         lookahead: a step is rated by the verifier this many steps further on, reached greedily (k of the paper).
-        answer: how one of the last beams is chosen: "best", "weighted" or "majority".
+        answer: how one of the solutions is chosen: "best", "weighted" or "majority".
         sampling: in place of the run's.
     """
 
@@ -56,38 +59,48 @@ class StepBeamSearch(Strategy):
     async def solve(self, search: Search) -> Outcome:
         beams = (await search.root()).spread(self.num_beams)
         tree = np.repeat(np.arange(self.num_trees), self.num_beams // self.num_trees)
+        complete: list[Outcome] = []
         for _ in range(self.max_steps):
-            growing = search.unfinished(beams)
             await search.step(beams, self.sampling)
-            await self._rate(search, beams, growing)
+            await self._rate(search, beams)
             growing = search.unfinished(beams)
-            if not growing.any():
-                break
-            keep = self.num_beams // self.width // self.num_trees
-            counts = np.where(growing, self.width, 1) * best_of_each(tree, beams.scores, keep)
+            with beams, beams.select(~growing) as done:
+                complete += search.outcomes(done)
+                beams, tree = beams.select(growing), tree[growing]
+            if not len(beams):
+                return choose(search, complete, self.answer)
+            beams_of_tree = self.num_beams // self.num_trees
+            counts = next_steps(tree, beams.scores, beams_of_tree // self.width, beams_of_tree)
             beams, tree = beams.spread(counts), np.repeat(tree, counts)
-        growing = search.unfinished(beams)
         await search.complete(beams, self.sampling)
-        await search.score(beams, growing)
-        return choose(search, beams, self.answer)
+        await search.score(beams)
+        return choose(search, complete + search.outcomes(beams), self.answer)
 
-    async def _rate(self, search: Search, beams: Frontier, which: np.ndarray) -> None:
+    async def _rate(self, search: Search, beams: Frontier) -> None:
         """Scores beams, `lookahead` steps on."""
         if not self.lookahead:
-            await search.score(beams, which)
+            await search.score(beams)
             return
-        scores, greedy = beams.scores.copy(), replace(self.sampling or search.sampling, temperature=0.0, seed=None)
-        with beams.select(which) as growing, growing.fork(1) as ahead:
+        greedy = replace(self.sampling or search.sampling, temperature=0.0, seed=None)
+        with beams.fork(1) as ahead:
             for _ in range(self.lookahead):
                 await search.step(ahead, greedy)
-            scores[which] = await search.score(ahead)
-        beams.scores = scores
+            beams.scores = await search.score(ahead)
 
 
-def best_of_each(tree: np.ndarray, scores: np.ndarray, keep: int) -> np.ndarray:
-    """`[n]` bool: the beam is one of the `keep` best scored ones of its tree; of equals the first are."""
-    kept = np.zeros(len(tree), bool)
+def next_steps(tree: Ints, scores: np.ndarray, keep: int, num_steps: int) -> Ints:
+    """`[n]` int64, with how many next steps each beam goes on: the `keep` best of a tree share its `num_steps` evenly.
+
+    Of equal scores the first is kept. Steps that are left over go to the best.
+
+    Args:
+        tree: `[n]`, the tree each beam belongs to.
+        scores: `[n]`.
+        keep: at most, from 1 to `num_steps`.
+    """
+    counts = np.zeros(len(tree), np.int64)
     for one in np.unique(tree):
         members = np.flatnonzero(tree == one)
-        kept[members[np.argsort(-scores[members], kind="stable")[:keep]]] = True
-    return kept
+        kept = members[np.argsort(-scores[members], kind="stable")[:keep]]
+        counts[kept] = num_steps // len(kept) + (np.arange(len(kept)) < num_steps % len(kept))
+    return counts

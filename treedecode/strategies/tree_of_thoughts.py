@@ -54,6 +54,8 @@ class TreeOfThoughts(Strategy):
         require_one_of("generate", self.generate, ("sample", "propose"))
         if not self.propose_prompt:
             raise ValueError("propose_prompt: is empty; the model has to be asked")
+        if self.dead is not None:
+            require("dead", self.dead, float, -float("inf"))
 
     @property
     def num_branches(self) -> int:

@@ -51,7 +51,7 @@ class Chains:
 
     Attributes:
         classes: `[n]` int64, equal for equal answers; -1 = none.
-        right: `[n]` bool.
+        right: `[n]` bool; none without an answer is.
         scores: `[n]`, nan where the verifier gave none.
         tokens: `[n]` int64, generated.
     """
@@ -69,9 +69,10 @@ def chains_of(tree: SearchTree, task: Task, problem: Problem) -> Chains:
     done = [tree.nodes[i].status in ("final", "answer") for i in leaves]
     answers = [task.extract(text) if is_done else None for text, is_done in zip(texts, done, strict=True)]
     scores = [tree.nodes[i].score for i in leaves]
+    right = [answer is not None and task.verify(problem, text) for text, answer in zip(texts, answers, strict=True)]
     return Chains(
         classes=answer_classes(task, answers),
-        right=np.array([task.verify(problem, text) for text in texts], bool),
+        right=np.array(right, bool),
         scores=np.array([np.nan if score is None else score for score in scores], np.float64),
         tokens=np.array([sum(tree.nodes[j].num_tokens for j in tree.path(i)[1:]) for i in leaves], np.int64),
     )
@@ -86,7 +87,7 @@ def majority_accuracy(chains: Chains, k: int, *, num_subsets: int = 200, seed: i
     n = len(chains.right)
     _check(k, n)
     if k == 1:
-        return float((chains.right & (chains.classes >= 0)).mean())
+        return float(chains.right.mean())
     if k == n:
         members = np.ones((1, n), bool)
     else:

@@ -122,7 +122,7 @@ class Vote:
     max_new_tokens: int = 16
     stop: StopLike = "\n"
     sampling: Sampling | None = None
-    probability = False
+    probability = True  # shares of the votes are in [0, 1]
 
     def __post_init__(self) -> None:
         if "{choices}" not in self.prompt:

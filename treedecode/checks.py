@@ -1,0 +1,67 @@
+"""What a run is given, checked before anything is spent: problems, their task, and what the model is to read."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from treedecode.arguments import token_ids
+from treedecode.decoder import Decoder, Prompt
+from treedecode.tasks.base import Problem
+
+_OF_TASK = ("name", "stop", "end", "max_step_tokens", "max_new_tokens", "extract", "equivalent", "is_final", "verify")
+_NAMED = 5  # problems that an error lists
+
+
+def checked_problems(problems: Iterable[Problem]) -> list[Problem]:
+    """The problems of a run.
+
+    Raises:
+        TypeError: something else than problems. ValueError: two have the same id.
+    """
+    if isinstance(problems, str) or not isinstance(problems, Iterable):
+        raise TypeError(f"problems: expected a list of treedecode.Problem, got {problems!r}")
+    found = list(problems)
+    for i, problem in enumerate(found):
+        if not isinstance(problem, Problem):
+            raise TypeError(f"problems: expected a list of treedecode.Problem, got {problem!r} at {i}")
+    if len({problem.id for problem in found}) < len(found):
+        raise ValueError("problems: two have the same id")
+    return found
+
+
+def check_task(task: Any) -> None:
+    """Checks that something is a task.
+
+    Raises:
+        TypeError: it is the name of one, or lacks what tasks have.
+    """
+    if isinstance(task, (str, type)):
+        raise TypeError(f"task: expected a task, such as treedecode.tasks.load('countdown') gives, got {task!r}")
+    missing = [name for name in _OF_TASK if not hasattr(task, name)]
+    if missing:
+        raise TypeError(f"task: expected a treedecode.tasks.Task, got {task!r} without {', '.join(missing)}")
+
+
+def check_prompts(decoder: Decoder, prompts: Mapping[str, Prompt]) -> None:
+    """Checks what a model is to read for each problem.
+
+    Args:
+        prompts: by the problem's id.
+
+    Raises:
+        TypeError: neither a text nor token ids. ValueError: empty, an id outside the vocabulary, or no room for a
+            solution (the problems are named).
+    """
+    limit, too_long = decoder.engine.table.max_tokens, []
+    for name, prompt in prompts.items():
+        ids = decoder.encode(prompt) if isinstance(prompt, str) else prompt
+        length = len(token_ids(ids, f"problems: the prompt of {name!r}", decoder.model.vocab_size))
+        if length == 0:
+            raise ValueError(f"problems: the prompt of {name!r} is empty")
+        if length >= limit:
+            too_long.append(f"{name!r} ({length:,} tokens)")
+    if too_long:
+        more = f" and {len(too_long) - _NAMED} more" if len(too_long) > _NAMED else ""
+        raise ValueError(
+            f"problems: prompts leave no room for a solution in the {limit:,} tokens there are: "
+            f"{', '.join(too_long[:_NAMED])}{more}"
+        )
