@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fakes import VOCAB
 from gates import gate
 from tiny_model import save_tiny_model
 
@@ -18,7 +19,8 @@ from treedecode.commands.solve import strategy_named
 from treedecode.gate.model import Gate
 from treedecode.journal import Journal
 from treedecode.models.value_head import ValueHead
-from treedecode.tasks.countdown import model_path
+from treedecode.tasks.countdown import Countdown, model_path
+from treedecode.verify import Likelihood, Value
 
 GATE = model_path() / "gate.safetensors"
 
@@ -96,8 +98,12 @@ def test_a_value_head_of_another_model(refused, other, tmp_path):
 
 
 def test_a_gate_of_another_model(refused, other):
-    gate(hidden_size=48).save("gate.safetensors")
-    said = "gate: it reads hidden states of 48, as of the model it was trained on, and those of this model have 32"
+    known = gate(Likelihood(), Countdown())
+    known.save("gate.safetensors")
+    said = (
+        f"model: {known!r} was trained on one of {VOCAB} tokens and 2 layers, and the run's has 258 tokens and "
+        "1 layers; train a gate for it (`treedecode gate train`)"
+    )
     with_other = ("--model", other, "--verifier", "likelihood")
     assert refused(*DYNAMIC, *with_other, "--gate", "gate.safetensors") == said
     assert refused(*CHAIN, *with_other, "--forecast", "--gate", "gate.safetensors") == said
@@ -105,7 +111,11 @@ def test_a_gate_of_another_model(refused, other):
 
 
 def test_a_gate_without_its_verifier(refused):
-    said = "verifier: the gate was trained with a verifier, and the run has none"
+    value = Value(model_path() / "value_head.safetensors")
+    said = (
+        f"verifier: {Gate.load(GATE)!r} was trained with {value!r}, and the run has none; train a gate for it "
+        "(`treedecode gate train`)"
+    )
     assert refused(*DYNAMIC) == said
     assert refused("gate", "eval", "--out", "out") == said
 

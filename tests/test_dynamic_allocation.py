@@ -225,7 +225,7 @@ def test_hidden_states_are_read_where_the_gate_wants_them(make_decoder):
     assert essence(run(make_decoder(WithHidden()), chosen)) == essence(first)
     with pytest.raises(ValueError, match=r"model: FakeModel has no forward_hidden"):
         run(make_decoder(), chosen)
-    with pytest.raises(ValueError, match=r"gate: it reads hidden states of 4, .* those of this model have 3"):
+    with pytest.raises(ValueError, match=r"gate: Gate\(\w+\) reads hidden states of 4, and this model's have 3"):
         run(make_decoder(WithHidden()), strategy(gate=gate(hidden_size=4)))
     assert len(NAMES) == 17
 

@@ -44,7 +44,7 @@ ALLOWED = {
     "places": set(),
     "search": {"branches", "meter", "places", "sampling", "search_tree", "tasks"},
     "gate": {"search", "tasks", "tree"},
-    "strategies": {"branches", "gate", "meter", "tree", "sampling", "search"},
+    "strategies": {"branches", "gate", "meter", "tree", "sampling", "search", "verify"},
     "study": {
         *("branches", "captured", "collect_env", "decoder", "meter", "ops", "pages", "sampling", "schedule", "search"),
         *("gate", "journal", "search_tree", "solving", "strategies", "tasks", "verify"),

@@ -72,7 +72,7 @@ def test_what_is_no_problem_or_task(arguments, error, match):
 
 
 def test_a_forecast_reads_the_file_of_a_gate(tmp_path):
-    known = gate()
+    known = gate(None, TASK)
     known.save(tmp_path / "gate.safetensors")
     settings = {"strategy": td.SelfConsistency(4), "num_draws": 20}
     prompts = [problem.prompt for problem in TASK.problems(2)]

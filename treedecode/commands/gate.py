@@ -80,6 +80,7 @@ def _rollouts(
         fits: raises where so many problems, with so many chains each, are not enough.
         gate: what they are for.
     """
+    from treedecode.gate.origin import name_of
     from treedecode.gate_training.rollouts import Rollouts, check_menu, collect
     from treedecode.sampling import Sampling
     from treedecode.verify.scorers import as_scorer
@@ -100,10 +101,13 @@ def _rollouts(
     sampling = Sampling(temperature=arguments.temperature)
     model = model_for(arguments.model, task)
     verifier = verifier_named(arguments.verifier, task, model)
+    scorer = None if verifier is None else as_scorer(verifier)
+    if gate is not None:
+        gate.config.origin.require_verifier(name_of(scorer), gate)
     check_menu(menu, verifier)
     with decoder_for(model) as decoder:
         if gate is not None:
-            gate.check(decoder, task, None if verifier is None else as_scorer(verifier))
+            gate.check(decoder, task, scorer)
         data = collect(
             decoder,
             problems,

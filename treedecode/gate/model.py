@@ -185,11 +185,12 @@ class Gate:
         self.check_model(decoder.model)
 
     def check_model(self, model: Any) -> None:
-        """Checks that the gate can read a decoder's model.
+        """Checks that a decoder's model is what the gate was trained for, and that the gate can read it.
 
         Raises:
-            ValueError: it gives no hidden states, or of another size.
+            ValueError: it is another, gives no hidden states, or of another size.
         """
+        self.config.origin.require_model(model, self)
         size = self.config.hidden_size
         if size and not hasattr(model, "forward_hidden"):
             raise ValueError(f"model: {type(model).__name__} has no forward_hidden, so it gives no hidden states")

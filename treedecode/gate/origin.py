@@ -32,7 +32,7 @@ class Origin:
     @classmethod
     def of(cls, decoder: "Decoder", task: "Task", scorer: Any) -> "Origin":
         """That of a run; `scorer` is None without a verifier."""
-        verifier = "" if scorer is None else _ADDRESS.sub("", repr(scorer))
+        verifier = name_of(scorer)
         name = "jsonl" if isinstance(task, Jsonl) else task.name
         return cls(verifier, name, decoder.model.vocab_size, decoder.model.num_layers)
 
@@ -42,11 +42,24 @@ class Origin:
         Raises:
             ValueError: it has another verifier, task or model; names the gate and both.
         """
-        if other.verifier != self.verifier:
-            mine, has = self.verifier or "no verifier", other.verifier or "none"
-            raise ValueError(f"verifier: {gate!r} was trained with {mine}, and the run has {has}; {_TRAIN}")
+        self.require_verifier(other.verifier, gate)
         if other.task != self.task:
             raise ValueError(f"task: {gate!r} was trained on {self.task!r}, and the run is of {other.task!r}; {_TRAIN}")
-        mine, has = (f"{one.vocab_size} tokens and {one.num_layers} layers" for one in (self, other))
+        self.require_model(other, gate)
+
+    def require_verifier(self, other: str, gate: Any) -> None:
+        """The same of a verifier's `name_of` alone."""
+        if other != self.verifier:
+            mine, has = self.verifier or "no verifier", other or "none"
+            raise ValueError(f"verifier: {gate!r} was trained with {mine}, and the run has {has}; {_TRAIN}")
+
+    def require_model(self, model: Any, gate: Any) -> None:
+        """The same of a decoder's model alone."""
+        mine, has = (f"{one.vocab_size} tokens and {one.num_layers} layers" for one in (self, model))
         if has != mine:
             raise ValueError(f"model: {gate!r} was trained on one of {mine}, and the run's has {has}; {_TRAIN}")
+
+
+def name_of(scorer: Any) -> str:
+    """What a scorer is known by in every process; "" of None."""
+    return "" if scorer is None else _ADDRESS.sub("", repr(scorer))
