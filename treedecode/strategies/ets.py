@@ -17,18 +17,21 @@ from treedecode.tree import Frontier
 class ETS(REBASE):
     """At every depth the branches S go on that maximise sum(W_S) / sum(W) - kv_weight * |KV of S| / |KV|.
 
-    W are REBASE's widths, and S has them shared out again. The paper has an integer program choose S; without its term
-    for diversity, which needs a model of sentence embeddings, the best S is found exactly in one pass up the tree. The
-    cost of a step is its tokens, where the paper's code counts steps.
+    W are REBASE's widths, and S has them shared out again. This is ETS without its term for diversity, which rewards
+    branches that say different things and needs a model of sentence embeddings. The paper has an integer program choose
+    S; without that term the best S is found exactly in one pass up the tree. The cost of a step is its tokens, where
+    the paper's code counts steps.
 
     Args:
-        kv_weight: lambda_b of the paper (1 in its code for a width of 16).
+        kv_weight: lambda_b of the paper. With a weight of 1 keeping every branch is worth nothing, and it is the
+            diversity term (whose weight is 1.5 in the paper's code) that speaks for keeping branches; without it the
+            search narrows too soon. The default was chosen on validation problems (`docs/decisions.md`).
         width, temperature, answer, sampling: as `REBASE`.
     """
 
     name: ClassVar[str] = "ets"
 
-    kv_weight: float = 1.0
+    kv_weight: float = 0.7
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -28,7 +28,7 @@ def default_plan(gate: str, *, follows_instructions: bool) -> list[Entry]:
         ("step_beam_search", "Beam search over steps (16)", {"num_beams": 16, "width": 4}),
         ("dvts", "DVTS (16)", {"num_beams": 16, "width": 4}),
         ("rebase", "REBASE (16)", {"width": 16}),
-        ("ets", "ETS (16)", {"width": 16}),
+        ("ets", "ETS without diversity (16)", {"width": 16}),
         ("mcts", "MCTS (16 simulations)", {"num_simulations": 16}),
         ("particle_filter", "Particle filter (16)", {"num_particles": 16}),
     )
