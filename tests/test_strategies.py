@@ -127,6 +127,16 @@ def test_breadth_first_keeps_the_best_that_live(dead):
         assert [count > 0 for count in children] == [one in best for one in before]
 
 
+class Ninth(FakeTask):
+    """Texts of nine characters have come to their answer."""
+
+    def is_final(self, text):
+        return len(text) >= 9
+
+    def extract(self, text):
+        return text[8:9] or None
+
+
 def test_depth_first_goes_into_the_best_child_and_back():
     asked, task = Recorder(), ENDLESS
     strategy = td.TreeOfThoughts(depth=2, width=3, keep=3, order="dfs", dead=0.4, max_visits=9)
@@ -138,10 +148,14 @@ def test_depth_first_goes_into_the_best_child_and_back():
             entered.append(parent)
     expected = sorted((one for one in asked.calls[0] if one[1] >= 0.4), key=lambda one: -one[1])
     assert entered == [text for text, _ in expected]
-    enough = Recorder()
-    solution = solve_one(td.TreeOfThoughts(depth=2, width=3, keep=3, order="dfs", good=0.0), enough, task=task)
+    strategy = td.TreeOfThoughts(depth=2, width=3, keep=3, order="dfs", good=0.0)
+    enough, settings = Recorder(), {"stop": "nothing", "end": ("nothing",), "max_step_tokens": 3}
+    solution = solve_one(strategy, enough, task=Ninth(**settings))
     assert len(enough.calls) == 3, "two levels and the first solution"
     assert solution.text == enough.calls[-1][0][0]
+    unanswered = Recorder()
+    solve_one(strategy, unanswered, task=task)
+    assert len(unanswered.calls) > 3, "no solution is good without an answer"
 
 
 # -- budget forcing, refinement --

@@ -27,7 +27,8 @@ class TreeOfThoughts(Strategy):
         keep: branches kept after each step (`b` of the paper's BFS, 5 for the Game of 24).
         order: "bfs", or "dfs": the best child first, back to its siblings when it is dead or its solution falls short.
         dead: a branch scored below this is given up; None = none is ("dfs": the paper's threshold).
-        good: "dfs" ends with the first solution scored at least this; None = looks at all it has the visits for.
+        good: "dfs" ends with the first solution that has an answer and is scored at least this; None = looks at all it
+            has the visits for.
         max_visits: "dfs": steps of search at most.
         sampling: in place of the run's.
     """
@@ -54,8 +55,9 @@ class TreeOfThoughts(Strategy):
         require_one_of("generate", self.generate, ("sample", "propose"))
         if not self.propose_prompt:
             raise ValueError("propose_prompt: is empty; the model has to be asked")
-        if self.dead is not None:
-            require("dead", self.dead, float, -float("inf"))
+        for name in ("dead", "good"):
+            if getattr(self, name) is not None:
+                require(name, getattr(self, name), float, -float("inf"))
 
     @property
     def num_branches(self) -> int:
@@ -112,7 +114,7 @@ class TreeOfThoughts(Strategy):
                 await search.complete(state, self.sampling)
                 [score] = await search.score(state)
                 found.append(search.outcome(state, 0, float(score)))
-                return self.good is not None and score >= self.good
+                return self.good is not None and score >= self.good and found[-1].answer is not None
             if visits == 0:
                 return False
             visits -= 1
