@@ -216,7 +216,7 @@ def test_time_and_energy_of_earlier_processes_count(make, tmp_path, monkeypatch,
     killed(make(), journal, 1, budget=budget)
     lines = journal.read_text().splitlines()
     last, num_left = json.loads(lines[-1]), len(PROBLEMS) - num_solutions(journal)
-    for spent, is_over in ((899, False), (900, True)):
+    for spent, is_over in ((600, False), (900, True)):  # a busy machine takes seconds for the rest
         last["spent"][limit] = spent
         journal.write_text("\n".join([*lines[:-1], json.dumps(last)]) + "\n")
         dec = make()
