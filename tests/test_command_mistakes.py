@@ -196,7 +196,9 @@ def test_ctrl_c_in_the_training_of_a_gate(tmp_path):
     command = [sys.executable, "-c", program, "gate", "train", "--num-problems", "300", "--chains", "4"]
     command += ["--max-chains", "2", "--out", str(tmp_path / "out")]
     root = Path(__file__).parent.parent
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": root}
+    # a test run in the background may have inherited that Ctrl-C is ignored
+    process = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
     journal = tmp_path / "out" / "rollouts-train.jsonl"
     end = time.monotonic() + 120
     while not (journal.exists() and journal.read_bytes().count(b"\n") >= 2):

@@ -255,9 +255,10 @@ def test_ctrl_c_leaves_what_can_be_resumed(model, data, tmp_path):
     arguments = ["solve", "--strategy", "self_consistency:num_samples=12", "--model", model, "--data", data]
     arguments += ["--out", str(out), "--max-branches", "13", "--dtype", "float32"]
     root = Path(__file__).parent.parent
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root
-    )
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": root}
+    # a test run in the background may have inherited that Ctrl-C is ignored
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen([sys.executable, "-c", program, *arguments], **options)
     journal = out / "solutions.jsonl"
     end = time.monotonic() + 120
     while num_solutions(journal) < 1:
