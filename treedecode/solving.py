@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import json
-import re
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,6 +13,7 @@ from treedecode.budget import Budget
 from treedecode.checks import check_prompts, check_task, checked_problems
 from treedecode.decoder import Decoder, Prompt
 from treedecode.energy import Counter
+from treedecode.gate.origin import name_of
 from treedecode.journal import Journal
 from treedecode.ledger import Ledger, Spent
 from treedecode.meter import BudgetExhausted, Spending
@@ -29,7 +29,6 @@ from treedecode.verify.value import Value
 # fields of a solution that are JSON as they are
 _PLAIN = ("answer", "text", "score", "is_cut", "correct", "seconds", "notes")
 _SPENT_SECONDS = 10.0  # between two entries of what the run has spent; a solution has one too
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of a function, and another one in every process
 
 
 @dataclass(frozen=True)
@@ -234,7 +233,7 @@ class _Run:
             "task": self.task.name,
             "sampling": repr(self.sampling),
             "seed": self.seed,
-            "verifier": _ADDRESS.sub("", repr(self.scorer)),
+            "verifier": name_of(self.scorer) or "None",
             "budget": repr(self.budget),
             "model": [self._model_name, model.vocab_size, model.num_layers, str(model.dtype)],
             "problems": [problem.id for problem in self.problems],
