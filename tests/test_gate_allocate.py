@@ -1,5 +1,6 @@
 """Allocation of a budget: closed forms, brute force over whole menus, the meeting of offline runs, the online price."""
 
+import asyncio
 import itertools
 import math
 
@@ -178,7 +179,8 @@ def test_online_spending_converges_to_the_budget(budget, start):
         rate, length = rng.beta(0.4, 1.2), lengths[i]
         chains, solved = 2, rng.random() < 1 - (1 - rate) ** 2
         while True:
-            one = bid(rate * 1e6, (1 - rate) * 1e6, float(not solved), length, alone=length, num_chains=chains)
+            known = rate * 1e6, (1 - rate) * 1e6, float(not solved)
+            one = bid(*known, length, alone=length, num_chains=chains, spent=chains * length)
             grant = drive(stream, name, one)
             if grant.ends:
                 break
@@ -208,20 +210,74 @@ class Asking:
 
 
 def test_an_online_price_depends_on_earlier_problems_only_and_is_restored_from_records():
-    terms = Terms(3.0, max_chains=16, wave=4, floor=0)
+    terms, lag = Terms(3.0, max_chains=16, wave=4, floor=0), 3
     names = [str(i) for i in range(12)]
     spends = np.random.default_rng(3).uniform(2, 9, 12)
+    firsts = [bid(0.3 + i / 4, 1.5, unsolved=0.9 - i / 20, num_chains=2, spent=2.0) for i in range(12)]
 
     def prices(order, known=()):
-        records = {names[i]: Record([bid(num_chains=2)], spends[i]) for i in known}
-        stream = Stream(terms, names, records, price=0.1, step=0.05, lag=2)
+        records = {names[i]: Record([firsts[i]], spends[i]) for i in known}
+        stream = Stream(terms, names, records, price=0.1, step=0.05, lag=lag)
         for i in order:
-            stream._members[i].offer(bid(num_chains=2))
+            stream._members[i].offer(firsts[i])
             stream.leave(names[i], spends[i])
-        return stream._priced
+        return stream._opening, stream._prices
 
     straight = prices(range(12))
     assert prices([3, 1, 0, 2, *range(11, 3, -1)]) == straight
     assert prices(range(5, 12), known=(4, 2, 0, 1, 3)) == straight
-    assert len(straight) == 13
-    assert len({price for price, _ in straight.values()}) > 10
+    opening, later = straight
+    assert len(opening) == len({one.value for one in opening}) == lag
+    assert len(later) == 13
+    assert later[0].value == 0.1
+    assert len({one.value for one in later}) > 10
+
+
+def test_the_first_problems_of_a_stream_spend_the_budget_by_their_bids():
+    """There is no other spending that the first `lag` could go by; the mean of many streams' first problems."""
+    rng = np.random.default_rng(0)
+    for budget in (2.0, 4.0):
+        found = []
+        for _ in range(30):
+            terms, names = Terms(budget, max_chains=24, wave=1, floor=0), [str(i) for i in range(16)]
+            stream = Stream(terms, names, {}, price=0.05, step=0.05, lag=16)
+            lengths, spent = rng.uniform(5, 50, 16), 0.0
+            for i, length in enumerate(lengths):
+                alpha, beta = rng.uniform(0.3, 2), rng.uniform(0.5, 6)
+                rate, chains = rng.beta(alpha, beta), 1
+                solved = rng.random() < rate
+                while True:  # a gate that is right: what it believes after so many failures
+                    belief = alpha, beta + chains, float(not solved)
+                    one = bid(*belief, length, alone=length, num_chains=chains, spent=chains * length)
+                    if drive(stream, str(i), one).ends:
+                        break
+                    solved = solved or rng.random() < rate
+                    chains += 1
+                spent += chains * length
+            found.append(spent / lengths.sum())
+        assert abs(np.mean(found) - budget) < 3 * np.std(found) / 30**0.5 + 0.05 * budget
+
+
+def test_a_problem_waits_for_the_first_bids_before_it():
+    async def run():
+        stream = Stream(Terms(3.0, 8, 1, 0), ["a", "b", "c", "d"], {}, price=0.1, step=0.05, lag=2)
+        second = asyncio.ensure_future(stream.decide(Asking("b"), bid(num_chains=1, spent=1.0)))
+        third = asyncio.ensure_future(stream.decide(Asking("c"), bid(num_chains=1, spent=1.0)))
+        await asyncio.sleep(0)
+        assert not second.done()
+        await stream.decide(Asking("a"), bid(num_chains=1, spent=1.0))
+        await asyncio.wait_for(second, 1)
+        assert stream.price == 0.1
+        await asyncio.wait_for(third, 1)  # both before it may be under way still
+        fourth = asyncio.ensure_future(stream.decide(Asking("d"), bid(num_chains=1, spent=1.0)))
+        await asyncio.sleep(0)
+        assert not fourth.done()
+        stream.leave("a", 7.0)
+        await asyncio.wait_for(fourth, 1)
+        assert stream.price > 0.1
+
+    asyncio.run(run())
+    # one that ended without a bid keeps nobody waiting
+    stream = Stream(Terms(3.0, 8, 1, 0), ["a", "b"], {}, price=0.1, step=0.05, lag=2)
+    stream.leave("a", 0.0)
+    drive(stream, "b", bid(num_chains=1, spent=1.0))

@@ -9,6 +9,7 @@ from typing import Any
 from treedecode.gate.allocate import Bid, Grant, allocate, at_price
 from treedecode.search import Search
 
+_ABOVE = 1.0 + 1e-9  # a price is that of the first step that was too expensive, which is not to be taken
 MIN_PRICE = 1e-4  # from which a price that nobody had to pay for long comes back soon; a chain gains 1 at most
 
 
@@ -49,6 +50,7 @@ class Member:
 
     Attributes:
         bids: those it has still to make, of one that an earlier process has solved: what it did is known.
+        first: its first bid.
         bid: the one it waits with; None = it is at work.
         alone: what one chain of it costs, by its first bid.
         spent: in all, up to its latest bid or its end.
@@ -57,15 +59,21 @@ class Member:
     """
 
     bids: list[Bid] = field(default_factory=list)
+    first: Bid | None = None
     bid: Bid | None = None
     alone: float = 0.0
     spent: float = 0.0
     left: bool = False
     waiting: asyncio.Future[Grant] | None = None
 
+    @property
+    def has_bid_or_left(self) -> bool:
+        return self.left or self.first is not None
+
     def offer(self, bid: Bid) -> None:
         self.bid, self.spent = bid, bid.spent
-        self.alone = self.alone or bid.alone
+        self.first = self.first or bid
+        self.alone = self.first.alone
 
 
 @dataclass
@@ -151,6 +159,19 @@ class Meeting:
                 return
 
 
+@dataclass(frozen=True)
+class Price:
+    """What a chain has to gain.
+
+    Attributes:
+        value: expected right answers per chain of mean cost.
+        chain_cost: that cost; 0 = of nobody yet.
+    """
+
+    value: float
+    chain_cost: float
+
+
 class Stream:
     """Problems come one after another; a price follows what they spend, so that in the mean it is the budget.
 
@@ -161,13 +182,17 @@ class Stream:
     cuts the price off at 0 it stays below the budget for good.) Spending is counted in chains of mean cost, the price
     in expected right answers per such chain, so neither depends on how long chains are.
 
-    Short runs cost what their first price makes of them: it moves by a factor e only after 1 / (step * share above the
-    budget) problems, and not at all for the first `lag`. From a first price that is off by a factor f, n problems are
-    off in the mean by up to about log(f) / (step * n) of the budget. The gate's own price for a budget (`Gate.price`)
-    is off by as much as these problems differ from its calibration problems.
-
     The price of a problem follows the spending of those that came at least `lag` before it, whichever of the others
     have ended by then: so its solution does not depend on the machine, and `lag` problems can be under way at once.
+
+    The first `lag` problems have no such spending to go by. Each takes the price that divides the budget among the
+    first bids up to its own: being one of them and no other than they, it spends the budget in the mean as far as the
+    gate is right. Plans are made as for one chain at a time: one that is shorter than a wave ends it, and is made anew.
+
+    Args:
+        price: where the descent begins: for a budget the gate knows one (`Gate.price`). With a floor it begins no lower
+            than the last price of the first `lag` problems, as the gate's is that of a budget without one.
+        step, lag: as above.
     """
 
     def __init__(
@@ -181,12 +206,13 @@ class Stream:
         lag: int,
     ) -> None:
         self.terms = terms
-        self._step, self._lag = step, lag
+        self._first, self._step, self._lag = price, step, lag
         self._place = {problem: i for i, problem in enumerate(problems)}
         self._members = [Member() for _ in problems]
-        self._price, self._count, self._alone = price, 0, 0.0  # after the first `_count` problems; sum of `alone`
-        self._priced: dict[int, tuple[float, float]] = {0: (price, 0.0)}  # by count: the price, and a chain's mean cost
-        self._waiting: dict[int, list[asyncio.Future[None]]] = {}
+        self._opening: list[Price] = []  # of the first `lag` problems
+        self._prices: list[Price] = []  # after the first 0, 1, 2, ... problems
+        self._alone = 0.0  # of those
+        self._waiting: list[asyncio.Future[None]] = []
         for problem, record in known.items():
             if record.bids:
                 self._members[self._place[problem]].offer(record.bids[0])
@@ -195,19 +221,20 @@ class Stream:
     @property
     def price(self) -> float:
         """As of the first problems that have all ended; expected right answers per chain."""
-        return self._price
+        return self._prices[-1].value if self._prices else self._first
 
     async def decide(self, search: Search, bid: Bid) -> Grant:
         """What a problem gets next, at the price of its place in the stream."""
         place = self._place[search.problem.id]
         self._members[place].offer(bid)
-        after = max(0, place - self._lag)
-        while after not in self._priced:
+        self._proceed()
+        known, at = (self._opening, place) if place < self._lag else (self._prices, place - self._lag)
+        while at >= len(known):
             future = asyncio.get_running_loop().create_future()
-            self._waiting.setdefault(after, []).append(future)
+            self._waiting.append(future)
             await future
-        price, mean = self._priced[after]
-        grant = at_price(bid, price / (mean or bid.alone), self.terms.max_chains, self.terms.wave)
+        price = known[at].value / (known[at].chain_cost or bid.alone)
+        grant = at_price(bid, price, self.terms.max_chains, self.terms.wave)
         owed = self.terms.floor - bid.num_chains
         if grant.tree < 0 and owed > grant.num_chains:
             grant = Grant(owed)
@@ -217,16 +244,42 @@ class Stream:
         """A problem has ended, however."""
         member = self._members[self._place[problem]]
         member.left, member.spent = True, spent
-        while self._count < len(self._members) and self._members[self._count].left:
-            one = self._members[self._count]
-            self._count += 1
-            self._alone += one.alone
-            mean = self._alone / self._count
-            if mean > 0:
-                above = (one.spent - self.terms.budget * one.alone) / mean
-                price = self._price * math.exp(self._step * above / self.terms.budget)
-                self._price = min(max(price, MIN_PRICE), 1.0)
-            self._priced[self._count] = (self._price, mean)
-            for future in self._waiting.pop(self._count, ()):
-                if not future.done():
-                    future.set_result(None)
+        self._proceed()
+
+    def _proceed(self) -> None:
+        """Finds the prices that follow from what is known by now."""
+        num_known, num_first = len(self._opening) + len(self._prices), min(self._lag, len(self._members))
+        while len(self._opening) < num_first and self._members[len(self._opening)].has_bid_or_left:
+            self._opening.append(self._price_of_bids(len(self._opening) + 1))
+        if len(self._opening) == num_first and not self._prices:
+            last, first = self._opening[-1], self._first
+            self._prices.append(Price(max(first, last.value) if self.terms.floor else first, last.chain_cost))
+        while 0 < len(self._prices) <= len(self._members) and self._members[len(self._prices) - 1].left:
+            self._prices.append(self._price_after(self._members[len(self._prices) - 1]))
+        if len(self._opening) + len(self._prices) == num_known:
+            return
+        waiting, self._waiting = self._waiting, []
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+    def _price_of_bids(self, count: int) -> Price:
+        """That which divides the budget among the first bids of so many problems."""
+        terms, bids = self.terms, [member.first for member in self._members[:count] if member.first is not None]
+        if not bids:  # all have ended without one
+            return Price(self._first, 0.0)
+        alone = sum(bid.alone for bid in bids)
+        left = terms.budget * alone - sum(bid.spent for bid in bids)
+        _, price = allocate(bids, left, max_chains=terms.max_chains, floor=terms.floor)
+        return Price(max(price * alone / len(bids) * _ABOVE, MIN_PRICE), alone / len(bids))
+
+    def _price_after(self, member: Member) -> Price:
+        """The next one, when a problem has ended."""
+        latest, count = self._prices[-1], len(self._prices)
+        self._alone += member.alone
+        mean = self._alone / count
+        if mean == 0:
+            return latest
+        above = (member.spent - self.terms.budget * member.alone) / mean
+        price = latest.value * math.exp(self._step * above / self.terms.budget)
+        return Price(min(max(price, MIN_PRICE), 1.0), mean)

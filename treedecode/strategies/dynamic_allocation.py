@@ -35,8 +35,8 @@ class DynamicAllocation(Strategy):
         mode: "offline" divides the budget among all problems of the run after each wave; "online" takes them as a
             stream, at a price that follows what earlier ones spent.
         unit: of cost: "tokens" generated, or "kv_bytes" read.
-        price, step, lag: "online": the first price in expected right answers per chain (None: the gate's, for that
-            budget), how fast it moves, and how many problems later spending counts (`Stream`).
+        price, step, lag: "online": the price after that of the first bids, in expected right answers per chain (None:
+            the gate's for that budget), how fast it moves, and how many problems later spending counts (`Stream`).
         sampling: in place of the run's.
     """
 
