@@ -13,7 +13,7 @@ from typing import Any
 import treedecode as td
 from treedecode.gate.costs import UNITS
 from treedecode.gate.model import Gate
-from treedecode.solving import Result
+from treedecode.solutions import Result
 from treedecode.strategies import Strategy
 from treedecode.tasks.countdown import Countdown, model_path
 from treedecode.verify import Value

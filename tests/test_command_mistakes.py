@@ -108,6 +108,8 @@ def test_a_gate_of_another_model(refused, other):
     assert refused(*DYNAMIC, *with_other, "--gate", "gate.safetensors") == said
     assert refused(*CHAIN, *with_other, "--forecast", "--gate", "gate.safetensors") == said
     assert refused("gate", "eval", "gate.safetensors", *with_other, "--out", "out") == said
+    study = ("study", "--gate", "gate.safetensors", "--out", "out", "--problems", "1", *with_other)
+    assert refused(*study, "--strategies", "dynamic_allocation") == said
 
 
 def test_a_gate_without_its_verifier(refused):

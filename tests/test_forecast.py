@@ -175,6 +175,8 @@ def test_what_cannot_be_forecast(gate):
             td.forecast(dec, ["the cat"], strategy=BestOfN(), gate=gate, num_draws=0)
         with pytest.raises(ValueError, match=r"prompts: is empty"):
             td.forecast(dec, [], strategy=BestOfN(), gate=gate)
+        with pytest.raises(ValueError, match=r"prompts\[70\]: is empty"):
+            td.forecast(dec, ["the cat"] * 70 + [""], strategy=BestOfN(), gate=gate)
         assert dec.num_branches == 0
 
 

@@ -35,19 +35,20 @@ ALLOWED = {
     "recording": {"branches", "completions", "search_tree"},
     "tree": {"arguments", "branches", "completions", "given", "recording", "sampling", "stops"},
     "models": {"env", "ops"},
-    "verify": {"sampling", "stops", "models", "tasks", "tree"},
+    "verify": {"arguments", "sampling", "stops", "models", "tasks", "tree"},
     "tasks": {"verify"},
     "budget": {"meter"},
     "energy": set(),
     "journal": set(),
     "ledger": {"meter"},
     "places": set(),
+    "solutions": {"ledger", "meter", "search_tree", "tasks"},
     "search": {"branches", "meter", "places", "sampling", "search_tree", "tasks"},
-    "gate": {"search", "tasks", "tree"},
+    "gate": {"arguments", "search", "tasks", "tree"},
     "strategies": {"branches", "gate", "meter", "tree", "sampling", "search", "verify"},
     "study": {
         *("branches", "captured", "collect_env", "decoder", "meter", "ops", "pages", "sampling", "schedule", "search"),
-        *("gate", "journal", "search_tree", "solving", "strategies", "tasks", "verify"),
+        *("gate", "journal", "search_tree", "solutions", "solving", "strategies", "tasks", "verify"),
     },
 }
 

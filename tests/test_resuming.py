@@ -248,6 +248,14 @@ def test_a_journal_that_does_not_say_what_was_spent_is_refused(run, tmp_path):
     journal.write_text(text.replace('"spent"', '"sent"'))
     with pytest.raises(ValueError, match="line 2, cannot be read"):
         run()
+    for name, error in (
+        ("answer", "KeyError.'answer'"),
+        ("spending", "KeyError.'spending'"),
+        ("generated_tokens", "TypeError.*'other'"),
+    ):
+        journal.write_text(text.replace(f'"{name}"', '"other"'))
+        with pytest.raises(ValueError, match=f"journal: .*journal.jsonl has a line that cannot be read: {error}"):
+            run()
 
 
 def test_solutions_are_counted_without_reading_them(tmp_path):

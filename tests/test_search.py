@@ -20,7 +20,14 @@ def on_a_search(work, scorer=None, task=TASK, **options):
         account = Budget().open(dec.engine.meter)
         problem = task.problems(1)[0]
         search = Search(
-            dec, task, problem, prompt=problem.prompt, sampling=td.Sampling(), seed=0, account=account, score=scorer
+            dec,
+            task,
+            problem,
+            prompt=dec.encode(problem.prompt),
+            sampling=td.Sampling(),
+            seed=0,
+            account=account,
+            score=scorer,
         )
         dec.engine.trees[account] = search.tree
         try:

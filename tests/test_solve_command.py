@@ -170,7 +170,7 @@ def test_an_oracle_is_called_one(solve):
         (("--data", "problems.txt"), "data: expected .* the path of a .jsonl file; got 'problems.txt'"),
         (("--task", "crosswords"), "task: expected 'countdown', 'reasoning_gym:<dataset>'"),
         (("--num-problems", "5"), "num_problems: .* has 4, got 5"),
-        (("--split", "train"), "split: .* was loaded without a file for 'train'"),
+        (("--split", "train"), "split: .* is 'test' alone; Jsonl.*, train=FILE. adds 'train'"),
         (("--model", "./nowhere"), "model: expected a folder, .* there is no './nowhere'"),
         (("--model", "a/folder/nowhere"), "model: expected a folder, .* there is no 'a/folder/nowhere'"),
         (("--model", "nowhere.gguf"), "model: expected a folder, .* there is no 'nowhere.gguf'"),

@@ -82,7 +82,7 @@ def test_splits_are_files(tmp_path, file):
     other = write(tmp_path / "other.jsonl", ROWS[:1])
     task = Jsonl(file, train=other)
     assert [p.id for p in task.problems(1, split="train")] == ["other-1"]
-    with pytest.raises(ValueError, match="loaded without a file for 'validation'; give validation="):
+    with pytest.raises(ValueError, match=r"is 'test' and 'train' alone; .*, validation=FILE\) adds 'validation'"):
         task.problems(1, split="validation")
     with pytest.raises(ValueError, match="split: expected 'train', 'validation' or 'test', got 'dev'"):
         task.problems(1, split="dev")
@@ -131,7 +131,7 @@ def test_worked_examples(tmp_path, file):
     assert prefix([]) == ""
     with pytest.raises(ValueError, match=r"count: .*three.jsonl has 3 problems, got 4"):
         few_shot(file, 4)
-    with pytest.raises(ValueError, match="loaded without a file for 'train'"):
+    with pytest.raises(ValueError, match="is 'test' alone"):
         few_shot(load(file), 1)
     with pytest.raises(ValueError, match="shots: expected a number >= 0, got -1"):
         few_shot(file, -1)

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from treedecode.arguments import token_ids
+from treedecode.branches import Ints
 from treedecode.decoder import Decoder, Prompt
 from treedecode.tasks.base import Problem
 
@@ -41,8 +42,8 @@ def check_task(task: Any) -> None:
         raise TypeError(f"task: expected a treedecode.tasks.Task, got {task!r} without {', '.join(missing)}")
 
 
-def check_prompts(decoder: Decoder, prompts: Mapping[str, Prompt]) -> None:
-    """Checks what a model is to read for each problem.
+def checked_prompts(decoder: Decoder, prompts: Mapping[str, Prompt]) -> dict[str, Ints]:
+    """The token ids that a model is to read for each problem.
 
     Args:
         prompts: by the problem's id.
@@ -52,9 +53,11 @@ def check_prompts(decoder: Decoder, prompts: Mapping[str, Prompt]) -> None:
             solution (the problems are named).
     """
     limit, too_long = decoder.engine.table.max_tokens, []
+    found = {}
     for name, prompt in prompts.items():
         ids = decoder.encode(prompt) if isinstance(prompt, str) else prompt
-        length = len(token_ids(ids, f"problems: the prompt of {name!r}", decoder.model.vocab_size))
+        found[name] = token_ids(ids, f"problems: the prompt of {name!r}", decoder.model.vocab_size)
+        length = len(found[name])
         if length == 0:
             raise ValueError(f"problems: the prompt of {name!r} is empty")
         if length >= limit:
@@ -65,3 +68,4 @@ def check_prompts(decoder: Decoder, prompts: Mapping[str, Prompt]) -> None:
             f"problems: prompts leave no room for a solution in the {limit:,} tokens there are: "
             f"{', '.join(too_long[:_NAMED])}{more}"
         )
+    return found

@@ -23,7 +23,7 @@ from treedecode.sampling import Sampling
 from treedecode.stops import StopLike, StopMatcher, StopSet, parse_stop
 from treedecode.tree import Frontier
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | np.ndarray
 T = TypeVar("T")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -143,8 +143,13 @@ class Decoder:
         """Text of token ids, without special tokens; empty without a tokenizer."""
         return self.engine.matcher.decode(np.asarray(token_ids))
 
-    def _prompts(self, prompts: Prompt | Sequence[Prompt]) -> list[Ints]:
-        """Checked token ids of every prompt."""
+    def prompt_ids(self, prompts: Prompt | Sequence[Prompt]) -> list[Ints]:
+        """Token ids `[n]` of every prompt.
+
+        Raises:
+            TypeError: not strings or lists of token ids. ValueError: one is empty, has an id outside the vocabulary, or
+                leaves no room for a new token (named).
+        """
         if isinstance(prompts, str):
             return [self._prompt(prompts, "prompts")]
         if isinstance(prompts, (bytes, dict)) or not (hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__")):
@@ -251,7 +256,7 @@ class Decoder:
         """`generate` for coroutines: decodes together with whatever else runs on this decoder."""
         return await completions.generate(
             self,
-            self._prompts(prompts),
+            self.prompt_ids(prompts),
             num_branches=num_branches,
             sampling=sampling_or(sampling, Sampling()),
             max_new_tokens=max_new_tokens,
@@ -308,7 +313,7 @@ class Decoder:
     async def beam_search_async(self, prompts: Prompt | Sequence[Prompt], **settings: Any) -> list[list[Completion]]:
         """`beam_search` for coroutines: decodes together with whatever else runs on this decoder."""
         stops = self.parse_stop(settings.pop("stop", None))
-        return await beam_search.complete(self.engine, self._prompts(prompts), stops, **settings)
+        return await beam_search.complete(self.engine, self.prompt_ids(prompts), stops, **settings)
 
     async def roots(
         self, prompts: Prompt | Sequence[Prompt], *, sampling: Sampling | None = None, account: int = -1
@@ -323,7 +328,7 @@ class Decoder:
         Raises:
             TypeError, ValueError: a prompt is wrong (named). OutOfBranches: more prompts than free branches.
         """
-        return await roots(self, self._prompts(prompts), sampling_or(sampling, Sampling()), account)
+        return await roots(self, self.prompt_ids(prompts), sampling_or(sampling, Sampling()), account)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine to its end from code that is not one; inside a running event loop (Jupyter) in a thread.

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from treedecode.arguments import require_hidden_states
 from treedecode.branches import Finish, Ints, Work
 from treedecode.captured import CapturedSteps
 from treedecode.jobs import Callback, Job, Stats, settle
@@ -120,8 +121,7 @@ class Engine(Ticker):
         Raises:
             ValueError: the model's adapter gives none.
         """
-        if not hasattr(self.model, "forward_hidden"):
-            raise ValueError(f"model: {type(self.model).__name__} has no forward_hidden, so it gives no hidden states")
+        require_hidden_states(self.model)
         return await self._run(Work.HIDDEN, rows)
 
     async def _run(

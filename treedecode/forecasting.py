@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from treedecode.branches import Ints
 from treedecode.decoder import Decoder, Prompt
 from treedecode.gate.costs import UNITS, kv_sizes
 from treedecode.gate.draws import CostDraws
@@ -72,7 +73,7 @@ def forecast(
 
     Raises:
         FileNotFoundError, ValueError: nothing is known of the strategy, there is no gate, it is missing or another
-            model's, or an argument is out of range (named).
+            model's, or an argument is out of range (named). TypeError, ValueError: a prompt is wrong (named).
     """
     gate = getattr(strategy, "gate", None) if gate is None else gate
     if isinstance(gate, (str, os.PathLike)):
@@ -84,7 +85,8 @@ def forecast(
         raise ValueError(f"num_draws: expected at least 1, got {num_draws}")
     gate.check_model(decoder.model)
     costs, hidden_size = gate.costs, gate.config.hidden_size
-    known = decoder.run(_prefills(decoder, list(prompts), wants_hidden=hidden_size > 0))
+    read = decoder.prompt_ids(list(prompts))
+    known = decoder.run(_prefills(decoder, read, wants_hidden=hidden_size > 0))
     quantiles = costs(np.stack([prompt_vector(prompt, hidden_size) for prompt in known]))
     rng = np.random.default_rng(seed)
     errors = rng.normal(size=(num_draws, len(costs.errors))) * costs.errors.numpy()
@@ -97,10 +99,8 @@ def forecast(
     return Forecast(unit, np.stack(draws))
 
 
-async def _prefills(decoder: Decoder, prompts: list[Prompt], *, wants_hidden: bool) -> list[Prefill]:
-    if not prompts:
-        raise ValueError("prompts: is empty; expected at least one")
-    found = []
+async def _prefills(decoder: Decoder, prompts: list[Ints], *, wants_hidden: bool) -> list[Prefill]:
+    found: list[Prefill] = []
     for begin in range(0, len(prompts), _SIDE_BY_SIDE):
         with await decoder.roots(prompts[begin : begin + _SIDE_BY_SIDE], sampling=Sampling()) as roots:
             found += await prefill(decoder.engine, roots, wants_hidden=wants_hidden)

@@ -3,7 +3,8 @@
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,14 @@ class Journal:
                     self.solutions[line["id"]] = line
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"journal: {self._path}, line {number}, cannot be read") from None
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Errors in what is made of the lines inside are the journal's: ValueError."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"journal: {self._path} has a line that cannot be read: {error!r}") from None
 
     def add(self, solution: Mapping[str, Any], spent: Mapping[str, Any]) -> None:
         """Writes a solution, `{"id", ...}`, and what the run has spent when it comes."""

@@ -7,7 +7,7 @@ from treedecode.monitor import Monitor
 
 if TYPE_CHECKING:
     from treedecode.decoder import Decoder
-    from treedecode.solving import Solution
+    from treedecode.solutions import Solution
 
 PREFIX = "treedecode:"
 _SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)

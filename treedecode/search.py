@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,7 +46,7 @@ class Search:
 
     Attributes:
         decoder, task, problem: what is searched, with what.
-        prompt: all that the model reads before the solution.
+        prompt: `[n]` token ids of all that the model reads before the solution.
         sampling: how branches sample, where a strategy does not say otherwise. The seed is this problem's own.
         tree: the record of the search.
         shared: what the strategy has for all problems of the run together (`Strategy.share`).
@@ -60,7 +59,7 @@ class Search:
         task: Task,
         problem: Problem,
         *,
-        prompt: "Prompt",
+        prompt: Ints,
         sampling: Sampling,
         seed: int,
         account: int,
@@ -93,11 +92,6 @@ class Search:
         """Whether `score` can say anything."""
         return self._score is not None
 
-    @cached_property
-    def _prompt_ids(self) -> list[int]:
-        """`prompt` as token ids: a search may begin anew many times."""
-        return self.decoder.encode(self.prompt) if isinstance(self.prompt, str) else list(self.prompt)
-
     async def root(self, prompt: "Prompt | None" = None) -> "Frontier":
         """A branch on the problem's prompt, or on another one for it; each call's branches sample anew."""
         assert self.sampling.seed is not None
@@ -105,7 +99,7 @@ class Search:
         self._num_roots += 1
         sampling = replace(self.sampling, seed=int(seed))
         return await self.decoder.roots(
-            [self._prompt_ids if prompt is None else prompt],
+            [self.prompt if prompt is None else prompt],
             sampling=sampling,
             account=self._account,
         )

@@ -2,15 +2,14 @@
 
 import asyncio
 import hashlib
-import json
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import Any
 from weakref import WeakSet
 
 from treedecode.budget import Budget
-from treedecode.checks import check_prompts, check_task, checked_problems
+from treedecode.checks import check_task, checked_problems, checked_prompts
 from treedecode.decoder import Decoder, Prompt
 from treedecode.energy import Counter
 from treedecode.gate.origin import name_of
@@ -20,68 +19,13 @@ from treedecode.meter import BudgetExhausted, Spending
 from treedecode.places import Places
 from treedecode.sampling import Sampling
 from treedecode.search import Outcome, Search
-from treedecode.search_tree import SearchTree
+from treedecode.solutions import Result, Solution
 from treedecode.strategies.base import Strategy
 from treedecode.tasks.base import Problem, Task
 from treedecode.verify.scorers import as_scorer
 from treedecode.verify.value import Value
 
-# fields of a solution that are JSON as they are
-_PLAIN = ("answer", "text", "score", "is_cut", "correct", "seconds", "notes")
 _SPENT_SECONDS = 10.0  # between two entries of what the run has spent; a solution has one too
-
-
-@dataclass(frozen=True)
-class Solution:
-    """What a run has to say of one problem.
-
-    Attributes:
-        problem: the problem.
-        answer, text, score: as in `Outcome`.
-        is_cut: the budget ended the search; this is the best it had.
-        correct: the task's verdict on the text, False without an answer; None where it was not asked.
-        spending: what the problem cost.
-        seconds: from the moment its search began; other problems ran meanwhile.
-        tree: the record of the search; the answer's last step has the status "answer".
-        notes: of the strategy (`Search.notes`).
-    """
-
-    problem: Problem
-    answer: str | None
-    text: str
-    score: float | None
-    is_cut: bool
-    correct: bool | None
-    spending: Spending
-    seconds: float
-    tree: SearchTree
-    notes: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """`{"id", "answer", "text", "score", "is_cut", "correct", "seconds", "notes", "spending", "tree"}`."""
-        values = {name: getattr(self, name) for name in _PLAIN}
-        return {"id": self.problem.id, **values, "spending": asdict(self.spending), "tree": self.tree.to_json()}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any], problem: Problem) -> "Solution":
-        """The solution of `problem` that `to_json` described."""
-        tree = SearchTree.from_json(data["tree"])
-        spending = Spending(**data["spending"])
-        return cls(problem=problem, spending=spending, tree=tree, **{name: data[name] for name in _PLAIN})
-
-
-@dataclass(frozen=True)
-class Result:
-    """Solutions in the order of the problems, and what they cost together."""
-
-    solutions: list[Solution]
-    ledger: Ledger
-
-    @property
-    def accuracy(self) -> float | None:
-        """Share of correct solutions; None where nothing was graded."""
-        graded = [solution.correct for solution in self.solutions if solution.correct is not None]
-        return sum(graded) / len(graded) if graded else None
 
 
 def solve(
@@ -213,8 +157,8 @@ class _Run:
         self.decoder, self.problems, self.strategy, self.task = decoder, problems, strategy, task
         self.scorer, self.budget, self.sampling = scorer, budget or Budget(), sampling
         self.seed, self.grade = seed, grade
-        self._prompts = {problem.id: problem.prompt if prompt is None else prompt(problem) for problem in problems}
-        check_prompts(decoder, self._prompts)
+        prompts = {problem.id: problem.prompt if prompt is None else prompt(problem) for problem in problems}
+        self._prompts = checked_prompts(decoder, prompts)
         self._places = Places(decoder.engine.pool.max_branches - decoder.num_branches)
         self._energy = Counter(decoder.engine.pool.device)
         if self.budget.joules is not None and not self._energy.is_available:
@@ -249,16 +193,21 @@ class _Run:
         """Of all that the model is given to read: worked examples and chat templates are in no setting."""
         digest = hashlib.blake2b(digest_size=16)
         for prompt in self._prompts.values():
-            digest.update(json.dumps(prompt if isinstance(prompt, str) else [int(token) for token in prompt]).encode())
+            digest.update(len(prompt).to_bytes(8, "little") + prompt.astype("<i8").tobytes())
         return digest.hexdigest()
 
     async def run(self, journal: Journal | None, callback: Callable[[Solution], None] | None) -> Result:
         meter = self.decoder.engine.meter
-        known = journal.solutions if journal is not None else {}
-        done = {p.id: Solution.from_json(known[p.id], p) for p in self.problems if p.id in known}
+        done: dict[str, Solution] = {}
+        earlier = None
+        if journal is not None:
+            with journal.reading():
+                known = journal.solutions
+                done = {p.id: Solution.from_json(known[p.id], p) for p in self.problems if p.id in known}
+                earlier = None if journal.spent is None else Spent.from_json(journal.spent)
         notes = {name: solution.notes for name, solution in done.items()}
         self._shared = self.strategy.share([problem.id for problem in self.problems], notes)
-        self._open(Spent.from_json(journal.spent) if journal is not None and journal.spent is not None else None)
+        self._open(earlier)
 
         async def one(problem: Problem) -> None:
             solution = await self._solve(problem)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from treedecode.budget import Budget
     from treedecode.decoder import Decoder, Prompt
     from treedecode.gate.model import Gate
-    from treedecode.solving import Result, Solution
+    from treedecode.solutions import Result, Solution
     from treedecode.strategies import Strategy
 
 _LONGEST_NAME = 150  # bytes; file systems take 255

@@ -115,7 +115,7 @@ def _solve(arguments: argparse.Namespace) -> int:
     # what needs no model comes first: a typing error should not cost the loading of one
     from treedecode import tasks
     from treedecode.budget import Budget
-    from treedecode.checks import check_prompts
+    from treedecode.checks import checked_prompts
     from treedecode.commands.models import (
         check_device,
         decoder_for,
@@ -158,8 +158,8 @@ def _solve(arguments: argparse.Namespace) -> int:
         prompts = tasks.format_prompts(problems, examples, tokenizer=decoder.tokenizer, chat=arguments.chat)
         by_id: dict[str, Prompt] = dict(zip([problem.id for problem in problems], prompts, strict=True))
         if gate is not None:
-            check_prompts(decoder, by_id)
-            print("\n".join(expected(decoder, prompts, strategy, gate, budget)))
+            read = list(checked_prompts(decoder, by_id).values())
+            print("\n".join(expected(decoder, read, strategy, gate, budget)))
             return 0
         metrics, end = None, None
         if port is not None:

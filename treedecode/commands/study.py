@@ -13,7 +13,7 @@ from treedecode.commands.misuse import at_least_one, check_folder, whole_number
 from treedecode.commands.models import check_device, decoder_for, gate_file, gate_path, model_for, num_lines, task_for
 
 if TYPE_CHECKING:
-    from treedecode.solving import Solution
+    from treedecode.solutions import Solution
     from treedecode.study.rows import Conditions, Entry
     from treedecode.tasks import Task
 
@@ -75,21 +75,26 @@ def _study(arguments: argparse.Namespace) -> int:
             raise ModuleNotFoundError(f"needs {package}: pip install 'treedecode[study]'", name=package) from None
     from treedecode.study import plan, plots, report
     from treedecode.study.run import run_study
+    from treedecode.verify import as_scorer
 
     check_folder(arguments.out)
     task = task_for(arguments.data, "data")
     model = model_for(arguments.model, task)
     gate = str(gate_path(model))
-    if arguments.gate is not None:  # a row whose gate is missing says so, but not if it was asked for
+    asked = None
+    if arguments.gate is not None:  # a row whose gate is of no use says so, but not if it was asked for
         from treedecode.gate.model import Gate
 
         gate = str(gate_file(arguments.gate, model))
         with misuse.argument("gate", "path"):
-            Gate.load(gate)
+            asked = Gate.load(gate)
     entries = plan.default_plan(gate, follows_instructions=arguments.model is not None)
     if arguments.strategies is not None:
         entries = plan.choose(entries, arguments.strategies.split(","))
     conditions = conditions_of(arguments, task, model)
+    if asked is not None and any("gate" in entry.settings for entry in entries):
+        verifier = conditions.verifier
+        asked.check(conditions.decoder, task, None if verifier is None else as_scorer(verifier))
     with _Progress(len(conditions.problems)) as progress:
         work = run_study(
             conditions,

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from treedecode.arguments import require_hidden_states
 from treedecode.gate.calibration import Isotonic
 from treedecode.gate.features import NAMES, VERSION
 from treedecode.gate.origin import Origin
@@ -192,8 +193,8 @@ class Gate:
         """
         self.config.origin.require_model(model, self)
         size = self.config.hidden_size
-        if size and not hasattr(model, "forward_hidden"):
-            raise ValueError(f"model: {type(model).__name__} has no forward_hidden, so it gives no hidden states")
+        if size:
+            require_hidden_states(model)
         if size not in (0, getattr(model, "hidden_size", 0)):
             raise ValueError(f"gate: {self!r} reads hidden states of {size}, and this model's have {model.hidden_size}")
 

@@ -14,7 +14,8 @@ from treedecode.decoder import Decoder, Prompt
 from treedecode.journal import num_solutions
 from treedecode.meter import Spending
 from treedecode.sampling import Sampling
-from treedecode.solving import Result, Solution, solve_async
+from treedecode.solutions import Result, Solution
+from treedecode.solving import solve_async
 from treedecode.strategies import STRATEGIES, DynamicAllocation, IterativeRefinement, Strategy
 from treedecode.study.pool import ChainPool
 from treedecode.study.stats import Floats, efficiency_ratio, mean_interval, paired_difference

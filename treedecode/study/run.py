@@ -11,7 +11,7 @@ from typing import Any
 
 from treedecode.collect_env import version
 from treedecode.gate.model import Gate
-from treedecode.solving import Solution
+from treedecode.solutions import Solution
 from treedecode.study import analysis
 from treedecode.study.bars import bars
 from treedecode.study.machine import Others, machine

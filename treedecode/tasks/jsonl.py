@@ -99,7 +99,8 @@ class Jsonl:
         if split not in ("train", "validation", "test"):
             raise ValueError(f"split: expected 'train', 'validation' or 'test', got {split!r}")
         if split not in self._splits:
-            raise ValueError(f"split: {self.name} was loaded without a file for {split!r}; give {split}=")
+            has = " and ".join(map(repr, self._splits))
+            raise ValueError(f"split: {self.name} is {has} alone; Jsonl({self.name!r}, {split}=FILE) adds {split!r}")
         return self._splits[split]
 
 

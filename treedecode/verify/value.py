@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from treedecode.arguments import require_hidden_states
 from treedecode.models.value_head import ValueHead
 from treedecode.tasks.base import Problem
 from treedecode.tree import Frontier
@@ -50,8 +51,7 @@ class Value:
         Raises:
             ValueError: it gives no hidden states, or the head was trained for those of another size.
         """
-        if not hasattr(model, "forward_hidden"):
-            raise ValueError(f"model: {type(model).__name__} has no forward_hidden, so it gives no hidden states")
+        require_hidden_states(model)
         if model.hidden_size != self.head.hidden_size:
             raise ValueError(
                 f"verifier: the value head reads hidden states of {self.head.hidden_size}, and those of this model "
