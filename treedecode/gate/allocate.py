@@ -165,12 +165,10 @@ def allocate(
     which = np.repeat(np.arange(len(bids)), [len(steps.grants) for steps in menus])
     within = np.concatenate([np.zeros(0, np.int64), *(np.arange(len(steps.grants)) for steps in menus)])
     slopes = np.concatenate([np.zeros(0), *(steps.slopes for steps in menus)])
-    paid = np.array(  # of what steps cost
-        [
-            bid.chain_cost * chain_needs(bid.alpha, bid.beta, bid.unsolved, more, wave).sum()
-            for bid, more in zip(bids, owed, strict=True)
-        ]
-    )
+    paid = np.zeros(len(bids))  # of what steps cost
+    for i, (bid, more) in enumerate(zip(bids, owed, strict=True)):
+        if more:
+            paid[i] = bid.chain_cost * chain_needs(bid.alpha, bid.beta, bid.unsolved, more, wave).sum()
     reached, open_ = np.zeros(len(bids)), np.ones(len(bids), bool)
     price = 0.0
     for i in np.lexsort((within, which, -slopes)):
