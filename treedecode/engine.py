@@ -209,7 +209,7 @@ class Engine(Ticker):
 
     def _require_funds(self, rows: Ints) -> None:
         """Raises if an account of rows is over its limits."""
-        if any(self.meter.is_over(int(account)) for account in np.unique(self.table.account[rows])):
+        if any(self.meter.is_over(account) for account in {*self.table.account[rows].tolist()}):
             raise BudgetExhausted("the budget is spent")
 
     def close(self) -> None:

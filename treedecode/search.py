@@ -182,8 +182,9 @@ class Search:
             values = np.asarray(await self._score(frontier, self.problem), np.float64)
         if not np.isfinite(values).all():
             raise ValueError(f"verifier: expected a finite number for every branch, got {values}")
-        frontier.scores = values
-        return frontier.scores
+        if values is not frontier.scores:  # a scorer may have set them
+            frontier.scores = values
+        return values
 
     def answers(self, frontier: "Frontier") -> list[str | None]:
         """The answer of every branch whose solution is complete."""

@@ -342,9 +342,8 @@ class Ticker(Forest):
                 job.resolve()
 
     def _end_work(self, rows: Ints, error: BaseException) -> None:
-        for job_id in np.unique(self.table.job[rows]):
-            if job_id >= 0:
-                self._end_job(int(job_id), error)
+        for job_id in sorted({*self.table.job[rows].tolist()} - {-1}):
+            self._end_job(job_id, error)
 
     def _end_job(self, job_id: int, error: BaseException | None = None) -> None:
         job = self._jobs.pop(job_id, None)

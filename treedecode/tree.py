@@ -221,7 +221,7 @@ class Frontier:
         which = which.astype(np.int64)
         if ((which < 0) | (which >= len(self))).any():
             raise ValueError(f"mask: expected indices from 0 to {len(self) - 1}, got {mask!r}")
-        if len(np.unique(which)) < len(which):
+        if len({*which.tolist()}) < len(which):
             raise ValueError("mask: an index appears twice; use fork for copies")
         rows = self.branches[which]
         self._engine.retain(rows)
@@ -277,11 +277,9 @@ class Frontier:
             raise ValueError(f"per: expected 'tree' or 'all', got {per!r}")
         group = self.tree if per == "tree" else np.zeros_like(self.tree)
         badness = np.where(np.isnan(self.scores), np.inf, -self.scores)
-        kept: list[int] = []
-        for one in np.unique(group):
-            members = np.flatnonzero(group == one)
-            kept.extend(members[np.argsort(badness[members], kind="stable")[:keep]])
-        return self._hand_on(np.sort(np.array(kept, np.int64)), "pruned")
+        order = np.lexsort((badness, group))  # stable
+        rank = np.arange(len(order)) - np.searchsorted(group[order], group[order])
+        return self._hand_on(np.sort(order[rank < keep]), "pruned")
 
     def spread(self, counts: int | Sequence[int] | Ints) -> "Frontier":
         """`counts` branches in place of each, itself the first of them and copies of it; with 0 it is pruned.
@@ -313,7 +311,7 @@ class Frontier:
         for i, row in enumerate(self.branches):
             key = (int(self.tree[i]), table.tokens[row, : table.num_tokens[row]].tobytes())
             into[i] = first.setdefault(key, i)
-        kept = np.unique(into)
+        kept = np.flatnonzero(into == np.arange(len(self)))
         counts = np.bincount(into, weights=self.counts, minlength=len(self))[kept].astype(np.int64)
         merged = self._hand_on(kept, "merged")
         merged.counts = counts
@@ -340,7 +338,8 @@ class Frontier:
 
     def _hand_on(self, which: Ints, fate: str) -> "Frontier":
         chosen = self.select(which)
-        mark(nodes_of(self._engine, self.branches), nodes_of(self._engine, chosen.branches), fate)
+        if len(chosen) < len(self):
+            mark(nodes_of(self._engine, self.branches), nodes_of(self._engine, chosen.branches), fate)
         self.release()
         return chosen
 
