@@ -7,7 +7,7 @@ price lambda, the multiplier of the budget constraint (2410.04707, section 3).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -40,7 +40,7 @@ class Bid:
 
     def to_json(self) -> dict[str, Any]:
         """Its attributes."""
-        return {**asdict(self), "trees": list(self.trees), "tree_costs": list(self.tree_costs)}
+        return {**vars(self), "trees": list(self.trees), "tree_costs": list(self.tree_costs)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Bid":

@@ -104,6 +104,7 @@ class Meeting:
         self.terms = terms
         self._members = {problem: Member() for problem in problems}
         self._finals: dict[str, float] = {}
+        self._at_work = {problem for problem in problems if problem not in known}
         for problem, record in known.items():
             self._members[problem].bids = list(record.bids)
             self._finals[problem] = record.spent
@@ -115,6 +116,7 @@ class Meeting:
         search.give_places()
         member.offer(bid)
         member.waiting = asyncio.get_running_loop().create_future()
+        self._at_work.discard(search.problem.id)
         self._proceed()
         grant = await member.waiting
         if not grant.ends:
@@ -125,6 +127,7 @@ class Meeting:
         """A problem has ended, however."""
         member = self._members[problem]
         member.left, member.spent, member.waiting = True, spent, None
+        self._at_work.discard(problem)
         self._proceed()
 
     def _replay(self, problem: str) -> None:
@@ -137,11 +140,11 @@ class Meeting:
 
     def _proceed(self) -> None:
         """Divides the budget as long as nobody is at work."""
-        while True:
+        while not self._at_work:
             present = {name: member for name, member in self._members.items() if not member.left}
-            bids = [member.bid for member in present.values() if member.bid is not None]
-            if not present or len(bids) < len(present):
+            if not present:
                 return
+            bids = [member.bid for member in present.values() if member.bid is not None]
             members = self._members.values()
             grants = self.terms.divide(bids, sum(one.alone for one in members), sum(one.spent for one in members))
             everyone_ends = all(grant.ends for grant in grants)
@@ -153,10 +156,11 @@ class Meeting:
                     member.left = True
                 if name in self._finals:
                     self._replay(name)
-                elif member.waiting is not None and not member.waiting.done():
+                    continue
+                if not everyone_ends:
+                    self._at_work.add(name)
+                if member.waiting is not None and not member.waiting.done():
                     member.waiting.set_result(grant)
-            if everyone_ends:
-                return
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,33 @@ class Price:
 
     value: float
     chain_cost: float
+
+
+class Prices:
+    """Prices that become known one after another.
+
+    Attributes:
+        known: those that are.
+    """
+
+    def __init__(self) -> None:
+        self.known: list[Price] = []
+        self._waiting: dict[int, list[asyncio.Future[None]]] = {}  # by place
+
+    def add(self, price: Price) -> None:
+        """The next one; who waits for it goes on."""
+        self.known.append(price)
+        for future in self._waiting.pop(len(self.known) - 1, ()):
+            if not future.done():
+                future.set_result(None)
+
+    async def at(self, place: int) -> Price:
+        """That of a place, when it is known."""
+        if place >= len(self.known):
+            future = asyncio.get_running_loop().create_future()
+            self._waiting.setdefault(place, []).append(future)
+            await future
+        return self.known[place]
 
 
 class Stream:
@@ -209,10 +240,9 @@ class Stream:
         self._first, self._step, self._lag = price, step, lag
         self._place = {problem: i for i, problem in enumerate(problems)}
         self._members = [Member() for _ in problems]
-        self._opening: list[Price] = []  # of the first `lag` problems
-        self._prices: list[Price] = []  # after the first 0, 1, 2, ... problems
+        self._opening = Prices()  # of the first `lag` problems
+        self._prices = Prices()  # after the first 0, 1, 2, ... problems
         self._alone = 0.0  # of those
-        self._waiting: list[asyncio.Future[None]] = []
         for problem, record in known.items():
             if record.bids:
                 self._members[self._place[problem]].offer(record.bids[0])
@@ -221,20 +251,15 @@ class Stream:
     @property
     def price(self) -> float:
         """As of the first problems that have all ended; expected right answers per chain."""
-        return self._prices[-1].value if self._prices else self._first
+        return self._prices.known[-1].value if self._prices.known else self._first
 
     async def decide(self, search: Search, bid: Bid) -> Grant:
         """What a problem gets next, at the price of its place in the stream."""
         place = self._place[search.problem.id]
         self._members[place].offer(bid)
         self._proceed()
-        known, at = (self._opening, place) if place < self._lag else (self._prices, place - self._lag)
-        while at >= len(known):
-            future = asyncio.get_running_loop().create_future()
-            self._waiting.append(future)
-            await future
-        price = known[at].value / (known[at].chain_cost or bid.alone)
-        grant = at_price(bid, price, self.terms.max_chains, self.terms.wave)
+        price = await (self._opening.at(place) if place < self._lag else self._prices.at(place - self._lag))
+        grant = at_price(bid, price.value / (price.chain_cost or bid.alone), self.terms.max_chains, self.terms.wave)
         owed = self.terms.floor - bid.num_chains
         if grant.tree < 0 and owed > grant.num_chains:
             grant = Grant(owed)
@@ -248,20 +273,15 @@ class Stream:
 
     def _proceed(self) -> None:
         """Finds the prices that follow from what is known by now."""
-        num_known, num_first = len(self._opening) + len(self._prices), min(self._lag, len(self._members))
-        while len(self._opening) < num_first and self._members[len(self._opening)].has_bid_or_left:
-            self._opening.append(self._price_of_bids(len(self._opening) + 1))
-        if len(self._opening) == num_first and not self._prices:
-            last, first = self._opening[-1], self._first
-            self._prices.append(Price(max(first, last.value) if self.terms.floor else first, last.chain_cost))
-        while 0 < len(self._prices) <= len(self._members) and self._members[len(self._prices) - 1].left:
-            self._prices.append(self._price_after(self._members[len(self._prices) - 1]))
-        if len(self._opening) + len(self._prices) == num_known:
-            return
-        waiting, self._waiting = self._waiting, []
-        for future in waiting:
-            if not future.done():
-                future.set_result(None)
+        members, opening, prices = self._members, self._opening.known, self._prices.known
+        num_first = min(self._lag, len(members))
+        while len(opening) < num_first and members[len(opening)].has_bid_or_left:
+            self._opening.add(self._price_of_bids(len(opening) + 1))
+        if len(opening) == num_first and not prices:
+            last, first = opening[-1], self._first
+            self._prices.add(Price(max(first, last.value) if self.terms.floor else first, last.chain_cost))
+        while 0 < len(prices) <= len(members) and members[len(prices) - 1].left:
+            self._prices.add(self._price_after(members[len(prices) - 1]))
 
     def _price_of_bids(self, count: int) -> Price:
         """That which divides the budget among the first bids of so many problems."""
@@ -275,7 +295,7 @@ class Stream:
 
     def _price_after(self, member: Member) -> Price:
         """The next one, when a problem has ended."""
-        latest, count = self._prices[-1], len(self._prices)
+        latest, count = self._prices.known[-1], len(self._prices.known)
         self._alone += member.alone
         mean = self._alone / count
         if mean == 0:
