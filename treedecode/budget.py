@@ -12,6 +12,9 @@ from treedecode.meter import Meter
 class Budget:
     """Hard limits; a run never goes on by more than the forward that reached one. None = no limit.
 
+    When the time is up, scorers that are waited for are given up, and a function that blocks is not called again. The
+    time of a problem begins when the run has branches for it, and goes on while `DynamicAllocation` waits for others.
+
     A run that goes on from a journal has what is left of its limits, time and energy too.
 
     Args:

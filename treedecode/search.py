@@ -1,5 +1,6 @@
 """Search: one problem under way. What a strategy knows of it, and how its branches go a step or to their end."""
 
+import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from treedecode.branches import Ints, child_seeds
-from treedecode.meter import Spending
+from treedecode.meter import BudgetExhausted, Spending
 from treedecode.sampling import Sampling
 from treedecode.search_tree import SearchTree
 from treedecode.tasks.base import Problem, Task, answer_classes
@@ -67,14 +68,15 @@ class Search:
         num_places: int = 0,
         score: ScoreFunction | None = None,
         shared: Any = None,
+        until: float | None = None,
     ) -> None:
         self.decoder, self.task, self.problem = decoder, task, problem
         self.prompt = prompt
         self.sampling = replace(sampling, seed=problem_seed(seed, problem.id))
         self.tree = SearchTree()
         self._account = account
-        self._places, self._num_places, self._holds_places = places, num_places, False
-        self._score = score
+        self._places, self._num_places, self._holds_places = places, num_places, places is not None
+        self._score, self._until = score, until
         self._num_roots = 0
         self._texts: dict[bytes, str] = {}
         self._final: dict[str, bool] = {}
@@ -169,10 +171,12 @@ class Search:
             which: `[n]` bool, those to score (None: all); the others keep the scores they have.
 
         Raises:
-            ValueError: the run has no verifier, or it gives nan or an infinite score.
+            ValueError: the run has no verifier, or it gives nan or an infinite score. BudgetExhausted: no time is left.
         """
         if self._score is None:
             raise ValueError("verifier: this strategy scores branches and needs one")
+        if self._until is not None and asyncio.get_running_loop().time() >= self._until:
+            raise BudgetExhausted("the time is up")  # a function that blocks keeps the loop from noticing
         if which is not None and not which.all():
             values = frontier.scores.copy()
             if which.any():
@@ -269,7 +273,7 @@ class Search:
         return Outcome(found[at][1], texts[found[at][0]], node=found[at][0])
 
     async def take_places(self) -> None:
-        """Waits until the run has branches for this problem."""
+        """Waits until the run has branches for this problem again."""
         if self._places is not None and not self._holds_places:
             await self._places.take(self._num_places)
             self._holds_places = True

@@ -270,9 +270,18 @@ class _Run:
         spent = here if self._earlier is None else self._earlier + here
         return replace(spent, spending=self.decoder.engine.meter.spending(self._account))
 
+    def _until(self, alone: Budget) -> float | None:
+        """When a problem that begins now has to end, on the event loop's clock; None = no limit in seconds."""
+        now = asyncio.get_running_loop().time()
+        left = None if self.budget.seconds is None else self.budget.seconds - self._spent().seconds
+        return min((now + seconds for seconds in (left, alone.seconds) if seconds is not None), default=None)
+
     async def _solve(self, problem: Problem) -> Solution:
-        engine = self.decoder.engine
-        account = (self.budget.per_problem or Budget()).open(engine.meter, self._account)
+        engine, alone = self.decoder.engine, self.budget.per_problem or Budget()
+        await self._places.take(self._num_places)
+        begin, is_cut = time.perf_counter(), False
+        until = self._until(alone)
+        account = alone.open(engine.meter, self._account)
         search = Search(
             self.decoder,
             self.task,
@@ -285,18 +294,18 @@ class _Run:
             num_places=self._num_places,
             score=self.scorer,
             shared=self._shared,
+            until=until,
         )
+        limit = asyncio.timeout_at(until)
         engine.trees[account], engine.frontiers[account] = search.tree, WeakSet()
-        begin, is_cut = time.perf_counter(), False
         try:
-            await search.take_places()
-            begin = time.perf_counter()
-            outcome = await self.strategy.solve(search)
-        except BudgetExhausted:
-            outcome, is_cut = search.best_so_far(), True
+            async with limit:  # whatever is waited for, a scorer for instance; forwards are looked at by the meter
+                outcome = await self.strategy.solve(search)
         except Exception as error:
-            error.add_note(f"while solving the problem {problem.id!r}")
-            raise
+            if not isinstance(error, BudgetExhausted) and not (isinstance(error, TimeoutError) and limit.expired()):
+                error.add_note(f"while solving the problem {problem.id!r}")
+                raise
+            outcome, is_cut = search.best_so_far(), True
         finally:
             del engine.trees[account]
             for frontier in list(engine.frontiers.pop(account)):

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
-#include <cstring>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -275,8 +274,9 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
   }
   // Tokens that belong to no branch.
   const int64_t first_idle = p.q_indptr[num_rows] * num_qo_heads;
-  std::memset(static_cast<char*>(p.out) + first_idle * head_dim * q.element_size(), 0,
-              static_cast<size_t>((num_q * num_qo_heads - first_idle) * head_dim * q.element_size()));
+  const int64_t row_bytes = head_dim * q.element_size();
+  std::fill_n(static_cast<char*>(p.out) + first_idle * row_bytes, (num_q * num_qo_heads - first_idle) * row_bytes,
+              '\0');
   std::fill(p.lse + first_idle, p.lse + num_q * num_qo_heads, -std::numeric_limits<float>::infinity());
   return {out, lse};
 }

@@ -1,0 +1,98 @@
+"""Limits in seconds, on a clock that forwards and verifiers move on."""
+
+import asyncio
+import time
+
+import pytest
+from fake_task import FakeTask, rate, talkative_decoder
+
+import treedecode as td
+
+TASK = FakeTask(end=("nothing",), max_new_tokens=10)  # chains of ten tokens, or of fewer with an end of sequence
+
+
+class Clock:
+    """The machine's, and what has been added to it."""
+
+    def __init__(self):
+        self.ahead, self._machine = 0.0, time.monotonic
+
+    def __call__(self):
+        return self._machine() + self.ahead
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", clock)
+    return clock
+
+
+def decoder(clock, **options):
+    """A decoder whose forwards take 10 seconds."""
+    dec = talkative_decoder(**options)
+    forward = dec.model.forward
+
+    def slow(*arguments):
+        clock.ahead += 10
+        return forward(*arguments)
+
+    dec.model.forward = slow
+    return dec
+
+
+def solve(dec, count, verifier=None, **settings):
+    strategy = td.SelfConsistency(2) if verifier is None else td.BestOfN(2)
+    solutions = td.solve(dec, TASK.problems(count), strategy=strategy, task=TASK, verifier=verifier, **settings)
+    assert dec.num_branches == 0
+    dec.check_integrity()
+    return solutions.solutions
+
+
+def test_the_time_of_a_problem_is_not_that_of_those_before_it(clock):
+    enough, little = (td.Budget(per_problem=td.Budget(seconds=seconds)) for seconds in (150, 45))
+    before = clock.ahead
+    found = solve(decoder(clock, max_branches=3), 8, budget=enough)
+    assert clock.ahead - before > 400, "they come one after another"
+    assert not any(one.is_cut for one in found)
+    found = solve(decoder(clock, max_branches=3), 8, budget=little)
+    assert sum(one.is_cut for one in found) > 4
+    assert all(one.spending.generated_tokens for one in found)
+
+
+@pytest.mark.parametrize("per_problem", [False, True])
+def test_a_scorer_that_is_waited_for_is_given_up(clock, per_problem):
+    begun = []
+
+    async def scorer(problem, text):
+        begun.append(text)
+        clock.ahead += 300
+        await asyncio.Event().wait()
+
+    limit = td.Budget(seconds=400)
+    found = solve(decoder(clock), 3, scorer, budget=td.Budget(per_problem=limit) if per_problem else limit)
+    assert begun
+    assert all(one.is_cut and one.text for one in found)
+
+
+def test_a_function_that_takes_its_time_is_not_called_again(clock):
+    asked = []
+
+    def slow(problem, text):
+        asked.append(problem.id)
+        clock.ahead += 100
+        return rate(problem, text)
+
+    found = solve(decoder(clock), 6, slow, budget=td.Budget(seconds=250))
+    assert 2 <= len(set(asked)) < 6
+    assert {one.problem.id for one in found if not one.is_cut} <= set(asked)
+    assert all(one.text for one in found)
+
+
+def test_a_verifier_that_runs_out_of_its_own_time_has_failed(clock):
+    async def scorer(problem, text):
+        raise TimeoutError("no answer from the judge")
+
+    with pytest.raises(TimeoutError, match="no answer from the judge") as error:
+        solve(decoder(clock), 2, scorer, budget=td.Budget(seconds=1e6))
+    assert any("while solving the problem" in note for note in error.value.__notes__)
