@@ -35,7 +35,7 @@ ALLOWED = {
     "recording": {"branches", "completions", "search_tree"},
     "tree": {"arguments", "branches", "completions", "given", "recording", "sampling", "stops"},
     "models": {"env", "ops"},
-    "verify": {"arguments", "sampling", "stops", "models", "tasks", "tree"},
+    "verify": {"arguments", "budget", "sampling", "stops", "models", "tasks", "tree"},
     "tasks": {"verify"},
     "budget": {"meter"},
     "energy": set(),

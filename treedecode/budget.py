@@ -1,11 +1,23 @@
 """Budget: what a run, and each problem of it, may spend."""
 
+import asyncio
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from typing import Any
 
-from treedecode.meter import Meter
+from treedecode.meter import BudgetExhausted, Meter
+
+# When this task's problem has to end, on its event loop's clock; None = no limit in seconds.
+UNTIL: ContextVar[float | None] = ContextVar("UNTIL", default=None)
+
+
+def require_time() -> None:
+    """Raises BudgetExhausted if the time is up: what blocks the event loop is to be called after this."""
+    until = UNTIL.get()
+    if until is not None and asyncio.get_running_loop().time() >= until:
+        raise BudgetExhausted("the time is up")
 
 
 @dataclass(frozen=True)

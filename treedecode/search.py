@@ -1,6 +1,5 @@
 """Search: one problem under way. What a strategy knows of it, and how its branches go a step or to their end."""
 
-import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from treedecode.branches import Ints, child_seeds
-from treedecode.meter import BudgetExhausted, Spending
+from treedecode.meter import Spending
 from treedecode.sampling import Sampling
 from treedecode.search_tree import SearchTree
 from treedecode.tasks.base import Problem, Task, answer_classes
@@ -68,7 +67,6 @@ class Search:
         num_places: int = 0,
         score: ScoreFunction | None = None,
         shared: Any = None,
-        until: float | None = None,
     ) -> None:
         self.decoder, self.task, self.problem = decoder, task, problem
         self.prompt = prompt
@@ -76,7 +74,7 @@ class Search:
         self.tree = SearchTree()
         self._account = account
         self._places, self._num_places, self._holds_places = places, num_places, places is not None
-        self._score, self._until = score, until
+        self._score = score
         self._num_roots = 0
         self._texts: dict[bytes, str] = {}
         self._final: dict[str, bool] = {}
@@ -171,12 +169,10 @@ class Search:
             which: `[n]` bool, those to score (None: all); the others keep the scores they have.
 
         Raises:
-            ValueError: the run has no verifier, or it gives nan or an infinite score. BudgetExhausted: no time is left.
+            ValueError: the run has no verifier, or it gives nan or an infinite score.
         """
         if self._score is None:
             raise ValueError("verifier: this strategy scores branches and needs one")
-        if self._until is not None and asyncio.get_running_loop().time() >= self._until:
-            raise BudgetExhausted("the time is up")  # a function that blocks keeps the loop from noticing
         if which is not None and not which.all():
             values = frontier.scores.copy()
             if which.any():

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 from weakref import WeakSet
 
-from treedecode.budget import Budget
+from treedecode.budget import UNTIL, Budget
 from treedecode.checks import check_task, checked_problems, checked_prompts
 from treedecode.decoder import Decoder, Prompt
 from treedecode.energy import Counter
@@ -280,7 +280,8 @@ class _Run:
         engine, alone = self.decoder.engine, self.budget.per_problem or Budget()
         await self._places.take(self._num_places)
         begin, is_cut = time.perf_counter(), False
-        until = self._until(alone)
+        limit = asyncio.timeout_at(self._until(alone))
+        UNTIL.set(limit.when())
         account = alone.open(engine.meter, self._account)
         search = Search(
             self.decoder,
@@ -294,9 +295,7 @@ class _Run:
             num_places=self._num_places,
             score=self.scorer,
             shared=self._shared,
-            until=until,
         )
-        limit = asyncio.timeout_at(until)
         engine.trees[account], engine.frontiers[account] = search.tree, WeakSet()
         try:
             async with limit:  # whatever is waited for, a scorer for instance; forwards are looked at by the meter

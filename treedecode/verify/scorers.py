@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from treedecode.budget import require_time
+
 if TYPE_CHECKING:
     from treedecode.tasks.base import Problem
     from treedecode.tree import Frontier
@@ -67,6 +69,7 @@ class TextScorer:
         async def value(text: str) -> float:
             found: Any
             if pool is None:
+                require_time()
                 found = self.fn(problem, text)
             else:
                 found = await loop.run_in_executor(pool, self.fn, problem, text)
