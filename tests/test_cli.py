@@ -1,4 +1,5 @@
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -99,3 +100,14 @@ def test_bad_variables_are_named(monkeypatch, variable, function):
     monkeypatch.setenv(variable, "sse9")
     with pytest.raises(ValueError, match=f"{variable}: expected .*, got 'sse9'"):
         getattr(env, function)()
+
+
+@pytest.mark.parametrize("command", ["info", "solve --strategy help"])
+def test_a_reader_that_has_seen_enough_is_no_error(command):
+    program = "import sys; from treedecode.cli import main; sys.exit(main(sys.argv[1:]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *command.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 128 + signal.SIGPIPE

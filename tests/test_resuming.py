@@ -9,6 +9,7 @@ import pytest
 from counting import MEASURED, Count
 from fake_task import FakeTask, Lines, Recorder, rate, talkative_decoder
 from fakes import FakeModel
+from torch import nn
 
 import treedecode as td
 from treedecode import energy, solving
@@ -42,13 +43,15 @@ def length():
 
 @pytest.fixture
 def run(make_decoder, tmp_path):
-    def run(name=None, prompt=None, verifier=None):
-        decoder = make_decoder()
-        if name is not None:
-            decoder.model.model = type("Loaded", (), {"name_or_path": name})()
+    def run(name=None, weight=1.0, answer=None, prompt=None, verifier=None, **options):
+        decoder = make_decoder(**options)
+        decoder.model.model = nn.Linear(20, 10)
+        decoder.model.model.name_or_path = name
+        nn.init.constant_(decoder.model.model.weight, weight)
+        nn.init.zeros_(decoder.model.model.bias)
         work = solve_async(
             decoder,
-            [Problem("one", "make one"), Problem("two", "make two")],
+            [Problem("one", "make one", answer), Problem("two", "make two")],
             strategy=SelfConsistency(num_samples=2),
             task=Lines(),
             verifier=verifier,
@@ -74,6 +77,9 @@ def test_a_function_is_the_same_in_the_next_process(run):
     [
         ({"prompt": lambda problem: "an example, then " + problem.prompt}, "prompts was"),
         ({"name": "another/model"}, "model was"),
+        ({"weight": 1.001}, "weights was"),
+        ({"answer": "one"}, "answers was"),
+        ({"num_pages": 20}, "max_tokens was 512 and is 80"),
     ],
 )
 def test_what_no_setting_says_counts_too(run, changed, named):

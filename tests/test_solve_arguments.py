@@ -2,14 +2,27 @@
 
 import asyncio
 import inspect
+import warnings
+from dataclasses import replace
 
 import pytest
 from fake_task import FakeTask, talkative_decoder
 from gates import gate
 
 import treedecode as td
+from treedecode.tasks import load
 
 TASK = FakeTask()
+
+
+class Named(FakeTask):
+    """A task whose problems say that they are of it."""
+
+    def problems(self, *arguments, **settings):
+        return [replace(problem, task=self) for problem in super().problems(*arguments, **settings)]
+
+
+LINES = Named()
 
 
 def solve(problems=None, task=TASK, **settings):
@@ -30,6 +43,23 @@ def test_solve_and_solve_async_have_the_same_arguments():
     here = solve(TASK.problems(2), **settings)
     assert [one.text for one in here.solutions] == [one.text for one in there.solutions]
     assert [one.correct for one in seen] == [None] * 4
+
+
+def test_the_task_is_that_of_the_problems():
+    given = solve(LINES.problems(3), task=LINES)
+    found = solve(LINES.problems(3), task=None)
+    assert [one.answer for one in found.solutions] == [one.answer for one in given.solutions]
+    task = load("countdown")
+    assert all(problem.task is task for problem in task.problems(3))
+
+
+def test_little_room_for_solutions_is_told():
+    prompts = {"test/0": [5] * 500, "test/1": [5] * 503}
+    settings = {"prompt": lambda problem: prompts.get(problem.id, [5] * 498)}
+    with pytest.warns(UserWarning, match=r"2 of 8 prompts leave a solution fewer than the 14 tokens .* 512 in all"):
+        solve(**settings)
+    with warnings.catch_warnings(action="error"):
+        solve(prompt=lambda problem: [5] * 498)
 
 
 @pytest.mark.parametrize("long", [[3], [0, 2, 4], range(8)])
@@ -59,7 +89,19 @@ def test_prompts_that_are_too_long_are_named(long):
             r"task: expected a task, such as .*load\('countdown'\) gives, got 'countdown'",
         ),
         ({"task": FakeTask}, TypeError, "task: expected a task, such as .* got <class"),
-        ({"task": None}, TypeError, "task: expected a treedecode.tasks.Task, got None without name, stop, end"),
+        ({"task": 5}, TypeError, "task: expected a treedecode.tasks.Task, got 5 without name, stop, end"),
+        ({"task": None}, ValueError, "task: the problems are not of one task, or do not say of which"),
+        (
+            {"task": None, "problems": [*LINES.problems(2), *TASK.problems(3)[2:]]},
+            ValueError,
+            "task: the problems are not",
+        ),
+        ({"problems": [td.Problem("a\ud800", "the")]}, ValueError, "problems: the id at 0: is no Unicode text"),
+        ({"problems": [td.Problem("a", "the\udc00")]}, ValueError, "problems: the prompt of 'a': is no Unicode text"),
+        ({"seed": "a"}, TypeError, "seed: expected an int, got 'a'"),
+        ({"seed": None}, TypeError, "seed: expected an int, got None"),
+        ({"seed": True}, TypeError, "seed: expected an int, got True"),
+        ({"seed": 1.5}, TypeError, "seed: expected an int, got 1.5"),
         ({"prompt": lambda problem: ""}, ValueError, "problems: the prompt of 'test/0' is empty"),
         ({"prompt": lambda problem: 5}, TypeError, "problems: the prompt of 'test/0': expected a string or token ids"),
         ({"prompt": lambda problem: [-1]}, ValueError, "problems: the prompt of 'test/0': expected token ids from 0"),

@@ -38,6 +38,7 @@ def test_rows_become_problems(file):
 
 def test_a_sample_is_that_of_its_seed(tmp_path):
     task = load(write(tmp_path / "many.jsonl", [{"question": f"q{i}", "answer": i} for i in range(40)]))
+    assert all(problem.task is task for problem in task.problems(40))
     drawn = [[int(p.answer) for p in task.problems(10, seed=seed)] for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert all(sorted(set(some)) == some for some in drawn), "each once, in the file's order"
@@ -56,6 +57,10 @@ def test_a_sample_is_that_of_its_seed(tmp_path):
         ({"question": "q", "answer": True}, "answer: expected a text, got True"),
         ({"question": "q", "answer": "two\nlines"}, r"answer: expected the result after #### or in \\boxed\{\}"),
         ({"question": "q", "answer": "1", "id": "half"}, "id: 'half' is that of line 2"),
+        ({"question": "q", "answer": "####"}, "answer: expected the result after ####"),
+        ({"question": "q", "answer": float("nan")}, "answer: expected a text, got nan"),
+        ({"question": "q\ud800", "answer": "1"}, "question: is no Unicode text: surrogates not allowed at 1"),
+        ({"question": "q", "answer": "1", "id": "\ud800"}, "id: is no Unicode text"),
     ],
 )
 def test_errors_name_file_and_line(tmp_path, row, message):
@@ -201,6 +206,7 @@ def test_problems_are_scored_by_their_dataset(reasoning_gym):
     task = load("reasoning_gym:leg_counting", max_animals=4)
     assert task.name == "reasoning_gym:leg_counting"
     problems = task.problems(5)
+    assert all(problem.task is task for problem in problems)
     assert problems == task.problems(5) == task.problems(9)[:5]
     for problem in problems:
         assert int(problem.answer) == problem.data["metadata"]["total_legs"]

@@ -1,12 +1,13 @@
 """What a run is given, checked before anything is spent: problems, their task, and what the model is to read."""
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from treedecode.arguments import token_ids
 from treedecode.branches import Ints
 from treedecode.decoder import Decoder, Prompt
-from treedecode.tasks.base import Problem
+from treedecode.tasks.base import Problem, Task, unicode
 
 _OF_TASK = ("name", "stop", "end", "max_step_tokens", "max_new_tokens", "extract", "equivalent", "is_final", "verify")
 _NAMED = 5  # problems that an error lists
@@ -16,7 +17,7 @@ def checked_problems(problems: Iterable[Problem]) -> list[Problem]:
     """The problems of a run.
 
     Raises:
-        TypeError: something else than problems. ValueError: two have the same id.
+        TypeError: something else than problems. ValueError: two have the same id, or a text is no Unicode.
     """
     if isinstance(problems, str) or not isinstance(problems, Iterable):
         raise TypeError(f"problems: expected a list of treedecode.Problem, got {problems!r}")
@@ -24,22 +25,28 @@ def checked_problems(problems: Iterable[Problem]) -> list[Problem]:
     for i, problem in enumerate(found):
         if not isinstance(problem, Problem):
             raise TypeError(f"problems: expected a list of treedecode.Problem, got {problem!r} at {i}")
+        unicode(problem.id, f"problems: the id at {i}")
     if len({problem.id for problem in found}) < len(found):
         raise ValueError("problems: two have the same id")
     return found
 
 
-def check_task(task: Any) -> None:
-    """Checks that something is a task.
+def checked_task(task: Any, problems: Sequence[Problem]) -> Task:
+    """The task of a run: the one given, without one that which all problems are of.
 
     Raises:
-        TypeError: it is the name of one, or lacks what tasks have.
+        TypeError: it is the name of one, or lacks what tasks have. ValueError: the problems do not say which.
     """
+    if task is None and problems:
+        task = problems[0].task
+        if task is None or any(problem.task is not task for problem in problems):
+            raise ValueError("task: the problems are not of one task, or do not say of which; give it")
     if isinstance(task, (str, type)):
         raise TypeError(f"task: expected a task, such as treedecode.tasks.load('countdown') gives, got {task!r}")
     missing = [name for name in _OF_TASK if not hasattr(task, name)]
     if missing:
         raise TypeError(f"task: expected a treedecode.tasks.Task, got {task!r} without {', '.join(missing)}")
+    return task
 
 
 def checked_prompts(decoder: Decoder, prompts: Mapping[str, Prompt]) -> dict[str, Ints]:
@@ -55,11 +62,12 @@ def checked_prompts(decoder: Decoder, prompts: Mapping[str, Prompt]) -> dict[str
     limit, too_long = decoder.engine.table.max_tokens, []
     found = {}
     for name, prompt in prompts.items():
-        ids = decoder.encode(prompt) if isinstance(prompt, str) else prompt
-        found[name] = token_ids(ids, f"problems: the prompt of {name!r}", decoder.model.vocab_size)
+        argument = f"problems: the prompt of {name!r}"
+        ids = decoder.encode(unicode(prompt, argument)) if isinstance(prompt, str) else prompt
+        found[name] = token_ids(ids, argument, decoder.model.vocab_size)
         length = len(found[name])
         if length == 0:
-            raise ValueError(f"problems: the prompt of {name!r} is empty")
+            raise ValueError(f"{argument} is empty")
         if length >= limit:
             too_long.append(f"{name!r} ({length:,} tokens)")
     if too_long:
@@ -69,3 +77,15 @@ def checked_prompts(decoder: Decoder, prompts: Mapping[str, Prompt]) -> dict[str
             f"{', '.join(too_long[:_NAMED])}{more}"
         )
     return found
+
+
+def warn_of_little_room(decoder: Decoder, task: Task, prompts: Mapping[str, Ints]) -> None:
+    """Warns if solutions cannot get as long as the task allows."""
+    limit = decoder.engine.table.max_tokens
+    short = sum(len(ids) + task.max_new_tokens > limit for ids in prompts.values())
+    if short:
+        warnings.warn(
+            f"{short} of {len(prompts)} prompts leave a solution fewer than the {task.max_new_tokens} tokens it may "
+            f"have: there are {limit:,} in all, by the model's context and kv_memory",
+            stacklevel=2,
+        )

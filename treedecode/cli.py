@@ -1,6 +1,8 @@
 """The `treedecode` command (short: `td`)."""
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -46,7 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     arguments.argv = list(sys.argv[1:] if argv is None else argv)  # for records of what was run
-    return int(arguments.run(arguments))
+    try:
+        status = int(arguments.run(arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read the output has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for what Python flushes at its end)
+        status = 128 + signal.SIGPIPE
+    return status
 
 
 if __name__ == "__main__":

@@ -2,25 +2,30 @@
 
 import asyncio
 import hashlib
+import json
+import math
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 from weakref import WeakSet
 
+from torch import nn
+
 from treedecode.budget import UNTIL, Budget
-from treedecode.checks import check_task, checked_problems, checked_prompts
+from treedecode.checks import checked_problems, checked_prompts, checked_task, warn_of_little_room
 from treedecode.decoder import Decoder, Prompt
 from treedecode.energy import Counter
 from treedecode.gate.origin import name_of
 from treedecode.journal import Journal
 from treedecode.ledger import Ledger, Spent
 from treedecode.meter import BudgetExhausted, Spending
+from treedecode.models.fingerprint import fingerprint
 from treedecode.places import Places
 from treedecode.sampling import Sampling
 from treedecode.search import Outcome, Search
 from treedecode.solutions import Result, Solution
-from treedecode.strategies.base import Strategy
+from treedecode.strategies.base import Strategy, require
 from treedecode.tasks.base import Problem, Task
 from treedecode.verify.scorers import as_scorer
 from treedecode.verify.value import Value
@@ -33,7 +38,7 @@ def solve(
     problems: Iterable[Problem],
     *,
     strategy: Strategy,
-    task: Task,
+    task: Task | None = None,
     verifier: Any = None,
     budget: Budget | None = None,
     sampling: Sampling | None = None,
@@ -67,7 +72,7 @@ async def solve_async(
     problems: Iterable[Problem],
     *,
     strategy: Strategy,
-    task: Task,
+    task: Task | None = None,
     verifier: Any = None,
     budget: Budget | None = None,
     sampling: Sampling | None = None,
@@ -85,7 +90,7 @@ async def solve_async(
 
     Args:
         strategy: for instance `TreeOfThoughts(depth=3, width=5)`.
-        task: how texts are read.
+        task: how texts are read; None: the one that the problems are of, as `Task.problems` gives them.
         verifier: scores branches: a scorer of `treedecode.verify`, or a function of (problem, text).
         budget: hard limits. A problem they cut short gets the best answer it had; one they kept from starting, none.
         sampling: how branches sample; its seed is not used.
@@ -128,7 +133,7 @@ class _Run:
         decoder: Decoder,
         problems: Sequence[Problem],
         strategy: Strategy,
-        task: Task,
+        task: Task | None,
         verifier: Any,
         budget: Budget | None,
         sampling: Sampling,
@@ -141,7 +146,8 @@ class _Run:
         own = getattr(strategy, "sampling", None)
         if own is not None and own.seed is not None:
             raise ValueError(f"sampling: {strategy.name} has the seed {own.seed}; branches take theirs from the run's")
-        check_task(task)
+        require("seed", seed, int, -math.inf)
+        task = checked_task(task, problems)
         scorer = None if verifier is None else as_scorer(verifier)
         if strategy.needs_verifier and scorer is None:
             raise ValueError(f"verifier: {strategy.name} scores branches and needs one")
@@ -159,6 +165,7 @@ class _Run:
         self.seed, self.grade = seed, grade
         prompts = {problem.id: problem.prompt if prompt is None else prompt(problem) for problem in problems}
         self._prompts = checked_prompts(decoder, prompts)
+        warn_of_little_room(decoder, task, self._prompts)
         self._places = Places(decoder.engine.pool.max_branches - decoder.num_branches)
         self._energy = Counter(decoder.engine.pool.device)
         if self.budget.joules is not None and not self._energy.is_available:
@@ -172,6 +179,7 @@ class _Run:
     def description(self) -> dict[str, Any]:
         """What the solutions depend on, for the journal."""
         model = self.decoder.model
+        module = getattr(model, "model", None)  # of Transformers
         return {
             "strategy": repr(self.strategy),
             "task": self.task.name,
@@ -179,22 +187,14 @@ class _Run:
             "seed": self.seed,
             "verifier": name_of(self.scorer) or "None",
             "budget": repr(self.budget),
-            "model": [self._model_name, model.vocab_size, model.num_layers, str(model.dtype)],
+            "model": [getattr(module, "name_or_path", None), model.vocab_size, model.num_layers, str(model.dtype)],
+            "weights": fingerprint(module) if isinstance(module, nn.Module) else None,
+            "max_tokens": self.decoder.engine.table.max_tokens,
             "problems": [problem.id for problem in self.problems],
-            "prompts": self._digest(),
+            # worked examples and chat templates are in no setting
+            "prompts": _digest(prompt.tolist() for prompt in self._prompts.values()),
+            "answers": _digest([problem.answer, dict(problem.data)] for problem in self.problems),
         }
-
-    @property
-    def _model_name(self) -> str | None:
-        """Where a Transformers model was loaded from."""
-        return getattr(getattr(self.decoder.model, "model", None), "name_or_path", None)
-
-    def _digest(self) -> str:
-        """Of all that the model is given to read: worked examples and chat templates are in no setting."""
-        digest = hashlib.blake2b(digest_size=16)
-        for prompt in self._prompts.values():
-            digest.update(len(prompt).to_bytes(8, "little") + prompt.astype("<i8").tobytes())
-        return digest.hexdigest()
 
     async def run(self, journal: Journal | None, callback: Callable[[Solution], None] | None) -> Result:
         meter = self.decoder.engine.meter
@@ -334,6 +334,14 @@ class _Run:
             search.tree,
             search.notes,
         )
+
+
+def _digest(parts: Iterable[Any]) -> str:
+    """Of JSON; anything else counts by its type."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(json.dumps(part, skipkeys=True, default=lambda value: type(value).__qualname__).encode() + b"\n")
+    return digest.hexdigest()
 
 
 async def _all(work: list[Coroutine[Any, Any, None]], pulse: Callable[[], None]) -> None:

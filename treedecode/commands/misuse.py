@@ -3,9 +3,11 @@
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 MISUSED = 2
 INTERRUPTED = 130  # as a shell reports the end by SIGINT
@@ -50,11 +52,20 @@ def run(command: str, work: Callable[[], int], interrupted: Callable[[], str]) -
     Raises:
         Exception: of a problem's search, which has a note that says which problem it was: no argument's error.
     """
+
+    def say(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, UserWarning):
+            print(f"treedecode {command}: warning: {message}", file=sys.stderr)
+
     try:
-        return work()
+        with warnings.catch_warnings():
+            warnings.showwarning = say
+            return work()
     except KeyboardInterrupt:
         print(f"treedecode {command}: interrupted; {interrupted()}", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        raise
     except (ImportError, MemoryError, OSError, TypeError, ValueError) as error:
         if getattr(error, "__notes__", None):
             raise

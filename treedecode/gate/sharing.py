@@ -258,7 +258,7 @@ class Stream:
         place = self._place[search.problem.id]
         self._members[place].offer(bid)
         self._proceed()
-        price = await (self._opening.at(place) if place < self._lag else self._prices.at(place - self._lag))
+        price = await (self._opening.at(place) if place < self._lag else self._prices.at(place - self._lag + 1))
         grant = at_price(bid, price.value / (price.chain_cost or bid.alone), self.terms.max_chains, self.terms.wave)
         owed = self.terms.floor - bid.num_chains
         if grant.tree < 0 and owed > grant.num_chains:

@@ -17,6 +17,7 @@ class Problem:
         answer: the reference answer; None where only checking can tell (many solutions, or none known).
         group: of the user's choosing, for audits.
         data: what the task needs to check an answer.
+        task: the `Task` it is of, for runs that are not told another; None = it does not say.
     """
 
     id: str
@@ -24,6 +25,7 @@ class Problem:
     answer: str | None = None
     group: str | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
+    task: Any = field(default=None, repr=False, compare=False)
 
 
 class Task(Protocol):
@@ -66,6 +68,15 @@ class Task(Protocol):
     def verify(self, problem: Problem, text: str) -> bool:
         """Whether a solution is right: the grade, which no strategy sees unless its verifier is this."""
         ...
+
+
+def unicode(text: str, name: str) -> str:
+    """`text`; raises ValueError if it has half a character (a lone surrogate), which no file or tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: is no Unicode text: {error.reason} at {error.start}") from None
+    return text
 
 
 def answer_classes(task: Task, answers: Sequence[str | None]) -> np.ndarray:

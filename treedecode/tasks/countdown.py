@@ -118,6 +118,7 @@ class Countdown:
                     prompt=prompt_of(numbers, target),
                     group=f"{len(numbers)} numbers",
                     data={"numbers": numbers, "target": target},
+                    task=self,
                 )
             )
         return found

@@ -1,14 +1,16 @@
 """Problems from JSONL files in the manner of GSM8K (2110.14168) and MATH (2103.03874)."""
 
 import json
+import math
 import os
 import random
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from treedecode.tasks.base import Problem
+from treedecode.tasks.base import Problem, unicode
 from treedecode.verify.answers import after_hashes, boxed, equivalent, extract_answer, is_heading
 
 PROMPT = "Question: {question}\nAnswer:"
@@ -50,7 +52,10 @@ class Jsonl:
         self.max_new_tokens = max_new_tokens
         files = {"test": path, "train": train, "validation": validation}
         self._files = {split: Path(file) for split, file in files.items() if file is not None}
-        self._splits = {split: read_problems(file) for split, file in self._files.items()}
+        self._splits = {
+            split: [replace(problem, task=self) for problem in read_problems(file)]
+            for split, file in self._files.items()
+        }
 
     def problems(self, num_problems: int, *, split: str = "test", seed: int = 0) -> list[Problem]:
         """So many problems of a file, drawn by `seed` and in the file's order.
@@ -136,7 +141,7 @@ def _problem(row: Any, default_id: str) -> Problem:
     question, solution = _text(row, "question"), _text(row, "answer")
     answer = after_hashes(solution) or boxed(solution)
     if answer is None:
-        if "\n" in solution:
+        if "\n" in solution or "####" in solution:
             raise ValueError("answer: expected the result after #### or in \\boxed{}, found neither")
         answer, solution = solution, f"#### {solution}"
     return Problem(
@@ -150,8 +155,8 @@ def _problem(row: Any, default_id: str) -> Problem:
 
 def _text(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         value = str(value)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{key}: expected a text, got {value!r}")
-    return value.strip()
+    return unicode(value, key).strip()

@@ -87,6 +87,7 @@ class ReasoningGym:
             prompt=PROMPT.format(question=entry["question"].strip()),
             answer=None if entry["answer"] is None else str(entry["answer"]),
             data=entry,
+            task=self,
         )
 
     def examples(self, count: int) -> Sequence[tuple[str, str]]:
