@@ -35,8 +35,9 @@ bench: build
 
 # The op and host tests with the native code under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the
 # package. libstdc++ is preloaded too: the sanitizer looks for __cxa_throw once, when it starts.
-# test_cuda_build.py is left out: it starts nvcc, which does not survive the preloading.
-SANITIZE_TESTS ?= $(filter-out tests/test_cuda_build.py,$(wildcard $(patsubst csrc/api/%.cpp,tests/test_%.py,$(wildcard csrc/api/*.cpp)) tests/test_prefix_index.py tests/test_simt.py tests/test_cuda_*.py))
+# Left out: test_cuda_build.py starts nvcc, which does not survive the preloading; test_cuda_barriers.py runs kernels that
+# are broken on purpose, within a time that is too short here.
+SANITIZE_TESTS ?= $(filter-out tests/test_cuda_build.py tests/test_cuda_barriers.py,$(wildcard $(patsubst csrc/api/%.cpp,tests/test_%.py,$(wildcard csrc/api/*.cpp)) tests/test_prefix_index.py tests/test_simt.py tests/test_cuda_*.py))
 SANITIZE_LIBS  := libasan.so libubsan.so libstdc++.so
 sanitize: build
 	mkdir -p build/sanitized

@@ -79,13 +79,13 @@ def checked_prompts(decoder: Decoder, prompts: Mapping[str, Prompt]) -> dict[str
     return found
 
 
-def warn_of_little_room(decoder: Decoder, task: Task, prompts: Mapping[str, Ints]) -> None:
-    """Warns if solutions cannot get as long as the task allows."""
+def warn_of_little_room(decoder: Decoder, most: float, prompts: Mapping[str, Ints]) -> None:
+    """Warns if solutions cannot get as long as they may, `most` tokens."""
     limit = decoder.engine.table.max_tokens
-    short = sum(len(ids) + task.max_new_tokens > limit for ids in prompts.values())
+    short = sum(len(ids) + most > limit for ids in prompts.values())
     if short:
         warnings.warn(
-            f"{short} of {len(prompts)} prompts leave a solution fewer than the {task.max_new_tokens} tokens it may "
+            f"{short} of {len(prompts)} prompts leave a solution fewer than the {most:,.0f} tokens it may "
             f"have: there are {limit:,} in all, by the model's context and kv_memory",
             stacklevel=2,
         )

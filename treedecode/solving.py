@@ -165,7 +165,8 @@ class _Run:
         self.seed, self.grade = seed, grade
         prompts = {problem.id: problem.prompt if prompt is None else prompt(problem) for problem in problems}
         self._prompts = checked_prompts(decoder, prompts)
-        warn_of_little_room(decoder, task, self._prompts)
+        alone = (self.budget.per_problem or Budget()).tokens
+        warn_of_little_room(decoder, min(task.max_new_tokens, alone or math.inf), self._prompts)
         self._places = Places(decoder.engine.pool.max_branches - decoder.num_branches)
         self._energy = Counter(decoder.engine.pool.device)
         if self.budget.joules is not None and not self._energy.is_available:
