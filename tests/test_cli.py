@@ -9,6 +9,7 @@ import pytest
 import treedecode
 from treedecode import cli, collect_env, env, ops, triton_kernels
 from treedecode.ops import _native
+from treedecode.tasks.countdown import Countdown
 
 
 def run(*arguments, cwd=None, **variables):
@@ -111,3 +112,12 @@ def test_a_reader_that_has_seen_enough_is_no_error(command):
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() == 128 + signal.SIGPIPE
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch):
+    def verify(task, problem, text):
+        raise BrokenPipeError("the judge has ended")
+
+    monkeypatch.setattr(Countdown, "verify", verify)
+    with pytest.raises(BrokenPipeError, match="the judge has ended"):
+        cli.main(["solve", "--strategy", "best_of_n:num_samples=2", "--num-problems", "1", "--verifier", "task"])

@@ -187,6 +187,28 @@ def test_a_finished_branch_stays_finished(make_decoder):
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("per", ["tree", "all"])
+def test_prune_keeps_the_best_of_each_tree(make_decoder, per):
+    """Against a loop over trees, with ties and branches that have no score, in trees out of order."""
+    rng = np.random.default_rng(0)
+
+    async def run(dec):
+        for _ in range(30):
+            roots = await dec.roots(["the cat", "a dog", "the"], sampling=WARM)
+            frontier = roots.fork(4).select(rng.permutation(12))
+            frontier.scores = rng.choice([0.0, 0.5, 1.0, np.nan], 12)
+            keep = int(rng.integers(1, 6))
+            kept = []
+            for group in range(3) if per == "tree" else [None]:
+                members = [i for i in range(12) if group is None or frontier.tree[i] == group]
+                badness = {i: np.inf if np.isnan(frontier.scores[i]) else -frontier.scores[i] for i in members}
+                kept += sorted(members, key=lambda i: (badness[i], i))[:keep]
+            want = frontier.branches[sorted(kept)]
+            assert frontier.prune(keep, per).branches.tolist() == want.tolist()
+
+    make_decoder().run(run(make_decoder()))
+
+
 def test_select_prune_merge(make_decoder):
     dec = make_decoder()
 

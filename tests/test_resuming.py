@@ -248,7 +248,7 @@ def test_a_journal_that_does_not_say_what_was_spent_is_refused(run, tmp_path):
     run()
     journal = tmp_path / "journal.jsonl"
     text = journal.read_text()
-    journal.write_text(text.replace("treedecode.journal/2", "treedecode.journal/1"))
+    journal.write_text(text.replace("treedecode.journal/3", "treedecode.journal/1"))
     with pytest.raises(ValueError, match=r"has the schema 'treedecode.journal/1', not .*another version of treedecode"):
         run()
     journal.write_text(text.replace('"spent"', '"sent"'))

@@ -2,9 +2,11 @@
 
 import asyncio
 import inspect
+import pickle
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from fake_task import FakeTask, talkative_decoder
 from gates import gate
@@ -40,7 +42,7 @@ def test_solve_and_solve_async_have_the_same_arguments():
     settings = {"seed": 7, "grade": False, "prompt": lambda problem: "the cat", "callback": seen.append}
     dec = talkative_decoder()
     there = asyncio.run(td.solve_async(dec, TASK.problems(2), strategy=td.SelfConsistency(2), task=TASK, **settings))
-    here = solve(TASK.problems(2), **settings)
+    here = solve(TASK.problems(2), **{**settings, "seed": np.int64(7)})
     assert [one.text for one in here.solutions] == [one.text for one in there.solutions]
     assert [one.correct for one in seen] == [None] * 4
 
@@ -51,6 +53,13 @@ def test_the_task_is_that_of_the_problems():
     assert [one.answer for one in found.solutions] == [one.answer for one in given.solutions]
     task = load("countdown")
     assert all(problem.task is task for problem in task.problems(3))
+
+
+def test_a_problem_goes_to_other_processes_alone():
+    [problem] = load("countdown").problems(1)
+    again = pickle.loads(pickle.dumps(problem))
+    assert again == problem
+    assert again.task is None
 
 
 def test_little_room_for_solutions_is_told():
@@ -98,6 +107,8 @@ def test_prompts_that_are_too_long_are_named(long):
         ),
         ({"problems": [td.Problem("a\ud800", "the")]}, ValueError, "problems: the id at 0: is no Unicode text"),
         ({"problems": [td.Problem("a", "the\udc00")]}, ValueError, "problems: the prompt of 'a': is no Unicode text"),
+        ({"problems": [td.Problem(5, "the")]}, TypeError, "problems: the id at 0: expected a string, got 5"),
+        ({"problems": [], "task": None}, ValueError, "task: the problems are not of one task, or do not say of which"),
         ({"seed": "a"}, TypeError, "seed: expected an int, got 'a'"),
         ({"seed": None}, TypeError, "seed: expected an int, got None"),
         ({"seed": True}, TypeError, "seed: expected an int, got True"),

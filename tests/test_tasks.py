@@ -58,6 +58,7 @@ def test_a_sample_is_that_of_its_seed(tmp_path):
         ({"question": "q", "answer": "two\nlines"}, r"answer: expected the result after #### or in \\boxed\{\}"),
         ({"question": "q", "answer": "1", "id": "half"}, "id: 'half' is that of line 2"),
         ({"question": "q", "answer": "####"}, "answer: expected the result after ####"),
+        ({"question": "q", "answer": float("inf")}, "answer: expected a text, got inf"),
         ({"question": "q", "answer": float("nan")}, "answer: expected a text, got nan"),
         ({"question": "q\ud800", "answer": "1"}, "question: is no Unicode text: surrogates not allowed at 1"),
         ({"question": "q", "answer": "1", "id": "\ud800"}, "id: is no Unicode text"),

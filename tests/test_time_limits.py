@@ -5,6 +5,7 @@ import time
 
 import pytest
 from fake_task import FakeTask, rate, talkative_decoder
+from gates import gate
 
 import treedecode as td
 
@@ -97,3 +98,44 @@ def test_a_verifier_that_runs_out_of_its_own_time_has_failed(clock):
     with pytest.raises(TimeoutError, match="no answer from the judge") as error:
         solve(decoder(clock), 2, scorer, budget=td.Budget(seconds=1e6))
     assert any("while solving the problem" in note for note in error.value.__notes__)
+
+
+def test_what_follows_a_cut_problem_has_time(clock):
+    """A callback that scores on another decoder, when the problem before it has run out of time."""
+    scored = []
+
+    def later(solution):
+        scores = solve(decoder(clock), 1, lambda problem, text: 0.5)
+        scored.append((solution.is_cut, scores[0].score))
+
+    solve(decoder(clock), 2, budget=td.Budget(per_problem=td.Budget(seconds=35)), callback=later)
+    assert scored == [(True, 0.5)] * 2
+
+
+def test_a_run_within_a_verifier_has_the_time_of_the_outer_one(clock):
+    asked = []
+
+    def inner(problem, text):
+        asked.append(text)
+        clock.ahead += 100
+        return 0.5
+
+    def outer(problem, text):
+        return float(solve(decoder(clock), 3, inner)[0].score or 0.0)
+
+    [solution] = solve(decoder(clock), 1, outer, budget=td.Budget(seconds=400))
+    assert 0 < len(asked) < 4
+    assert solution.text
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_dynamic_allocation_waits_no_longer_than_the_time_it_has(clock, mode):
+    """A problem that waits for what the others do is cut; its chain stays."""
+    strategy = td.DynamicAllocation(budget=3, gate=gate(None, TASK), mode=mode, lag=1)
+    dec = decoder(clock)
+    limit = td.Budget(per_problem=td.Budget(seconds=200))
+    found = td.solve(dec, TASK.problems(6), strategy=strategy, task=TASK, budget=limit).solutions
+    assert all(one.text and one.spending.generated_tokens for one in found)
+    assert any(one.is_cut for one in found)
+    assert dec.num_branches == 0
+    dec.check_integrity()

@@ -1,6 +1,5 @@
 """Budget: what a run, and each problem of it, may spend."""
 
-import asyncio
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -9,14 +8,14 @@ from typing import Any
 
 from treedecode.meter import BudgetExhausted, Meter
 
-# When this task's problem has to end, on its event loop's clock; None = no limit in seconds.
+# When the problem of this context has to end, by `time.monotonic`; None = no limit in seconds.
 UNTIL: ContextVar[float | None] = ContextVar("UNTIL", default=None)
 
 
 def require_time() -> None:
     """Raises BudgetExhausted if the time is up: what blocks the event loop is to be called after this."""
     until = UNTIL.get()
-    if until is not None and asyncio.get_running_loop().time() >= until:
+    if until is not None and time.monotonic() >= until:
         raise BudgetExhausted("the time is up")
 
 
@@ -24,8 +23,10 @@ def require_time() -> None:
 class Budget:
     """Hard limits; a run never goes on by more than the forward that reached one. None = no limit.
 
-    When the time is up, scorers that are waited for are given up, and a function that blocks is not called again. The
-    time of a problem begins when the run has branches for it, and goes on while `DynamicAllocation` waits for others.
+    Time passes outside of forwards too. When it is up, scorers that are waited for are given up (of those in threads,
+    `TextScorer(workers=...)` for instance, calls under way go on to their ends); a function that blocks is not called
+    again, and how long one call takes is how far a limit in seconds can be exceeded. The time of a problem begins when
+    the run has branches for it, and goes on while `DynamicAllocation` waits for others.
 
     A run that goes on from a journal has what is left of its limits, time and energy too.
 

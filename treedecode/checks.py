@@ -17,7 +17,8 @@ def checked_problems(problems: Iterable[Problem]) -> list[Problem]:
     """The problems of a run.
 
     Raises:
-        TypeError: something else than problems. ValueError: two have the same id, or a text is no Unicode.
+        TypeError: something else than problems, or an id that is no string. ValueError: two have the same id, or one is
+            no Unicode.
     """
     if isinstance(problems, str) or not isinstance(problems, Iterable):
         raise TypeError(f"problems: expected a list of treedecode.Problem, got {problems!r}")
@@ -25,6 +26,8 @@ def checked_problems(problems: Iterable[Problem]) -> list[Problem]:
     for i, problem in enumerate(found):
         if not isinstance(problem, Problem):
             raise TypeError(f"problems: expected a list of treedecode.Problem, got {problem!r} at {i}")
+        if not isinstance(problem.id, str):
+            raise TypeError(f"problems: the id at {i}: expected a string, got {problem.id!r}")
         unicode(problem.id, f"problems: the id at {i}")
     if len({problem.id for problem in found}) < len(found):
         raise ValueError("problems: two have the same id")
@@ -32,13 +35,13 @@ def checked_problems(problems: Iterable[Problem]) -> list[Problem]:
 
 
 def checked_task(task: Any, problems: Sequence[Problem]) -> Task:
-    """The task of a run: the one given, without one that which all problems are of.
+    """The task of a run: the one given, without one that which all problems are of (the same object).
 
     Raises:
         TypeError: it is the name of one, or lacks what tasks have. ValueError: the problems do not say which.
     """
-    if task is None and problems:
-        task = problems[0].task
+    if task is None:
+        task = problems[0].task if problems else None
         if task is None or any(problem.task is not task for problem in problems):
             raise ValueError("task: the problems are not of one task, or do not say of which; give it")
     if isinstance(task, (str, type)):

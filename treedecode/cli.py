@@ -51,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = int(arguments.run(arguments))
         sys.stdout.flush()
-    except BrokenPipeError:  # who read the output has seen enough
+    except BrokenPipeError as error:
+        if getattr(error, "__notes__", None):  # of a problem's search: a pipe of its verifier
+            raise
+        # who read the output has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for what Python flushes at its end)
         status = 128 + signal.SIGPIPE
     return status

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-SCHEMA = "treedecode.journal/2"
+SCHEMA = "treedecode.journal/3"
 _SYNC_SECONDS = 1.0
 _SOLUTION = b'{"id": '  # how its line begins
 _SHOWN = 8  # entries of lists that a message shows

@@ -51,6 +51,9 @@ class Search:
         tree: the record of the search.
         shared: what the strategy has for all problems of the run together (`Strategy.share`).
         notes: what the strategy wants kept with the solution, as JSON.
+
+    Args:
+        places: the run's, of which `num_places` have been taken for this search.
     """
 
     def __init__(
@@ -182,9 +185,8 @@ class Search:
             values = np.asarray(await self._score(frontier, self.problem), np.float64)
         if not np.isfinite(values).all():
             raise ValueError(f"verifier: expected a finite number for every branch, got {values}")
-        if values is not frontier.scores:  # a scorer may have set them
-            frontier.scores = values
-        return values
+        frontier.scores = values
+        return frontier.scores
 
     def answers(self, frontier: "Frontier") -> list[str | None]:
         """The answer of every branch whose solution is complete."""

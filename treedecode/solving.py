@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from typing import Any
 from weakref import WeakSet
 
+import numpy as np
 from torch import nn
 
 from treedecode.budget import UNTIL, Budget
@@ -25,7 +26,7 @@ from treedecode.places import Places
 from treedecode.sampling import Sampling
 from treedecode.search import Outcome, Search
 from treedecode.solutions import Result, Solution
-from treedecode.strategies.base import Strategy, require
+from treedecode.strategies.base import Strategy
 from treedecode.tasks.base import Problem, Task
 from treedecode.verify.scorers import as_scorer
 from treedecode.verify.value import Value
@@ -146,7 +147,8 @@ class _Run:
         own = getattr(strategy, "sampling", None)
         if own is not None and own.seed is not None:
             raise ValueError(f"sampling: {strategy.name} has the seed {own.seed}; branches take theirs from the run's")
-        require("seed", seed, int, -math.inf)
+        if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+            raise TypeError(f"seed: expected an int, got {seed!r}")
         task = checked_task(task, problems)
         scorer = None if verifier is None else as_scorer(verifier)
         if strategy.needs_verifier and scorer is None:
@@ -162,7 +164,7 @@ class _Run:
             )
         self.decoder, self.problems, self.strategy, self.task = decoder, problems, strategy, task
         self.scorer, self.budget, self.sampling = scorer, budget or Budget(), sampling
-        self.seed, self.grade = seed, grade
+        self.seed, self.grade = int(seed), grade
         prompts = {problem.id: problem.prompt if prompt is None else prompt(problem) for problem in problems}
         self._prompts = checked_prompts(decoder, prompts)
         alone = (self.budget.per_problem or Budget()).tokens
@@ -272,17 +274,21 @@ class _Run:
         return replace(spent, spending=self.decoder.engine.meter.spending(self._account))
 
     def _until(self, alone: Budget) -> float | None:
-        """When a problem that begins now has to end, on the event loop's clock; None = no limit in seconds."""
-        now = asyncio.get_running_loop().time()
-        left = None if self.budget.seconds is None else self.budget.seconds - self._spent().seconds
-        return min((now + seconds for seconds in (left, alone.seconds) if seconds is not None), default=None)
+        """When a problem that begins now has to end, by `time.monotonic`; None = no limit in seconds."""
+        now, found = time.monotonic(), [UNTIL.get()]  # of a run whose verifier this one is part of
+        if self.budget.seconds is not None:
+            earlier = 0.0 if self._earlier is None else self._earlier.seconds
+            found.append(now + self.budget.seconds - earlier - (time.perf_counter() - self._begin))
+        if alone.seconds is not None:
+            found.append(now + alone.seconds)
+        return min((until for until in found if until is not None), default=None)
 
     async def _solve(self, problem: Problem) -> Solution:
         engine, alone = self.decoder.engine, self.budget.per_problem or Budget()
         await self._places.take(self._num_places)
         begin, is_cut = time.perf_counter(), False
-        limit = asyncio.timeout_at(self._until(alone))
-        UNTIL.set(limit.when())
+        until = self._until(alone)
+        limit, outer = asyncio.timeout(None if until is None else until - time.monotonic()), UNTIL.set(until)
         account = alone.open(engine.meter, self._account)
         search = Search(
             self.decoder,
@@ -307,6 +313,7 @@ class _Run:
                 raise
             outcome, is_cut = search.best_so_far(), True
         finally:
+            UNTIL.reset(outer)
             del engine.trees[account]
             for frontier in list(engine.frontiers.pop(account)):
                 frontier.release()

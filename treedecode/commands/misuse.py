@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 MISUSED = 2
+_PACKAGE = Path(__file__).parents[1]
 INTERRUPTED = 130  # as a shell reports the end by SIGINT
 
 
@@ -53,9 +54,13 @@ def run(command: str, work: Callable[[], int], interrupted: Callable[[], str]) -
         Exception: of a problem's search, which has a note that says which problem it was: no argument's error.
     """
 
-    def say(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-        if issubclass(category, UserWarning):
+    show = warnings.showwarning
+
+    def say(message: Warning | str, category: type[Warning], filename: str, *more: Any, **others: Any) -> None:
+        if Path(filename).is_relative_to(_PACKAGE):
             print(f"treedecode {command}: warning: {message}", file=sys.stderr)
+        else:
+            show(message, category, filename, *more, **others)
 
     try:
         with warnings.catch_warnings():

@@ -301,5 +301,5 @@ class Stream:
         if mean == 0:
             return latest
         above = (member.spent - self.terms.budget * member.alone) / mean
-        price = latest.value * math.exp(self._step * above / self.terms.budget)
-        return Price(min(max(price, MIN_PRICE), 1.0), mean)
+        rise = min(self._step * above / self.terms.budget, -math.log(MIN_PRICE))  # from the least price to 1
+        return Price(min(max(latest.value * math.exp(rise), MIN_PRICE), 1.0), mean)

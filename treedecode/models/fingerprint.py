@@ -1,9 +1,10 @@
 """Fingerprint: whether a model's weights are those of another process."""
 
 import hashlib
+from itertools import chain
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _PICKED = 64  # entries of a tensor
 
@@ -13,14 +14,18 @@ def fingerprint(module: nn.Module) -> str:
     """A hash of the names, shapes and types of all parameters and buffers, and of entries spread evenly over each.
 
     Weights that were trained on, or had an adapter merged, differ in almost all entries, so a few of each tensor tell.
-    It takes milliseconds, where all of an 8B model's would take seconds. A change of single entries can go unnoticed.
+    It takes milliseconds, where all of an 8B model's would take seconds. A change of single entries can go unnoticed,
+    and tensors that are no plain arrays (sparse, quantised by torch, on no device) count by name, shape and type alone.
     """
     digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        if tensor.is_meta or tensor.numel() == 0:
+    for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+        values = tensor.data
+        digest.update(f"{name} {list(values.shape)} {values.dtype}".encode())
+        is_plain = type(values) is Tensor and values.layout == torch.strided and not values.is_quantized
+        if not is_plain or values.is_meta or values.numel() == 0:
             continue
-        at = torch.linspace(0, tensor.numel() - 1, min(_PICKED, tensor.numel()), dtype=torch.float64).long()
-        places = torch.unravel_index(at.to(tensor.device), tensor.shape)
-        digest.update(tensor[places].double().numpy(force=True).tobytes())
+        at = torch.linspace(0, values.numel() - 1, min(_PICKED, values.numel()), dtype=torch.float64).long()
+        picked = values[torch.unravel_index(at.to(values.device), values.shape)]
+        picked = torch.view_as_real(picked) if picked.is_complex() else picked
+        digest.update(picked.double().numpy(force=True).tobytes())
     return digest.hexdigest()

@@ -27,6 +27,10 @@ class Problem:
     data: Mapping[str, Any] = field(default_factory=dict)
     task: Any = field(default=None, repr=False, compare=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For other processes, which get a problem without all the others of its task."""
+        return {**self.__dict__, "task": None}
+
 
 class Task(Protocol):
     """Where problems come from, and how texts about them are read.
