@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-CPU_ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
+CPU_ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 
 
 def cpu_isa() -> str | None:

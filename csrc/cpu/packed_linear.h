@@ -23,7 +23,7 @@ struct PackedLinearParams {
   const void* bias;      // [num_panels * 16] or null
   const void* residual;  // [num_rows, out_features] or null, row stride residual_stride
   void* out;             // [num_rows, out_features]
-  void* packed_x;        // [ceil(num_rows / 16), in_features, 16] fp32, or half of that as bf16 pairs
+  void* packed_x;        // [ceil(num_rows / 16), in_features, 16] fp32, or half of that as bf16: pairs, or rows for AMX
   int64_t num_rows;
   int64_t in_features;
   int64_t out_features;
