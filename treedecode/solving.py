@@ -28,7 +28,7 @@ from treedecode.search import Outcome, Search
 from treedecode.solutions import Result, Solution
 from treedecode.strategies.base import Strategy
 from treedecode.tasks.base import Problem, Task
-from treedecode.verify.scorers import as_scorer
+from treedecode.verify.scorers import scorer_of
 from treedecode.verify.value import Value
 
 _SPENT_SECONDS = 10.0  # between two entries of what the run has spent; a solution has one too
@@ -150,7 +150,7 @@ class _Run:
         if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
             raise TypeError(f"seed: expected an int, got {seed!r}")
         task = checked_task(task, problems)
-        scorer = None if verifier is None else as_scorer(verifier)
+        scorer = scorer_of(verifier)
         if strategy.needs_verifier and scorer is None:
             raise ValueError(f"verifier: {strategy.name} scores branches and needs one")
         strategy.check(decoder, task, scorer)

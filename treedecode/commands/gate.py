@@ -83,7 +83,7 @@ def _rollouts(
     from treedecode.gate.origin import name_of
     from treedecode.gate_training.rollouts import Rollouts, check_menu, collect
     from treedecode.sampling import Sampling
-    from treedecode.verify.scorers import as_scorer
+    from treedecode.verify.scorers import scorer_of
 
     check_folder(arguments.out)
     if arguments.rollouts is not None:
@@ -101,7 +101,7 @@ def _rollouts(
     sampling = Sampling(temperature=arguments.temperature)
     model = model_for(arguments.model, task)
     verifier = verifier_named(arguments.verifier, task, model)
-    scorer = None if verifier is None else as_scorer(verifier)
+    scorer = scorer_of(verifier)
     if gate is not None:
         gate.config.origin.require_verifier(name_of(scorer), gate)
     check_menu(menu, verifier)

@@ -75,7 +75,7 @@ def _study(arguments: argparse.Namespace) -> int:
             raise ModuleNotFoundError(f"needs {package}: pip install 'treedecode[study]'", name=package) from None
     from treedecode.study import plan, plots, report
     from treedecode.study.run import run_study
-    from treedecode.verify import as_scorer
+    from treedecode.verify.scorers import scorer_of
 
     check_folder(arguments.out)
     task = task_for(arguments.data, "data")
@@ -93,8 +93,7 @@ def _study(arguments: argparse.Namespace) -> int:
         entries = plan.choose(entries, arguments.strategies.split(","))
     conditions = conditions_of(arguments, task, model)
     if asked is not None and any("gate" in entry.settings for entry in entries):
-        verifier = conditions.verifier
-        asked.check(conditions.decoder, task, None if verifier is None else as_scorer(verifier))
+        asked.check(conditions.decoder, task, scorer_of(conditions.verifier))
     with _Progress(len(conditions.problems)) as progress:
         work = run_study(
             conditions,

@@ -20,7 +20,7 @@ from treedecode.solving import solve
 from treedecode.strategies.base import Strategy
 from treedecode.strategies.tree_of_thoughts import TreeOfThoughts
 from treedecode.tasks.base import Problem, Task
-from treedecode.verify.scorers import as_scorer
+from treedecode.verify.scorers import scorer_of
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def collect(
         tree_tokens=costs[:, :, 0] / tokens.mean(axis=1, keepdims=True),
         tree_kv_bytes=costs[:, :, 1] / bytes_alone.mean(axis=1, keepdims=True),
         menu=np.array(menu, np.int64).reshape(-1, 3),
-        origin=Origin.of(decoder, task, None if verifier is None else as_scorer(verifier)),
+        origin=Origin.of(decoder, task, scorer_of(verifier)),
     )
 
 

@@ -144,6 +144,11 @@ def as_scorer(scorer: "Scorer | TextValue | None") -> Scorer:
     return TextScorer(scorer)
 
 
+def scorer_of(verifier: Any) -> Scorer | None:
+    """The scorer of a run's verifier; None: the run has none. Raises as `as_scorer`."""
+    return None if verifier is None else as_scorer(verifier)
+
+
 def _check_count(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {value!r}")
