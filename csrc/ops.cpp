@@ -45,5 +45,10 @@ TD_DEFINE_LIBRARY(TD_LIBRARY) {
       "Tensor? sinks) -> (Tensor out, Tensor lse)");
   m.def("packed_linear(Tensor x, Tensor weight, int out_features, Tensor? bias, Tensor? residual, str gate) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, bool unit_offset) -> Tensor");
+  m.def(
+      "decoder_forward(Tensor x, Tensor cos, Tensor sin, Tensor(a!) kv, Tensor slots, Tensor page_table, "
+      "Tensor seq_lens, Tensor q_indptr, Tensor part_indptr, Tensor chunks, Tensor counts, Tensor logit_rows, "
+      "Tensor[] weights, float[] sm_scales, float[] soft_caps, int[] windows, float eps, bool unit_offset, str gate, "
+      "int num_qo_heads, int intermediate_size, int vocab_size) -> (Tensor logits, Tensor hidden)");
   m.def("rotary_embed(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin) -> ()");
 }

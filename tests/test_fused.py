@@ -30,6 +30,7 @@ def test_common_layers_become_one_function(name, dtype):
         f"3 x {kind}DecoderLayer: one function",
         f"1 x {kind}RMSNorm: one op",
         "1 x Linear: packed weights",
+        "all layers and the head in one op",
     ]
 
 
@@ -40,6 +41,7 @@ def test_other_layers_are_replaced_in_parts():
         "13 x Linear: packed weights",
         "3 x Gemma2MLP: gate and up in one product",
         "13 x Gemma2RMSNorm: one op",
+        "layer by layer (not all of it has a faster forward)",
     }
 
 

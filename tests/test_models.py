@@ -99,7 +99,7 @@ class Pages:
         return torch.tensor(slots)
 
 
-def step(adapter, pages, tokens):
+def step(adapter, pages, tokens, by_layer=False):
     """One forward; `tokens` maps row -> new tokens. Returns row -> logits of those tokens."""
     rows = list(tokens)
     q_lens = [len(tokens[row]) for row in rows]
@@ -118,7 +118,8 @@ def step(adapter, pages, tokens):
     )
     ids = torch.cat([torch.tensor(tokens[row]) for row in rows])
     positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, q_lens, strict=True)])
-    logits = adapter.forward(ids, positions, StepContext(pages.layer, table, lens, plan, slots), torch.arange(len(ids)))
+    context = StepContext(pages.layer, table, lens, plan, slots, kv=None if by_layer else pages.kv)
+    logits = adapter.forward(ids, positions, context, torch.arange(len(ids)))
     return dict(zip(rows, logits.split(q_lens), strict=True))
 
 

@@ -47,7 +47,7 @@ def forward(
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
     )
-    context = StepContext(pool.layer, page_table, seq_lens, plan, slots, prefills, rest)
+    context = StepContext(pool.layer, page_table, seq_lens, plan, slots, prefills, rest, pool.kv)
     put = [torch.from_numpy(array).to(pool.device) for array in (ids, positions, last[batch.wanted])]
     if wants_hidden:
         return model.forward_hidden(put[0], put[1], context, put[2])

@@ -7,9 +7,9 @@
 
 #include "../check.h"
 #include "kernel_dtype.h"
+#include "launch.h"
 
 namespace treedecode {
-namespace {
 
 cpu::Gate gate_of(const std::string& name) {
   if (name.empty()) return cpu::Gate::None;
@@ -17,6 +17,20 @@ cpu::Gate gate_of(const std::string& name) {
   STD_TORCH_CHECK(name == "gelu_tanh", "[ValueError] gate: expected '', 'silu' or 'gelu_tanh', got '", name, "'");
   return cpu::Gate::GeluTanh;
 }
+
+void launch(const cpu::PackedLinearParams& p) {
+  // A thread is worth waking for a few microseconds of work: about 2^15 packed elements or 2^18 products.
+  const int64_t blocks = (p.num_rows + cpu::kRowBlock - 1) / cpu::kRowBlock;
+  const int64_t block_grain = 32768 / (cpu::kRowBlock * p.in_features) + 1;
+  torch::stable::parallel_for(0, blocks, block_grain,
+                              [&](int64_t begin, int64_t end) { TD_DISPATCH(pack_rows)(p, begin, end); });
+  const int64_t out_panels = (p.out_features + cpu::kPanel - 1) / cpu::kPanel;
+  const int64_t panel_grain = 262144 / (p.num_rows * p.in_features * cpu::kPanel) + 1;
+  torch::stable::parallel_for(0, out_panels, panel_grain,
+                              [&](int64_t begin, int64_t end) { TD_DISPATCH(packed_linear)(p, begin, end); });
+}
+
+namespace {
 
 Tensor packed_linear_cpu(Tensor x, Tensor weight, int64_t out_features, std::optional<Tensor> bias,
                          std::optional<Tensor> residual, std::string gate_name) {
@@ -64,13 +78,7 @@ Tensor packed_linear_cpu(Tensor x, Tensor weight, int64_t out_features, std::opt
       gate,
       kernel_dtype(x),
   };
-  // A thread is worth waking for a few microseconds of work: about 2^15 packed elements or 2^18 products.
-  const int64_t block_grain = 32768 / (cpu::kRowBlock * in_features) + 1;
-  torch::stable::parallel_for(0, blocks, block_grain,
-                              [&](int64_t begin, int64_t end) { TD_DISPATCH(pack_rows)(p, begin, end); });
-  const int64_t panel_grain = 262144 / (rows * in_features * cpu::kPanel) + 1;
-  torch::stable::parallel_for(0, out_panels, panel_grain,
-                              [&](int64_t begin, int64_t end) { TD_DISPATCH(packed_linear)(p, begin, end); });
+  launch(p);
   return out;
 }
 

@@ -5,8 +5,16 @@
 
 #include "../check.h"
 #include "kernel_dtype.h"
+#include "launch.h"
 
 namespace treedecode {
+
+void launch(const cpu::RmsNormParams& p, int64_t num_rows) {
+  const int64_t grain = 32768 / (p.num_heads * p.size + 1) + 1;
+  torch::stable::parallel_for(0, num_rows, grain,
+                              [&](int64_t begin, int64_t end) { TD_DISPATCH(rms_norm)(p, begin, end); });
+}
+
 namespace {
 
 Tensor rms_norm_cpu(Tensor x, Tensor weight, double eps, bool unit_offset) {
@@ -23,9 +31,7 @@ Tensor rms_norm_cpu(Tensor x, Tensor weight, double eps, bool unit_offset) {
       x.size(2),          {x.stride(0), x.stride(1)}, static_cast<float>(eps), unit_offset,
       kernel_dtype(x),
   };
-  const int64_t grain = 32768 / (x.size(1) * x.size(2) + 1) + 1;
-  torch::stable::parallel_for(0, x.size(0), grain,
-                              [&](int64_t begin, int64_t end) { TD_DISPATCH(rms_norm)(p, begin, end); });
+  launch(p, x.size(0));
   return out;
 }
 

@@ -5,8 +5,16 @@
 
 #include "../check.h"
 #include "kernel_dtype.h"
+#include "launch.h"
 
 namespace treedecode {
+
+void launch(const cpu::RotaryEmbedParams& p, int64_t num_tokens) {
+  const int64_t grain = 32768 / ((p.num_qo_heads + p.num_kv_heads) * p.head_dim + 1) + 1;
+  torch::stable::parallel_for(0, num_tokens, grain,
+                              [&](int64_t begin, int64_t end) { TD_DISPATCH(rotary_embed)(p, begin, end); });
+}
+
 namespace {
 
 void check_angles(const Tensor& t, const char* name, const Tensor& q) {
@@ -39,9 +47,7 @@ void rotary_embed_cpu(Tensor q, Tensor k, Tensor cos, Tensor sin) {
       sin.stride(0),
       kernel_dtype(q),
   };
-  const int64_t grain = 32768 / ((q.size(1) + k.size(1)) * q.size(2) + 1) + 1;
-  torch::stable::parallel_for(0, q.size(0), grain,
-                              [&](int64_t begin, int64_t end) { TD_DISPATCH(rotary_embed)(p, begin, end); });
+  launch(p, q.size(0));
 }
 
 }  // namespace

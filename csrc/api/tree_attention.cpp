@@ -13,6 +13,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "kernel_dtype.h"
+#include "launch.h"
 #include "tree_attention_args.h"
 
 namespace treedecode {
@@ -149,10 +150,17 @@ void run_round(const cpu::TreeAttentionParams& p, const std::vector<Cell>& cells
   });
 }
 
-// Everything the kernel will use as an address: one pass over the plan and the page ids of its chunks.
+}  // namespace
+
+// One pass over the plan and the page ids of its chunks.
 void check_plan(const cpu::TreeAttentionParams& p, int64_t num_q, int64_t num_pages, int64_t max_pages,
-                const int32_t* count) {
+                int64_t max_chunks, const int32_t* count) {
   const int64_t num_chunks = count[0], num_parts = count[1];
+  STD_TORCH_CHECK(count[5] == 0,
+                  "[ValueError] plan: is flat, for a GPU; plan_tree(..., num_workers=0) makes one for the CPU");
+  STD_TORCH_CHECK(num_chunks >= 0 && num_chunks <= max_chunks && num_parts >= 0,
+                  "[ValueError] plan.counts: expected at most ", max_chunks, " chunks, got ", num_chunks, " and ",
+                  num_parts, " parts");
   STD_TORCH_CHECK(p.q_indptr[0] == 0 && p.q_indptr[p.num_rows] <= num_q,
                   "[ValueError] plan: expected q_indptr from 0 to at most the number of query tokens ", num_q, ", got ",
                   p.q_indptr[0], " to ", p.q_indptr[p.num_rows], " (was the plan made for this batch?)");
@@ -201,6 +209,40 @@ void check_plan(const cpu::TreeAttentionParams& p, int64_t num_q, int64_t num_pa
   }
 }
 
+void check_sinks(const float* sinks, int64_t num_qo_heads) {
+  for (int64_t h = 0; h < num_qo_heads; ++h) {
+    check_value(sinks[h] < std::numeric_limits<float>::infinity(), "sinks", "numbers below +inf", sinks[h]);
+  }
+}
+
+void launch(cpu::TreeAttentionParams p, const int32_t* count, int64_t num_q) {
+  const int64_t num_chunks = count[0], num_parts = count[1];
+  const int64_t element_size = p.dtype == DType::F32 ? 4 : 2;
+  bool merge = false;
+  for (int64_t b = 0; b < p.num_rows; ++b) merge |= p.q_indptr[b] < p.q_indptr[b + 1] && cpu::num_parts(p, b) != 1;
+  const int64_t num_rounds = num_chunks ? p.chunks[6 * num_chunks - 1] + 1 : 0;
+  if (merge || num_rounds > 1) {
+    thread_local Workspace parts;
+    p.parts = static_cast<float*>(parts.get(num_parts * p.num_qo_heads * cpu::part_stride(p.head_dim) * 4));
+  }
+  for (int64_t begin = 0, end; begin < num_chunks; begin = end) {
+    for (end = begin + 1; end < num_chunks && p.chunks[6 * end + 5] == p.chunks[6 * begin + 5];) ++end;
+    run_round(p, cells_of(p, begin, end, element_size));
+  }
+  if (merge) {
+    torch::stable::parallel_for(0, p.num_rows, std::max<int64_t>(1, 65536 / (p.num_qo_heads * p.head_dim)),
+                                [&](int64_t begin, int64_t end) { TD_DISPATCH(tree_attention_merge)(p, begin, end); });
+  }
+  // Tokens that belong to no branch.
+  const int64_t first_idle = p.q_indptr[p.num_rows] * p.num_qo_heads;
+  const int64_t row_bytes = p.head_dim * element_size;
+  std::fill_n(static_cast<char*>(p.out) + first_idle * row_bytes, (num_q * p.num_qo_heads - first_idle) * row_bytes,
+              '\0');
+  std::fill(p.lse + first_idle, p.lse + num_q * p.num_qo_heads, -std::numeric_limits<float>::infinity());
+}
+
+namespace {
+
 std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table,
                                               Tensor seq_lens, Tensor q_indptr, Tensor part_indptr, Tensor chunks,
                                               Tensor counts, double sm_scale, int64_t window_left,
@@ -209,20 +251,8 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
                        window_left, logits_soft_cap, sinks);
   const int64_t num_q = q.size(0), num_qo_heads = q.size(1), head_dim = q.size(2), num_kv_heads = k_pages.size(2);
   const int64_t num_rows = page_table.size(0);
-  if (sinks) {
-    for (int64_t h = 0; h < num_qo_heads; ++h) {
-      const float sink = sinks->const_data_ptr<float>()[h];
-      check_value(sink < std::numeric_limits<float>::infinity(), "sinks", "numbers below +inf", sink);
-    }
-  }
-
+  if (sinks) check_sinks(sinks->const_data_ptr<float>(), num_qo_heads);
   const int32_t* count = counts.const_data_ptr<int32_t>();
-  const int64_t num_chunks = count[0], num_parts = count[1];
-  STD_TORCH_CHECK(count[5] == 0,
-                  "[ValueError] plan: is flat, for a GPU; plan_tree(..., num_workers=0) makes one for the CPU");
-  STD_TORCH_CHECK(num_chunks >= 0 && num_chunks <= chunks.size(0) && num_parts >= 0,
-                  "[ValueError] plan.counts: expected at most ", chunks.size(0), " chunks, got ", num_chunks, " and ",
-                  num_parts, " parts");
   cpu::TreeAttentionParams p{
       .q = q.const_data_ptr(),
       .k_pages = k_pages.const_data_ptr(),
@@ -250,34 +280,13 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
       .window_left = window_left,
       .dtype = kernel_dtype(q),
   };
-  check_plan(p, num_q, k_pages.size(0), page_table.size(1), count);
+  check_plan(p, num_q, k_pages.size(0), page_table.size(1), chunks.size(0), count);
 
   Tensor out = torch::stable::new_empty(q, {num_q, num_qo_heads, head_dim});
   Tensor lse = torch::stable::new_empty(q, {num_q, num_qo_heads}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr<float>();
-
-  bool merge = false;
-  for (int64_t b = 0; b < num_rows; ++b) merge |= p.q_indptr[b] < p.q_indptr[b + 1] && cpu::num_parts(p, b) != 1;
-  const int64_t num_rounds = num_chunks ? p.chunks[6 * num_chunks - 1] + 1 : 0;
-  if (merge || num_rounds > 1) {
-    thread_local Workspace parts;
-    p.parts = static_cast<float*>(parts.get(num_parts * num_qo_heads * cpu::part_stride(head_dim) * 4));
-  }
-  for (int64_t begin = 0, end; begin < num_chunks; begin = end) {
-    for (end = begin + 1; end < num_chunks && p.chunks[6 * end + 5] == p.chunks[6 * begin + 5];) ++end;
-    run_round(p, cells_of(p, begin, end, q.element_size()));
-  }
-  if (merge) {
-    torch::stable::parallel_for(0, num_rows, std::max<int64_t>(1, 65536 / (num_qo_heads * head_dim)),
-                                [&](int64_t begin, int64_t end) { TD_DISPATCH(tree_attention_merge)(p, begin, end); });
-  }
-  // Tokens that belong to no branch.
-  const int64_t first_idle = p.q_indptr[num_rows] * num_qo_heads;
-  const int64_t row_bytes = head_dim * q.element_size();
-  std::fill_n(static_cast<char*>(p.out) + first_idle * row_bytes, (num_q * num_qo_heads - first_idle) * row_bytes,
-              '\0');
-  std::fill(p.lse + first_idle, p.lse + num_q * num_qo_heads, -std::numeric_limits<float>::infinity());
+  launch(p, count, num_q);
   return {out, lse};
 }
 

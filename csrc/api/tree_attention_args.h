@@ -23,6 +23,26 @@ inline bool is_positive_float(double x) {
   return x >= std::numeric_limits<float>::min() && x <= std::numeric_limits<float>::max();
 }
 
+inline void check_plan_tensors(const Tensor& page_table, const Tensor& seq_lens, const Tensor& q_indptr,
+                               const Tensor& part_indptr, const Tensor& chunks, const Tensor& counts) {
+  check_shape(page_table, "page_table", "[num_branches, max_pages]", {-1, -1});
+  check_dtype(page_table, "page_table", ScalarType::Int);
+  check_unit_stride(page_table, "page_table");
+  const int64_t num_rows = page_table.size(0);
+  check_index(seq_lens, "seq_lens", "[num_branches]", {num_rows});
+  check_index(q_indptr, "plan.q_indptr", "[num_branches + 1]", {num_rows + 1});
+  check_index(part_indptr, "plan.part_indptr", "[num_branches + 1]", {num_rows + 1});
+  check_index(chunks, "plan.chunks", "[max_chunks, 6]", {-1, 6});
+  check_index(counts, "plan.counts", "[6]", {6});
+}
+
+inline void check_attention_numbers(double sm_scale, int64_t window_left, double logits_soft_cap) {
+  check_value(is_positive_float(sm_scale), "sm_scale", "a positive number of the range of fp32", sm_scale);
+  check_value(logits_soft_cap == 0 || is_positive_float(logits_soft_cap), "logits_soft_cap",
+              "0 (off) or a positive number of the range of fp32", logits_soft_cap);
+  check_value(window_left >= -1, "window_left", "-1 (no limit) or more", window_left);
+}
+
 // All but the values in tensors.
 inline void check_tree_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
                                  const Tensor& page_table, const Tensor& seq_lens, const Tensor& q_indptr,
@@ -43,19 +63,8 @@ inline void check_tree_attention(const Tensor& q, const Tensor& k_pages, const T
                   "[ValueError] q: expected num_qo_heads a positive multiple of num_kv_heads = ", num_kv_heads,
                   ", got ", num_qo_heads);
   STD_TORCH_CHECK(k_pages.size(1) > 0, "[ValueError] k_pages: expected page_size above 0, got 0");
-  check_shape(page_table, "page_table", "[num_branches, max_pages]", {-1, -1});
-  check_dtype(page_table, "page_table", ScalarType::Int);
-  check_unit_stride(page_table, "page_table");
-  const int64_t num_rows = page_table.size(0);
-  check_index(seq_lens, "seq_lens", "[num_branches]", {num_rows});
-  check_index(q_indptr, "plan.q_indptr", "[num_branches + 1]", {num_rows + 1});
-  check_index(part_indptr, "plan.part_indptr", "[num_branches + 1]", {num_rows + 1});
-  check_index(chunks, "plan.chunks", "[max_chunks, 6]", {-1, 6});
-  check_index(counts, "plan.counts", "[6]", {6});
-  check_value(is_positive_float(sm_scale), "sm_scale", "a positive number of the range of fp32", sm_scale);
-  check_value(logits_soft_cap == 0 || is_positive_float(logits_soft_cap), "logits_soft_cap",
-              "0 (off) or a positive number of the range of fp32", logits_soft_cap);
-  check_value(window_left >= -1, "window_left", "-1 (no limit) or more", window_left);
+  check_plan_tensors(page_table, seq_lens, q_indptr, part_indptr, chunks, counts);
+  check_attention_numbers(sm_scale, window_left, logits_soft_cap);
   if (sinks) {
     check_shape(*sinks, "sinks", "[num_qo_heads]", {num_qo_heads});
     check_dtype(*sinks, "sinks", ScalarType::Float);

@@ -23,6 +23,8 @@ class StepContext:
         slots: `[num_tokens]` int64, where each packed token's K and V go.
         prefills: branches whose attention is dense.
         rest: `[n]` int64, the packed tokens of the other branches; None = all.
+        kv: `[num_layers, 2, num_pages, num_kv_heads, page_size, head_dim]`, what `layer` gives views of: for models
+            that compute all layers in one call; None = layer by layer.
     """
 
     layer: Callable[[int], tuple[Tensor, Tensor]]
@@ -32,6 +34,7 @@ class StepContext:
     slots: Tensor
     prefills: tuple[prefill.Prefill, ...] = ()
     rest: Tensor | None = None
+    kv: Tensor | None = None
 
     def attend(
         self,

@@ -63,32 +63,39 @@ def _bias_of(linear: Any) -> Tensor:
     return linear.bias if linear.bias is not None else linear.weight.new_zeros(linear.out_features)
 
 
-def linear_forward(linear: Any) -> Callable[[Tensor], Tensor]:
+class Projection:
     """nn.Linear's forward over packed weights."""
-    packed = Packed(linear)
 
-    def forward(x: Tensor) -> Tensor:
-        return packed(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], packed.out_features)
+    def __init__(self, linear: Any) -> None:
+        self.packed = Packed(linear)
 
-    return forward
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.packed(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.packed.out_features)
 
 
-def norm_forward(norm: Any) -> Callable[[Tensor], Tensor]:
-    """An RMS norm's forward as one op; which of the two roundings it has is found by trying."""
-    weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):
-        raise Unfit("no one-dimensional weight and epsilon")
-    if weight.dtype not in _DTYPES or weight.device.type != "cpu":
-        raise Unfit(f"weights are {weight.dtype} on {weight.device}")
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, weight.shape[0], generator=generator).to(weight.dtype)
-    want = norm(x)
-    if want.dtype != x.dtype:
-        raise Unfit(f"returns {want.dtype} for {x.dtype}")
-    for unit_offset in (False, True):
-        if _close(ops.rms_norm(x, weight, eps, unit_offset=unit_offset), want):
-            return lambda x: ops.rms_norm(x, weight, eps, unit_offset=unit_offset)
-    raise Unfit("its result is not that of rms_norm")
+class Norm:
+    """An RMS norm as one op; which of the two roundings it has is found by trying."""
+
+    def __init__(self, norm: Any) -> None:
+        weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+        if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):
+            raise Unfit("no one-dimensional weight and epsilon")
+        if weight.dtype not in _DTYPES or weight.device.type != "cpu":
+            raise Unfit(f"weights are {weight.dtype} on {weight.device}")
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(3, weight.shape[0], generator=generator).to(weight.dtype)
+        want = norm(x)
+        if want.dtype != x.dtype:
+            raise Unfit(f"returns {want.dtype} for {x.dtype}")
+        self.weight, self.eps = weight, eps
+        for unit_offset in (False, True):
+            if _close(ops.rms_norm(x, weight, eps, unit_offset=unit_offset), want):
+                self.unit_offset = unit_offset
+                return
+        raise Unfit("its result is not that of rms_norm")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps, unit_offset=self.unit_offset)
 
 
 def mlp_forward(mlp: Any) -> Callable[[Tensor], Tensor]:
@@ -119,31 +126,34 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return nn.functional.gelu(x, approximate="tanh")
 
 
-def layer_forward(layer: Any, describe: dict[str, Any]) -> Callable[..., Tensor]:
+class Layer:
     """A decoder layer of the common shape as ten ops or fewer.
 
-    Args:
+    Attributes:
         describe: what this layer's attention hands to its attention function: scaling, sliding_window, softcap, sinks.
     """
-    children = {name for name, _ in layer.named_children()}
-    if children != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
-        raise Unfit(f"consists of {', '.join(sorted(children))}")
-    attention = layer.self_attn
-    own = {name for name, _ in attention.named_children()}
-    has_head_norms = own == {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
-    if not has_head_norms and own != {"q_proj", "k_proj", "v_proj", "o_proj"}:
-        raise Unfit(f"its attention consists of {', '.join(sorted(own))}")
-    head_dim, index = attention.head_dim, attention.layer_idx
-    input_norm, output_norm = norm_forward(layer.input_layernorm), norm_forward(layer.post_attention_layernorm)
-    q_norm, k_norm = (
-        (norm_forward(attention.q_norm), norm_forward(attention.k_norm)) if has_head_norms else (None, None)
-    )
-    qkv, o_proj = Packed(attention.q_proj, attention.k_proj, attention.v_proj), Packed(attention.o_proj)
-    gate_up, down = packed_mlp(layer.mlp)
-    heads = [size // head_dim for size in qkv.sizes]
-    rotate = torch.ops.treedecode.rotary_embed.default
 
-    def forward(
+    def __init__(self, layer: Any, describe: dict[str, Any]) -> None:
+        children = {name for name, _ in layer.named_children()}
+        if children != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
+            raise Unfit(f"consists of {', '.join(sorted(children))}")
+        attention = layer.self_attn
+        own = {name for name, _ in attention.named_children()}
+        has_head_norms = own == {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
+        if not has_head_norms and own != {"q_proj", "k_proj", "v_proj", "o_proj"}:
+            raise Unfit(f"its attention consists of {', '.join(sorted(own))}")
+        self.describe = describe
+        self.head_dim, self.index = attention.head_dim, attention.layer_idx
+        self.input_norm, self.output_norm = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
+        self.q_norm = Norm(attention.q_norm) if has_head_norms else None
+        self.k_norm = Norm(attention.k_norm) if has_head_norms else None
+        self.qkv = Packed(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.o_proj = Packed(attention.o_proj)
+        self.gate_up, self.down = packed_mlp(layer.mlp)
+        self.heads = [size // self.head_dim for size in self.qkv.sizes]
+
+    def __call__(
+        self,
         hidden_states: Tensor,
         *args: Any,
         position_embeddings: tuple[Tensor, Tensor],
@@ -151,16 +161,14 @@ def layer_forward(layer: Any, describe: dict[str, Any]) -> Callable[..., Tensor]
         **kwargs: Any,
     ) -> Tensor:
         x = hidden_states.view(-1, hidden_states.shape[-1])
-        q, k, v = qkv(input_norm(x)).view(x.shape[0], -1, head_dim).split(heads, dim=1)
-        if q_norm is not None and k_norm is not None:
-            q, k = q_norm(q), k_norm(k)
+        q, k, v = self.qkv(self.input_norm(x)).view(x.shape[0], -1, self.head_dim).split(self.heads, dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = position_embeddings
-        rotate(q, k, cos[0], sin[0])
-        mixed = treedecode_context.attend(index, q, k, v, **describe)
-        x = o_proj(mixed.view(x.shape[0], -1), x)
-        return down(gate_up(output_norm(x)), x).view(hidden_states.shape)
-
-    return forward
+        torch.ops.treedecode.rotary_embed.default(q, k, cos[0], sin[0])
+        mixed = treedecode_context.attend(self.index, q, k, v, **self.describe)
+        x = self.o_proj(mixed.view(x.shape[0], -1), x)
+        return self.down(self.gate_up(self.output_norm(x)), x).view(hidden_states.shape)
 
 
 class FastForward:
@@ -177,7 +185,7 @@ class FastForward:
             observe: runs `model` once on a few tokens with a stand-in attention; returns, per layer index, what
                 `layer_forward` takes as `describe`.
         """
-        self._replaced: list[tuple[dict[str, Any], Callable[..., Any]]] = []
+        self._replaced: dict[nn.Module, Callable[..., Any]] = {}
         outcomes: Counter[str] = Counter()
         if model.device.type != "cpu":
             self.report = [f"kept: the model is on {model.device}, and the faster forward is for the CPU"]
@@ -198,13 +206,13 @@ class FastForward:
         elif hasattr(module, "gate_proj"):
             found = "gate and up in one product", lambda: mlp_forward(module)
         elif isinstance(module, nn.Linear):
-            found = "packed weights", lambda: linear_forward(module)
+            found = "packed weights", lambda: Projection(module)
         elif type(module).__name__.endswith("RMSNorm"):
-            found = "one op", lambda: norm_forward(module)
+            found = "one op", lambda: Norm(module)
         if found is not None:
             try:
-                _require_untouched(module)
-                self._replaced.append((module.__dict__, found[1]()))
+                require_untouched(module)
+                self._replaced[module] = found[1]()
             except Unfit as reason:
                 outcomes[f"{type(module).__name__}: kept ({reason})"] += 1
             else:
@@ -213,19 +221,24 @@ class FastForward:
         for child in module.children():
             self._visit(child, records, describe, outcomes)
 
+    def replacement(self, module: nn.Module) -> Callable[..., Any] | None:
+        """The faster forward of a module, if it has one."""
+        return self._replaced.get(module)
+
     @contextmanager
     def active(self) -> Iterator[None]:
         """The modules run their replacements inside of this context, and their own forward outside."""
         try:
-            for attributes, forward in self._replaced:
-                attributes["forward"] = forward
+            for module, forward in self._replaced.items():
+                module.__dict__["forward"] = forward
             yield
         finally:
-            for attributes, _ in self._replaced:
-                attributes.pop("forward", None)
+            for module in self._replaced:
+                module.__dict__.pop("forward", None)
 
 
-def _require_untouched(module: nn.Module) -> None:
+def require_untouched(module: nn.Module) -> None:
+    """Raises `Unfit` where a forward of the module's parts is not its own, or has hooks."""
     for part in module.modules():
         if "forward" in part.__dict__:
             raise Unfit("somebody else replaced its forward")
@@ -250,12 +263,12 @@ def _recorded_layers(decoder: nn.Module) -> Iterator[dict[int, Any]]:
             hook.remove()
 
 
-def _checked_layer(layer: Any, record: Any, describe: dict[int, Any]) -> Callable[..., Tensor]:
+def _checked_layer(layer: Any, record: Any, describe: dict[int, Any]) -> Layer:
     args, kwargs, want = record
     index = getattr(layer.self_attn, "layer_idx", None)
     if index not in describe or not isinstance(want, Tensor) or kwargs.get("position_embeddings") is None:
         raise Unfit("it is called in a way of its own")
-    forward = layer_forward(layer, describe[index])
+    forward = Layer(layer, describe[index])
     try:
         got = forward(*args, **kwargs).double()
     except (RuntimeError, TypeError, ValueError) as error:  # rotary embeddings of another dtype or shape, say

@@ -20,8 +20,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from treedecode.models import prefill
 from treedecode.models.context import StepContext
 from treedecode.models.costs import product_flops
-from treedecode.models.fused import FastForward
+from treedecode.models.fused import FastForward, Unfit
 from treedecode.models.watch import Watch
+from treedecode.models.whole_decoder import Run, WholeDecoder
 
 __all__ = ["StepContext", "TransformersModel"]
 
@@ -151,6 +152,7 @@ class TransformersModel:
         self.device: torch.device = model.device
         self.max_position: int = config.max_position_embeddings
         self._fast: FastForward | None = None
+        self._whole: WholeDecoder | None = None
         with exclusive(self._configs):
             seen = self._observe()
             self._check_layers(config, seen)
@@ -187,10 +189,24 @@ class TransformersModel:
             return self.num_changes
 
     def _prepare(self) -> None:
-        self._fast = None
+        self._fast = self._whole = None
         if self._optimize:
             self._fast = FastForward(self.model, lambda: dict(self._observe().calls))
+            self._whole = self._whole_decoder(self._fast)
         self._watch = Watch(self.model)
+
+    def _whole_decoder(self, fast: FastForward) -> WholeDecoder | None:
+        if self.device.type != "cpu":
+            return None
+        try:
+            whole = WholeDecoder(self.model, fast)
+            with torch.inference_mode():
+                whole.require_same(self._run_hidden, self, self.head_dim)
+        except Unfit as reason:
+            fast.report.append(f"layer by layer ({reason})")
+            return None
+        fast.report.append("all layers and the head in one op")
+        return whole
 
     def _observe(self) -> _Observer:
         observer, count = _Observer(), 5
@@ -280,17 +296,33 @@ class TransformersModel:
         Raises:
             ValueError: the model was put into training mode, or an argument does not fit (named).
         """
+        run = self.start(input_ids, position_ids, context, logit_rows)
+        if run is not None:
+            return run()[0]
         with exclusive(self._configs):
-            self.refresh()
             return self._run(input_ids, position_ids, context, logit_rows)
 
     def forward_hidden(
         self, input_ids: Tensor, position_ids: Tensor, context: StepContext, logit_rows: Tensor
     ) -> tuple[Tensor, Tensor]:
         """`forward`, and the states `[n, hidden_size]` that the logits were computed from."""
+        run = self.start(input_ids, position_ids, context, logit_rows)
+        if run is not None:
+            return run()
+        with exclusive(self._configs):
+            return self._run_hidden(input_ids, position_ids, context, logit_rows)
+
+    def start(self, input_ids: Tensor, position_ids: Tensor, context: StepContext, logit_rows: Tensor) -> Run | None:
+        """The forward as a function that computes `(logits, hidden)` without the model, and so may run on any thread.
+
+        None: this model, or this context, goes layer by layer; call `forward`.
+        """
         with exclusive(self._configs):
             self.refresh()
-            return self._run_hidden(input_ids, position_ids, context, logit_rows)
+            if self._whole is None or not isinstance(context, StepContext) or context.kv is None or context.prefills:
+                return None
+            with torch.inference_mode():
+                return self._whole.start(input_ids, position_ids, context, logit_rows)
 
 
 def check_supported(model: PreTrainedModel) -> Any:

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from treedecode.models.fused import Unfit, linear_forward
+from treedecode.models.fused import Projection, Unfit
 
 
 class ValueHead(nn.Module):
@@ -60,7 +60,7 @@ class ValueHead(nn.Module):
         packed (of odd sizes, or replaced by others) and other devices leave it as it is.
         """
         try:
-            packed = [linear_forward(layer) for layer in (self.up, self.middle, self.out)]
+            packed = [Projection(layer) for layer in (self.up, self.middle, self.out)]
         except Unfit:
             return self
         return lambda hidden: self._logits(hidden, *packed).sigmoid()

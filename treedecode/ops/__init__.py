@@ -4,6 +4,7 @@ from treedecode.ops._native import Choice, compiled_isas, cpu_isa, explain, name
 from treedecode.ops.append_kv import append_kv
 from treedecode.ops.beam_prune import beam_prune
 from treedecode.ops.beam_update import beam_candidates, beam_update
+from treedecode.ops.decoder_forward import DecoderWeights, decoder_forward
 from treedecode.ops.merge_states import merge_states
 from treedecode.ops.packed_linear import pack_bias, pack_weight, packed_linear
 from treedecode.ops.pages import PageState, adopt_pages, append_slots, copy_pages, fork_branches, hold_pages
@@ -15,6 +16,7 @@ from treedecode.ops.tree_attention import tree_attention
 
 __all__ = [
     "Choice",
+    "DecoderWeights",
     "PageState",
     "TreePlan",
     "adopt_pages",
@@ -26,6 +28,7 @@ __all__ = [
     "compiled_isas",
     "copy_pages",
     "cpu_isa",
+    "decoder_forward",
     "explain",
     "fork_branches",
     "hold_pages",

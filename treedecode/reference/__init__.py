@@ -3,6 +3,7 @@
 from treedecode.reference.append_kv import append_kv
 from treedecode.reference.beam_prune import beam_prune
 from treedecode.reference.beam_update import beam_update
+from treedecode.reference.decoder_forward import decoder_forward
 from treedecode.reference.merge_states import merge_states
 from treedecode.reference.packed_linear import packed_linear
 from treedecode.reference.pages import adopt_pages, append_slots, copy_pages, fork_branches, hold_pages
@@ -19,6 +20,7 @@ __all__ = [
     "beam_prune",
     "beam_update",
     "copy_pages",
+    "decoder_forward",
     "fork_branches",
     "hold_pages",
     "merge_states",
