@@ -170,6 +170,13 @@ def test_a_study_of_fewer_problems_than_it_times_alone(refused):
     assert refused("study", "--problems", "2", "--latency-problems", "3", "--out", "out") == said
 
 
+@pytest.mark.parametrize("name", ["plan.json", "study.json"])
+def test_a_folder_that_holds_a_study(refused, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("{}\n")
+    assert refused(*CHAIN) == "out: out holds a study; choose another folder"
+
+
 def test_another_run_is_told_in_a_line_one_can_read(tmp_path):
     path = tmp_path / "journal.jsonl"
     run = {"seed": 0, "problems": [f"problem-{i}" for i in range(300)]}

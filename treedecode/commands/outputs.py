@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from treedecode.strategies import Strategy
 
 _LONGEST_NAME = 150  # bytes; file systems take 255
+_STUDY = ("study.json", "plan.json")  # of `treedecode study`, which writes the plan as it begins
 
 
 class Outputs:
@@ -31,7 +32,7 @@ class Outputs:
         trees: ids of the problems whose trees are.
 
     Raises:
-        ValueError: there are trees to write and no folder, or the folder is something else.
+        ValueError: there are trees to write and no folder, or the folder is something else, or a study's.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None, trees: Collection[str] = ()) -> None:
@@ -40,6 +41,8 @@ class Outputs:
         self._folder, self._trees = None if folder is None else Path(folder), frozenset(trees)
         if self._folder is not None:
             check_folder(self._folder)
+            if any((self._folder / name).exists() for name in _STUDY):
+                raise ValueError(f"out: {self._folder} holds a study; choose another folder")
 
     @property
     def journal(self) -> str | None:
