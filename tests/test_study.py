@@ -123,7 +123,10 @@ def test_rows_are_what_the_strategies_did(study, conditions):
 
 
 def test_times_are_measured(study):
-    for row in study[0]["rows"]:
+    *timed, pool = study[0]["rows"]
+    assert pool["latency_s"] is pool["latency_x"] is pool["one_after_another"] is None, "the pool is no strategy"
+    assert pool["batched_s"] > 0
+    for row in timed:
         assert row["latency_s"] > 0
         assert row["batched_s"] > 0
         assert 0 < row["occupancy"] <= 1

@@ -125,9 +125,9 @@ class Timing:
         batched_seconds, busy_seconds: of all problems side by side, and of that in the decoder.
         joules: of all problems; None = not measured.
         energy_source: the counter, or why there is none.
-        alone: `[latency_problems]` seconds of one problem at a time.
+        alone: `[latency_problems]` seconds of one problem at a time; `[]` for a pool of chains, which is no strategy.
         serial: the same, branches one after another over copied caches.
-        serial_tokens: `[latency_problems]` tokens generated in that.
+        serial_tokens: tokens generated in that, of each problem.
         same_texts: whether both gave the same solutions.
     """
 
@@ -185,7 +185,8 @@ async def measure(
     if times.exists():
         timing = _load(times)
     else:
-        alone, serial, tokens, same = await _times_alone(conditions, strategy)
+        num_timed = 0 if isinstance(strategy, ChainPool) else conditions.latency_problems
+        alone, serial, tokens, same = await _times_alone(conditions, strategy, conditions.problems[:num_timed])
         ledger = result.ledger
         timing = Timing(
             is_resumed=0 < num_known < len(conditions.problems) or ledger.lost_tokens > 0,
@@ -202,10 +203,12 @@ async def measure(
     return Measured(entry, strategy, result.solutions, timing)
 
 
-async def _times_alone(conditions: Conditions, strategy: Strategy) -> tuple[list[float], list[float], list[int], bool]:
+async def _times_alone(
+    conditions: Conditions, strategy: Strategy, problems: Sequence[Problem]
+) -> tuple[list[float], list[float], list[int], bool]:
     """(seconds per problem; seconds and tokens with branches one after another; whether the texts are the same)."""
     alone, serial, tokens, same = [], [], [], True
-    for problem in conditions.problems[: conditions.latency_problems]:
+    for problem in problems:
         ours = await conditions.solve(conditions.decoder, [problem], strategy)
         other = await conditions.solve(conditions.serial, [problem], strategy)  # right after, under the same load
         alone.append(ours.ledger.total_seconds)
