@@ -7,6 +7,7 @@ from gates import known_costs
 
 import treedecode as td
 from treedecode import cli
+from treedecode.commands.outputs import expected
 from treedecode.gate.model import Gate
 from treedecode.gate.origin import Origin
 from treedecode.gate.quantiles import LEVELS, prompt_vector
@@ -15,6 +16,7 @@ from treedecode.gate_training.fit import train
 from treedecode.gate_training.rollouts import Rollouts, collect
 from treedecode.strategies import MCTS, BestOfN, ChainOfThought, DynamicAllocation, SelfConsistency, TreeOfThoughts
 from treedecode.tasks.base import Problem
+from treedecode.tree_page import in_bytes
 
 WORDS = ["cat", "dog", "end", "mat", "hat"]
 PROBLEMS = [Problem(f"p{i}", f"the {WORDS[i % 5]} {'sat ' * (i % 3)}on {i}", str(i % 10)) for i in range(900)]
@@ -86,6 +88,20 @@ def test_lengths_that_are_known_give_exact_costs(gate):
         total = result.ledger.total
         assert found["tokens"].quantile(0.01) == found["tokens"].quantile(0.99) == pytest.approx(total.generated_tokens)
         assert found["kv_bytes"].quantile(0.5) == pytest.approx(total.kv_bytes)
+
+
+def test_prompts_are_computed_once_for_all_units(gate):
+    strategy, prompts, shown, computed = BestOfN(num_samples=4), [p.prompt for p in FRESH[:9]], {}, {}
+    for unit in ("tokens", "kv_bytes"):
+        with talkative_decoder() as dec:
+            found = td.forecast(dec, prompts, strategy=strategy, gate=gate, unit=unit)
+            shown[unit], computed[unit] = found.quantile(0.5), sum(map(sum, dec.model.forwards))
+    with talkative_decoder() as dec:
+        lines = list(expected(dec, dec.prompt_ids(prompts), strategy, gate, td.Budget()))
+        assert sum(map(sum, dec.model.forwards)) == computed["tokens"] == computed["kv_bytes"]
+    assert [line.split()[0] for line in lines] == ["forecast", "tokens", "kv_bytes"]
+    assert f"{shown['tokens']:,.0f}" in lines[1].split()
+    assert in_bytes(shown["kv_bytes"]) in lines[2]
 
 
 def test_a_budget_is_enough_as_often_as_the_forecast_says(gate):

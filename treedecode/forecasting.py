@@ -13,6 +13,7 @@ from treedecode.gate.draws import CostDraws
 from treedecode.gate.features import Prefill, prefill
 from treedecode.gate.model import Gate
 from treedecode.gate.quantiles import prompt_vector
+from treedecode.roots import roots
 from treedecode.sampling import Sampling
 from treedecode.strategies.base import Strategy, require_one_of
 
@@ -75,33 +76,59 @@ def forecast(
         FileNotFoundError, ValueError: nothing is known of the strategy, there is no gate, it is missing or another
             model's, or an argument is out of range (named). TypeError, ValueError: a prompt is wrong (named).
     """
+    ids = decoder.prompt_ids(list(prompts))
+    return forecasts(decoder, ids, strategy=strategy, gate=gate, units=[unit], num_draws=num_draws, seed=seed)[0]
+
+
+def forecasts(
+    decoder: Decoder,
+    prompts: Sequence[Ints],
+    *,
+    strategy: Strategy,
+    gate: Gate | str | os.PathLike[str] | None = None,
+    units: Sequence[str],
+    num_draws: int = 1000,
+    seed: int = 0,
+) -> list[Forecast]:
+    """`forecast` in several units, of prompts that are computed once for all of them.
+
+    Args:
+        prompts: token ids `[n]` of each, checked.
+
+    Raises:
+        FileNotFoundError, ValueError: as `forecast`.
+    """
     gate = getattr(strategy, "gate", None) if gate is None else gate
     if isinstance(gate, (str, os.PathLike)):
         gate = Gate.load(gate)
     if not isinstance(gate, Gate):
         raise ValueError(f"gate: {strategy.name} has none of its own, so expected a Gate, got {gate!r}")
-    require_one_of("unit", unit, tuple(UNITS))
+    for unit in units:
+        require_one_of("unit", unit, tuple(UNITS))
     if num_draws < 1:
         raise ValueError(f"num_draws: expected at least 1, got {num_draws}")
     gate.check_model(decoder.model)
     costs, hidden_size = gate.costs, gate.config.hidden_size
-    read = decoder.prompt_ids(list(prompts))
-    known = decoder.run(_prefills(decoder, read, wants_hidden=hidden_size > 0))
+    known = decoder.run(_prefills(decoder, prompts, wants_hidden=hidden_size > 0))
     quantiles = costs(np.stack([prompt_vector(prompt, hidden_size) for prompt in known]))
-    rng = np.random.default_rng(seed)
-    errors = rng.normal(size=(num_draws, len(costs.errors))) * costs.errors.numpy()
-    factors = costs.factors.numpy() * (1 + errors).clip(min=0)
-    sizes = kv_sizes(decoder.engine)
-    draws = [
-        strategy.cost(CostDraws(gate, prompt, some, factors, unit=unit, rng=rng, **sizes))
-        for prompt, some in zip(known, quantiles, strict=True)
-    ]
-    return Forecast(unit, np.stack(draws))
+    factors, sizes = costs.factors.numpy(), kv_sizes(decoder.engine)
+    found = []
+    for unit in units:
+        rng = np.random.default_rng(seed)
+        errors = rng.normal(size=(num_draws, len(costs.errors))) * costs.errors.numpy()
+        drawn = factors * (1 + errors).clip(min=0)
+        draws = [
+            strategy.cost(CostDraws(gate, prompt, some, drawn, unit=unit, rng=rng, **sizes))
+            for prompt, some in zip(known, quantiles, strict=True)
+        ]
+        found.append(Forecast(unit, np.stack(draws)))
+    return found
 
 
-async def _prefills(decoder: Decoder, prompts: list[Ints], *, wants_hidden: bool) -> list[Prefill]:
+async def _prefills(decoder: Decoder, prompts: Sequence[Ints], *, wants_hidden: bool) -> list[Prefill]:
     found: list[Prefill] = []
     for begin in range(0, len(prompts), _SIDE_BY_SIDE):
-        with await decoder.roots(prompts[begin : begin + _SIDE_BY_SIDE], sampling=Sampling()) as roots:
-            found += await prefill(decoder.engine, roots, wants_hidden=wants_hidden)
+        some = list(prompts[begin : begin + _SIDE_BY_SIDE])
+        with await roots(decoder, some, Sampling(), account=-1) as root:
+            found += await prefill(decoder.engine, root, wants_hidden=wants_hidden)
     return found

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treedecode.commands.misuse import check_folder
-from treedecode.forecasting import forecast
+from treedecode.forecasting import forecasts
 from treedecode.journal import num_solutions
 from treedecode.tree_page import in_bytes, strict, tree_page
 
 if TYPE_CHECKING:
+    from treedecode.branches import Ints
     from treedecode.budget import Budget
-    from treedecode.decoder import Decoder, Prompt
+    from treedecode.decoder import Decoder
     from treedecode.gate.model import Gate
     from treedecode.solutions import Result, Solution
     from treedecode.strategies import Strategy
@@ -130,15 +131,20 @@ def summary(result: "Result", strategy: "Strategy", verifier: str, num_known: in
 
 
 def expected(
-    decoder: "Decoder", prompts: "Sequence[Prompt]", strategy: "Strategy", gate: "Gate", budget: "Budget"
+    decoder: "Decoder", prompts: "Sequence[Ints]", strategy: "Strategy", gate: "Gate", budget: "Budget"
 ) -> Iterator[str]:
-    """Lines on what a run will probably cost, and on whether its budget will be enough."""
+    """Lines on what a run will probably cost, and on whether its budget will be enough.
+
+    Args:
+        prompts: token ids `[n]` of each, checked.
+    """
     levels = (0.05, 0.25, 0.5, 0.75, 0.95)
     yield f"{'forecast':<12}" + "".join(f"{level:>16.0%}" for level in levels)
     units: dict[str, Callable[[float], str]] = {"tokens": "{:,.0f}".format, "kv_bytes": in_bytes}
     own = getattr(strategy, "unit", None)
-    for unit in units if own is None else (own,):
-        found = forecast(decoder, prompts, strategy=strategy, gate=gate, unit=unit)
+    shown = list(units) if own is None else [own]
+    for found in forecasts(decoder, prompts, strategy=strategy, gate=gate, units=shown):
+        unit = found.unit
         yield f"{unit:<12}" + "".join(f"{units[unit](value):>16}" for value in found.quantile(levels))
         limit = getattr(budget, unit)
         if limit is not None:
