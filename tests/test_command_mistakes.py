@@ -1,20 +1,26 @@
 """What a first user gets wrong on the command line: a line that names the argument, and nothing half-written."""
 
+import http.server
 import json
+import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from fakes import VOCAB
 from gates import gate
+from huggingface_hub.utils import httpx
 from tiny_model import save_tiny_model
 
 from treedecode import cli
-from treedecode.commands import misuse
+from treedecode.commands import misuse, models
 from treedecode.commands.solve import strategy_named
 from treedecode.gate.model import Gate
 from treedecode.journal import Journal
@@ -168,6 +174,82 @@ def test_a_gate_is_refused_before_anything_is_sampled(refused, arguments, said):
 def test_a_study_of_fewer_problems_than_it_times_alone(refused):
     said = "latency-problems: expected at most 2, the problems there are, got 3"
     assert refused("study", "--problems", "2", "--latency-problems", "3", "--out", "out") == said
+
+
+def with_hub(port, tmp_path, *arguments):
+    """Runs a command, in a process of its own, for which the hub is at a port of this machine; what it said."""
+    places = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1"}
+    environment = {**os.environ, **places, "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
+    program = "import sys; from treedecode.cli import main; sys.exit(main(sys.argv[1:]))"
+    root = Path(__file__).parent.parent
+    found = subprocess.run(
+        [sys.executable, "-c", program, *CHAIN[:-1], str(tmp_path / "out"), *arguments],
+        env=environment,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (found.returncode, found.stdout) == (misuse.MISUSED, "")
+    assert not (tmp_path / "out").exists()
+    return found.stderr
+
+
+@pytest.mark.slow
+def test_a_hub_that_cannot_be_reached(tmp_path):
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        # one line, and none of the client's on trying again
+        assert with_hub(port, tmp_path, "--model", "nowhere/nothing") == (
+            f"treedecode solve: error: model: there is no folder 'nowhere/nothing', and http://127.0.0.1:{port} "
+            "cannot be reached: [Errno 111] Connection refused\n"
+        )
+
+
+@pytest.mark.slow
+def test_a_hub_that_is_slow_to_say_that_it_has_no_such_model(tmp_path):
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            time.sleep(1)
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.end_headers()
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        said = with_hub(server.server_port, tmp_path, "--model", "nowhere/nothing")
+        server.shutdown()
+    assert "error: model: nowhere/nothing is not a local folder and is not a valid model identifier" in said
+
+
+@pytest.mark.parametrize("argument", ["model", "verifier"])
+def test_the_argument_that_names_a_model_of_the_hub(refused, monkeypatch, argument):
+    asked = []
+
+    def fail(url):
+        asked.append(url)
+        raise httpx.ConnectError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", fail)
+    monkeypatch.setattr(models, "_PAUSE", 0.0)
+    said = refused(*CHAIN, f"--{argument}", "nowhere/nothing")
+    assert re.fullmatch(rf"{argument}: there is no folder 'nowhere/nothing', and .+ cannot be reached: no route", said)
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("error", [httpx.ReadTimeout("slow"), httpx.ConnectTimeout("slow"), httpx.ProxyError("no")])
+def test_a_hub_that_may_be_there_is_asked_again_by_its_client(monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", fail)
+    models.require_hub("nowhere/nothing", "model")
 
 
 @pytest.mark.parametrize("name", ["plan.json", "study.json"])

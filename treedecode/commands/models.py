@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from treedecode.gate.model import Gate
     from treedecode.strategies import Strategy
     from treedecode.tasks import Task
+
+_PAUSE = 2.0  # seconds
 
 
 def task_for(name: str, argument: str = "task") -> "Task":
@@ -59,6 +62,40 @@ def leads_nowhere(name: str) -> bool:
     return not name or (is_path and not os.path.exists(name))
 
 
+def require_hub(name: str, argument: str) -> None:
+    """Checks that there is a connection to the hub, for a model that has to come from there.
+
+    The hub's client goes on trying for half a minute, which is of use where the hub is slow or busy, and of none where
+    nothing leads to it. So it is asked here twice, a few seconds apart. Whatever else is wrong, loading finds out.
+
+    Args:
+        argument: the one that named the model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if os.path.exists(name):
+        return
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.utils import httpx
+
+    for pause in (_PAUSE, None):
+        try:
+            if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+                get_hf_file_metadata(hf_hub_url(name, "config.json"))
+        except httpx.ConnectError as error:
+            if pause is None:
+                raise ValueError(
+                    f"{argument}: there is no folder {name!r}, and {constants.ENDPOINT} cannot be reached: "
+                    f"{misuse.first_line(error)}"
+                ) from error
+            time.sleep(pause)
+        except Exception:  # no such model, a time-out, offline mode
+            return
+        else:
+            return
+
+
 def decoder_for(model: str, *, dtype: str | None = None, device: str = "cpu", **options: Any) -> "Decoder":
     """A decoder on a model.
 
@@ -77,6 +114,7 @@ def decoder_for(model: str, *, dtype: str | None = None, device: str = "cpu", **
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     check_device(device)
+    require_hub(model, "model")
     with misuse.argument("model", "path_or_id", "gguf_file"):
         found = load_pretrained(model, dtype=None if dtype is None else getattr(torch, dtype), device=device)
     return Decoder(*found, **options)

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 from treedecode.commands import misuse
-from treedecode.commands.models import leads_nowhere
+from treedecode.commands.models import leads_nowhere, require_hub
 from treedecode.tasks.base import Problem, Task
 
 VERIFIERS = {
@@ -51,6 +51,7 @@ def verifier_named(name: str, task: Task, model: str, device: str = "cpu") -> An
         raise ValueError(f"verifier: expected one of {', '.join(VERIFIERS)}; got {name!r}")
     from treedecode.verify.reward_model import RewardModel
 
+    require_hub(name, "verifier")
     with misuse.argument("verifier", "path_or_model"):
         return RewardModel(name, device=device)
 
