@@ -18,6 +18,7 @@ from treedecode.gate_training.evaluate import evaluate, table
 from treedecode.gate_training.fit import beta_binomial_nll, look, measure, train
 from treedecode.gate_training.rollouts import Rollouts, collect
 from treedecode.gate_training.simulate import Replay, orders
+from treedecode.intervals import wilson
 from treedecode.tasks.base import Problem
 
 
@@ -285,6 +286,15 @@ def test_dynamic_beats_uniform_and_comes_near_the_oracle(trained):
         assert all(group["p_value_holm"] >= group["p_value"] for group in floor["groups"].values())
     assert floored["worst_false_low_budget_rate"] is not None
     assert all(group["spend"] >= 2 for group in free["groups"].values())
+
+
+def test_policies_that_agree_on_all_problems_may_differ_on_others(trained):
+    gate, _ = trained
+    _, data = population(60, seed=5)
+    [row] = evaluate(gate, data, budgets=(2,), probes=2, repeats=1, looks=2, permutations=9, floors=(0,))["budgets"]
+    assert row["gain_over_uniform"] == 0, "with the probes the budget is spent"
+    low, high = row["gain_over_uniform_interval"]
+    assert low == -high == pytest.approx(-wilson(0, 60).high)
 
 
 @pytest.mark.parametrize("budget", [2.0, 4.0, 7.0])

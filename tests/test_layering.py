@@ -39,6 +39,7 @@ ALLOWED = {
     "tasks": {"verify"},
     "budget": {"meter"},
     "energy": set(),
+    "intervals": set(),
     "journal": set(),
     "ledger": {"meter"},
     "places": set(),
@@ -48,7 +49,7 @@ ALLOWED = {
     "strategies": {"branches", "gate", "meter", "tree", "sampling", "search", "verify"},
     "study": {
         *("branches", "captured", "collect_env", "decoder", "meter", "ops", "pages", "sampling", "schedule", "search"),
-        *("gate", "journal", "search_tree", "solutions", "solving", "strategies", "tasks", "verify"),
+        *("gate", "intervals", "journal", "search_tree", "solutions", "solving", "strategies", "tasks", "verify"),
     },
 }
 

@@ -15,9 +15,10 @@ from study_cases import Digits, Length
 import treedecode as td
 from treedecode import cli
 from treedecode.commands import study as command
+from treedecode.intervals import mean_interval
 from treedecode.journal import Journal
 from treedecode.strategies import ChainOfThought, SelfConsistency, Strategy, TreeOfThoughts
-from treedecode.study import analysis, machine, plan, plots, report, rows, run, stats
+from treedecode.study import analysis, machine, plan, plots, report, rows, run
 from treedecode.study.laws import Curve
 from treedecode.study.pool import ChainPool
 from treedecode.study.rows import Conditions, Entry
@@ -95,7 +96,7 @@ def test_rows_are_what_the_strategies_did(study, conditions):
         row, answers[key] = by_key[key], [solution.answer for solution in result.solutions]
         assert row["accuracy"] == result.accuracy
         assert row["correct"] == [int(solution.correct) for solution in result.solutions]
-        assert row["accuracy_ci"] == list(stats.mean_interval(row["correct"]))
+        assert row["accuracy_ci"] == list(mean_interval(row["correct"]))
         assert row["tokens"] == tokens / 6
         assert row["tokens_x"] == pytest.approx(tokens / sum(s.generated_tokens for s in base))
         assert row["kv_bytes_x"] == pytest.approx(sum(s.kv_bytes for s in spent) / sum(s.kv_bytes for s in base))
@@ -283,6 +284,12 @@ def test_accuracy_between_two_budgets_is_on_the_log_scale():
     np.testing.assert_allclose(analysis.accuracy_at(curve, 2.0), [0.5, 0.2])
     np.testing.assert_allclose(analysis.accuracy_at(curve, 4.0), [1.0, 0.2])
     assert analysis.accuracy_at(curve, 4.5) is None
+
+
+def test_efficiency_ratio():
+    assert rows.efficiency_ratio(0.7, 0.4, 4.0) == pytest.approx(0.1)
+    assert rows.efficiency_ratio(0.3, 0.4, 2.0) == pytest.approx(-0.1)
+    assert rows.efficiency_ratio(0.7, 0.4, 1.0) is None
 
 
 def test_the_default_plan_is_chosen_from_by_key_or_strategy():

@@ -10,9 +10,10 @@ from treedecode.gate.sharing import Terms
 from treedecode.gate_training.audit import Allocation, audit
 from treedecode.gate_training.costs import measure_costs
 from treedecode.gate_training.fit import look, measure
-from treedecode.gate_training.resampling import holm, mean_interval
+from treedecode.gate_training.resampling import holm
 from treedecode.gate_training.rollouts import Rollouts
 from treedecode.gate_training.simulate import Replay, Spent, orders
+from treedecode.intervals import difference_of, mean_interval
 
 SCHEMA = "treedecode.gate_report/2"
 
@@ -34,7 +35,7 @@ def evaluate(
 
     Policies are replayed on the rollouts with the chains of every problem in `repeats` random orders, the same for all
     policies. Uniform allocation gives each problem as many chains; it is shown at the budget and at twice that.
-    Accuracies and their differences have 95% bootstrap intervals over problems, repeats averaged first. The audit's
+    Accuracies and their differences have 95% BCa bootstrap intervals over problems, repeats averaged first. The audit's
     p-values are shown as they are, and corrected for all tests of the report (Holm).
 
     Args:
@@ -116,22 +117,23 @@ def check_policy(gate: Gate, num_chains: int, *, budgets: Sequence[float], probe
 
 
 def _row(budget: float, runs: list[Spent], oracle: list[Spent], replays: list[Replay], seed: int) -> dict[str, Any]:
-    """Accuracies and their differences, each with its 95% bootstrap interval over problems (paired)."""
+    """Accuracies and their differences, each with its 95% interval over problems (paired)."""
     gate, best = _right(runs), _right(oracle)
     uniform, twice = (_uniform(replays, multiple) for multiple in (budget, 2 * budget))
-    compared: dict[str, np.ndarray | None] = {
-        "accuracy": gate,
-        "uniform": uniform,
-        "uniform_at_twice": twice,
-        "oracle": best,
+    accuracies = {"accuracy": gate, "uniform": uniform, "uniform_at_twice": twice, "oracle": best}
+    differences = {
         "regret_to_oracle": best - gate,
         "gain_over_uniform": None if uniform is None else gate - uniform,
         "gain_over_uniform_at_twice": None if twice is None else gate - twice,
     }
     row: dict[str, Any] = {"budget": budget, "spent": float(np.mean([run.multiple for run in runs]))}
-    for name, values in compared.items():
-        row[name] = None if values is None else float(values.mean())
-        row[f"{name}_interval"] = None if values is None else list(mean_interval(values, seed=seed))
+    for name, values in {**accuracies, **differences}.items():
+        row[name] = row[f"{name}_interval"] = None
+        if values is not None:
+            row[name] = float(values.mean())
+            gap = name in differences
+            ends = difference_of(values, seed=seed)[1:] if gap else mean_interval(values, seed=seed)
+            row[f"{name}_interval"] = list(ends)
     return {
         **row,
         "tree_searches": float(np.mean([(run.trees >= 0).mean() for run in runs])),

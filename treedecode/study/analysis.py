@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from treedecode.intervals import Floats, mean_interval
 from treedecode.study import coverage, pool
 from treedecode.study.laws import COVERAGE, LAWS, CannotFit, Curve, compare, fit
 from treedecode.study.pool import Chains
 from treedecode.study.slopes import saturation, slopes
-from treedecode.study.stats import Floats, mean_interval
 
 Json = dict[str, Any]
 

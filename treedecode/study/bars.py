@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from treedecode.intervals import Difference, paired_difference
 from treedecode.study.analysis import accuracy_at, pool_sizes
 from treedecode.study.laws import Curve
-from treedecode.study.stats import Difference, paired_difference
 
 HOLDS, FAILS = "holds", "does not hold"
 NOT_SHOWN = "not shown by this many problems"  # the interval has both in it

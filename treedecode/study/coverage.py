@@ -11,8 +11,8 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import betaln, psi
 
+from treedecode.intervals import Floats, Interval, draws
 from treedecode.study.laws import CannotFit
-from treedecode.study.stats import Floats, Interval, draws
 
 _LOG_STRENGTH = (np.log(1e-3), np.log(1e4))  # of alpha + beta; beyond, rates are 0 and 1, or all the same
 _LOGIT_MEAN = (-14.0, 14.0)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from treedecode.decoder import Decoder, Prompt
+from treedecode.intervals import Floats, mean_interval, paired_difference
 from treedecode.journal import num_solutions
 from treedecode.meter import Spending
 from treedecode.sampling import Sampling
@@ -18,7 +19,6 @@ from treedecode.solutions import Result, Solution
 from treedecode.solving import solve_async
 from treedecode.strategies import STRATEGIES, DynamicAllocation, IterativeRefinement, Strategy
 from treedecode.study.pool import ChainPool
-from treedecode.study.stats import Floats, efficiency_ratio, mean_interval, paired_difference
 from treedecode.tasks.base import Problem, Task
 
 SCHEMA = "treedecode.study.timing/3"
@@ -276,6 +276,17 @@ def row(measured: Measured, baseline: Measured) -> dict[str, Any]:
         "correct": correct.astype(int).tolist(),
         "error": None,
     }
+
+
+def efficiency_ratio(accuracy: float, baseline: float, multiplier: float) -> float | None:
+    """Accuracy gained per unit of compute added: (accuracy - baseline) / (multiplier - 1).
+
+    None where no compute was added, which leaves nothing to divide by.
+
+    Args:
+        multiplier: compute over the baseline's.
+    """
+    return (accuracy - baseline) / (multiplier - 1) if multiplier > 1 else None
 
 
 def _budget(strategy: Strategy) -> float | None:

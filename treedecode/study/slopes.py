@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from treedecode.intervals import Difference, difference_of
 from treedecode.study.laws import Curve
-from treedecode.study.stats import Difference, difference_of
 
 
 @dataclass(frozen=True)

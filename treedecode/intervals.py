@@ -1,9 +1,10 @@
-"""Intervals of accuracies and of their differences, over problems; what compute has bought.
+"""Intervals of accuracies and of their differences, over problems.
 
-Problems are the sample: a strategy's correctness on each of them is one draw, and two strategies are compared on the
-same ones. Intervals are BCa bootstrap intervals (Efron, 1987, "Better Bootstrap Confidence Intervals"), as accuracies
-lie near 0 or 1 often enough for the percentile method to be off on the skewed side. Where a bootstrap has nothing to
-resample, because all problems went alike, the interval is Wilson's (1927), which does not collapse to a point.
+Problems are the sample: a strategy's correctness on each of them is one draw, and two strategies, or two policies of
+allocation, are compared on the same ones. Intervals are BCa bootstrap intervals (Efron, 1987, "Better Bootstrap
+Confidence Intervals"), as accuracies lie near 0 or 1 often enough for the percentile method to be off on the skewed
+side. Where a bootstrap has nothing to resample, because all problems went alike, the interval is Wilson's (1927),
+which does not collapse to a point.
 """
 
 import math
@@ -121,17 +122,6 @@ def difference_of(differences: Floats, *, level: float = 0.95, num_resamples: in
         slack = wilson(0, len(differences), level=level).high
         return Difference(mean, max(mean - slack, -1.0), min(mean + slack, 1.0))
     return Difference(mean, *bca_interval(differences, level, num_resamples, seed))
-
-
-def efficiency_ratio(accuracy: float, baseline: float, multiplier: float) -> float | None:
-    """Accuracy gained per unit of compute added: (accuracy - baseline) / (multiplier - 1).
-
-    None where no compute was added, which leaves nothing to divide by.
-
-    Args:
-        multiplier: compute over the baseline's.
-    """
-    return (accuracy - baseline) / (multiplier - 1) if multiplier > 1 else None
 
 
 def bca_interval(values: Floats, level: float = 0.95, num_resamples: int = 4000, seed: int = 0) -> Interval:
