@@ -204,13 +204,20 @@ def test_the_plan_changes_nothing(isa):
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(forests(max_rows=7, max_tokens=2600), st.sampled_from(DTYPES), st.sampled_from([-1, 700]), st.randoms())
-def test_a_query_does_not_depend_on_its_batch(isa, forest, dtype, window_left, rng):
+@given(
+    forests(max_rows=7, max_tokens=2600),
+    st.sampled_from(DTYPES),
+    st.sampled_from([24, 32]),  # without and with tile registers
+    st.sampled_from([-1, 20, 700]),
+    st.randoms(),
+)
+def test_a_query_does_not_depend_on_its_batch(isa, forest, dtype, head_dim, window_left, rng):
     """Alone and as one of several queries, with and without the rows that share its pages: the same bits."""
     page_table, seq_lens, q_lens, page_size = forest
     q_lens = (torch.ones_like(seq_lens) if q_lens is None else q_lens.clamp(max=9)).clamp(max=seq_lens)
     case = make_case(
-        (page_table, seq_lens), q_lens, page_size=page_size, num_qo_heads=4, num_kv_heads=2, head_dim=24, dtype=dtype,
+        (page_table, seq_lens), q_lens, page_size=page_size, num_qo_heads=4, num_kv_heads=2, head_dim=head_dim,
+        dtype=dtype,
         window_left=window_left,
     )  # fmt: skip
     out, lse = case.run()
@@ -221,7 +228,7 @@ def test_a_query_does_not_depend_on_its_batch(isa, forest, dtype, window_left, r
         table, lens = case.page_table[row : row + 1], case.seq_lens[row : row + 1] - (end - begin - taken)
         plan = ops.plan_tree(
             table, lens, torch.tensor([taken], dtype=torch.int32), page_size=page_size, num_qo_heads=4, num_kv_heads=2,
-            head_dim=24,
+            head_dim=head_dim,
         )  # fmt: skip
         q = case.q[begin : begin + taken]
         got = ops.tree_attention(q, case.k_pages, case.v_pages, table, lens, plan, window_left=window_left)

@@ -213,16 +213,16 @@ static void pack_keys(const T* const* rows,  // [num_tokens] each [head_dim]
 }
 
 // Values with lanes over dimensions; a unit holds one token's value, or (Pairs) those of tokens 2u and 2u+1.
-// Tokens whose row is null or past num_tokens, up to a multiple of N, become 0; so do dimensions past head_dim up to a
-// whole register.
+// Tokens whose row is null or past num_tokens, up to a multiple of N units, become 0; so do dimensions past head_dim up
+// to a whole register.
 template <bool Pairs, typename T>
 static void pack_values(const T* const* rows, const T* const* next, int64_t num_tokens, int64_t num_next,
                         int64_t head_dim,
                         int64_t panel_stride,  // units between panels
                         float* out) {          // [ceil(head_dim / kPanel), tokens, kPanel]
-  const int64_t padded = (num_tokens + Vec::N - 1) / Vec::N * Vec::N;
-  constexpr int64_t kPerLine = 64 / static_cast<int64_t>(sizeof(T));
   constexpr int kStep = Pairs ? 2 : 1;
+  const int64_t padded = (num_tokens + kStep * Vec::N - 1) / (kStep * Vec::N) * kStep * Vec::N;
+  constexpr int64_t kPerLine = 64 / static_cast<int64_t>(sizeof(T));
   for (int64_t t = 0; t < padded; t += kStep) {
     for (int64_t i = t; i < t + kStep && i < num_next; ++i) {
       if (!next[i]) continue;

@@ -2,6 +2,7 @@
 
 #include <type_traits>
 
+#include "tiles.h"
 #include "vec.h"
 
 namespace treedecode::cpu::TD_ISA {
@@ -203,63 +204,37 @@ constexpr int64_t kTileK = 32;  // of a tile register: 16 rows of 64 bytes
 
 bool fits_tiles(const PackedLinearParams& p) { return p.dtype == DType::BF16 && p.in_features % kTileK == 0; }
 
-void configure_tiles() {
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } config;
-  _tile_loadconfig(&config);
-}
-
-// Tiles 0 to 3 are sums, of one or two row blocks and one or two panels; 4, 5 hold x, 6, 7 weights.
-// x: [BLOCKS * 16, k_size] bf16; w: [k_size / 2, 16, 2] bf16 per panel.
-template <int BLOCKS, int PANELS>
-void multiply_tiles(const bf16* x, const bf16* w, int64_t k_size, Tile* sums) {
-  const int64_t x_stride = k_size * 2, panel_size = k_size * kPanel;
-  _tile_zero(0);
-  if constexpr (PANELS == 2) _tile_zero(1);
-  if constexpr (BLOCKS == 2) _tile_zero(2);
-  if constexpr (BLOCKS == 2 && PANELS == 2) _tile_zero(3);
-  for (int64_t k = 0; k < k_size; k += kTileK, x += kTileK, w += kTileK * kPanel) {
-    _tile_loadd(6, w, 64);
-    _tile_loadd(4, x, x_stride);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (PANELS == 2) {
-      _tile_loadd(7, w + panel_size, 64);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if constexpr (BLOCKS == 2) {
-      _tile_loadd(5, x + kRowBlock * k_size, x_stride);
-      _tile_dpbf16ps(2, 5, 6);
-    }
-    if constexpr (BLOCKS == 2 && PANELS == 2) _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, sums[0].v[0], 64);
-  if constexpr (PANELS == 2) _tile_stored(1, sums[0].v[1], 64);
-  if constexpr (BLOCKS == 2) _tile_stored(2, sums[1].v[0], 64);
-  if constexpr (BLOCKS == 2 && PANELS == 2) _tile_stored(3, sums[1].v[1], 64);
-}
-
 // Panels [begin, end), gates and ups counted one by one. Sums over k are in one order however many rows there are.
 void run_tiles(const PackedLinearParams& p, int64_t begin, int64_t end) {
   const bool paired = p.gate != Gate::None;
-  const auto* weight = static_cast<const bf16*>(p.weight);
-  const auto* packed = static_cast<const bf16*>(p.packed_x);
+  const int64_t units = p.in_features / 2;
+  const auto* weight = static_cast<const float*>(p.weight);    // [units, 16] pairs of a panel, one after another
+  const auto* packed = static_cast<const float*>(p.packed_x);  // [rows, units] pairs
   Tile sums[2];
-  configure_tiles();
+  const Tiles tiles;
   for (int64_t pass = 0; pass < p.num_rows; pass += kRowsPerPass) {
     const int64_t pass_end = pass + kRowsPerPass < p.num_rows ? pass + kRowsPerPass : p.num_rows;
     for (int64_t panel = begin; panel < end; panel += 2) {
       const bool two_panels = panel + 2 <= end;
-      const bf16* w = weight + panel * p.in_features * kPanel;
+      const float* w = weight + panel * units * kPanel;
       for (int64_t row = pass; row < pass_end; row += 2 * kRowBlock) {
-        const bf16* x = packed + row * p.in_features;
         const bool two_blocks = pass_end - row > kRowBlock;
-        if (two_panels && two_blocks) multiply_tiles<2, 2>(x, w, p.in_features, sums);
-        else if (two_panels) multiply_tiles<1, 2>(x, w, p.in_features, sums);
-        else if (two_blocks) multiply_tiles<2, 1>(x, w, p.in_features, sums);
-        else multiply_tiles<1, 1>(x, w, p.in_features, sums);
+        const TileProduct product{
+            .a = packed + row * units,
+            .a_stride = units,
+            .b = w,
+            .b_stride = kPanel,
+            .b_right = units * kPanel,
+            .depth = units,
+            .c = sums[0].v[0][0],
+            .c_stride = kPanel,
+            .c_right = kRowBlock * kPanel,
+            .c_below = sizeof(Tile) / sizeof(float),
+        };
+        if (two_panels && two_blocks) multiply_tiles<2, 2>(product, false);
+        else if (two_panels) multiply_tiles<1, 2>(product, false);
+        else if (two_blocks) multiply_tiles<2, 1>(product, false);
+        else multiply_tiles<1, 1>(product, false);
         for (int block = 0; block < 1 + two_blocks; ++block) {
           const int64_t first = row + block * kRowBlock;
           const int rows = static_cast<int>(pass_end - first < kRowBlock ? pass_end - first : kRowBlock);
@@ -273,7 +248,6 @@ void run_tiles(const PackedLinearParams& p, int64_t begin, int64_t end) {
       }
     }
   }
-  _tile_release();
 }
 
 // [16, in_features] bf16 per row block, rows beyond the last are zeros.

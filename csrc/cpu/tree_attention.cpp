@@ -1,16 +1,14 @@
 #include "tree_attention.h"
 
-#include <cmath>
-#include <cstring>
+#include <optional>
 
+#include "attention_rows.h"
 #include "attention_tile.h"
+#include "tiles.h"
 
 namespace treedecode::cpu::TD_ISA {
 namespace {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kLog2e = 1.44269504088896341f;
-constexpr double kLn2 = 0.69314718055994531;
 // Rows of the score buffer are this far apart: not a power of two, so that they fall into different cache sets.
 constexpr int64_t kScoreStride = kTile + 16;
 
@@ -54,8 +52,41 @@ Scratch carve(const TreeAttentionParams& p, void* memory) {
   return s;
 }
 
-// 2^n of a whole n <= 0.
-float power_of_two(float n) { return n < -149.0f ? 0.0f : __builtin_ldexpf(1.0f, static_cast<int>(n)); }
+// Whether both products go through tile registers. Keys go in groups of kGroup then.
+template <bool Pairs>
+bool uses_tiles(const TreeAttentionParams& p) {
+#if defined(TD_ISA_AMX_BF16)
+  return Pairs && p.head_dim % 32 == 0;
+#else
+  return false;
+#endif
+}
+
+#if defined(TD_ISA_AMX_BF16)
+// c (+)= a b as multiply_panel computes it, by tile registers: of any number of rows (the buffers have room for a
+// multiple of 16, and what is in the spare ones does not matter) and of lanes [begin, end), multiples of 32.
+void multiply_by_tiles(int64_t rows, int64_t begin, int64_t end, const float* a, int64_t a_stride, const float* b,
+                       int64_t panel_stride, int64_t depth, bool accumulate, float* c, int64_t c_stride) {
+  for (int64_t lane = begin; lane < end; lane += 32) {
+    for (int64_t r = 0; r < rows; r += 32) {
+      const TileProduct product{
+          .a = a + r * a_stride,
+          .a_stride = a_stride,
+          .b = b + lane / kPanel * panel_stride + lane % kPanel,
+          .b_stride = kPanel,
+          .b_right = 16,
+          .depth = depth,
+          .c = c + r * c_stride + lane,
+          .c_stride = c_stride,
+          .c_right = 16,
+          .c_below = 16 * c_stride,
+      };
+      if (rows - r > 16) multiply_tiles<2, 2>(product, accumulate);
+      else multiply_tiles<1, 2>(product, accumulate);
+    }
+  }
+}
+#endif
 
 // Scores [begin, end) of one row become probabilities relative to the running maximum; begin and end are multiples of
 // N, the row sees [from, to). Probabilities of unseen keys are 0. Pairs: they are stored as bf16, unit i/2 for key i.
@@ -121,89 +152,6 @@ void softmax_row(const TreeAttentionParams& p, float* s, int64_t begin, int64_t 
   for (int64_t j = 0; j < kSums; ++j) sums[j].store(row_sum + j * N);
 }
 
-// A fixed order of the lanes, for every instruction set.
-float sum_of(const float* lanes /* [kSumLanes] */) {
-  float sum = 0;
-  for (int64_t j = 0; j < kSumLanes; ++j) sum += lanes[j];
-  return sum;
-}
-
-template <typename T>
-void write_row(const float* o, int64_t head_dim, float factor, T* out) {
-  const Vec f = Vec::set(factor);
-  int64_t d = 0;
-  for (; d + Vec::N <= head_dim; d += Vec::N) (Vec::load(o + d) * f).store(out + d);
-  if (d < head_dim)
-    (Vec::load_n(o + d, static_cast<int>(head_dim - d)) * f).store_n(out + d, static_cast<int>(head_dim - d));
-}
-
-// The denominator's sink: (lse, factor of out) with the sink's logit in it.
-struct WithSink {
-  double lse, factor;
-};
-WithSink add_sink(const TreeAttentionParams& p, int64_t head, double lse) {
-  if (!p.sinks) return {lse, 1.0};
-  const double sink = p.sinks[head];
-  const double high = lse > sink ? lse : sink;
-  if (std::isinf(high) && high < 0) return {lse, 1.0};
-  const double with = high + std::log(std::exp(lse - high) + std::exp(sink - high));
-  return {with, std::exp(lse - with)};
-}
-
-template <typename T>
-void write_empty(const TreeAttentionParams& p, int64_t token, int64_t head) {
-  const int64_t at = token * p.num_qo_heads + head;
-  p.lse[at] = static_cast<float>(add_sink(p, head, -std::numeric_limits<double>::infinity()).lse);
-  T* out = static_cast<T*>(p.out) + at * p.head_dim;
-  for (int64_t d = 0; d < p.head_dim; ++d) out[d] = from_float<T>(0.0f);
-}
-
-// Sums over all of a query's keys become its result.
-template <typename T>
-void write_result(const TreeAttentionParams& p, int64_t token, int64_t head, const float* o, float max, double sum) {
-  const int64_t at = token * p.num_qo_heads + head;
-  const WithSink sink = add_sink(p, head, max * kLn2 + std::log(sum));
-  p.lse[at] = static_cast<float>(sink.lse);
-  write_row(o, p.head_dim, static_cast<float>(sink.factor / sum), static_cast<T*>(p.out) + at * p.head_dim);
-}
-
-template <typename T>
-void finish_row(const TreeAttentionParams& p, const int32_t* chunk, int64_t token, int64_t b, int64_t head,
-                const float* o, float max, const float* sums) {
-  const float sum = sum_of(sums);
-  const bool empty = sum == 0.0f;  // no key seen, o was never written (NaN is not 0)
-  const int64_t parts = num_parts(p, b);
-  const int64_t segment_end = (static_cast<int64_t>(chunk[4]) + 1) * kSegment;
-  const bool ends = chunk[3] >= p.seq_lens[b] || chunk[3] >= segment_end;
-  if (parts > 1 || !ends) {
-    const Part part = part_at(p, p.part_indptr[b] + (token - p.q_indptr[b]) * parts + chunk[4], head);
-    *part.max = max;
-    std::memcpy(part.sum, sums, kSumLanes * sizeof(float));
-    if (!empty) std::memcpy(part.out, o, static_cast<size_t>(p.head_dim) * sizeof(float));
-  } else if (empty) {
-    write_empty<T>(p, token, head);
-  } else {
-    write_result<T>(p, token, head, o, max, sum);
-  }
-}
-
-// Starts a row: with what the chunk before left in its part, or with nothing.
-void start_row(const TreeAttentionParams& p, const int32_t* chunk, int64_t token, int64_t b, int64_t head, float* o,
-               int64_t o_stride, float& max, float* sums) {
-  if (chunk[5] == 0) {
-    max = -kInf;
-    std::memset(sums, 0, kSumLanes * sizeof(float));
-    return;
-  }
-  const Part part = part_at(p, p.part_indptr[b] + (token - p.q_indptr[b]) * num_parts(p, b) + chunk[4], head);
-  max = *part.max;
-  std::memcpy(sums, part.sum, kSumLanes * sizeof(float));
-  const bool empty = sum_of(sums) == 0.0f;
-  if (!empty) std::memcpy(o, part.out, static_cast<size_t>(p.head_dim) * sizeof(float));
-  const int64_t written = empty ? 0 : p.head_dim;
-  std::memset(o + written, 0, static_cast<size_t>(o_stride - written) * sizeof(float));
-}
-
 // Rows of K and V of the tile that begins at token `tile`: null below `begin`, and none from `end` on. How many.
 template <typename T>
 int64_t find_rows(const TreeAttentionParams& p, const int32_t* chunk, int64_t kv_head, int64_t tile, int64_t begin,
@@ -224,19 +172,27 @@ int64_t find_rows(const TreeAttentionParams& p, const int32_t* chunk, int64_t kv
   return count > 0 ? count : 0;
 }
 
+// One item; the pages of `next`, if not null, are prefetched meanwhile.
 template <bool Pairs, typename T>
-void attend_block(const TreeAttentionParams& p, const int32_t* chunk, int64_t kv_head, int64_t row_begin,
-                  int64_t row_end, const int32_t* next_chunk, int64_t next_head, const Scratch& x) {
+void attend_item(const TreeAttentionParams& p, const TreeAttentionItem& item, const TreeAttentionItem* next,
+                 const Scratch& x) {
+  const int32_t* chunk = p.chunks + 6 * item.chunk;
+  const int64_t kv_head = item.kv_head, row_begin = item.row_begin, n = item.row_end - item.row_begin;
   const int64_t group = p.num_qo_heads / p.num_kv_heads;
   const int64_t units = Pairs ? p.head_dim / 2 : p.head_dim;
   const int64_t o_stride = (p.head_dim + kPanel - 1) / kPanel * kPanel;
   const int64_t v_panel_stride = (Pairs ? kTile / 2 : kTile) * kPanel;
-  const int64_t n = row_end - row_begin;
+  const bool tiled = uses_tiles<Pairs>(p);
+  const int64_t step = tiled ? kGroup : Vec::N;  // keys that are worked on together
   // Tiles begin at multiples of kTile, so that a key has its place in a tile whatever chunk it is in. Tokens are
   // counted from the first one on.
   const int64_t first = chunk[2] / kTile * kTile;
   const int64_t chunk_begin = chunk[2] - first, chunk_end = chunk[3] - first;
   const int64_t first_token = p.q_indptr[chunk[0]];
+  // A group of keys across the chunk's border is the next chunk's, for those rows that go on there: so a key is added
+  // with the same others wherever chunks begin and end. Rows of the next chunk have the same pages before it.
+  const int64_t work_begin = tiled ? chunk_begin / kGroup * kGroup : chunk_begin;
+  const int64_t work_end = tiled ? chunk_end / kGroup * kGroup : chunk_end;
 
   int64_t seen_begin = chunk_end, seen_end = 0;
   int64_t b = chunk[0];
@@ -244,8 +200,9 @@ void attend_block(const TreeAttentionParams& p, const int32_t* chunk, int64_t kv
     const int64_t token = first_token + (row_begin + r) / group, head = kv_head * group + (row_begin + r) % group;
     while (token >= p.q_indptr[b + 1]) ++b;
     const Visible seen = visible_keys(p, b, token - p.q_indptr[b]);
-    const int64_t from = seen.begin - first < chunk_begin ? chunk_begin : seen.begin - first;
-    const int64_t to = seen.end - first < chunk_end ? seen.end - first : chunk_end;
+    const int64_t from = seen.begin - first < work_begin ? work_begin : seen.begin - first;
+    const int64_t last = seen.end - first;  // up to chunk_begin the chunks before have had it
+    const int64_t to = last <= chunk_begin ? from : last <= chunk_end ? last : work_end;
     x.branch[r] = static_cast<int32_t>(b);
     x.begin[r] = static_cast<int32_t>(from);
     x.end[r] = static_cast<int32_t>(to > from ? to : from);
@@ -262,21 +219,20 @@ void attend_block(const TreeAttentionParams& p, const int32_t* chunk, int64_t kv
   int current = 0;
   const int64_t first_tile = seen_begin / kTile * kTile;
   const auto find = [&](int64_t tile, const void** k_rows, const void** v_rows) {
-    return find_rows<T>(p, chunk, kv_head, first + tile, chunk[2], first + seen_end, k_rows, v_rows);
+    return find_rows<T>(p, chunk, kv_head, first + tile, first + work_begin, first + seen_end, k_rows, v_rows);
   };
   int64_t count = find(first_tile, x.rows[0], x.rows[1]);
   for (int64_t tile = first_tile; tile < seen_end; tile += kTile) {
     // What to prefetch while this tile is worked on: the next one, be it of this item or of the next.
     int64_t next_count = find(tile + kTile, x.rows[2 - current], x.rows[3 - current]);
-    if (next_count == 0 && next_chunk) {
-      next_count = find_rows<T>(p, next_chunk, next_head, next_chunk[2], next_chunk[2], next_chunk[3],
+    if (next_count == 0 && next) {
+      const int32_t* next_chunk = p.chunks + 6 * next->chunk;
+      next_count = find_rows<T>(p, next_chunk, next->kv_head, next_chunk[2], next_chunk[2], next_chunk[3],
                                 x.rows[2 - current], x.rows[3 - current]);
     }
     pack_keys<Pairs>(reinterpret_cast<const T* const*>(x.rows[current]),
                      reinterpret_cast<const T* const*>(x.rows[2 - current]), count, next_count, units, x.k);
-    pack_values<Pairs>(reinterpret_cast<const T* const*>(x.rows[current + 1]),
-                       reinterpret_cast<const T* const*>(x.rows[3 - current]), count, next_count, p.head_dim,
-                       v_panel_stride, x.v);
+    bool has_values = false;  // packed when the first scores are done
     for (int64_t strip = 0; strip < n; strip += kStripRows) {
       const int64_t rows = n - strip < kStripRows ? n - strip : kStripRows;
       int64_t begin = count, end = 0;
@@ -287,9 +243,15 @@ void attend_block(const TreeAttentionParams& p, const int32_t* chunk, int64_t kv
         if (to > end) end = to;
       }
       if (begin >= end) continue;
-      begin = begin < 0 ? 0 : begin / Vec::N * Vec::N;
-      end = ((end < count ? end : count) + Vec::N - 1) / Vec::N * Vec::N;
-      for (int64_t t = begin, next; t < end; t = next) {
+      begin = begin < 0 ? 0 : begin / step * step;
+      end = ((end < count ? end : count) + step - 1) / step * step;
+      if (tiled) {
+#if defined(TD_ISA_AMX_BF16)
+        multiply_by_tiles(rows, begin, end, x.q + strip * units, units, x.k, units * kPanel, units, false, x.s,
+                          kScoreStride);
+#endif
+      }
+      for (int64_t t = begin, next; t < end && !tiled; t = next) {
         const int64_t panel = t / kPanel * kPanel;
         next = panel + kPanel < end ? panel + kPanel : end;
         multiply_panel<Pairs>(rows, (next - t) / Vec::N, x.q + strip * units, units, x.k + panel * units + (t - panel),
@@ -300,9 +262,26 @@ void attend_block(const TreeAttentionParams& p, const int32_t* chunk, int64_t kv
         softmax_row<Pairs>(p, x.s + r * kScoreStride, begin, end, from > begin ? from : begin, to < count ? to : count,
                            x.max[strip + r], x.sum + (strip + r) * kSumLanes, x.rescale[r]);
       }
+      if (!has_values) {
+        pack_values<Pairs>(reinterpret_cast<const T* const*>(x.rows[current + 1]),
+                           reinterpret_cast<const T* const*>(x.rows[3 - current]), count, next_count, p.head_dim,
+                           v_panel_stride, x.v);
+        has_values = true;
+      }
       const uint64_t bit = uint64_t{1} << (strip / kStripRows);
       const int64_t skip = Pairs ? begin / 2 : begin, depth = Pairs ? (end - begin) / 2 : end - begin;
-      for (int64_t d = 0; d < p.head_dim; d += kPanel) {
+#if defined(TD_ISA_AMX_BF16)
+      if (tiled) {
+        for (int64_t r = 0; r < rows && started & bit; ++r) {
+          if (x.rescale[r] == 1.0f) continue;
+          float* o = x.o + (strip + r) * o_stride;
+          for (int64_t d = 0; d < o_stride; d += Vec::N) (Vec::load(o + d) * Vec::set(x.rescale[r])).store(o + d);
+        }
+        multiply_by_tiles(rows, 0, p.head_dim, x.s + skip, kScoreStride, x.v + skip * kPanel, v_panel_stride, depth,
+                          started & bit, x.o + strip * o_stride, o_stride);
+      }
+#endif
+      for (int64_t d = 0; d < p.head_dim && !tiled; d += kPanel) {
         const int64_t lanes = p.head_dim - d < kPanel ? p.head_dim - d : kPanel;
         multiply_panel<Pairs>(rows, (lanes + Vec::N - 1) / Vec::N, x.s + skip, kScoreStride,
                               x.v + d / kPanel * v_panel_stride + skip * kPanel, depth,
@@ -320,48 +299,24 @@ void attend_block(const TreeAttentionParams& p, const int32_t* chunk, int64_t kv
   }
 }
 
-// Adds up the segments of a query token in order. Factors are powers of two, so only the sums are rounded.
-template <typename T>
-void merge_token(const TreeAttentionParams& p, int64_t token, int64_t first_part, int64_t parts) {
-  for (int64_t head = 0; head < p.num_qo_heads; ++head) {
-    float high = -kInf;
-    for (int64_t i = 0; i < parts; ++i) {
-      const float max = *part_at(p, first_part + i, head).max;
-      if (max > high) high = max;
-    }
-    if (high == -kInf) high = 0.0f;  // no key, or NaN for scores
-    float o[(256 + Vec::N - 1) / Vec::N * Vec::N] = {};
-    double total = 0.0;
-    for (int64_t i = 0; i < parts; ++i) {
-      const Part part = part_at(p, first_part + i, head);
-      const float sum = sum_of(part.sum);
-      if (sum == 0.0f) continue;
-      const float weight = power_of_two(*part.max - high);
-      total += static_cast<double>(sum) * weight;
-      for (int64_t d = 0; d < p.head_dim; d += Vec::N) {
-        const int n = p.head_dim - d < Vec::N ? static_cast<int>(p.head_dim - d) : Vec::N;
-        fma(Vec::load_n(part.out + d, n), Vec::set(weight), Vec::load(o + d)).store(o + d);
-      }
-    }
-    total == 0.0 ? write_empty<T>(p, token, head) : write_result<T>(p, token, head, o, high, total);
-  }
-}
-
 template <bool Pairs, typename T>
-void attend(const TreeAttentionParams& p, const TreeAttentionItem& item, const TreeAttentionItem* next, void* scratch) {
+void attend(const TreeAttentionParams& p, const TreeAttentionItem* items, int64_t count, void* scratch) {
   const Scratch buffers = carve(p, scratch);
-  attend_block<Pairs, T>(p, p.chunks + 6 * item.chunk, item.kv_head, item.row_begin, item.row_end,
-                         next ? p.chunks + 6 * next->chunk : nullptr, next ? next->kv_head : 0, buffers);
+#if defined(TD_ISA_AMX_BF16)
+  std::optional<Tiles> tiles;
+  if (uses_tiles<Pairs>(p)) tiles.emplace();
+#endif
+  for (int64_t i = 0; i < count; ++i)
+    attend_item<Pairs, T>(p, items[i], i + 1 < count ? items + i + 1 : nullptr, buffers);
 }
 
 }  // namespace
 
-void tree_attention(const TreeAttentionParams& p, const TreeAttentionItem& item, const TreeAttentionItem* next,
-                    void* scratch) {
+void tree_attention(const TreeAttentionParams& p, const TreeAttentionItem* items, int64_t count, void* scratch) {
   switch (p.dtype) {
-    case DType::F32: return attend<false, float>(p, item, next, scratch);
-    case DType::BF16: return attend<kHavePairs, bf16>(p, item, next, scratch);
-    case DType::F16: return attend<false, fp16>(p, item, next, scratch);
+    case DType::F32: return attend<false, float>(p, items, count, scratch);
+    case DType::BF16: return attend<kHavePairs, bf16>(p, items, count, scratch);
+    case DType::F16: return attend<false, fp16>(p, items, count, scratch);
   }
 }
 

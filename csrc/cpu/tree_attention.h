@@ -55,6 +55,7 @@ static inline Part part_at(const TreeAttentionParams& p, int64_t part, int64_t h
 // Keys are packed and multiplied kTile tokens at a time, tiles beginning at multiples of kTile; at most kBlockRows
 // packed query rows share one pass over the keys of a chunk, kStripRows of them one buffer of scores.
 constexpr int64_t kTile = 128;
+constexpr int64_t kGroup = 32;  // keys that tile registers take together, at multiples of it
 constexpr int64_t kBlockRows = 256;
 constexpr int64_t kStripRows = 48;
 
@@ -91,10 +92,10 @@ static inline int64_t tree_attention_scratch(int64_t head_dim) {
 
 }  // namespace treedecode::cpu
 
-// Computes one item; the pages of `next`, if not null, are prefetched meanwhile. Writes `out`/`lse` where a branch of
-// one part ends, the part otherwise. A row's result does not depend on which rows are computed with it.
-TD_DECLARE_KERNEL(tree_attention, void tree_attention(const TreeAttentionParams& p, const TreeAttentionItem& item,
-                                                      const TreeAttentionItem* next, void* scratch))
+// Computes items one after another, each while the pages of the next are prefetched. Writes `out`/`lse` where a branch
+// of one part ends, the part otherwise. A row's result does not depend on which rows are computed with it.
+TD_DECLARE_KERNEL(tree_attention, void tree_attention(const TreeAttentionParams& p, const TreeAttentionItem* items,
+                                                      int64_t count, void* scratch))
 
 // Merges the parts of rows (branches) [row_begin, row_end) along their paths; branches of one part are left alone.
 TD_DECLARE_KERNEL(tree_attention_merge,
