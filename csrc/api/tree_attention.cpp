@@ -209,9 +209,9 @@ void check_plan(const cpu::TreeAttentionParams& p, int64_t num_q, int64_t num_pa
   }
 }
 
-void check_sinks(const float* sinks, int64_t num_qo_heads) {
+void check_sinks(const float* sinks, int64_t num_qo_heads, const char* name) {
   for (int64_t h = 0; h < num_qo_heads; ++h) {
-    check_value(sinks[h] < std::numeric_limits<float>::infinity(), "sinks", "numbers below +inf", sinks[h]);
+    check_value(sinks[h] < std::numeric_limits<float>::infinity(), name, "numbers below +inf", sinks[h]);
   }
 }
 
@@ -251,7 +251,7 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
                        window_left, logits_soft_cap, sinks);
   const int64_t num_q = q.size(0), num_qo_heads = q.size(1), head_dim = q.size(2), num_kv_heads = k_pages.size(2);
   const int64_t num_rows = page_table.size(0);
-  if (sinks) check_sinks(sinks->const_data_ptr<float>(), num_qo_heads);
+  if (sinks) check_sinks(sinks->const_data_ptr<float>(), num_qo_heads, "sinks");
   const int32_t* count = counts.const_data_ptr<int32_t>();
   cpu::TreeAttentionParams p{
       .q = q.const_data_ptr(),
