@@ -40,7 +40,7 @@ def call(op: torch._ops.OpOverload, *args: Any) -> Any:
     """
     if torch.is_grad_enabled():
         for value in args:
-            if _requires_grad(value):
+            if value.requires_grad if isinstance(value, Tensor) else _requires_grad(value):
                 raise RuntimeError(_needs_grad(op, args))
     try:
         return op(*args)
@@ -55,9 +55,9 @@ def call(op: torch._ops.OpOverload, *args: Any) -> Any:
 
 
 def _requires_grad(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return any(map(_requires_grad, value))
-    return isinstance(value, Tensor) and value.requires_grad
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    return type(value) in (list, tuple) and any(map(_requires_grad, value))
 
 
 def _needs_grad(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> str:
