@@ -41,7 +41,8 @@ def context_of(adapter, num_branches):
         head_dim=adapter.head_dim,
     )  # fmt: skip
     slots = table[:, -1].long() * PAGE_SIZE + PAGE_SIZE - 1
-    return StepContext(lambda index: (kv[index, 0], kv[index, 1]), table, lens, plan, slots)
+    layers = kv.transpose(3, 4)
+    return StepContext(lambda index: (kv[index, 0], kv[index, 1]), table, lens, plan, slots, kv=layers)
 
 
 def linears_of(model, num_rows):

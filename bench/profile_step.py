@@ -1,5 +1,6 @@
 """Prints where a decode step of SmolLM2-135M spends its time, op by op: `python -m bench.profile_step [branches]`."""
 
+import dataclasses
 import sys
 import time
 
@@ -30,21 +31,28 @@ def main(num_branches: int) -> None:
 
     plain = TransformersModel(adapter.model, optimize=False)
 
-    def forward(model) -> torch.Tensor:
+    layer_by_layer = dataclasses.replace(context, kv=None)  # or all layers would be one op
+
+    def forward(model, context=context) -> torch.Tensor:
         return model.forward(ids, positions, context, rows)
 
-    def step() -> None:
-        ops.sample(forward(adapter), **sampling)
+    def step(context=context) -> None:
+        ops.sample(forward(adapter, context), **sampling)
 
     print(f"\n{num_branches} branches, {torch.get_num_threads()} threads; the least of {STEPS} rounds:\n")
     print("| | ms | CPU ms |\n|---|---|---|")
-    cases = {"step": step, "forward": lambda: forward(adapter), "forward, optimize=False": lambda: forward(plain)}
+    cases = {
+        "step": step,
+        "forward": lambda: forward(adapter),
+        "forward, layer by layer": lambda: forward(adapter, layer_by_layer),
+        "forward, optimize=False": lambda: forward(plain),
+    }
     for name, case in cases.items():
         wall, cpu = zip(*[timed(case) for _ in range(STEPS + 2)], strict=True)
         print(f"| {name} | {min(wall) * 1e3:.1f} | {min(cpu) * 1e3:.1f} |")
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         for _ in range(STEPS):
-            step()
+            step(layer_by_layer)
     events = [e for e in recorded.key_averages() if not e.key.startswith("ProfilerStep")]
     total = sum(e.self_cpu_time_total for e in events)
     print("\n| op | calls a step | ms a step | share |\n|---|---|---|---|")

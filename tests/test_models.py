@@ -128,7 +128,7 @@ def plain(model, tokens):
         return model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
 
 
-def search(adapter, generator=None):
+def search(adapter, by_layer=False):
     """Chunked prefill, fork, decode and a second prompt joining in; yields (row's tokens, logits of the newest)."""
     generator = torch.Generator().manual_seed(1)
 
@@ -137,8 +137,8 @@ def search(adapter, generator=None):
 
     pages, text = Pages(adapter), {0: draw(18), 4: draw(11)}
     first, rest = text[0][:10], text[0][10:]
-    yield first, step(adapter, pages, {0: first})[0]
-    yield text[0], step(adapter, pages, {0: rest})[0]
+    yield first, step(adapter, pages, {0: first}, by_layer)[0]
+    yield text[0], step(adapter, pages, {0: rest}, by_layer)[0]
     for row in (1, 2):
         pages.fork(0, row)
         text[row] = list(text[0])
@@ -152,7 +152,7 @@ def search(adapter, generator=None):
             tokens[1] = draw(3)  # forced text
         for row in (0, 1, 2):
             text[row] = text[row] + tokens[row]
-        out = step(adapter, pages, tokens)
+        out = step(adapter, pages, tokens, by_layer)
         for row in tokens:
             yield text[row] if row != 4 else text[4][:done], out[row]
 

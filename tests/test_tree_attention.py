@@ -329,3 +329,33 @@ def test_bad_arguments(change, error, message):
     } | change
     with pytest.raises(error, match=message):
         ops.tree_attention(**args)
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "message"),
+    [
+        ("chunks", {(0, 3): 30}, "plan: chunk 1 does not go on where the one before of row 0 ends"),
+        ("chunks", {(1, 3): 33}, "plan: its chunks end at token 33 of row 0, which has 40"),
+        ("chunks", {(1, 2): 33}, "plan: chunk 1 does not go on"),
+        ("chunks", {(1, 5): 2, (2, 5): 2}, "plan: chunk 1 does not go on"),  # from a round that there is not
+        ("counts", {0: 2}, "plan: its chunks end at token 32 of row 1, which has 37"),
+        ("counts", {0: 0}, "plan: its chunks end at token 0 of row 0, which has 40"),
+        ("part_indptr", {1: 2}, "plan: expected 1 parts per query token of row 0, got 2 for 1"),
+        ("seq_lens", {0: -3, 1: 80}, "seq_lens: expected 0 to 48, got -3"),
+        ("seq_lens", {0: 77, 1: 0}, "seq_lens: expected 0 to 48, got 77"),
+    ],
+)
+def test_plans_that_leave_keys_out(field, change, message):
+    page_table, seq_lens = TWO_ROWS
+    plan = ops.plan_tree(page_table, seq_lens, **SIZES)
+    assert plan.counts[:2].tolist() == [3, 2]
+    values = (seq_lens if field == "seq_lens" else getattr(plan, field)).clone()
+    for at, value in change.items():
+        values[at] = value
+    if field == "seq_lens":
+        seq_lens = values
+    else:
+        plan = dataclasses.replace(plan, **{field: values})
+    pages = torch.zeros(9, 16, 2, 32)
+    with pytest.raises(ValueError, match=message):
+        ops.tree_attention(torch.zeros(2, 4, 32), pages, pages, page_table, seq_lens, plan)

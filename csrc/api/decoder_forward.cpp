@@ -2,6 +2,7 @@
 // the single ops and in their order: the results are the same to the last bit.
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -105,8 +106,13 @@ std::tuple<Tensor, Tensor> decoder_forward_cpu(Tensor x, Tensor cos, Tensor sin,
   check_value(page_size > 0, "kv", "page_size above 0", static_cast<double>(page_size));
   check_value(s.num_kv_heads > 0 && num_qo_heads > 0 && num_qo_heads % s.num_kv_heads == 0, "num_qo_heads",
               "a positive multiple of num_kv_heads", static_cast<double>(num_qo_heads));
-  check_value(intermediate_size > 0, "intermediate_size", "a positive number", static_cast<double>(intermediate_size));
-  check_value(vocab_size > 0, "vocab_size", "a positive number", static_cast<double>(vocab_size));
+  // Products of sizes stay within int64.
+  for (const auto& [size, name] : {std::pair{num_qo_heads, "num_qo_heads"},
+                                   {intermediate_size, "intermediate_size"},
+                                   {vocab_size, "vocab_size"}}) {
+    check_value(size > 0 && size <= std::numeric_limits<int32_t>::max(), name,
+                "a positive number of the range of int32", static_cast<double>(size));
+  }
   check_value(eps >= 0, "eps", "a non-negative number", eps);
   for (const auto& [t, name] : {std::pair{&cos, "cos"}, {&sin, "sin"}}) {
     check_shape(*t, name, "[num_tokens, head_dim]", {s.num_tokens, s.head_dim});
@@ -137,13 +143,14 @@ std::tuple<Tensor, Tensor> decoder_forward_cpu(Tensor x, Tensor cos, Tensor sin,
                 static_cast<double>(size));
   }
 
+  STD_TORCH_CHECK(gate_name == "silu" || gate_name == "gelu_tanh",
+                  "[ValueError] gate: expected 'silu' or 'gelu_tanh', got '", gate_name, "'");
   const cpu::Gate gate = gate_of(gate_name);
-  check_value(gate != cpu::Gate::None, "gate", "'silu' or 'gelu_tanh'", 0.0);
   std::vector<Layer> layers;
   int64_t widest = std::max({s.hidden_size, num_qo_heads * s.head_dim, intermediate_size});
   for (int64_t i = 0; i < num_layers; ++i) {
     const auto at = static_cast<size_t>(i);
-    check_attention_numbers(sm_scales[at], windows[at], soft_caps[at]);
+    check_attention_numbers(sm_scales[at], windows[at], soft_caps[at], {"sm_scales", "windows", "soft_caps"});
     const std::string prefix = "weights of layer " + std::to_string(i) + ": ";
     const Tensors t(weights, i * kLayerTensors, kLayerNames, prefix.c_str(), x.scalar_type());
     layers.push_back(layer_of(t, s, gate, sm_scales[at], soft_caps[at], windows[at]));

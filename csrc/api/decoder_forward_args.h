@@ -100,7 +100,7 @@ class Tensors {
     check_shape(at(i), name.c_str(), "[num_qo_heads]", {num_qo_heads});
     check_dtype(at(i), name.c_str(), ScalarType::Float);
     check_contiguous(at(i), name.c_str());
-    check_sinks(at(i).const_data_ptr<float>(), num_qo_heads);
+    check_sinks(at(i).const_data_ptr<float>(), num_qo_heads, name.c_str());
     return at(i).const_data_ptr<float>();
   }
 
@@ -117,7 +117,7 @@ class Tensors {
 
 inline Layer layer_of(const Tensors& t, const Sizes& s, cpu::Gate gate, double sm_scale, double soft_cap,
                       int64_t window) {
-  const bool has_head_norms = t.has(kQNorm);
+  const bool has_head_norms = t.has(kQNorm) || t.has(kKNorm);
   return {
       t.vector(kInputNorm, s.hidden_size),
       t.linear(kQkv, kQkvBias, s.hidden_size, s.num_heads() * s.head_dim),

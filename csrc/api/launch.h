@@ -23,7 +23,7 @@ void launch(cpu::TreeAttentionParams p, const int32_t* count, int64_t num_q);
 // Raises for what a name or values may not be.
 cpu::Gate gate_of(const std::string& name);
 void check_slots(const int64_t* slots, int64_t num_tokens, int64_t num_slots);
-void check_sinks(const float* sinks, int64_t num_qo_heads);
+void check_sinks(const float* sinks, int64_t num_qo_heads, const char* name);
 // Everything that tree_attention will use as an address.
 void check_plan(const cpu::TreeAttentionParams& p, int64_t num_q, int64_t num_pages, int64_t max_pages,
                 int64_t max_chunks, const int32_t* count);

@@ -46,6 +46,11 @@ struct Cell {  // one row block of one chunk; its kv heads all cost the same
   double per_head;  // cycles, roughly
 };
 
+struct Segment {  // of one row, as far as the chunks before go
+  int64_t seen;   // the token they end at
+  int64_t chunks;
+};
+
 struct Position {
   size_t cell;
   int64_t head, row;
@@ -173,6 +178,20 @@ void check_plan(const cpu::TreeAttentionParams& p, int64_t num_q, int64_t num_pa
                   " tokens, got ", path_tokens);
   STD_TORCH_CHECK(p.page_size == count[4], "[ValueError] plan: was made for pages of ", count[4], " tokens, got ",
                   p.page_size);
+  std::vector<Segment> segments;
+  std::vector<size_t> first_segment;  // of each row
+  for (int64_t b = 0; b < p.num_rows; ++b) {
+    first_segment.push_back(segments.size());
+    const int64_t q_len = p.q_indptr[b + 1] - p.q_indptr[b], seq_len = p.seq_lens[b];
+    if (q_len == 0) continue;
+    STD_TORCH_CHECK(seq_len >= 0 && seq_len <= max_pages * p.page_size, "[ValueError] seq_lens: expected 0 to ",
+                    max_pages * p.page_size, ", got ", seq_len);
+    const int64_t parts = (seq_len + cpu::kSegment - 1) / cpu::kSegment;
+    STD_TORCH_CHECK(p.part_indptr[b + 1] - p.part_indptr[b] == q_len * parts, "[ValueError] plan: expected ", parts,
+                    " parts per query token of row ", b, ", got ", p.part_indptr[b + 1] - p.part_indptr[b], " for ",
+                    q_len);
+    for (int64_t i = 0; i < parts; ++i) segments.push_back({i * cpu::kSegment, 0});
+  }
   for (int64_t c = 0; c < num_chunks; ++c) {
     const int32_t* chunk = p.chunks + 6 * c;
     const bool ok = 0 <= chunk[0] && chunk[0] < chunk[1] && chunk[1] <= p.num_rows && 0 <= chunk[2] &&
@@ -188,6 +207,10 @@ void check_plan(const cpu::TreeAttentionParams& p, int64_t num_q, int64_t num_pa
       if (p.q_indptr[b] == p.q_indptr[b + 1]) continue;
       STD_TORCH_CHECK(chunk[4] < cpu::num_parts(p, b), "[ValueError] plan: chunk ", c, " is in segment ", chunk[4],
                       " of row ", b, ", which has ", cpu::num_parts(p, b));
+      Segment& segment = segments[first_segment[static_cast<size_t>(b)] + static_cast<size_t>(chunk[4])];
+      STD_TORCH_CHECK(chunk[2] == segment.seen && chunk[2] < p.seq_lens[b] && chunk[5] == segment.chunks,
+                      "[ValueError] plan: chunk ", c, " does not go on where the one before of row ", b, " ends");
+      segment = {chunk[3], segment.chunks + 1};
       const int64_t last_page = (std::min(chunk[3], p.seq_lens[b]) - 1) / p.page_size;
       for (const int64_t page : {first_page, last_page}) {
         const int32_t* column = p.page_table + page;
@@ -203,11 +226,19 @@ void check_plan(const cpu::TreeAttentionParams& p, int64_t num_q, int64_t num_pa
                       num_pages, ", got ", pages[i], " at [", chunk[0], ", ", i, "]");
     }
   }
+  for (int64_t b = 0; b < p.num_rows; ++b) {
+    const int64_t parts = cpu::num_parts(p, b), seq_len = p.seq_lens[b];
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t seen = segments[first_segment[static_cast<size_t>(b)] + static_cast<size_t>(i)].seen;
+      STD_TORCH_CHECK(seen >= std::min(seq_len, (i + 1) * cpu::kSegment), "[ValueError] plan: its chunks end at token ",
+                      seen, " of row ", b, ", which has ", seq_len);
+    }
+  }
 }
 
-void check_sinks(const float* sinks, int64_t num_qo_heads) {
+void check_sinks(const float* sinks, int64_t num_qo_heads, const char* name) {
   for (int64_t h = 0; h < num_qo_heads; ++h) {
-    check_value(sinks[h] < std::numeric_limits<float>::infinity(), "sinks", "numbers below +inf", sinks[h]);
+    check_value(sinks[h] < std::numeric_limits<float>::infinity(), name, "numbers below +inf", sinks[h]);
   }
 }
 
@@ -247,7 +278,7 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
                        window_left, logits_soft_cap, sinks);
   const int64_t num_q = q.size(0), num_qo_heads = q.size(1), head_dim = q.size(2), num_kv_heads = k_pages.size(2);
   const int64_t num_rows = page_table.size(0);
-  if (sinks) check_sinks(sinks->const_data_ptr<float>(), num_qo_heads);
+  if (sinks) check_sinks(sinks->const_data_ptr<float>(), num_qo_heads, "sinks");
   const int32_t* count = counts.const_data_ptr<int32_t>();
   cpu::TreeAttentionParams p{
       .q = q.const_data_ptr(),

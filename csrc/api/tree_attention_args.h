@@ -36,11 +36,18 @@ inline void check_plan_tensors(const Tensor& page_table, const Tensor& seq_lens,
   check_index(counts, "plan.counts", "[6]", {6});
 }
 
-inline void check_attention_numbers(double sm_scale, int64_t window_left, double logits_soft_cap) {
-  check_value(is_positive_float(sm_scale), "sm_scale", "a positive number of the range of fp32", sm_scale);
-  check_value(logits_soft_cap == 0 || is_positive_float(logits_soft_cap), "logits_soft_cap",
-              "0 (off) or a positive number of the range of fp32", logits_soft_cap);
-  check_value(window_left >= -1, "window_left", "-1 (no limit) or more", window_left);
+struct AttentionNames {
+  const char* sm_scale = "sm_scale";
+  const char* window_left = "window_left";
+  const char* soft_cap = "logits_soft_cap";
+};
+
+inline void check_attention_numbers(double sm_scale, int64_t window_left, double soft_cap,
+                                    const AttentionNames& names = {}) {
+  check_value(is_positive_float(sm_scale), names.sm_scale, "a positive number of the range of fp32", sm_scale);
+  check_value(soft_cap == 0 || is_positive_float(soft_cap), names.soft_cap,
+              "0 (off) or a positive number of the range of fp32", soft_cap);
+  check_value(window_left >= -1, names.window_left, "-1 (no limit) or more", window_left);
 }
 
 // All but the values in tensors.

@@ -161,13 +161,14 @@ class Layer:
         **kwargs: Any,
     ) -> Tensor:
         x = hidden_states.view(-1, hidden_states.shape[-1])
-        q, k, v = self.qkv(self.input_norm(x)).view(x.shape[0], -1, self.head_dim).split(self.heads, dim=1)
+        fused = self.qkv(self.input_norm(x)).view(x.shape[0], sum(self.heads), self.head_dim)
+        q, k, v = fused.split(self.heads, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = position_embeddings
         torch.ops.treedecode.rotary_embed.default(q, k, cos[0], sin[0])
         mixed = treedecode_context.attend(self.index, q, k, v, **self.describe)
-        x = self.o_proj(mixed.view(x.shape[0], -1), x)
+        x = self.o_proj(mixed.flatten(1), x)
         return self.down(self.gate_up(self.output_norm(x)), x).view(hidden_states.shape)
 
 

@@ -3,6 +3,7 @@
 One forward takes the query tokens of all branches, packed as a batch of one `[1, num_tokens]`. The model's own code
 does everything but attention, which arrives here through `transformers.AttentionInterface`: new keys and values go to
 their cache slots, and `ops.tree_attention` reads every shared page once. Between two forwards the model is as it was.
+On the CPU all layers of a common decoder are one op instead (`whole_decoder`), with the same bits.
 
 Adapters of one model take turns, so several threads may decode on it. The model's own forward must not run meanwhile.
 """

@@ -65,7 +65,7 @@ class WholeDecoder:
         x = self._embed(input_ids)
         cos, sin = self._rotary(x[None], position_ids=position_ids[None])
         return partial(
-            ops.decoder_forward, x, cos[0], sin[0], context.kv, context.slots, context.page_table, context.seq_lens,
+            _in_inference_mode, x, cos[0], sin[0], context.kv, context.slots, context.page_table, context.seq_lens,
             context.plan, logit_rows, self._weights,
         )  # fmt: skip
 
@@ -98,6 +98,12 @@ class WholeDecoder:
                 raise Unfit(f"the op refuses it: {error}") from None
         if not all(map(torch.equal, *outcomes)):
             raise Unfit("its result differs")
+
+
+def _in_inference_mode(*args: Any) -> tuple[Tensor, Tensor]:
+    """As layer by layer; the mode is one of the thread that runs this, and pages may be inference tensors."""
+    with torch.inference_mode():
+        return ops.decoder_forward(*args)
 
 
 def _only(what: str, values: list[Any]) -> Any:

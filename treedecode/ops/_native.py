@@ -4,6 +4,7 @@ import functools
 import re
 import warnings
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ def call(op: torch._ops.OpOverload, *args: Any) -> Any:
     """
     if torch.is_grad_enabled():
         for value in args:
-            if isinstance(value, Tensor) and value.requires_grad:
+            if value.requires_grad if isinstance(value, Tensor) else _requires_grad(value):
                 raise RuntimeError(_needs_grad(op, args))
     try:
         return op(*args)
@@ -53,9 +54,15 @@ def call(op: torch._ops.OpOverload, *args: Any) -> Any:
         raise _EXCEPTIONS[found[1]](found[2]) from None
 
 
+def _requires_grad(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    return type(value) in (list, tuple) and any(map(_requires_grad, value))
+
+
 def _needs_grad(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> str:
     named = zip(op._schema.arguments, args, strict=False)
-    names = [argument.name for argument, value in named if isinstance(value, Tensor) and value.requires_grad]
+    names = [argument.name for argument, value in named if _requires_grad(value)]
     return (
         f"treedecode ops are for inference: {', '.join(names)} of {op._schema.name.removeprefix('treedecode::')} "
         "requires grad; use torch.inference_mode() or torch.no_grad(), or detach"
@@ -78,7 +85,8 @@ def register_fake(*names: str) -> Callable[[Callable[..., Any]], Callable[..., A
 
 
 def _on_one_device(name: str, kernel: Callable[..., Any], *args: Any) -> Any:
-    devices = {str(value.device) for value in args if isinstance(value, Tensor)}
+    flat = chain.from_iterable(value if isinstance(value, list | tuple) else [value] for value in args)
+    devices = {str(value.device) for value in flat if isinstance(value, Tensor)}
     if len(devices) > 1:
         raise ValueError(f"{name}: expected tensors on one device, got {' and '.join(sorted(devices))}")
     return kernel(*args)

@@ -40,7 +40,7 @@ def decoder_forward(
          down_bias, sinks) = w.tensors[layer * _LAYER_TENSORS : (layer + 1) * _LAYER_TENSORS]  # fmt: skip
         heads = [w.num_qo_heads, num_kv_heads, num_kv_heads]
         mixed = linear(norm(x, input_norm), qkv, qkv_bias, sum(heads) * head_dim)
-        q, k, v = (part.clone() for part in mixed.view(num_tokens, -1, head_dim).split(heads, dim=1))
+        q, k, v = (part.clone() for part in mixed.view(num_tokens, sum(heads), head_dim).split(heads, dim=1))
         if q_norm.numel():
             q, k = norm(q, q_norm), norm(k, k_norm)
         rotary_embed(q, k, cos, sin)
@@ -50,7 +50,7 @@ def decoder_forward(
             q, k_pages, v_pages, page_table, seq_lens, plan, sm_scale=w.sm_scales[layer],
             window_left=w.windows[layer], logits_soft_cap=w.soft_caps[layer], sinks=sinks if sinks.numel() else None,
         )  # fmt: skip
-        x = linear(out.to(x.dtype).view(num_tokens, -1), o_proj, o_proj_bias, hidden_size, residual=x)
+        x = linear(out.to(x.dtype).flatten(1), o_proj, o_proj_bias, hidden_size, residual=x)
         act = linear(norm(x, output_norm), gate_up, gate_up_bias, w.intermediate_size, gate=w.gate)
         x = linear(act, down, down_bias, hidden_size, residual=x)
     final_norm, lm_head, lm_head_bias = w.tensors[-3:]
