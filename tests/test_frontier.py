@@ -10,6 +10,7 @@ import pytest
 from fakes import EOS
 
 import treedecode as td
+from treedecode.branches import child_seeds
 
 GOLDEN = Path(__file__).parent / "golden" / "frontier_search.json"
 WARM = td.Sampling(seed=4, temperature=1.0)
@@ -380,3 +381,12 @@ def test_logits_and_reorder_are_beam_searchs_step(make_decoder):
         return dec.model.forwards[before:]
 
     assert max(map(len, asyncio.run(both()))) == 4
+
+
+def test_a_child_alone_has_the_seed_it_has_among_others():
+    """One seed is computed without arrays."""
+    rng = np.random.default_rng(0)
+    words = rng.integers(-(2**63), 2**63, (3, 50))
+    alone = [child_seeds(*(word[i : i + 1] for word in words))[0] for i in range(50)]
+    assert alone == child_seeds(*words).tolist()
+    assert len(set(alone)) == 50

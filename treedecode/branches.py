@@ -7,6 +7,7 @@ import numpy as np
 from treedecode.sampling import Sampling
 
 Ints = np.ndarray
+_WORD = (1 << 64) - 1
 
 
 class Finish(IntEnum):
@@ -35,14 +36,30 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def _mix_one(x: int) -> int:
+    """`_mix` of one word."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _WORD
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _WORD
+    return x ^ (x >> 31)
+
+
 def child_seeds(seed: Ints, step: Ints, ordinal: Ints) -> Ints:
     """Seeds of children: a hash of (parent's seed, step, ordinal), so that siblings differ; int64, broadcast."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     words = [np.atleast_1d(np.asarray(part)).astype(np.int64).view(np.uint64) for part in (seed, step, ordinal)]
+    if all(len(word) == 1 for word in words):  # one child at a time is common, and arrays of one take 20 times as long
+        return np.array([_child_seed(*(int(word[0]) for word in words))], np.uint64).view(np.int64)
     state = words[0]
     for word in words[1:]:
         state = _mix(_mix(state + golden) ^ _mix(word + golden + golden))
     return state.view(np.int64)
+
+
+def _child_seed(seed: int, step: int, ordinal: int) -> int:
+    golden, state = 0x9E3779B97F4A7C15, seed
+    for word in (step, ordinal):
+        state = _mix_one(_mix_one(state + golden & _WORD) ^ _mix_one(word + 2 * golden & _WORD))
+    return state
 
 
 class BranchTable:
