@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_models import make_model, plain, search
+from test_models import MODELS, make_model, plain, search
 from torch import nn
 
 from treedecode.models.transformers import TransformersModel
@@ -54,6 +54,14 @@ def test_layers_that_rotate_in_another_way_are_kept(dtype, initializer_range):
     assert "1 x SmolLM3DecoderLayer: kept (its result differs)" in report
     report = TransformersModel(make_model("ernie4_5", dtype, initializer_range=initializer_range)).optimizations
     assert any(line.startswith("3 x Ernie4_5DecoderLayer: kept (") for line in report)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_layers_that_scale_queries_from_a_position_on_are_kept(dtype):
+    """Be it the last position of all from which they do."""
+    rope = MODELS["ministral3"]["rope_parameters"] | {"original_max_position_embeddings": 127}
+    report = TransformersModel(make_model("ministral3", dtype, rope_parameters=rope)).optimizations
+    assert "3 x Ministral3DecoderLayer: kept (its result differs)" in report
 
 
 def test_optimize_false_replaces_nothing():

@@ -24,6 +24,14 @@ class Unfit(Exception):
     """Why a module keeps its own forward."""
 
 
+def trial_positions(count: int, max_position: int, device: Any = None) -> Tensor:
+    """Positions `[count]` of the tokens that forwards are compared on: from 0 to the last one, `max_position - 1`.
+
+    Some models scale queries from a position on, so a comparison at small ones alone would miss it.
+    """
+    return torch.arange(count, device=device) * (max_position - 1) // (count - 1)
+
+
 class Packed:
     """Linear layers of one input as one packed product; `up` makes it a gated pair."""
 

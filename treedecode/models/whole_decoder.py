@@ -13,7 +13,16 @@ from torch import Tensor
 
 from treedecode import ops
 from treedecode.models.context import StepContext
-from treedecode.models.fused import FastForward, Layer, Norm, Packed, Projection, Unfit, require_untouched
+from treedecode.models.fused import (
+    FastForward,
+    Layer,
+    Norm,
+    Packed,
+    Projection,
+    Unfit,
+    require_untouched,
+    trial_positions,
+)
 
 Run = Callable[[], tuple[Tensor, Tensor]]
 
@@ -80,7 +89,7 @@ class WholeDecoder:
         """
         count, page_size = 5, 8
         ids = torch.arange(1, count + 1) % like.vocab_size
-        positions = torch.arange(count) * 3 % like.max_position
+        positions = trial_positions(count, like.max_position)
         rows = torch.tensor([count - 1, 1])
         outcomes = []
         for run in (forward, lambda *args: self.start(*args)()):
