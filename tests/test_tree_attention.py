@@ -359,3 +359,17 @@ def test_plans_that_leave_keys_out(field, change, message):
     pages = torch.zeros(9, 16, 2, 32)
     with pytest.raises(ValueError, match=message):
         ops.tree_attention(torch.zeros(2, 4, 32), pages, pages, page_table, seq_lens, plan)
+
+
+def test_the_last_round_may_have_any_number():
+    """A chunk of rows without queries is not computed, whatever its round."""
+    page_table, seq_lens = torch.cat([TWO_ROWS[0], int32(5, 6, 7)[None]]), torch.cat([TWO_ROWS[1], int32(48)])
+    plan = ops.plan_tree(page_table, seq_lens, int32(1, 1, 0), **SIZES)
+    assert plan.counts[:2].tolist() == [3, 2]
+    assert len(plan.chunks) > 3
+    generator = torch.Generator().manual_seed(0)
+    q, pages = torch.randn(2, 4, 32, generator=generator), torch.randn(9, 16, 2, 32, generator=generator)
+    want = ops.tree_attention(q, pages, pages, page_table, seq_lens, plan)
+    plan.chunks[3] = int32(2, 3, 0, 48, 0, 2**31 - 1)
+    plan.counts[0] = 4
+    assert all(map(torch.equal, ops.tree_attention(q, pages, pages, page_table, seq_lens, plan), want))
