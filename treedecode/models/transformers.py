@@ -316,6 +316,8 @@ class TransformersModel:
     def start(self, input_ids: Tensor, position_ids: Tensor, context: StepContext, logit_rows: Tensor) -> Run | None:
         """The forward as a function that computes `(logits, hidden)` without the model, and so may run on any thread.
 
+        It computes with the weights as they are now.
+
         None: this model, or this context, goes layer by layer; call `forward`.
         """
         with exclusive(self._configs):
