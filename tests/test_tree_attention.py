@@ -132,6 +132,13 @@ def test_equal_rows_and_rows_that_end_in_a_shared_page(isa, dtype):
     assert_within_budget(case, case.run())
 
 
+@pytest.mark.parametrize("lens", [[1056, 1010, 1056, 1024, 1025], [1009, 1056], [1010, 1056, 1024]])
+def test_rows_that_end_in_a_page_that_two_segments_share(isa, lens):
+    pages = list(range(22))
+    case = make_case(as_tables([pages] * len(lens), 48, [n - 21 * 48 for n in lens]), page_size=48)
+    assert_within_budget(case, case.run())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_scores(isa, dtype):
     case = make_case(two_trees_and_loners(16), dtype=dtype, spread=40.0)
