@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_models import make_model, plain, search
+from test_models import MODELS, make_model, plain, search
 from torch import nn
 
 from treedecode.models.transformers import TransformersModel
@@ -54,6 +54,55 @@ def test_layers_that_rotate_in_another_way_are_kept(dtype, initializer_range):
     assert "1 x SmolLM3DecoderLayer: kept (its result differs)" in report
     report = TransformersModel(make_model("ernie4_5", dtype, initializer_range=initializer_range)).optimizations
     assert any(line.startswith("3 x Ernie4_5DecoderLayer: kept (") for line in report)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_layers_that_scale_queries_from_a_position_on_are_kept(dtype):
+    """Be it the last position of all from which they do."""
+    rope = MODELS["ministral3"]["rope_parameters"] | {"original_max_position_embeddings": 127}
+    report = TransformersModel(make_model("ministral3", dtype, rope_parameters=rope)).optimizations
+    assert "3 x Ministral3DecoderLayer: kept (its result differs)" in report
+
+
+@pytest.mark.parametrize(("dtype", "other"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_a_norm_of_another_dtype_keeps_its_forward(dtype, other):
+    model = make_model("llama", dtype)
+    model.model.norm.to(other)
+    model.lm_head.float()  # what the norm returns is fp32
+    adapter = TransformersModel(model)
+    assert f"1 x LlamaRMSNorm: kept (weights are {other} in a model of {dtype})" in adapter.optimizations
+    tokens, logits = list(search(adapter))[-1]
+    want = plain(model, tokens)[-len(logits) :]
+    assert logits.dtype == want.dtype == torch.float32
+    assert (logits - want).abs().max() < (1e-3 if dtype == torch.float32 else 0.1 * want.abs().max())
+
+
+class Halved(torch.Tensor):
+    """As quantised weights are: a class of its own, with few of torch's operators; it stands for half of `inner`."""
+
+    @staticmethod
+    def make(inner):
+        new = torch.Tensor._make_wrapper_subclass(Halved, inner.shape, dtype=inner.dtype, device=inner.device)
+        new.inner = inner
+        return new
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return Halved.make(args[0].inner)
+        if func is torch.ops.aten.linear.default:
+            return func(*(x.inner / 2 if isinstance(x, Halved) else x for x in args))
+        raise NotImplementedError(str(func))
+
+
+@pytest.mark.parametrize("path", ["lm_head", "model.layers.1.mlp.up_proj"])
+def test_weights_of_a_class_of_their_own_keep_their_forward(path):
+    model = make_model("qwen3")
+    linear = model.get_submodule(path)
+    linear.weight = nn.Parameter(Halved.make(linear.weight.data), requires_grad=False)
+    adapter = TransformersModel(model)
+    assert any("kept (weights are a Halved)" in line for line in adapter.optimizations)
+    assert last_error(adapter, model) < 1e-3
 
 
 def test_optimize_false_replaces_nothing():

@@ -38,6 +38,15 @@ MODELS = {
     },
     "gpt_oss": {"sliding_window": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "ministral3": {  # scales queries from position 8 on
+        "sliding_window": None,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "llama_4_scaling_beta": 0.5,
+            "original_max_position_embeddings": 8,
+        },
+    },
     "ernie4_5": {},  # rotates neighbouring dimensions
 }
 PAGE_SIZE = 4

@@ -132,6 +132,13 @@ def test_equal_rows_and_rows_that_end_in_a_shared_page(isa, dtype):
     assert_within_budget(case, case.run())
 
 
+@pytest.mark.parametrize("lens", [[1056, 1010, 1056, 1024, 1025], [1009, 1056], [1010, 1056, 1024]])
+def test_rows_that_end_in_a_page_that_two_segments_share(isa, lens):
+    pages = list(range(22))
+    case = make_case(as_tables([pages] * len(lens), 48, [n - 21 * 48 for n in lens]), page_size=48)
+    assert_within_budget(case, case.run())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_scores(isa, dtype):
     case = make_case(two_trees_and_loners(16), dtype=dtype, spread=40.0)
@@ -359,3 +366,17 @@ def test_plans_that_leave_keys_out(field, change, message):
     pages = torch.zeros(9, 16, 2, 32)
     with pytest.raises(ValueError, match=message):
         ops.tree_attention(torch.zeros(2, 4, 32), pages, pages, page_table, seq_lens, plan)
+
+
+def test_the_last_round_may_have_any_number():
+    """A chunk of rows without queries is not computed, whatever its round."""
+    page_table, seq_lens = torch.cat([TWO_ROWS[0], int32(5, 6, 7)[None]]), torch.cat([TWO_ROWS[1], int32(48)])
+    plan = ops.plan_tree(page_table, seq_lens, int32(1, 1, 0), **SIZES)
+    assert plan.counts[:2].tolist() == [3, 2]
+    assert len(plan.chunks) > 3
+    generator = torch.Generator().manual_seed(0)
+    q, pages = torch.randn(2, 4, 32, generator=generator), torch.randn(9, 16, 2, 32, generator=generator)
+    want = ops.tree_attention(q, pages, pages, page_table, seq_lens, plan)
+    plan.chunks[3] = int32(2, 3, 0, 48, 0, 2**31 - 1)
+    plan.counts[0] = 4
+    assert all(map(torch.equal, ops.tree_attention(q, pages, pages, page_table, seq_lens, plan), want))

@@ -100,6 +100,19 @@ def test_what_start_returns_runs_on_any_thread_without_the_model():
         assert torch.equal(a, b)
 
 
+def test_what_start_returns_computes_with_the_weights_of_then():
+    model = make_model("qwen3")
+    adapter = TransformersModel(model)
+    args, _ = first_tokens(adapter)
+    want = adapter.forward(*args)
+    run = adapter.start(*args)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(-1.5)
+    assert torch.equal(run()[0], want)
+    assert not torch.equal(adapter.forward(*args), want)
+
+
 def test_start_is_none_where_forward_goes_layer_by_layer():
     adapter = TransformersModel(make_model("llama"))
     assert adapter.start(*first_tokens(adapter, by_layer=True)[0]) is None

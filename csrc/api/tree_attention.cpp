@@ -247,8 +247,8 @@ void launch(cpu::TreeAttentionParams p, const int32_t* count, int64_t num_q) {
   const int64_t element_size = p.dtype == DType::F32 ? 4 : 2;
   bool merge = false;
   for (int64_t b = 0; b < p.num_rows; ++b) merge |= p.q_indptr[b] < p.q_indptr[b + 1] && cpu::num_parts(p, b) != 1;
-  const int64_t num_rounds = num_chunks ? p.chunks[6 * num_chunks - 1] + 1 : 0;
-  if (merge || num_rounds > 1) {
+  const bool goes_on = num_chunks && p.chunks[6 * num_chunks - 1] > 0;  // chunks of a later round
+  if (merge || goes_on) {
     thread_local Workspace parts;
     p.parts = static_cast<float*>(parts.get(num_parts * p.num_qo_heads * cpu::part_stride(p.head_dim) * 4));
   }

@@ -113,9 +113,14 @@ class Planner {
       for (int64_t next; begin < end; begin = next) {
         next = std::min(end, (begin / kSegment + 1) * kSegment);
         v.round = begin % kSegment ? v.round + 1 : 0;
-        chunks_.push_back({v.round, (next - begin) * (kReadRows + queries), v.row_begin, v.row_end,
-                           static_cast<int32_t>(begin), static_cast<int32_t>(next),
-                           static_cast<int32_t>(begin / kSegment)});
+        // Rows that end in a page which a segment ends in too are not part of the next segment.
+        for (int32_t row = v.row_begin, last; row < v.row_end; row = last) {
+          last = row + 1;
+          if (p_.seq_lens[row] <= begin) continue;
+          while (last < v.row_end && p_.seq_lens[last] > begin) ++last;
+          chunks_.push_back({v.round, (next - begin) * (kReadRows + queries), row, last, static_cast<int32_t>(begin),
+                             static_cast<int32_t>(next), static_cast<int32_t>(begin / kSegment)});
+        }
       }
     }
     std::stable_sort(chunks_.begin(), chunks_.end(), [](const Chunk& a, const Chunk& b) {

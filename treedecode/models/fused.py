@@ -24,6 +24,14 @@ class Unfit(Exception):
     """Why a module keeps its own forward."""
 
 
+def trial_positions(count: int, max_position: int, device: Any = None) -> Tensor:
+    """Positions `[count]` of the tokens that forwards are compared on: from 0 to the last one, `max_position - 1`.
+
+    Some models scale queries from a position on, so a comparison at small ones alone would miss it.
+    """
+    return torch.arange(count, device=device) * (max_position - 1) // (count - 1)
+
+
 class Packed:
     """Linear layers of one input as one packed product; `up` makes it a gated pair."""
 
@@ -53,10 +61,16 @@ class Packed:
 def _require_plain_linear(linear: Any) -> None:
     if type(linear) is not nn.Linear:
         raise Unfit(f"{type(linear).__name__} is not nn.Linear")
-    if linear.weight.dtype not in _DTYPES or linear.weight.device.type != "cpu":
-        raise Unfit(f"weights are {linear.weight.dtype} on {linear.weight.device}")
+    _require_plain_weight(linear.weight)
     if linear.in_features % 2:
         raise Unfit("in_features is odd")
+
+
+def _require_plain_weight(weight: Tensor) -> None:
+    if type(weight) not in (nn.Parameter, Tensor):  # quantised, say, or sharded
+        raise Unfit(f"weights are a {type(weight).__name__}")
+    if weight.dtype not in _DTYPES or weight.device.type != "cpu":
+        raise Unfit(f"weights are {weight.dtype} on {weight.device}")
 
 
 def _bias_of(linear: Any) -> Tensor:
@@ -76,12 +90,14 @@ class Projection:
 class Norm:
     """An RMS norm as one op; which of the two roundings it has is found by trying."""
 
-    def __init__(self, norm: Any) -> None:
+    def __init__(self, norm: Any, dtype: torch.dtype | None = None) -> None:
+        """`dtype`: of its input; None = that of its weight."""
         weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
         if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float):
             raise Unfit("no one-dimensional weight and epsilon")
-        if weight.dtype not in _DTYPES or weight.device.type != "cpu":
-            raise Unfit(f"weights are {weight.dtype} on {weight.device}")
+        _require_plain_weight(weight)
+        if dtype not in (None, weight.dtype):
+            raise Unfit(f"weights are {weight.dtype} in a model of {dtype}")
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(3, weight.shape[0], generator=generator).to(weight.dtype)
         want = norm(x)
@@ -187,6 +203,7 @@ class FastForward:
                 `layer_forward` takes as `describe`.
         """
         self._replaced: dict[nn.Module, Callable[..., Any]] = {}
+        self._dtype: torch.dtype = model.dtype
         outcomes: Counter[str] = Counter()
         if model.device.type != "cpu":
             self.report = [f"kept: the model is on {model.device}, and the faster forward is for the CPU"]
@@ -209,7 +226,7 @@ class FastForward:
         elif isinstance(module, nn.Linear):
             found = "packed weights", lambda: Projection(module)
         elif type(module).__name__.endswith("RMSNorm"):
-            found = "one op", lambda: Norm(module)
+            found = "one op", lambda: Norm(module, self._dtype)
         if found is not None:
             try:
                 require_untouched(module)

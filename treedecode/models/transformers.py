@@ -21,7 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from treedecode.models import prefill
 from treedecode.models.context import StepContext
 from treedecode.models.costs import product_flops
-from treedecode.models.fused import FastForward, Unfit
+from treedecode.models.fused import FastForward, Unfit, trial_positions
 from treedecode.models.watch import Watch
 from treedecode.models.whole_decoder import Run, WholeDecoder
 
@@ -212,7 +212,7 @@ class TransformersModel:
     def _observe(self) -> _Observer:
         observer, count = _Observer(), 5
         ids = torch.arange(1, count + 1, device=self.device) % self._config.vocab_size
-        positions = torch.arange(count, device=self.device) * 3 % self.max_position
+        positions = trial_positions(count, self.max_position, self.device)
         logits, hidden = self._run_hidden(ids, positions, observer, ids[:1])
         self.vocab_size: int = logits.shape[-1]
         self.hidden_size: int = hidden.shape[-1]
@@ -315,6 +315,8 @@ class TransformersModel:
 
     def start(self, input_ids: Tensor, position_ids: Tensor, context: StepContext, logit_rows: Tensor) -> Run | None:
         """The forward as a function that computes `(logits, hidden)` without the model, and so may run on any thread.
+
+        It computes with the weights as they are now.
 
         None: this model, or this context, goes layer by layer; call `forward`.
         """

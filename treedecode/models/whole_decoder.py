@@ -13,7 +13,16 @@ from torch import Tensor
 
 from treedecode import ops
 from treedecode.models.context import StepContext
-from treedecode.models.fused import FastForward, Layer, Norm, Packed, Projection, Unfit, require_untouched
+from treedecode.models.fused import (
+    FastForward,
+    Layer,
+    Norm,
+    Packed,
+    Projection,
+    Unfit,
+    require_untouched,
+    trial_positions,
+)
 
 Run = Callable[[], tuple[Tensor, Tensor]]
 
@@ -22,7 +31,7 @@ class WholeDecoder:
     """The forward of a model whose layers all have a faster one."""
 
     def __init__(self, model: Any, fast: FastForward) -> None:
-        """Collects the weights.
+        """Collects copies of the weights, so that a forward under way does not see half of a change.
 
         Raises:
             Unfit: something of the model is not what the op computes.
@@ -45,7 +54,7 @@ class WholeDecoder:
         self._weights = ops.DecoderWeights(
             tensors=[
                 *(tensor for layer in layers for tensor in _tensors_of(layer)),
-                last_norm.weight.detach(),
+                last_norm.weight.detach().clone(),
                 *_pair(head.packed),
             ],
             sm_scales=[_scale_of(layer) for layer in layers],
@@ -80,7 +89,7 @@ class WholeDecoder:
         """
         count, page_size = 5, 8
         ids = torch.arange(1, count + 1) % like.vocab_size
-        positions = torch.arange(count) * 3 % like.max_position
+        positions = trial_positions(count, like.max_position)
         rows = torch.tensor([count - 1, 1])
         outcomes = []
         for run in (forward, lambda *args: self.start(*args)()):
@@ -125,16 +134,16 @@ def _pair(linear: Packed) -> tuple[Tensor, Tensor]:
 def _tensors_of(layer: Layer) -> list[Tensor]:
     """In the order of `ops.decoder_forward.LAYER_TENSORS`."""
     none = layer.qkv.weight.new_empty(0)
-    q_norm, k_norm = (none if norm is None else norm.weight.detach() for norm in (layer.q_norm, layer.k_norm))
+    q_norm, k_norm = (none if norm is None else norm.weight.detach().clone() for norm in (layer.q_norm, layer.k_norm))
     sinks = layer.describe["sinks"]
     return [
-        layer.input_norm.weight.detach(),
+        layer.input_norm.weight.detach().clone(),
         *_pair(layer.qkv),
         q_norm,
         k_norm,
         *_pair(layer.o_proj),
-        layer.output_norm.weight.detach(),
+        layer.output_norm.weight.detach().clone(),
         *_pair(layer.gate_up),
         *_pair(layer.down),
-        none if sinks is None else sinks.float(),
+        none if sinks is None else sinks.detach().to(torch.float32, copy=True),
     ]

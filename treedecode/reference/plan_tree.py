@@ -1,4 +1,4 @@
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -81,7 +81,11 @@ def plan_tree(
     if num_workers:
         chunks, num_parts, num_tiles = _flat(roots, num_rows, group, page_size, max(1, num_workers // num_kv_heads))
     else:
-        chunks, num_parts, num_tiles = _chained(roots, group, page_size), [ceil_div(n, 1024) for n in seq_len], 0
+        chunks, num_parts, num_tiles = (
+            _chained(roots, seq_len, group, page_size),
+            [ceil_div(n, 1024) for n in seq_len],
+            0,
+        )
     part_lens = [q * parts for q, parts in zip(q_len, num_parts, strict=True)]
     unique_tokens = sum(chunk[3] - chunk[2] for chunk in chunks)
     path_tokens = sum(n for n, q in zip(seq_len, q_len, strict=True) if q > 0)
@@ -94,7 +98,7 @@ def plan_tree(
     )
 
 
-def _chained(roots: list[Node], group: int, page_size: int) -> list[list[int]]:
+def _chained(roots: list[Node], seq_len: list[int], group: int, page_size: int) -> list[list[int]]:
     """Chunks that end at segment borders and go on from one another."""
     chunks: list[list[int]] = []
     costs: list[int] = []
@@ -104,8 +108,12 @@ def _chained(roots: list[Node], group: int, page_size: int) -> list[list[int]]:
         while begin < end:
             token_end = min(end, begin // 1024 * 1024 + 1024)
             round_before = round_before + 1 if begin % 1024 else 0
-            chunks.append([node.rows[0], node.rows[-1] + 1, begin, token_end, begin // 1024, round_before])
-            costs.append((token_end - begin) * (16 + group * node.queries))
+            rows = range(node.rows[0], node.rows[-1] + 1)
+            for ends, run in groupby(rows, [n <= begin for n in seq_len].__getitem__):
+                if not ends:
+                    members = list(run)
+                    chunks.append([members[0], members[-1] + 1, begin, token_end, begin // 1024, round_before])
+                    costs.append((token_end - begin) * (16 + group * node.queries))
             begin = token_end
         for child in node.children:
             emit(child, round_before)
