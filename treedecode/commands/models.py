@@ -77,7 +77,7 @@ def require_hub(name: str, argument: str) -> None:
     if os.path.exists(name):
         return
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.utils import httpx
+    from huggingface_hub.utils import httpx  # the client's own: newer ones have another package of that kind
 
     for pause in (_PAUSE, None):
         try:

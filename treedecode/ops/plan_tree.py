@@ -32,7 +32,7 @@ class TreePlan:
             `[row_begin, row_end)` hold the same pages for the tokens `[token_begin, token_end)`; a branch may end
             before token_end, and in a flat plan with pages of more than 64 tokens before token_begin.
             Chained: segment, round. A chunk of round r > 0 goes on from one of round r - 1. Sorted by round, the most
-            expensive of a round first.
+            expensive of a round first. Borders are even, as pairs of bf16 keys are added at once.
             Flat: part, tile_begin. part is the number of the partial result on the path, tile_begin the number of
             work tiles (of at most 128 packed rows) of all chunks before. Sorted by cost, roughly.
         counts: `[6]`, num_chunks (rows of `chunks` beyond it are undefined), num_parts, unique_tokens (read once each),
