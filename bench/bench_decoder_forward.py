@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig
 
+from bench.bench_forward import context_of
 from treedecode import ops
 from treedecode.models import StepContext, TransformersModel
 from treedecode.ops.decoder_forward import LAYER_TENSORS
 from treedecode.tasks.countdown import model_path
 
-SHARED, OWN, PAGE_SIZE = 128, 16, 16
+SHARED, OWN = 128, 16
 SMOLLM2 = LlamaConfig(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
     num_key_value_heads=3, tie_word_embeddings=True,
@@ -26,23 +27,6 @@ def adapter(request):
     torch.manual_seed(0)
     config = SMOLLM2 if request.param == "smollm2" else AutoConfig.from_pretrained(model_path())
     return TransformersModel(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval())
-
-
-def context_of(adapter, num_branches):
-    """Pages and plan of branches that share a prompt and have some tokens of their own."""
-    num_shared = SHARED // PAGE_SIZE
-    shape = (adapter.num_layers, 2, num_shared + num_branches, adapter.num_kv_heads, PAGE_SIZE, adapter.head_dim)
-    kv = torch.randn(shape).to(adapter.dtype)
-    shared, own = torch.arange(num_shared).expand(num_branches, -1), num_shared + torch.arange(num_branches)[:, None]
-    table = torch.cat([shared, own], dim=1).int()
-    lens = torch.full((num_branches,), SHARED + OWN, dtype=torch.int32)
-    plan = ops.plan_tree(
-        table, lens, page_size=PAGE_SIZE, num_qo_heads=adapter.num_qo_heads, num_kv_heads=adapter.num_kv_heads,
-        head_dim=adapter.head_dim,
-    )  # fmt: skip
-    slots = table[:, -1].long() * PAGE_SIZE + OWN - 1
-    layers = [(pages[0].transpose(1, 2), pages[1].transpose(1, 2)) for pages in kv]
-    return StepContext(layers.__getitem__, table, lens, plan, slots, kv=kv)
 
 
 def op_by_op(x, cos, sin, kv, slots, table, lens, plan, rows, w):
@@ -69,7 +53,7 @@ def op_by_op(x, cos, sin, kv, slots, table, lens, plan, rows, w):
 
 @pytest.mark.parametrize("num_branches", [1, 16, 64, 300])
 def bench_decoder_forward(compare, adapter, num_branches):
-    context = context_of(adapter, num_branches)
+    context = context_of(adapter, num_branches, SHARED, OWN)
     layer_by_layer = StepContext(context.layer, context.page_table, context.seq_lens, context.plan, context.slots)
     ids = torch.randint(adapter.vocab_size, (num_branches,))
     positions, rows = torch.full((num_branches,), SHARED + OWN - 1), torch.arange(num_branches)

@@ -26,23 +26,22 @@ def adapter(request):
     return TransformersModel(load_pretrained(gguf_path(), dtype=request.param)[0])
 
 
-def context_of(adapter, num_branches):
-    """Pages and plan of branches that share a prompt and have some tokens of their own."""
-    own_pages = OWN // PAGE_SIZE
-    num_pages = SHARED // PAGE_SIZE + num_branches * own_pages
+def context_of(adapter, num_branches, num_shared=SHARED, num_own=OWN):
+    """Pages and plan of branches that share a prompt and have some tokens of their own: whole pages of both."""
+    num_pages = (num_shared + num_branches * num_own) // PAGE_SIZE
     kv = torch.randn(adapter.num_layers, 2, num_pages, adapter.num_kv_heads, PAGE_SIZE, adapter.head_dim)
-    kv = kv.to(adapter.dtype).transpose(3, 4)
-    shared = torch.arange(SHARED // PAGE_SIZE).expand(num_branches, -1)
-    own = torch.arange(SHARED // PAGE_SIZE, num_pages).view(num_branches, -1)
-    table = torch.cat([shared, own], dim=1).int()
-    lens = torch.full((num_branches,), SHARED + OWN, dtype=torch.int32)
+    kv = kv.to(adapter.dtype)
+    shared = torch.arange(num_shared // PAGE_SIZE)
+    own = torch.arange(len(shared), num_pages).view(num_branches, -1)
+    table = torch.cat([shared.expand(num_branches, -1), own], dim=1).int()
+    lens = torch.full((num_branches,), num_shared + num_own, dtype=torch.int32)
     plan = ops.plan_tree(
         table, lens, page_size=PAGE_SIZE, num_qo_heads=adapter.num_qo_heads, num_kv_heads=adapter.num_kv_heads,
         head_dim=adapter.head_dim,
     )  # fmt: skip
     slots = table[:, -1].long() * PAGE_SIZE + PAGE_SIZE - 1
-    layers = kv.transpose(3, 4)
-    return StepContext(lambda index: (kv[index, 0], kv[index, 1]), table, lens, plan, slots, kv=layers)
+    layers = [(pages[0].transpose(1, 2), pages[1].transpose(1, 2)) for pages in kv]
+    return StepContext(layers.__getitem__, table, lens, plan, slots, kv=kv)
 
 
 def linears_of(model, num_rows):

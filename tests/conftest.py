@@ -23,6 +23,15 @@ def isa(request):
     ops.set_cpu_isa(before)
 
 
+@pytest.fixture
+def one_thread():
+    """On tensors as small as the tests' threads only wait for each other; a test of threads sets its own number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def poison_uninitialised_memory():
     """torch.empty returns NaN (or the largest integer), so a kernel that forgets to write is seen."""

@@ -12,13 +12,7 @@ from treedecode.beam import Beams, BeamSearch
 VOCAB = 67
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny products: waking a second thread costs more than they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_model(seed, eos=(), eos_bias=0.0):

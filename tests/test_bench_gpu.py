@@ -17,12 +17,7 @@ SCRIPT = ROOT / "bench" / "gpu" / "run.sh"
 PARTS = {"attention": attention, "select": select, "pages": pages, "decode": decode}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

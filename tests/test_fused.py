@@ -7,13 +7,7 @@ from torch import nn
 
 from treedecode.models.transformers import TransformersModel
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def last_error(adapter, model):

@@ -8,7 +8,6 @@ import weakref
 import pytest
 import tokenizers
 import torch
-from test_beam import one_thread  # noqa: F401 (autouse)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,6 +19,8 @@ from transformers import (
 
 import treedecode
 from treedecode.integrations import transformers as integration
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCAB = 97
 EXTRA = {"llama": {}, "qwen2": {}, "gemma2": {"sliding_window": 5, "final_logit_softcapping": 9.0}}

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from test_beam import one_thread  # noqa: F401 (autouse)
 from test_generate import VOCAB, make_inputs, make_model
 from transformers import DynamicCache, LogitsProcessorList, T5Config, T5ForConditionalGeneration
 from transformers.generation import BaseStreamer, LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 import treedecode
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Halve(LogitsProcessor):

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from test_beam import one_thread  # noqa: F401 (autouse)
 from test_generate import make_model
 from torch import nn
 
 import treedecode
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11] * 4  # long enough to fill a page
 GREEDY = treedecode.Sampling(temperature=0, ignore_eos=True)

@@ -52,13 +52,7 @@ MODELS = {
 PAGE_SIZE = 4
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small only wait for each other on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_model(name, dtype=torch.float32, **overrides):

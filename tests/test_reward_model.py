@@ -5,7 +5,6 @@ import asyncio
 import numpy as np
 import pytest
 import torch
-from test_beam import one_thread  # noqa: F401 (autouse)
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -17,6 +16,8 @@ from transformers import (
 
 from treedecode.tasks import Problem
 from treedecode.verify import RewardModel
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CHARACTERS = ["<pad>", "<s>", "<step>", *"abcdefghijklmnopqrstuvwxyz .,\n0123456789#"]
 PROMPT = "what is 1.\n"

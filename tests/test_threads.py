@@ -5,10 +5,11 @@ import threading
 
 import pytest
 import torch
-from test_beam import one_thread  # noqa: F401 (autouse)
 from test_generate import make_model
 
 import treedecode
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11] * 3
 

@@ -25,13 +25,7 @@ SHAPES = [  # num_qo_heads, num_kv_heads, head_dim, page_size
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On operators this small threads only wait for each other; the test of threads sets its own number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def two_trees_and_loners(page_size):

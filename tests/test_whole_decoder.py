@@ -6,11 +6,13 @@ import threading
 import pytest
 import torch
 from test_fused import last_error
-from test_models import PAGE_SIZE, Pages, make_model, one_thread, plain, search, step  # noqa: F401 (autouse)
+from test_models import PAGE_SIZE, Pages, make_model, plain, search, step
 from torch import nn
 
 from treedecode import ops
 from treedecode.models.transformers import StepContext, TransformersModel
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = ["llama", "qwen2", "qwen3", "mistral"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
