@@ -30,9 +30,11 @@ def torch_dir() -> Path:
 
 
 def needed(tool: str) -> str:
-    path = shutil.which(tool)
+    # The one beside this Python first: with another CMake than last time everything would be built again, and which one
+    # PATH has depends on whether the environment is activated.
+    path = shutil.which(tool, path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
     if path is None:
-        sys.exit(f"{tool} is not on PATH: `pip install cmake ninja pybind11`, or install without --no-build-isolation")
+        sys.exit(f"{tool} is neither beside {sys.executable} nor on PATH: `pip install cmake ninja pybind11`, or install without --no-build-isolation")
     return path
 
 

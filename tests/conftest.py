@@ -1,6 +1,7 @@
 """Shared fixtures: every CPU instruction set this machine runs, and NaN in uninitialised memory."""
 
 import gc
+import importlib.util
 import os
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 
 if not torch.cuda.is_available():  # before Triton is imported: its kernels then run on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    import triton_interpreter  # noqa: F401 - replaces parts of it
 
 from treedecode import env, ops
 

@@ -4,6 +4,7 @@ import functools
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,34 +23,38 @@ def call(op, *args):
 
 
 @functools.cache
-def tool():
-    """cuobjdump, of the toolkit or of Triton; None where there is none."""
-    found = shutil.which("cuobjdump")
+def tool(name):
+    """cuobjdump or nvdisasm, of the toolkit or of Triton; None where there is none."""
+    found = shutil.which(name)
     if found is None:
         try:
             import triton
         except ImportError:
             return None
-        path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
         found = str(path) if path.exists() else None
     return found
 
 
-def _dump(option, path):
-    """cuobjdump's output for a library or cubin, and short names of its kernels, such as `_append_kv_kernel<16>`."""
-    if tool() is None:
-        pytest.skip("no cuobjdump: neither the CUDA toolkit's nor Triton's")
-    text = subprocess.run([tool(), option, str(path)], capture_output=True, text=True, check=True).stdout
+def _run(name, *args, **options):
+    if tool(name) is None:
+        pytest.skip(f"no {name}: neither the CUDA toolkit's nor Triton's")
+    return subprocess.run([tool(name), *map(str, args)], capture_output=True, text=True, check=True, **options).stdout
+
+
+def _short_names(text):
+    """Short names of the kernels that a text has symbols of, such as `_append_kv_kernel<16>`."""
     symbols = sorted(set(re.findall(r"\b_Z\w+", text)))
     out = subprocess.run(["c++filt", "-p"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
     plain = re.sub(r"^void |treedecode::(cuda::)?|\(anonymous namespace\)::", "", out, flags=re.MULTILINE).split("\n")
-    return text, dict(zip(symbols, plain, strict=False))
+    return dict(zip(symbols, plain, strict=False))
 
 
 @functools.cache
 def resources():
     """(kernel, "sm_80") -> registers, bytes of stack (spills, arrays outside of registers), of shared memory."""
-    text, names = _dump("--dump-resource-usage", LIBRARY)
+    text = _run("cuobjdump", "--dump-resource-usage", LIBRARY)
+    names = _short_names(text)
     found, arch = {}, None
     for line in text.splitlines():
         if match := re.match(r"arch = (\w+)", line):
@@ -62,17 +67,24 @@ def resources():
     return found
 
 
-@functools.cache
-def mnemonics(path=LIBRARY):
-    """(kernel, "sm_80") -> the opcodes of its machine code, such as "HMMA.16816.F32.BF16"."""
-    text, names = _dump("-sass", path)
-    found, arch, kernel = {}, None, None
-    for line in text.splitlines():
-        if match := re.match(r"\s*code for (\w+)", line):
-            arch = match[1]
-        elif match := re.match(r"\s*Function : (\w+)", line):
-            kernel = names[match[1]]
-            found[kernel, arch] = set()
-        elif match := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", line):
-            found[kernel, arch].add(match[1])
+def mnemonics(cubin):
+    """(kernel, "sm_80") -> the opcodes of its machine code, such as "HMMA.16816.F32.BF16".
+
+    `cubin` is a file NAME.ARCH.cubin, or a part of the names of those in the library.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(cubin, Path):
+            files = [cubin]
+        else:
+            _run("cuobjdump", "-xelf", cubin, LIBRARY, cwd=folder)
+            files = list(Path(folder).iterdir())
+        found = {}
+        for file in files:
+            text, arch = _run("nvdisasm", "-c", file), file.name.split(".")[-2]
+            names = _short_names(text)
+            for line in text.splitlines():
+                if match := re.match(r"\.text\.(\w+):", line):
+                    opcodes = found[names[match[1]], arch] = set()
+                elif match := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", line):
+                    opcodes.add(match[1])
     return found

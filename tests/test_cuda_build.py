@@ -28,10 +28,13 @@ def test_kernels_keep_within_their_budget():
     assert not over
 
 
+def archs():
+    return {arch for _, arch in cuda_library.resources()}
+
+
 @cuda_library.needs_library
 def test_every_kernel_is_built_for_every_architecture():
-    kernels, archs = ({key[i] for key in cuda_library.resources()} for i in (0, 1))
-    assert cuda_library.resources().keys() == {(kernel, arch) for kernel in kernels for arch in archs}
+    assert cuda_library.resources().keys() == {(kernel, arch) for kernel in BUDGET for arch in archs()}
 
 
 @pytest.mark.slow
@@ -41,7 +44,7 @@ def test_every_name_of_ptx_compiles_to_its_instruction(arch, tmp_path):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc on PATH")
-    cubin = tmp_path / "self_test.cubin"
+    cubin = tmp_path / f"self_test.{arch}.cubin"
     flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Werror=all-warnings", "-cubin", f"-arch={arch}"]
     command = [nvcc, *flags, "-o", str(cubin), str(ROOT / "tests" / "simt" / "self_test.cu")]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -57,11 +60,23 @@ def test_every_name_of_ptx_compiles_to_its_instruction(arch, tmp_path):
 
 
 @cuda_library.needs_library
-@pytest.mark.parametrize("kernel", ["_append_kv_kernel<16>", "_copy_pages_kernel<16>"])
-def test_wide_accesses(kernel):
+@pytest.mark.parametrize("op", ["append_kv", "copy_pages"])
+def test_wide_accesses(op):
     """16 bytes at a time where addresses allow."""
-    for opcodes in (found for (name, _), found in cuda_library.mnemonics().items() if name == kernel):
+    found = [opcodes for (name, _), opcodes in cuda_library.mnemonics(op).items() if name == f"_{op}_kernel<16>"]
+    assert found
+    for opcodes in found:
         assert {"LDG.E.128", "STG.E.128"} <= {opcode.removesuffix(".CONSTANT") for opcode in opcodes}
+
+
+@cuda_library.needs_library
+def test_attention_uses_tensor_cores_and_asynchronous_copies():
+    found = cuda_library.mnemonics("attention_mma")
+    assert len(found) == sum("_tree_attention_mma_kernel" in kernel for kernel in BUDGET) * len(archs())
+    for (kernel, _), opcodes in found.items():
+        assert ("HMMA.16816.F32.BF16" if "bf16" in kernel else "HMMA.16816.F32") in opcodes, kernel
+        assert any(name.startswith("LDGSTS.E.BYPASS") and "128" in name for name in opcodes), kernel
+        assert any(name.startswith("LDSM.16.MT88.4") for name in opcodes), kernel
 
 
 @cuda_library.needs_library

@@ -268,18 +268,6 @@ def test_every_barrier_is_needed(dtype):
         assert simt.is_noticed(functools.partial(goes_wrong, barrier)), barrier
 
 
-@cuda_library.needs_library
-def test_uses_tensor_cores_and_asynchronous_copies():
-    for (kernel, _), opcodes in cuda_library.mnemonics().items():
-        if "_tree_attention_mma_kernel" not in kernel:
-            continue
-        product = "HMMA.16816.F32.BF16" if "bf16" in kernel else "HMMA.16816.F32"
-        names = set(opcodes)
-        assert product in names, kernel
-        assert any(name.startswith("LDGSTS.E.BYPASS") and "128" in name for name in names), kernel
-        assert any(name.startswith("LDSM.16.MT88.4") for name in names), kernel
-
-
 def on_device(case, num_workers):
     """The ops themselves, plan included."""
     tensors = (t.cuda() for t in (*case.args[:5], case.plan.q_indptr.diff().int()))
