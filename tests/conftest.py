@@ -17,6 +17,16 @@ from treedecode import env, ops
 AVAILABLE_ISAS = env.CPU_ISAS[: env.CPU_ISAS.index(ops.cpu_isa()[1]) + 1]
 
 
+def pytest_collection_finish():
+    """What has been imported stays: collecting garbage after a test need not look at it each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
+
+
 @pytest.fixture(params=AVAILABLE_ISAS)
 def isa(request):
     """Runs the test once per instruction set this machine can execute."""
