@@ -50,7 +50,7 @@ usage() {
 
 # limited SECONDS LOG COMMAND ...: the command's output goes to the screen and to a log
 limited() {
-  local seconds=$1 log=$OUT/$2
+  local seconds=$(($1 > 0 ? $1 : 1)) log=$OUT/$2  # 0 would be no limit
   shift 2
   # An interrupt first: pytest then says what it has found.
   timeout --signal=INT --kill-after=15 "$seconds" "$@" 2>&1 | tee "$log"
@@ -62,23 +62,24 @@ limited() {
 }
 
 part_build() {
+  local end=$((SECONDS + LIMIT)) suffix includes
   if limited "$LIMIT" load.log "$PYTHON" -m bench.gpu.library && [ ! -d build/inplace ]; then
     echo "nothing to build: the libraries that are here load"
     return 0
   fi
   # Libraries of ops serve every Python; the module beside them is bound to a version of it, and compiles in seconds.
-  if [ ! -d build/inplace ] && grep -q '^_ops.so loads.*yes' "$OUT/load.log" && grep -q '^_cuda.so loads.*yes' "$OUT/load.log"; then
-    local suffix includes
+  if [ ! -d build/inplace ] && [ "$(grep -cE '^_(ops|cuda)\.so loads .*yes$' "$OUT/load.log")" = 2 ]; then
     suffix=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
     includes=$("$PYTHON" -m pybind11 --includes)
     # shellcheck disable=SC2086  # several options
-    if limited "$LIMIT" build.log "${CXX:-c++}" -O3 -DNDEBUG -std=c++20 -shared -fPIC -fvisibility=hidden $includes \
-      csrc/host/*.cpp -o "treedecode/_host$suffix"; then
+    if limited "$((end - SECONDS))" build.log "${CXX:-c++}" -O3 -DNDEBUG -std=c++20 -shared -fPIC -fvisibility=hidden \
+      $includes csrc/host/*.cpp -o "treedecode/_host$suffix"; then
       "$PYTHON" -m treedecode.collect_env
       return
     fi
   fi
-  limited "$LIMIT" build.log "$PYTHON" setup.py -q build_ext --inplace && "$PYTHON" -m treedecode.collect_env
+  limited "$((end - SECONDS))" build.log "$PYTHON" setup.py -q build_ext --inplace &&
+    "$PYTHON" -m treedecode.collect_env
 }
 
 part_tests() {
