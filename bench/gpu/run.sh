@@ -10,9 +10,10 @@
 #
 # Without an argument all of them, in this order. Each ends within nine minutes, or its own limit, and keeps what it has
 # by then; one that fails does not stop the next, but the exit status says so. A kernel that hangs or breaks the device
-# ends its process, and the rest goes on in a new one. Works offline. What fits ten minutes and tells most:
+# ends its process, and the rest goes on in a new one. Works offline. All that tells most, in ten minutes:
 #
-#   BUDGET=580 SKIP=compiled,FlexAttention bench/gpu/run.sh build:120 tests:240 attention:150 select:60 report
+#   BUDGET=585 SKIP=compiled,FlexAttention bench/gpu/run.sh build:90 tests:170 attention:110 decode:110 select:50 \
+#     pages:40 report
 #
 # Variables:
 #
@@ -89,7 +90,7 @@ part_tests() {
   "$PYTHON" -c "import pytest_timeout" 2>/dev/null && options+=(--timeout=150 --timeout-method=thread)
   : >"$OUT/failures.txt"
   # One thread each: those of many processes would wait for each other.
-  OMP_NUM_THREADS=1 FAILURES=$OUT/failures.txt limited "$LIMIT" tests.log "$PYTHON" -m pytest -v -m gpu -p no:cacheprovider \
+  OMP_NUM_THREADS=1 FAILURES=$OUT/failures.txt limited "$LIMIT" tests.log "$PYTHON" -m pytest -vv -m gpu -p no:cacheprovider \
     -p bench.gpu.pytest_plugin --continue-on-collection-errors --tb=short --durations=20 "${options[@]}" \
     ${TESTS:+-k "$TESTS"} "--junitxml=$OUT/tests.xml" tests/test_gpu_*.py tests/test_cuda_*.py
 }
