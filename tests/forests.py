@@ -35,9 +35,9 @@ def tree_rows(children, pages):
 
 
 @st.composite
-def forests(draw, max_rows=10, max_tokens=3000):
+def forests(draw, max_rows=10, max_tokens=3000, page_sizes=(1, 8, 16, 32, 64)):
     """(page_table, seq_lens, q_lens or None, page_size): forks anywhere, roots, empty rows, equal rows, any order."""
-    page_size = draw(st.sampled_from([1, 8, 16, 32, 64]))
+    page_size = draw(st.sampled_from(page_sizes))
     max_pages = max(1, draw(st.sampled_from([page_size, 300, max_tokens])) // page_size)
     rng = random.Random(draw(st.integers(0, 2**32)))
     counter = itertools.count(rng.randrange(10**6))

@@ -134,6 +134,40 @@ def test_a_run_goes_on_where_the_last_one_ended(tmp_path):
         assert [row["case"] for row in written()["rows"]] == ["case"]
 
 
+HANGS = """
+import sys, time
+sys.path.insert(0, "tests")
+from test_bench_gpu import contestant, measure, session
+from pathlib import Path
+
+made, _ = session(Path(sys.argv[1]), "--resume", "--commit", "abc", "--patience", "0.5")
+for case, _ in made.cases({"case": 1}):
+    measure(made, {"good": contestant(), "stuck": contestant(call=lambda i: time.sleep(60))})
+"""
+
+
+def test_what_hangs_ends_its_process_and_not_the_next(tmp_path):
+    found = []
+    for _ in range(2):
+        command = [sys.executable, "-c", HANGS, str(tmp_path)]
+        code = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).returncode
+        found.append((code, json.loads((tmp_path / "part.json").read_text())))
+    (first, hung), (second, done) = found
+    assert (first, hung["hung"], hung["finished"], hung["rows"]) == (3, [["case", "stuck"]], False, [])
+    assert (second, done["finished"]) == (0, True)
+    good, stuck = done["rows"][0]["entries"]
+    assert "warm" in good
+    assert (stuck["skipped"], stuck["failed"]) == ("hung", True)
+
+
+def test_contestants_left_out_on_request(tmp_path):
+    made, written = session(tmp_path, "--skip", "other,eer")
+    measure(made, {"ours": contestant()}, {"peer": contestant()})
+    ours, peer = written()["rows"][0]["entries"]
+    assert "warm" in ours
+    assert peer == {"name": "peer", "ours": False, "skipped": "left out on request"}
+
+
 def test_sanitizer_calls_every_op(capsys):
     assert sanitize.main(["--smoke"]) == 0
     lines = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
@@ -176,7 +210,8 @@ def run(*parts, **env):
 def test_the_script(results, tmp_path):
     done = run("nonsense")
     assert done.returncode == 2
-    assert "bench/gpu/run.sh [part ...]" in done.stderr
+    assert "bench/gpu/run.sh [part[:seconds] ...]" in done.stderr
+    assert run("report:1m").returncode == 2
     done = run("report", OUT=str(results["folder"]))
     assert done.returncode == 0, done.stderr
     assert "# Results on a GPU" in (results["folder"] / "report.log").read_text()

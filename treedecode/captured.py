@@ -4,6 +4,7 @@ The host launches a step before it has seen the tokens of the one before, whose 
 it is always one step behind, and never waits for the step it has just launched.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -25,13 +26,20 @@ MAX_IN_FLIGHT = 2
 C = TypeVar("C", bound="Captured")
 
 
-def leave_failed_capture(stream: torch.cuda.Stream) -> None:
+def leave_failed_capture(stream: torch.cuda.Stream, memory: Any) -> None:
     """Undoes what `torch.cuda.graph` leaves behind when its capture fails, on the device of `stream`.
 
     The stream of the capture would stay the current one, and the device's random numbers in a state for captures alone:
-    `torch.rand` and its like would raise from then on.
+    `torch.rand` and its like would raise from then on. The allocator would take the capture for one under way: it gives
+    no cached memory back meanwhile, and starts no second one in the same pool.
+
+    Args:
+        stream: the current one before.
+        memory: the pool of the capture.
     """
     torch.cuda.set_stream(stream)
+    with contextlib.suppress(RuntimeError):  # where torch has cleaned up itself
+        torch._C._cuda_endAllocateToPool(stream.device_index, memory)
     generator = torch.cuda.default_generators[stream.device_index]
     fresh = torch.Generator(stream.device)
     fresh.set_state(generator.get_state())
@@ -91,7 +99,7 @@ class Captured:
                 with torch.cuda.graph(graph, pool=memory, stream=stream, capture_error_mode="thread_local"):
                     self._step()
             except BaseException as error:
-                leave_failed_capture(before)
+                leave_failed_capture(before, memory)
                 error.add_note("This was while a decode step was captured; `cuda_graphs=False` captures none.")
                 raise
             self._graph = graph

@@ -34,7 +34,7 @@ class CapturedBeamStep(Captured):
         self.settings = settings
         self.num_candidates = ops.beam_candidates(max(num_beams), len(settings.eos_token_ids))
         device = pool.device
-        self.group = torch.arange(groups, device=device).repeat_interleave(torch.tensor(num_beams, device=device))
+        self.group = torch.from_numpy(np.repeat(np.arange(groups), num_beams)).to(device)
         self.indptr = torch.tensor([0, *np.cumsum(num_beams)], dtype=torch.int32, device=device)
         self.eos = torch.tensor(settings.eos_token_ids, dtype=torch.int32, device=device)
         self.max_new_tokens = self.buffer(torch.int32, groups)

@@ -4,6 +4,7 @@ How much longer a step of 16 and of 64 branches takes than one of a single branc
 prompt take beside `generate(num_return_sequences=64)` of Transformers with as many tokens.
 """
 
+import gc
 import statistics
 import sys
 import time
@@ -19,6 +20,7 @@ from bench.gpu import harness, timing
 from treedecode import ops
 from treedecode.models import TransformersModel
 
+NAME = "treedecode"
 ROUNDS = 3
 BRANCHES = (1, 16, 64)
 
@@ -113,6 +115,14 @@ class Ours:
             raise ArithmeticError("branches ended early")
         return found
 
+    def close(self) -> None:
+        """Gives the pages back to the device."""
+        self.decoder.close()
+        del self.decoder
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def total(self, num_branches: int, new_tokens: int) -> float:
         """From the prompt to the last token."""
         return seconds(lambda: self.tokens(num_branches, new_tokens), self.device)
@@ -145,23 +155,41 @@ def step_floor(session: harness.Session, model: PreTrainedModel, shape: Shape, n
     }
 
 
-def run_steps(session: harness.Session, ours: Ours, shape: Shape, num_branches: int, single: float | None) -> float:
-    """Adds the row of a step; returns the seconds."""
-    entry: dict[str, Any] = {"name": "treedecode", "ours": True}
-    entry["repeatable"] = ours.again(num_branches, shape.new_tokens)
-    step = ours.step(num_branches)
-    entry |= {"warm": asdict(step), "failed": not entry["repeatable"]}
-    entry["notes"] = "the same tokens twice" if entry["repeatable"] else "tokens differ from run to run"
-    if single is not None:
-        entry["over_one_branch"] = step.seconds / single
+def step_title(shape: Shape, num_branches: int) -> str:
+    return f"step of {num_branches} branches, {shape.prompt_len} tokens"
+
+
+def run_steps(session: harness.Session, ours: Ours, shape: Shape, num_branches: int) -> None:
+    """Adds the row of a step."""
+    case, single = step_title(shape, num_branches), session.seconds_of(step_title(shape, 1))
+    entry: dict[str, Any] = {"name": NAME, "ours": True}
+    if session.has_hung(case, NAME):
+        entry |= {"skipped": "hung", "failed": True}
+    else:
+        with session.watched(case, NAME):
+            entry["repeatable"] = ours.again(num_branches, shape.new_tokens)
+            step = ours.step(num_branches)
+        entry |= {"warm": asdict(step), "failed": not entry["repeatable"]}
+        entry["notes"] = "the same tokens twice" if entry["repeatable"] else "tokens differ from run to run"
+        if single is not None:
+            entry["over_one_branch"] = step.seconds / single
     floor = step_floor(session, ours.decoder.model.model, shape, num_branches)
-    session.add({"case": f"step of {num_branches} branches, {shape.prompt_len} tokens", **floor, "entries": [entry]})
-    return step.seconds
+    session.add({"case": case, **floor, "entries": [entry]})
 
 
-def run_total(session: harness.Session, model: PreTrainedModel, total: timing.Timing, shape: Shape) -> None:
-    """Adds the row of the whole job, `generate` beside ours."""
+def run_total(session: harness.Session, case: str, model: PreTrainedModel, ours: Ours, shape: Shape) -> None:
+    """Adds the row of the whole job, `generate` beside ours, whose pages are given back before that."""
     num_branches = max(BRANCHES)
+    entries: list[dict[str, Any]] = [{"name": NAME, "ours": True}]
+    if session.has_hung(case, NAME):
+        entries[0] |= {"skipped": "hung", "failed": True}
+    else:
+        with session.watched(case, NAME):
+            ours.total(num_branches, shape.new_tokens)
+            times = [ours.total(num_branches, shape.new_tokens) for _ in range(ROUNDS)]
+        median = statistics.median(times)
+        entries[0]["warm"] = asdict(timing.Timing(median, (max(times) - min(times)) / median, "clock"))
+    ours.close()
 
     def theirs() -> None:
         prompt = torch.randint(3, shape.config["vocab_size"], (1, shape.prompt_len), device=session.device)
@@ -173,12 +201,12 @@ def run_total(session: harness.Session, model: PreTrainedModel, total: timing.Ti
             )  # fmt: skip
         assert out.shape == (num_branches, shape.prompt_len + shape.new_tokens)
 
-    entries: list[dict[str, Any]] = [{"name": "treedecode", "ours": True, "warm": asdict(total)}]
     peer: dict[str, Any] = {"name": f"generate(num_return_sequences={num_branches})", "ours": False}
     try:
         took = seconds(theirs, session.device)  # once: what a first run costs more is lost in its seconds
         peer["warm"] = asdict(timing.Timing(took, 0.0, "clock"))
-        entries[0]["speedup"] = took / total.seconds
+        if "warm" in entries[0]:
+            entries[0]["speedup"] = took / entries[0]["warm"]["seconds"]
     except Exception as error:  # out of memory, most likely: it keeps 64 copies of the prompt
         peer["skipped"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     weights = sum(p.numel() for p in model.parameters())
@@ -186,7 +214,7 @@ def run_total(session: harness.Session, model: PreTrainedModel, total: timing.Ti
     num_bytes = 2.0 * weights * shape.new_tokens
     session.add(
         {
-            "case": f"{num_branches} x {shape.new_tokens} tokens after {shape.prompt_len}",
+            "case": case,
             "bytes": num_bytes,
             "flops": num_flops,
             "floor_seconds": session.peaks.roofline_seconds(num_bytes, num_flops, torch.bfloat16),
@@ -202,19 +230,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = make_model(shape, session.device)
     session.note("backends", {op: ops.explain(op, session.device.type).backend for op in ops.names()})
     ours = Ours(TransformersModel(model), shape)
-    single = None
-    for _, num_branches in session.cases({f"step of {n}": n for n in BRANCHES}):
-        took = run_steps(session, ours, shape, num_branches, single)
-        single = took if num_branches == 1 else single
-    for _, num_branches in session.cases({"total": max(BRANCHES)}):
-        ours.total(num_branches, shape.new_tokens)
-        times = [ours.total(num_branches, shape.new_tokens) for _ in range(ROUNDS)]
-        median = statistics.median(times)
-        ours.decoder.close()
-        del ours
-        if session.device.type == "cuda":
-            torch.cuda.empty_cache()
-        run_total(session, model, timing.Timing(median, (max(times) - min(times)) / median, "clock"), shape)
+    total = f"{max(BRANCHES)} x {shape.new_tokens} tokens after {shape.prompt_len}"
+    for case, num_branches in session.cases({step_title(shape, n): n for n in BRANCHES} | {total: None}):
+        if num_branches is None:
+            run_total(session, case, model, ours, shape)
+        else:
+            run_steps(session, ours, shape, num_branches)
     return int(session.failed)
 
 

@@ -4,8 +4,11 @@ import argparse
 import json
 import os
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +19,6 @@ from torch import Tensor
 
 from bench.gpu.timing import ROUNDS, Timing, call_seconds, clock_seconds, event_seconds, measure_peaks, synchronize
 from bench.harness import dtype_name
-from treedecode.captured import leave_failed_capture
 
 
 class NotApplicable(Exception):
@@ -127,6 +129,8 @@ class Session:
         self.part, self.smoke = part, args.smoke
         self.device = torch.device("cpu" if args.smoke else "cuda:0")
         self._only, self._deadline = args.only, time.monotonic() + args.seconds
+        self._skip = [text for text in args.skip.split(",") if text]
+        self._patience = args.patience
         self._path = Path(args.out) / f"{part}.json"
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._broken = False
@@ -137,20 +141,22 @@ class Session:
             "environment": environment(self.device, args.commit),
             "peaks": asdict(self.peaks),
             "rows": [],
+            "hung": [],
             "not_reached": [],
+            "finished": False,
         }
         if args.resume:
-            self._results["rows"] = self._earlier_rows()
+            self._results |= self._earlier()
         self._done = {row["case"] for row in self._results["rows"]}
         self._write()
 
-    def _earlier_rows(self) -> list[dict[str, Any]]:
+    def _earlier(self) -> dict[str, Any]:
         """What an earlier run of the same commit on the same kind of device left."""
         if not self._path.exists():
-            return []
+            return {}
         earlier = json.loads(self._path.read_text())
         same = all(earlier["environment"][name] == self._results["environment"][name] for name in ("commit", "device"))
-        return earlier["rows"] if same else []
+        return {name: earlier[name] for name in ("rows", "hung")} if same else {}
 
     def cases(self, cases: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         """The cases asked for; once time is up the rest is listed as not reached."""
@@ -161,6 +167,7 @@ class Session:
                 self._results["not_reached"].append(name)
                 continue
             yield name, case
+        self._results["finished"] = True
         self._write()
 
     def note(self, name: str, value: object) -> None:
@@ -200,8 +207,13 @@ class Session:
         """
         entries = []
         for name, build in {**ours, **peers}.items():
-            if not self._broken:
-                entries.append(self._entry(name, build, name in ours, num_layers))
+            if any(text in name for text in self._skip):
+                entries.append({"name": name, "ours": name in ours, "skipped": "left out on request"})
+            elif self.has_hung(case, name):
+                entries.append({"name": name, "ours": name in ours, "skipped": "hung", "failed": True})
+            elif not self._broken:
+                with self.watched(case, name):
+                    entries.append(self._entry(name, build, name in ours, num_layers))
         for entry in entries:
             for temperature in ("warm", "cold"):
                 if temperature in entry:
@@ -222,6 +234,32 @@ class Session:
         )
         if self._broken:
             raise SystemExit(f"the device reports errors since {entries[-1]['name']!r} of {case!r}")
+
+    def has_hung(self, case: str, name: str) -> bool:
+        """Whether a contestant did not come back in an earlier process of this run."""
+        return [case, name] in self._results["hung"]
+
+    def seconds_of(self, case: str) -> float | None:
+        """The warm time of the first contestant of a row, where it has one."""
+        rows = [row for row in self._results["rows"] if row["case"] == case]
+        return rows[0]["entries"][0].get("warm", {}).get("seconds") if rows else None
+
+    @contextmanager
+    def watched(self, case: str, name: str) -> Iterator[None]:
+        """Ends the process if a contestant does not come back: a kernel that hangs cannot be ended otherwise."""
+        timer = threading.Timer(self._patience, self._give_up, (case, name))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _give_up(self, case: str, name: str) -> None:
+        self._results["hung"].append([case, name])
+        self._write()
+        print(f"{self.part} | {case} | {name} | did not end within {self._patience:g} s", file=sys.stderr, flush=True)
+        os._exit(3)
 
     def _entry(self, name: str, build: Callable[[], Contestant], ours: bool, num_layers: int) -> dict[str, Any]:
         entry: dict[str, Any] = {"name": name, "ours": ours}
@@ -281,7 +319,6 @@ class Session:
         except Exception as error:
             if ours or self.device.type != "cuda":
                 raise  # an op of ours that cannot be captured is broken
-            leave_failed_capture(torch.cuda.default_stream(self.device))
             torch.cuda.synchronize(self.device)
             entry["not_captured"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             return event_seconds(call, sets)
@@ -296,6 +333,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--resume", action="store_true", help="keep the cases that an earlier run has left in that folder"
     )
+    made.add_argument("--skip", default="", help="not the contestants whose name contains one of these (a,b,...)")
+    made.add_argument("--patience", type=float, default=150.0, help="seconds for a contestant before the process ends")
     made.add_argument("--commit", help="what to write down as the commit, where git cannot say")
     made.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU, to run the code")
     return made

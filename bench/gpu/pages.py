@@ -273,8 +273,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "reorder, append, cut back": (table, step),
         "1,000 captured steps": (table, None),
     }
-    for name, (num_bytes, prepare) in session.cases(cases):
-        title = f"{name}, {shape.num_branches} branches of {shape.num_tokens} tokens"
+    size = f"{shape.num_branches} branches of {shape.num_tokens} tokens"
+    for title, (num_bytes, prepare) in session.cases({f"{name}, {size}": case for name, case in cases.items()}):
         if prepare is None:
             run_captured(session, shape, title, num_bytes)
         else:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.harness import GEMM_DTYPES, Peaks, dtype_name
+from treedecode.captured import leave_failed_capture
 
 ROUNDS = 9
 GRAPH_SECONDS = 2e-3  # a replay should last so long that an event's resolution and the launch of the graph vanish in it
@@ -80,10 +81,15 @@ def call_seconds(call: Callable[[int], object], sets: Sequence[int], device: tor
     torch.cuda.synchronize(device)
     guess = _event_times(turn, 2)[-1]
     turns = max(1, min(MAX_CALLS // len(sets), math.ceil(GRAPH_SECONDS / max(guess, 1e-7))))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(turns):
-            turn()
+    graph, memory = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    before = torch.cuda.current_stream(device)
+    try:
+        with torch.cuda.graph(graph, pool=memory):
+            for _ in range(turns):
+                turn()
+    except BaseException:
+        leave_failed_capture(before, memory)
+        raise
     graph.replay()
     return _timing(_event_times(graph.replay, ROUNDS), turns * len(sets), "graph")
 
