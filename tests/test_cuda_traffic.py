@@ -32,7 +32,7 @@ def test_shared_memory_has_no_bank_conflicts(num_branches, head_dim):
 
 
 @pytest.mark.parametrize(
-    "fan_out, pages, num_workers",
+    ("fan_out", "pages", "num_workers"),
     [([16], [12, 1], 8), ([2, 3, 2], [9, 3, 2, 1], 12), ([1], [30], 16)],
     ids=["wide", "deep", "alone"],
 )

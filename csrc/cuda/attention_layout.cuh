@@ -57,10 +57,14 @@ struct Split {
   static_assert(kKeyWarps == 1 || kKeyWarps * kRows * kDim * 4 <= Ring<kDim>::kBytes);
 };
 
-// Byte offset of 16 bytes of a row of kDim 16-bit values: swizzled, so that the same bytes of eight rows that follow
-// one another, which ldmatrix reads at once, lie in different banks.
+// Words of 16 bytes, of a row of kDim 16-bit values, that change places.
 template <int kDim>
-inline constexpr unsigned kSwizzleSpan = kDim % 64 == 0 ? 8 : kDim % 32 == 0 ? 4 : 2;  // words that change places
+inline constexpr unsigned kSwizzleSpan = kDim % 64 == 0   ? 8
+                                         : kDim % 32 == 0 ? 4
+                                                          : 2;
+
+// Byte offset of a word of a row: swizzled, so that the same word of eight rows that follow one another, which ldmatrix
+// reads at once, lies in different banks.
 template <int kDim>
 __device__ __forceinline__ unsigned swizzled(unsigned row, unsigned word) {
   constexpr unsigned kWords = kDim / 8, kSpan = kSwizzleSpan<kDim>;
