@@ -5,6 +5,7 @@
 
 #include "compare_pages.cuh"
 #include "minima.cuh"
+#include "scans.cuh"
 
 namespace treedecode::cuda {
 
@@ -225,7 +226,7 @@ class TreePlanner {
       sums[0] += num_tiles(node) * token_cost(node) * tokens;
       sums[1] += tokens;
     });
-    const int64_t* totals = block_scan(sums);
+    const int64_t* totals = block_scans(sums);
     target_ = std::max(int64_t{1}, ceil_quotient(totals[0], cpu::kTilesPerWorker * p_.workers));
     if (ptx::thread() == 0) p_.counts[2] = static_cast<int32_t>(totals[1]);
     for_each(num_nodes_, [&](int node) {
@@ -269,7 +270,7 @@ class TreePlanner {
       for (int c = 0; c < kNum; ++c) sums[c] += c == of_node ? count : 0;
       sums[kNum] += num_chunks(node) * num_tiles(node);
     }
-    const uint64_t* totals = block_scan(sums);
+    const uint64_t* totals = block_scans(sums);
     uint64_t done = 0;
 #pragma unroll
     for (int c = 0; c < kNum; ++c) {
@@ -323,7 +324,7 @@ class TreePlanner {
       sums[1] += parts_of(row);
       if (q_len_of(p_, row) > 0) sums[2] += seq_len_of(p_, row);
     }
-    const int64_t* totals = block_scan(sums);
+    const int64_t* totals = block_scans(sums);
     int64_t query = sums[0], part = sums[1];
     for (int row = mine.begin; row < mine.end; ++row) {
       p_.q_indptr[row] = static_cast<int32_t>(query);
