@@ -96,6 +96,17 @@ def run(op, *, seed=0, resident_blocks=1, drop=None, **fields):
         raise KernelError(error.decode())
 
 
+def traffic(call):
+    """What the kernels that `call()` runs ask of memory: a dictionary of the counts in tests/simt/traffic.h."""
+    counts = _struct("Traffic")()
+    _library().simt_count_traffic()
+    try:
+        call()
+    finally:
+        _library().simt_traffic(ctypes.byref(counts))
+    return {name: getattr(counts, name) for name, _ in counts._fields_}
+
+
 def barriers_seen():
     """ "file:line" of every `sync_threads` that was reached since this was called last."""
     return _library().simt_barriers().decode().split()

@@ -23,10 +23,10 @@ struct RowBuffers {
   int begin[kTileRows];
   int end[kTileRows];
   int slot[kTileRows];
-  int64_t value_at[kLookahead][kMaxKeys];  // of v_pages
+  const void* value_at[kLookahead][kMaxKeys];  // a key's row of V; null: no key
   union {
-    int64_t key_at[kLookahead][kMaxKeys];  // element of k_pages that a key's row begins at; -1: no key
-    float sums[2][kNumWarps * 16];         // maximum and sum of each row by each warp, when all keys are done
+    const void* key_at[kLookahead][kMaxKeys];  // and of K
+    float sums[2][kNumWarps * 16];             // maximum and sum of each row by each warp, when all keys are done
   };
 };
 
@@ -57,14 +57,27 @@ struct Split {
   static_assert(kKeyWarps == 1 || kKeyWarps * kRows * kDim * 4 <= Ring<kDim>::kBytes);
 };
 
-// Byte offset of 16 bytes of a row of kDim 16-bit values: swizzled, so that the same bytes of eight rows that follow
-// one another, which ldmatrix reads at once, lie in different banks.
+// Words of 16 bytes, of a row of kDim 16-bit values, that change places.
+template <int kDim>
+inline constexpr unsigned kSwizzleSpan = kDim % 64 == 0   ? 8
+                                         : kDim % 32 == 0 ? 4
+                                                          : 2;
+
+// Byte offset of a word of a row: swizzled, so that the same word of eight rows that follow one another, which ldmatrix
+// reads at once, lies in different banks.
 template <int kDim>
 __device__ __forceinline__ unsigned swizzled(unsigned row, unsigned word) {
-  constexpr unsigned kWords = kDim / 8;
-  constexpr unsigned kSpan = kWords % 8 == 0 ? 8 : kWords % 4 == 0 ? 4 : 2;
-  static_assert(kWords % 2 == 0);
+  constexpr unsigned kWords = kDim / 8, kSpan = kSwizzleSpan<kDim>;
+  static_assert(kWords % kSpan == 0);
   return (row * kWords + (word ^ (row / (8 / kSpan) % kSpan))) * 16;
+}
+// swizzled(row + 16 * blocks, word + 2 * step) from `first` = swizzled(row, word), word 0 or 1: constants, where these
+// are, for what would be five instructions for each ldmatrix.
+template <int kDim>
+__device__ __forceinline__ unsigned swizzled_from(unsigned first, unsigned blocks, unsigned step) {
+  constexpr unsigned kSpan = kSwizzleSpan<kDim>;
+  const unsigned word = 2 * step;
+  return (first ^ (word % kSpan * 16)) + word / kSpan * kSpan * 16 + blocks * (16 * kDim * 2);
 }
 
 }  // namespace treedecode::cuda

@@ -5,20 +5,18 @@
 
 namespace treedecode::cuda {
 
-inline constexpr int kMergeQuads = 2;  // of dimensions that a lane holds: 4 * 32 * 2 = 256
+inline constexpr int kMergeLoads = 8;  // of a lane, under way at once
 
-template <typename T>
-__device__ __forceinline__ void store_quad(T* to, const float (&x)[4], float factor) {
-  store_pair(to, x[0] * factor, x[1] * factor);
-  store_pair(to + 2, x[2] * factor, x[3] * factor);
-}
+// Dimensions that a warp holds in one quad of each lane.
+inline constexpr int64_t kQuadDims = 4 * ptx::kWarpSize;
 
-// A warp takes a query token and head. Parts are added in the order of the path.
-template <typename T>
+// A warp takes a query token and head, up to kMergeQuads * kQuadDims dimensions. Parts are added in the order of the
+// path.
+template <typename T, int kMergeQuads>
 __global__ void __launch_bounds__(kAttentionThreads)
     _tree_attention_merge_kernel(const __grid_constant__ TreeAttentionParams p) {
   ptx::wait_for_previous_kernel();
-  constexpr int kWarps = kAttentionThreads / ptx::kWarpSize;
+  constexpr int kWarps = kAttentionThreads / ptx::kWarpSize, kMergeParts = kMergeLoads / kMergeQuads;
   const int64_t at = static_cast<int64_t>(ptx::block_x()) * kWarps + ptx::warp();
   if (at >= p.num_q * p.num_qo_heads) return;
   const int token = static_cast<int>(at / p.num_qo_heads), head = static_cast<int>(at % p.num_qo_heads);
@@ -34,6 +32,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
     if (num_parts == 1) return;  // already final
   }
   const auto lse_of = [&](int i) { return p.part_lse[(first_part + static_cast<int64_t>(i)) * p.num_qo_heads + head]; };
+  const auto dim_of = [](int quad) { return 4 * (quad * ptx::kWarpSize + ptx::lane()); };
   const float sink = p.sinks && !idle ? p.sinks[head] : kNone;
   float top = kNone;
   bool is_nan = !fits;  // a maximum would lose it
@@ -48,19 +47,33 @@ __global__ void __launch_bounds__(kAttentionThreads)
   for (int begin = 0; begin < num_parts; begin += ptx::kWarpSize) {
     const int mine = begin + ptx::lane(), end = num_parts - begin < ptx::kWarpSize ? num_parts - begin : ptx::kWarpSize;
     const float weight = mine < num_parts ? ptx::exp2_approx((lse_of(mine) - base) * kLog2e) : 0.0f;
-    for (int i = 0; i < end; ++i) {
-      const float w = ptx::shfl(weight, i);
-      sum += w;
-      if (w == 0.0f) continue;
+    for (int first = 0; first < end; first += kMergeParts) {
       const float* part =
-          p.part_out + ((first_part + static_cast<int64_t>(begin + i)) * p.num_qo_heads + head) * p.head_dim;
+          p.part_out + ((first_part + static_cast<int64_t>(begin + first)) * p.num_qo_heads + head) * p.head_dim;
+      float w[kMergeParts];  // 0 beyond the last part
+      ptx::Bytes16 four[kMergeParts][kMergeQuads];
 #pragma unroll
-      for (int quad = 0; quad < kMergeQuads; ++quad) {
-        const int dim = 4 * (quad * ptx::kWarpSize + ptx::lane());
-        if (dim >= p.head_dim) break;
-        const ptx::Bytes16 four = *reinterpret_cast<const ptx::Bytes16*>(part + dim);
+      for (int i = 0; i < kMergeParts; ++i) {
+        w[i] = ptx::shfl(weight, first + i);
+        if (w[i] == 0.0f) continue;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) x[quad][j] = ptx::fma(w, ptx::bits_float(four.word[j]), x[quad][j]);
+        for (int quad = 0; quad < kMergeQuads; ++quad) {
+          const int dim = dim_of(quad);
+          if (dim < p.head_dim) {
+            four[i][quad] = *reinterpret_cast<const ptx::Bytes16*>(part + i * p.num_qo_heads * p.head_dim + dim);
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kMergeParts; ++i) {
+        sum += w[i];
+        if (w[i] == 0.0f) continue;
+#pragma unroll
+        for (int quad = 0; quad < kMergeQuads; ++quad) {
+          if (dim_of(quad) >= p.head_dim) break;
+#pragma unroll
+          for (int j = 0; j < 4; ++j) x[quad][j] = ptx::fma(w[i], ptx::bits_float(four[i][quad].word[j]), x[quad][j]);
+        }
       }
     }
   }
@@ -69,8 +82,10 @@ __global__ void __launch_bounds__(kAttentionThreads)
   T* out = static_cast<T*>(p.out) + at * p.head_dim;
 #pragma unroll
   for (int quad = 0; quad < kMergeQuads; ++quad) {
-    const int dim = 4 * (quad * ptx::kWarpSize + ptx::lane());
-    if (dim < p.head_dim) store_quad(out + dim, x[quad], factor);
+    const int dim = dim_of(quad);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x[quad][j] *= factor;
+    if (dim < p.head_dim) store_quad(out + dim, x[quad]);
   }
   if (ptx::lane() == 0) p.lse[at] = is_nan ? nan : sum == 0.0f ? sink : base + logf(total);
 }

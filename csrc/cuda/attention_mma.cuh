@@ -91,26 +91,33 @@ class TileAttention {
   __device__ void place_key(int n, int page) const {
     const int64_t slot = static_cast<uint32_t>(token_of(n)) % static_cast<uint32_t>(ptx::opaque(p_.page_size));
     const int key = thread_ % S::kKeys, at = n % kLookahead;
-    rows_.key_at[at][key] = page < 0 ? -1 : page * p_.k_stride[0] + slot * p_.k_stride[1];
-    rows_.value_at[at][key] = page < 0 ? -1 : page * p_.v_stride[0] + slot * p_.v_stride[1];
+    rows_.key_at[at][key] = page < 0 ? nullptr : keys_ + page * p_.k_stride[0] + slot * p_.k_stride[1];
+    rows_.value_at[at][key] = page < 0 ? nullptr : values_ + page * p_.v_stride[0] + slot * p_.v_stride[1];
   }
 
-  __device__ void copy(const void* head /* of the pages */, const int64_t (&row_at)[kMaxKeys], char* to) const {
-    const unsigned thread = ptx::opaque(thread_);
+  __device__ void copy(const void* const (&row_at)[kMaxKeys], char* to) const {
+    const unsigned thread = ptx::opaque(thread_), head_dim = static_cast<unsigned>(p_.head_dim);
+    constexpr bool kWholeRows = kAttentionThreads % kWords == 0;  // the thread's word is the same in all of its rows
+    constexpr unsigned kPasses = S::kKeys * kWords / kAttentionThreads;
+    const auto key = [&](unsigned i) {
+      return kWholeRows ? i * (kAttentionThreads / kWords) + thread / kWords
+                        : (i * kAttentionThreads + thread) / kWords;
+    };
+    const auto word = [&](unsigned i) { return (kWholeRows ? thread : i * kAttentionThreads + thread) % kWords; };
+    const void* rows[kPasses];  // all of them first: none waits for shared memory by itself
 #pragma unroll
-    for (unsigned i = 0; i < S::kKeys * kWords; i += kAttentionThreads) {
-      const unsigned at = i + thread, key = at / kWords, word = at % kWords;
-      const int64_t row = row_at[key];
-      const bool valid = row >= 0 && 8 * word < p_.head_dim;
-      const T* from = static_cast<const T*>(head) + (valid ? row + 8 * word : 0);
-      ptx::cp_async<16>(to + swizzled<kDim>(key, word), from, valid);
+    for (unsigned i = 0; i < kPasses; ++i) rows[i] = row_at[key(i)];
+#pragma unroll
+    for (unsigned i = 0; i < kPasses; ++i) {
+      ptx::cp_async<16>(to + swizzled<kDim>(key(i), word(i)), static_cast<const char*>(rows[i]) + 16 * word(i),
+                        rows[i] != nullptr && 8 * word(i) < head_dim);
     }
   }
   __device__ void copy_keys(int n) const {
-    if (n < num_tiles_) copy(keys_, rows_.key_at[n % kLookahead], keys(n));
+    if (n < num_tiles_) copy(rows_.key_at[n % kLookahead], keys(n));
   }
   __device__ void copy_values(int n) const {
-    if (n < num_tiles_) copy(values_, rows_.value_at[n % kLookahead], values(n));
+    if (n < num_tiles_) copy(rows_.value_at[n % kLookahead], values(n));
   }
 
   // Rows.
@@ -146,9 +153,12 @@ class TileAttention {
 
   // Products.
 
-  __device__ void query_fragment(uint32_t (&a)[4], int lane, int block, int step) const {
-    const int row = (row_warp_ * S::kRowBlocks + block) * 16 + lane % 16, word = 2 * step + lane / 16;
-    ptx::ldmatrix_x4(a, shared_ + S::kQueryOffset + swizzled<kDim>(row, word));
+  // Where ldmatrix finds the lane's rows of the first fragment of queries.
+  __device__ unsigned first_query(unsigned lane) const {
+    return swizzled<kDim>(row_warp_ * S::kRowBlocks * 16 + lane % 16, lane / 16);
+  }
+  __device__ void query_fragment(uint32_t (&a)[4], unsigned first, int block, int step) const {
+    ptx::ldmatrix_x4(a, shared_ + S::kQueryOffset + swizzled_from<kDim>(first, block, step));
   }
 
   __device__ void load_queries() {
@@ -156,7 +166,7 @@ class TileAttention {
       ptx::cp_async_wait<2 * S::kStages - 1>();
       ptx::sync_threads();
 #pragma unroll
-      for (int step = 0; step < kDim / 16; ++step) query_fragment(q_[step], lane_, 0, step);
+      for (int step = 0; step < kDim / 16; ++step) query_fragment(q_[step], first_query(lane_), 0, step);
     }
   }
 
@@ -203,7 +213,8 @@ class TileAttention {
 #pragma unroll
       for (int n = 0; n < S::kWarpKeys / 8; ++n) s[b][n][0] = s[b][n][1] = s[b][n][2] = s[b][n][3] = 0.0f;
     }
-    const int lane = ptx::opaque(lane_), key = key_warp_ * S::kWarpKeys + lane / 16 * 8 + lane % 8;
+    const unsigned lane = ptx::opaque(lane_), query = first_query(lane);
+    const unsigned key = swizzled<kDim>(key_warp_ * S::kWarpKeys + lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll
     for (int step = 0; step < kDim / 16; ++step) {
       uint32_t a[S::kRowBlocks][4];
@@ -212,13 +223,13 @@ class TileAttention {
         if constexpr (S::kQueriesInRegisters) {
           for (int i = 0; i < 4; ++i) a[b][i] = q_[step][i];
         } else {
-          query_fragment(a[b], lane, b, step);
+          query_fragment(a[b], query, b, step);
         }
       }
 #pragma unroll
       for (int n = 0; n < S::kWarpKeys / 16; ++n) {
         uint32_t r[4];
-        ptx::ldmatrix_x4(r, k + swizzled<kDim>(key + 16 * n, 2 * step + lane / 8 % 2));
+        ptx::ldmatrix_x4(r, k + swizzled_from<kDim>(key, n, step));
         const uint32_t left[2] = {r[0], r[1]}, right[2] = {r[2], r[3]};
 #pragma unroll
         for (int b = 0; b < S::kRowBlocks; ++b) {
@@ -297,13 +308,14 @@ class TileAttention {
   }
 
   __device__ void weigh(const char* v, const uint32_t (&w)[S::kRowBlocks][S::kWarpKeys / 16][4]) {
-    const int lane = ptx::opaque(lane_), key = key_warp_ * S::kWarpKeys + lane % 16;
+    const unsigned lane = ptx::opaque(lane_);
+    const unsigned key = swizzled<kDim>(key_warp_ * S::kWarpKeys + lane % 16, lane / 16);
 #pragma unroll
     for (int n = 0; n < S::kWarpKeys / 16; ++n) {
 #pragma unroll
       for (int d = 0; d < kDim / 16; ++d) {
         uint32_t r[4];
-        ptx::ldmatrix_x4_trans(r, v + swizzled<kDim>(key + 16 * n, 2 * d + lane / 16));
+        ptx::ldmatrix_x4_trans(r, v + swizzled_from<kDim>(key, n, d));
         const uint32_t left[2] = {r[0], r[1]}, right[2] = {r[2], r[3]};
 #pragma unroll
         for (int b = 0; b < S::kRowBlocks; ++b) {
@@ -351,6 +363,7 @@ class TileAttention {
 template <typename T, int kDim>
 __global__ void __launch_bounds__(kAttentionThreads, 2)
     _tree_attention_mma_kernel(const __grid_constant__ TreeAttentionParams p) {
+  ptx::launch_next_kernel();  // the merge, which waits for this one's results
   if (!plan_fits(p)) return;
   char* shared = ptx::dynamic_shared<char>();
   for (int round = 0;; ++round) {

@@ -39,7 +39,11 @@ struct RowSums {
             row_target(p, rows.tile, row, rows.slot[row], max[b][half], sum[b][half], is_bad, lane % 4 == 0, factor);
 #pragma unroll
         for (int d = 0; d < kDim / 8; ++d) {
-          store<T>(p, target, 8 * d + lane % 4 * 2, out[b][d][2 * half] * factor, out[b][d][2 * half + 1] * factor);
+          const int dim = 8 * d + lane % 4 * 2;
+          if (dim >= p.head_dim) continue;
+          const float x = out[b][d][2 * half] * factor, y = out[b][d][2 * half + 1] * factor;
+          if (target.is_final) store_pair(static_cast<T*>(p.out) + target.at + dim, x, y);
+          else store_pair(p.part_out + target.at + dim, x, y);
         }
       }
     }
@@ -69,34 +73,33 @@ struct RowSums {
     for (int half = 0; half < 2; ++half) {
       const int row = row_of_lane(0, half);
       const float top = top_of(row), scale = ptx::exp2_approx(max[0][half] - (top == kNone ? 0.0f : top));
+      // Eights of columns change places, so that the same columns of four rows lie in different banks.
       float* to = outs + (key_warp * kRows + row) * kDim + lane % 4 * 2;
 #pragma unroll
       for (int d = 0; d < kDim / 8; ++d)
-        store_pair(to + 8 * d, out[0][d][2 * half] * scale, out[0][d][2 * half + 1] * scale);
+        store_pair(to + 8 * (d ^ row % 4), out[0][d][2 * half] * scale, out[0][d][2 * half + 1] * scale);
     }
     ptx::sync_threads();
-    for (int i = thread; i < rows.tile.num_rows * (kDim / 2); i += kAttentionThreads) {
-      const int row = i / (kDim / 2), dim = i % (kDim / 2) * 2;
+    constexpr int kQuads = kDim / 4;
+    for (int i = thread; i < rows.tile.num_rows * kQuads; i += kAttentionThreads) {
+      const int row = i / kQuads, dim = i % kQuads * 4;
       const float top = top_of(row), base = top == kNone ? 0.0f : top;
-      float total = 0.0f, x = 0.0f, y = 0.0f;
+      float total = 0.0f, x[4] = {};
 #pragma unroll
       for (int w = 0; w < S::kKeyWarps; ++w) {
         total += all_sums[w * kRows + row] * ptx::exp2_approx(maxima[w * kRows + row] - base);
-        x += outs[(w * kRows + row) * kDim + dim];
-        y += outs[(w * kRows + row) * kDim + dim + 1];
+        const auto four = *reinterpret_cast<const ptx::Bytes16*>(outs + (w * kRows + row) * kDim + (dim ^ row % 4 * 8));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) x[j] += ptx::bits_float(four.word[j]);
       }
       float factor;
       const RowTarget target = row_target(p, rows.tile, row, rows.slot[row], top, total, is_bad, dim == 0, factor);
-      store<T>(p, target, dim, x * factor, y * factor);
+      if (dim >= p.head_dim) continue;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) x[j] *= factor;
+      if (target.is_final) store_quad(static_cast<T*>(p.out) + target.at + dim, x);
+      else store_quad(p.part_out + target.at + dim, x);
     }
-  }
-
- private:
-  template <typename T>
-  __device__ static void store(const TreeAttentionParams& p, const RowTarget& target, int dim, float x, float y) {
-    if (dim >= p.head_dim) return;
-    if (target.is_final) store_pair(static_cast<T*>(p.out) + target.at + dim, x, y);
-    else store_pair(p.part_out + target.at + dim, x, y);
   }
 };
 

@@ -138,21 +138,27 @@ __device__ inline RowTarget row_target(const TreeAttentionParams& p, const Tile&
                                        float sum, bool is_bad, bool writes_lse, float& factor) {
   const PackedRow r = packed_row(p, t, row);
   const bool is_final = slot < 0;
-  RowResult result = finish_row(max, sum, is_final && p.sinks ? p.sinks[r.head] : kNone);
-  if (is_bad) result = {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::quiet_NaN()};
+  const RowResult result = finish_row(max, sum, is_final && p.sinks ? p.sinks[r.head] : kNone);
+  const float nan = std::numeric_limits<float>::quiet_NaN();
   const int64_t at = static_cast<int64_t>(is_final ? r.token : slot) * p.num_qo_heads + r.head;
-  if (writes_lse) (is_final ? p.lse : p.part_lse)[at] = result.lse;
-  factor = result.factor;
+  if (writes_lse) (is_final ? p.lse : p.part_lse)[at] = is_bad ? nan : result.lse;
+  factor = is_bad ? nan : result.factor;
   return {at * p.head_dim, is_final};
 }
 
+// Two or four values that follow one another, `to` aligned to all of them; each a single access.
 template <typename T>
 __device__ __forceinline__ void store_pair(T* to, float x, float y) {
+  if constexpr (std::is_same_v<T, float>) *reinterpret_cast<ptx::Pair*>(to) = {x, y};
+  else *reinterpret_cast<uint32_t*>(to) = ptx::pack<T>(x, y);
+}
+template <typename T>
+__device__ __forceinline__ void store_quad(T* to, const float (&x)[4]) {
   if constexpr (std::is_same_v<T, float>) {
-    to[0] = x;
-    to[1] = y;
+    *reinterpret_cast<ptx::Bytes16*>(to) = {
+        {ptx::float_bits(x[0]), ptx::float_bits(x[1]), ptx::float_bits(x[2]), ptx::float_bits(x[3])}};
   } else {
-    *reinterpret_cast<uint32_t*>(to) = ptx::pack<T>(x, y);
+    *reinterpret_cast<ptx::Bytes8*>(to) = {{ptx::pack<T>(x[0], x[1]), ptx::pack<T>(x[2], x[3])}};
   }
 }
 

@@ -16,7 +16,7 @@ cudaError_t beam_prune(const BeamPruneParams& p, cudaStream_t stream) {
                                              : &_beam_prune_scan_kernel<fp16>;
   const cudaError_t error = launch(scan, grid, kLogitsThreads, 0, stream, p);
   if (error != cudaSuccess || l.rows == 0) return error;
-  return launch(&_beam_prune_merge_kernel, {static_cast<uint32_t>(l.rows)}, kLogitsThreads, 0, stream, p);
+  return launch_dependent(&_beam_prune_merge_kernel, {static_cast<uint32_t>(l.rows)}, kLogitsThreads, 0, stream, p);
 }
 
 }  // namespace treedecode::cuda

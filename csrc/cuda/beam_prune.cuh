@@ -7,6 +7,7 @@ namespace treedecode::cuda {
 
 // Groups are as good as lost until their last row merges them: offsets that are no offsets leave them like this.
 __device__ inline void prepare_groups(const BeamPruneParams& p) {
+  if (ptx::block_x() >= p.num_groups) return;
   const bool sound = p.group_indptr[0] == 0 && p.group_indptr[p.num_groups] == p.logits.rows;
   for (int64_t g = ptx::block_x(); g < p.num_groups; g += ptx::grid_x()) {
     const float score = sound && p.group_indptr[g] == p.group_indptr[g + 1] ? -kInf : NAN;
@@ -22,11 +23,12 @@ __device__ inline void prepare_groups(const BeamPruneParams& p) {
 template <typename T>
 __global__ void __launch_bounds__(kLogitsThreads, 2)
     _beam_prune_scan_kernel(const __grid_constant__ BeamPruneParams p) {
-  prepare_groups(p);
+  ptx::launch_next_kernel();  // the merge, which waits for this one's results
   const uint32_t item = ptx::block_x(), row_index = item / p.logits.num_chunks;
-  if (row_index >= p.logits.rows) return;
+  if (row_index >= p.logits.rows) return prepare_groups(p);
   const Row<T> row(p.logits, row_index);
   Chunk<T> chunk(row, static_cast<int64_t>(item % p.logits.num_chunks) * p.logits.chunk_len, p.logits.chunk_len);
+  prepare_groups(p);  // while the chunk is under way
   float top = -kInf, sum = 0.0f;
   if (p.is_logprobs) {
     // Nothing is summed that would betray NaN and +inf.
@@ -105,6 +107,7 @@ __device__ inline void merge_group(const BeamPruneParams& p, int64_t group, uint
 
 __global__ void __launch_bounds__(kLogitsThreads, 2)
     _beam_prune_merge_kernel(const __grid_constant__ BeamPruneParams p) {
+  ptx::wait_for_previous_kernel();
   TD_SHARED(uint64_t, shared_keys, kSharedKeys);
   TD_SHARED(double, lse, 1);
   const int64_t row = ptx::block_x();

@@ -15,7 +15,8 @@ cudaError_t copy_pages(const CopyPagesParams& p, cudaStream_t stream) {
   uint64_t bits = reinterpret_cast<uintptr_t>(p.kv) | static_cast<uint64_t>(p.token_bytes | p.head_bytes);
   for (int64_t stride : p.stride_bytes) bits |= static_cast<uint64_t>(stride);
   return with_word_size(bits, [&](auto bytes) {
-    return launch(&_copy_pages_kernel<bytes>, {static_cast<uint32_t>(num_blocks)}, kCopyPagesThreads, 0, stream, p);
+    return launch_dependent(&_copy_pages_kernel<bytes>, {static_cast<uint32_t>(num_blocks)}, kCopyPagesThreads, 0,
+                            stream, p);
   });
 }
 

@@ -10,6 +10,7 @@ inline constexpr int kCopyPagesThreads = 256;
 // Work items are (plane, copy), plane-major, one to a block at a time.
 template <int kBytes>
 __global__ void __launch_bounds__(kCopyPagesThreads) _copy_pages_kernel(const __grid_constant__ CopyPagesParams p) {
+  ptx::wait_for_previous_kernel();  // append_slots, which says what is copied, or whoever wrote the pages
   using W = Word<kBytes>;
   constexpr int kUnroll = 4;  // loads under way in each thread
   const int64_t num_copies = p.num_copies ? *p.num_copies : p.n;

@@ -3,54 +3,13 @@
 #include <algorithm>
 #include <limits>
 
-#include "collectives.cuh"
+#include "compare_pages.cuh"
 #include "minima.cuh"
-#include "plan_tree.h"
+#include "scans.cuh"
 
 namespace treedecode::cuda {
 
-inline constexpr int kCompareThreads = 256;
-inline constexpr int kPlanThreads = 1024;
-
-__device__ __forceinline__ int64_t ceil_quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Lengths as the CPU op takes them, whatever they are.
-__device__ inline int seq_len_of(const PlanTreeParams& p, int64_t row) {
-  const int64_t n = p.seq_lens[row], capacity = p.max_pages * p.page_size;
-  return static_cast<int>(n < 0 ? 0 : n > capacity ? capacity : n);
-}
-__device__ inline int q_len_of(const PlanTreeParams& p, int64_t row) {
-  const int n = p.q_lens ? p.q_lens[row] : 1, seq_len = seq_len_of(p, row);
-  return n < 0 ? 0 : n > seq_len && seq_len > 0 ? seq_len : n;
-}
-
-// Of the pages that rows row - 1 and row both have.
-__device__ inline int pages_in_both(const PlanTreeParams& p, int64_t row) {
-  const int before = seq_len_of(p, row - 1), here = seq_len_of(p, row);
-  return static_cast<int>(ceil_quotient(before < here ? before : here, p.page_size));
-}
-
-// matches[row, segment]: the first page of a segment that rows row - 1 and row do not share, or the segment's end. A
-// block takes one of them.
-__global__ void __launch_bounds__(kCompareThreads) _compare_pages_kernel(const __grid_constant__ PlanTreeParams p) {
-  TD_SHARED(int, first, kCompareThreads / ptx::kWarpSize);
-  const int64_t segments = num_page_segments(p.max_pages);
-  const int64_t row = 1 + ptx::block_x() / segments, segment = ptx::block_x() % segments;
-  const int end = static_cast<int>(std::min((segment + 1) * kPageSegment, static_cast<int64_t>(pages_in_both(p, row))));
-  const int32_t* table = p.page_table + row * p.table_stride;
-  int differs = end;
-#pragma unroll
-  for (int i = 0; i < kPageSegment / kCompareThreads; ++i) {
-    const int page = static_cast<int>(segment * kPageSegment) + i * kCompareThreads + ptx::thread();
-    if (page < end && table[page] != table[page - p.table_stride]) differs = std::min(differs, page);
-  }
-  differs = -warp_max(-differs);
-  if (ptx::lane() == 0) first[ptx::warp()] = differs;
-  ptx::sync_threads();
-  if (ptx::thread() != 0) return;
-  for (int warp = 1; warp < kCompareThreads / ptx::kWarpSize; ++warp) differs = std::min(differs, first[warp]);
-  p.scratch[row * segments + segment] = differs;
-}
+inline constexpr int kMaxPlanThreads = 1024;
 
 // The longest-common-prefix intervals of the rows, in arrays. Node 2 * row + 1 is the leaf of a row, what it has alone.
 // Node 2 * row, where there is one, is the interval whose rows fork first before `row`. In this order chunks of one
@@ -96,7 +55,7 @@ class TreePlanner {
  private:
   template <typename F>
   __device__ static void for_each(int n, F f) {
-    for (int i = ptx::thread(); i < n; i += kPlanThreads) f(i);
+    for (int i = ptx::thread(); i < n; i += ptx::num_threads()) f(i);
   }
 
   // A thread's part of what is scanned over [0, n): in order, so that sums before it are sums before its first element.
@@ -104,7 +63,8 @@ class TreePlanner {
     int begin, end;
   };
   __device__ static Range my_range(int n) {
-    const int each = (n + kPlanThreads - 1) / kPlanThreads, begin = std::min(n, ptx::thread() * each);
+    const int thread = ptx::opaque(ptx::thread());  // found again where it is needed, not kept in a register
+    const int each = (n + ptx::num_threads() - 1) / ptx::num_threads(), begin = std::min(n, thread * each);
     return {begin, std::min(n, begin + each)};
   }
 
@@ -259,12 +219,16 @@ class TreePlanner {
   }
 
   __device__ void cut() {
-    int64_t cost = 0;
+    int64_t sums[2] = {};  // cost, tokens
     for_each(num_nodes_, [&](int node) {
-      if (const int64_t tokens = own_tokens(node)) cost += num_tiles(node) * token_cost(node) * tokens;
+      const int64_t tokens = own_tokens(node);
+      if (tokens == 0) return;
+      sums[0] += num_tiles(node) * token_cost(node) * tokens;
+      sums[1] += tokens;
     });
-    const int64_t total = block_scan(cost).total;
-    target_ = std::max(int64_t{1}, ceil_quotient(total, cpu::kTilesPerWorker * p_.workers));
+    const int64_t* totals = block_scans(sums);
+    target_ = std::max(int64_t{1}, ceil_quotient(totals[0], cpu::kTilesPerWorker * p_.workers));
+    if (ptx::thread() == 0) p_.counts[2] = static_cast<int32_t>(totals[1]);
     for_each(num_nodes_, [&](int node) {
       const int64_t tokens = own_tokens(node);
       if (tokens == 0) return;
@@ -291,35 +255,45 @@ class TreePlanner {
 
   // A counting sort by class of cost.
   __device__ void write_chunks() {
-    constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+    constexpr int kNum = cpu::kNumClasses;
     const Range mine = my_range(num_nodes_);
-    int64_t done_chunks = 0, done_tiles = 0, unique_tokens = 0;
-    for (int c = 0; c < cpu::kNumClasses; ++c) {
-      int64_t chunks = 0, tiles = 0;
-      for (int node = mine.begin; node < mine.end; ++node) {
-        if (step_[node] == 0 || size_class(node) != c) continue;
-        chunks += num_chunks(node);
-        tiles += num_chunks(node) * num_tiles(node);
-        unique_tokens += own_tokens(node);
-      }
-      const BlockScan<int64_t> chunk_scan = block_scan(chunks), tile_scan = block_scan(tiles);
-      int64_t chunk = done_chunks + chunk_scan.before, tile = done_tiles + tile_scan.before;
-      for (int node = mine.begin; node < mine.end; ++node) {
-        if (step_[node] == 0 || size_class(node) != c) continue;
-        write_node(node, chunk, tile);
-        chunk += num_chunks(node);
-        tile += num_chunks(node) * num_tiles(node);
-      }
-      done_chunks += chunk_scan.total;
-      done_tiles += tile_scan.total;
+    uint64_t sums[kNum + 1] = {};  // tiles and chunks of each class, tiles of all
+    // Chunks in the lower half: tiles that the upper one cannot hold are too many anyway.
+    const auto both = [&](int node) {
+      return static_cast<uint64_t>(num_chunks(node) * num_tiles(node)) << 32 | static_cast<uint32_t>(num_chunks(node));
+    };
+    for (int node = mine.begin; node < mine.end; ++node) {
+      if (step_[node] == 0) continue;
+      const int of_node = size_class(node);
+      const uint64_t count = both(node);
+#pragma unroll
+      for (int c = 0; c < kNum; ++c) sums[c] += c == of_node ? count : 0;
+      sums[kNum] += num_chunks(node) * num_tiles(node);
     }
-    const int64_t tokens = block_scan(unique_tokens).total;
-    fits_ = done_tiles <= kMax;
+    const uint64_t* totals = block_scans(sums);
+    uint64_t done = 0;
+#pragma unroll
+    for (int c = 0; c < kNum; ++c) {
+      sums[c] += done;
+      done += totals[c];
+    }
+    for (int node = mine.begin; node < mine.end; ++node) {
+      if (step_[node] == 0) continue;
+      const int of_node = size_class(node);
+      const uint64_t count = both(node);
+      uint64_t at = 0;
+#pragma unroll
+      for (int c = 0; c < kNum; ++c) {
+        at = c == of_node ? sums[c] : at;
+        sums[c] += c == of_node ? count : 0;
+      }
+      write_node(node, static_cast<uint32_t>(at), static_cast<int64_t>(at >> 32));
+    }
+    fits_ = totals[kNum] <= std::numeric_limits<int32_t>::max();
     if (ptx::thread() != 0) return;
-    p_.counts[0] = static_cast<int32_t>(done_chunks);
-    p_.counts[2] = static_cast<int32_t>(tokens);
+    p_.counts[0] = static_cast<int32_t>(done);
     p_.counts[4] = static_cast<int32_t>(p_.page_size);
-    p_.counts[5] = static_cast<int32_t>(done_tiles);
+    p_.counts[5] = static_cast<int32_t>(totals[kNum]);
   }
 
   __device__ void write_node(int node, int64_t chunk, int64_t tile) const {
@@ -339,20 +313,19 @@ class TreePlanner {
   __device__ void write_rows() {
     constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
     const Range mine = my_range(num_rows_);
-    int64_t queries = 0, parts = 0, tokens = 0;
+    int64_t sums[3] = {};  // query tokens, parts, tokens of paths
     const auto parts_of = [&](int row) -> int64_t {
       const int leaf = 2 * row + 1;
       if (num_queries(leaf) == 0) return 0;
       return static_cast<int64_t>(q_len_of(p_, row)) * (parts_before(leaf) + num_chunks(leaf));
     };
     for (int row = mine.begin; row < mine.end; ++row) {
-      queries += q_len_of(p_, row);
-      parts += parts_of(row);
-      if (q_len_of(p_, row) > 0) tokens += seq_len_of(p_, row);
+      sums[0] += q_len_of(p_, row);
+      sums[1] += parts_of(row);
+      if (q_len_of(p_, row) > 0) sums[2] += seq_len_of(p_, row);
     }
-    const BlockScan<int64_t> query_scan = block_scan(queries), part_scan = block_scan(parts);
-    const int64_t path_tokens = block_scan(tokens).total;
-    int64_t query = query_scan.before, part = part_scan.before;
+    const int64_t* totals = block_scans(sums);
+    int64_t query = sums[0], part = sums[1];
     for (int row = mine.begin; row < mine.end; ++row) {
       p_.q_indptr[row] = static_cast<int32_t>(query);
       p_.part_indptr[row] = static_cast<int32_t>(part);
@@ -360,11 +333,10 @@ class TreePlanner {
       part += parts_of(row);
     }
     if (ptx::thread() != 0) return;
-    p_.q_indptr[num_rows_] = static_cast<int32_t>(query_scan.total);
-    p_.part_indptr[num_rows_] = static_cast<int32_t>(part_scan.total);
-    p_.counts[1] = static_cast<int32_t>(part_scan.total);
-    p_.counts[3] = static_cast<int32_t>(path_tokens);
-    if (!fits_ || query_scan.total > kMax || part_scan.total > kMax || path_tokens > kMax) p_.counts[0] = -1;
+    p_.q_indptr[num_rows_] = static_cast<int32_t>(totals[0]);
+    p_.part_indptr[num_rows_] = p_.counts[1] = static_cast<int32_t>(totals[1]);
+    p_.counts[3] = static_cast<int32_t>(totals[2]);
+    if (!fits_ || totals[0] > kMax || totals[1] > kMax || totals[2] > kMax) p_.counts[0] = -1;
   }
 
   const PlanTreeParams& p_;
@@ -388,7 +360,7 @@ class TreePlanner {
   bool fits_ = true;
 };
 
-__global__ void __launch_bounds__(kPlanThreads) _plan_tree_kernel(const __grid_constant__ PlanTreeParams p) {
+__global__ void __launch_bounds__(kMaxPlanThreads) _plan_tree_kernel(const __grid_constant__ PlanTreeParams p) {
   ptx::wait_for_previous_kernel();
   int* words =
       p.num_rows > kSharedRows ? p.scratch + p.num_rows * num_page_segments(p.max_pages) : ptx::dynamic_shared<int>();

@@ -19,7 +19,11 @@ struct alignas(16) Bytes16 {
   uint32_t word[4];
 };
 
-struct Pair {
+struct alignas(8) Bytes8 {
+  uint32_t word[2];
+};
+
+struct alignas(8) Pair {
   float lo;
   float hi;
 };

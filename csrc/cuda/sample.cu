@@ -10,7 +10,7 @@ cudaError_t sample_rows(const SampleParams& p, cudaStream_t stream) {
   const auto rows = static_cast<uint32_t>(p.logits.rows);
   const cudaError_t error = launch(&_sample_scan_kernel<T>, {rows * p.logits.num_chunks}, kLogitsThreads, 0, stream, p);
   if (error != cudaSuccess) return error;
-  return launch(&_sample_draw_kernel<T>, {rows}, kLogitsThreads, 0, stream, p);
+  return launch_dependent(&_sample_draw_kernel<T>, {rows}, kLogitsThreads, 0, stream, p);
 }
 
 }  // namespace

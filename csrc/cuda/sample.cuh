@@ -6,11 +6,12 @@ namespace treedecode::cuda {
 
 template <typename T>
 __global__ void __launch_bounds__(kLogitsThreads, 2) _sample_scan_kernel(const __grid_constant__ SampleParams p) {
+  ptx::launch_next_kernel();  // the draw, which waits for this one's results
   const uint32_t item = ptx::block_x(), row_index = item / p.logits.num_chunks;
-  const SampleSettings s(p, row_index);
-  if (!s.valid()) return;
   const Row<T> row(p.logits, row_index);
   Chunk<T> chunk(row, static_cast<int64_t>(item % p.logits.num_chunks) * p.logits.chunk_len, p.logits.chunk_len);
+  const SampleSettings s(p, row_index);  // while the chunk is under way
+  if (!s.valid()) return;
   chunk.apply_mask(row);
   float mine = -kInf;
 #pragma unroll
@@ -110,6 +111,7 @@ __device__ __forceinline__ int64_t draw_filtered(const SampleParams& p, const Ro
 
 template <typename T>
 __global__ void __launch_bounds__(kLogitsThreads, 2) _sample_draw_kernel(const __grid_constant__ SampleParams p) {
+  ptx::wait_for_previous_kernel();
   TD_SHARED(RowSums, of_row, 1);
   const int64_t row_index = ptx::block_x();
   const SampleSettings s(p, row_index);

@@ -37,8 +37,9 @@ cudaError_t attend_and_merge(const TreeAttentionParams& p, cudaStream_t stream) 
   if (const cudaError_t error = attend<T>(p, stream); error != cudaSuccess) return error;
   constexpr int64_t kWarps = kAttentionThreads / ptx::kWarpSize;
   const int64_t num_blocks = (p.num_q * p.num_qo_heads + kWarps - 1) / kWarps;
-  return launch_dependent(&_tree_attention_merge_kernel<T>, {static_cast<uint32_t>(num_blocks)}, kAttentionThreads, 0,
-                          stream, p);
+  const auto merge =
+      p.head_dim <= kQuadDims ? &_tree_attention_merge_kernel<T, 1> : &_tree_attention_merge_kernel<T, 2>;
+  return launch_dependent(merge, {static_cast<uint32_t>(num_blocks)}, kAttentionThreads, 0, stream, p);
 }
 
 }  // namespace

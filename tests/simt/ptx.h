@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "simt.h"
+#include "traffic.h"
 
 #define __global__
 #define __device__
@@ -155,6 +156,11 @@ void cp_async_wait() {
 inline void load_matrices(uint32_t (&r)[4], const void* row, bool trans, const Site& site) {
   if (reinterpret_cast<uintptr_t>(row) % 16) simt::fail(site, "ldmatrix of a misaligned row");
   const simt::Exchange rows = simt::exchange("ldmatrix", kAllLanes, row, site);
+  if (lane() % 8 == 0) {
+    const void* of_matrix[8];
+    for (int i = 0; i < 8; ++i) of_matrix[i] = rows.get<const void*>(lane() + i);
+    simt::note_matrix(of_matrix);
+  }
   const auto element = [&](int matrix, int i, int j) {
     return static_cast<uint32_t>(rows.get<const uint16_t*>(matrix * 8 + i)[j]);
   };

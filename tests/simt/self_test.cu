@@ -2,6 +2,7 @@
 
 #include "../../csrc/cuda/collectives.cuh"
 #include "../../csrc/cuda/launch.cuh"
+#include "../../csrc/cuda/scans.cuh"
 
 namespace treedecode::cuda {
 namespace {
@@ -98,6 +99,17 @@ __global__ void _scan_kernel(const ToyParams p) {
   p.out[ptx::thread()] = first.before + second.before + first.total + second.total;
 }
 
+__global__ void _scans_kernel(const ToyParams p) {
+  const int32_t in = p.in[ptx::thread()];
+  int32_t out = 0;
+  for (int round = 1; round <= 2; ++round) {
+    int32_t values[2] = {round * in, 10 * round * in};
+    const int32_t* totals = block_scans(values);
+    out += values[0] + values[1] + totals[0] + totals[1];
+  }
+  p.out[ptx::thread()] = out;
+}
+
 // Every atomic, on shared and global memory, 32 and 64 bits; what is left behind does not depend on the order.
 __global__ void _atomics_kernel(const ToyParams p) {
   TD_SHARED(uint64_t, wide, 3);
@@ -185,6 +197,7 @@ cudaError_t toy_hand_over(const ToyParams& p, cudaStream_t stream) { return run_
 cudaError_t toy_last_block(const ToyParams& p, cudaStream_t stream) { return run_toy(&_last_block_kernel, p, stream); }
 cudaError_t toy_poll(const ToyParams& p, cudaStream_t stream) { return run_toy(&_poll_kernel, p, stream); }
 cudaError_t toy_scan(const ToyParams& p, cudaStream_t stream) { return run_toy(&_scan_kernel, p, stream); }
+cudaError_t toy_scans(const ToyParams& p, cudaStream_t stream) { return run_toy(&_scans_kernel, p, stream); }
 cudaError_t toy_atomics(const ToyParams& p, cudaStream_t stream) { return run_toy(&_atomics_kernel, p, stream); }
 cudaError_t toy_wide(const ToyParams& p, cudaStream_t stream) {
   return launch_dependent(&_wide_kernel, {}, p.num_threads, (p.num_threads / 4 + 1) * sizeof(ptx::Bytes16), stream, p);

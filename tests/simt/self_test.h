@@ -33,6 +33,7 @@ cudaError_t toy_hand_over(const ToyParams& p, cudaStream_t stream);
 cudaError_t toy_last_block(const ToyParams& p, cudaStream_t stream);
 cudaError_t toy_poll(const ToyParams& p, cudaStream_t stream);
 cudaError_t toy_scan(const ToyParams& p, cudaStream_t stream);
+cudaError_t toy_scans(const ToyParams& p, cudaStream_t stream);
 cudaError_t toy_atomics(const ToyParams& p, cudaStream_t stream);
 cudaError_t toy_wide(const ToyParams& p, cudaStream_t stream);
 cudaError_t toy_fragments(const FragmentParams& p, cudaStream_t stream);

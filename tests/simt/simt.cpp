@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "scheduler.h"
+#include "traffic.h"
 
 namespace simt {
 namespace {
@@ -145,6 +146,9 @@ void copy_later(void* to, const void* from, size_t bytes, bool valid, const Site
   if (reinterpret_cast<uintptr_t>(to) % bytes || (valid && reinterpret_cast<uintptr_t>(from) % bytes)) {
     fail_here(site, "cp_async of a misaligned address");
   }
+  const Position& p = self().position;
+  const uint64_t block = p.block[0] + uint64_t{p.grid[0]} * (p.block[1] + uint64_t{p.grid[1]} * p.block[2]);
+  if (bytes == 16) note_copy(block, p.thread, site.line(), to, from, valid);
   const Copy copy{to, from, bytes, valid};
   if (!ordered() && random() % 4 == 0) return perform(copy);
   std::memset(to, 0xff, bytes);
