@@ -17,7 +17,7 @@ TESTS = {
     "beam_prune": ("any_vocab_and_alignment", "masks", "log_probabilities_are_used_as_they_are", "ties"),
     "beam_update": ("wide_beam", "a_refused_group_does_not_disturb_its_neighbours"),
     "pages": ("more_rows_than_threads", "default_lengths_and_empty_calls", "copy_pages"),
-    "plan_tree": ("golden", "long_tables", "reads_nothing_beyond_seq_len", "counts_that_do_not_fit_are_marked"),
+    "plan_tree": ("long_tables", "reads_nothing_beyond_seq_len", "counts_that_do_not_fit_are_marked"),
     "sample": ("any_vocab_and_alignment", "masks", "large_vocabularies", "a_row_without_a_token_is_marked"),
     "tree_attention": (
         "tiles_of_all_heights", "prefill_beside_decode", "rows_that_are_not_aligned", "without_keys",
