@@ -11,7 +11,26 @@ if not torch.cuda.is_available():  # before Triton is imported: its kernels then
 
 from treedecode import env, ops
 
+try:
+    from triton.runtime import interpreter
+except ImportError:  # tests of its kernels are then skipped
+    interpreter = None
+
 AVAILABLE_ISAS = env.CPU_ISAS[: env.CPU_ISAS.index(ops.cpu_isa()[1]) + 1]
+
+
+def _index_by_item(patch_tensor):
+    """The interpreter of Triton 3.6 takes int() of arrays with one element, which NumPy 2.4 and later refuse."""
+
+    def patch(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return patch
+
+
+if interpreter is not None:
+    interpreter._patch_lang_tensor = _index_by_item(interpreter._patch_lang_tensor)
 
 
 @pytest.fixture(params=AVAILABLE_ISAS)
