@@ -46,11 +46,12 @@ def test_every_name_of_ptx_compiles_to_its_instruction(arch, tmp_path):
     command = [nvcc, *flags, "-o", str(cubin), str(ROOT / "tests" / "simt" / "self_test.cu")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    opcodes = cuda_library.mnemonics(cubin)
+    # Of one architecture, which cuobjdump 12.8 calls sm_90 where later ones say sm_90a.
+    opcodes = {kernel: found for (kernel, _), found in cuda_library.mnemonics(cubin).items()}
     for dtype, suffix in (("bf16", ".BF16"), ("fp16", "")):
-        of_fragments = opcodes[f"_fragments_kernel<{dtype}>", arch]
+        of_fragments = opcodes[f"_fragments_kernel<{dtype}>"]
         assert {f"HMMA.16816.F32{suffix}", "LDSM.16.M88.4", "LDSM.16.MT88.4"} <= of_fragments
-    of_wide = opcodes["_wide_kernel", arch]
+    of_wide = opcodes["_wide_kernel"]
     expected = {"LDGSTS.E.BYPASS.LTC128B.128", "LDGSTS.E.64", "SHFL.BFLY", "VOTE.ALL", "BAR.SYNC.DEFER_BLOCKING"}
     expected |= {"ACQBULK"} if arch == "sm_90a" else set()
     assert not [name for name in expected if not any(opcode.startswith(name) for opcode in of_wide)], sorted(of_wide)
