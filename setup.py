@@ -34,7 +34,7 @@ def needed(tool: str) -> str:
     # PATH has depends on whether the environment is activated.
     path = shutil.which(tool, path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
     if path is None:
-        sys.exit(f"{tool} is neither beside {sys.executable} nor on PATH: `pip install cmake ninja pybind11`, or install without --no-build-isolation")
+        sys.exit(f"no {tool}: `pip install cmake ninja pybind11`, or install without --no-build-isolation")
     return path
 
 

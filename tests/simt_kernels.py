@@ -17,7 +17,7 @@ import treedecode
 
 TESTS = Path(__file__).parent
 SANITIZED = Path(treedecode.__path__[0]) / "_simt_sanitized.so"
-LIBRARY = SANITIZED if os.environ.get("SIMT_SANITIZED") else SANITIZED.with_name("_simt.so")  # as test_sanitized.py asks
+LIBRARY = SANITIZED if "SIMT_SANITIZED" in os.environ else SANITIZED.with_name("_simt.so")  # see test_sanitized.py
 SCALARS = {
     "int32_t": ctypes.c_int32, "uint32_t": ctypes.c_uint32, "int64_t": ctypes.c_int64, "uint64_t": ctypes.c_uint64,
     "size_t": ctypes.c_size_t, "float": ctypes.c_float, "double": ctypes.c_double, "bool": ctypes.c_bool,

@@ -27,9 +27,9 @@ def gguf_path(tmp_path, monkeypatch):
     writer.add_vocab_size(VOCAB)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list(["<s>", "</s>", "ab", *map(chr, range(97, 97 + VOCAB - 3))])
+    writer.add_token_list(["<s>", "</s>", "ab", "abc", *map(chr, range(97, 97 + VOCAB - 4))])
     writer.add_token_types([3, 3] + [1] * (VOCAB - 2))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "ab c"])  # Transformers 5.17 takes a list of one for a string
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     shapes = {

@@ -1,16 +1,16 @@
 """Makes Triton's interpreter three times as fast for kernels with small device functions; results stay the same.
 
-At every call of a device function it looks through all of `triton.language` for what it has to replace there, which takes
-longer than the function, and it reduces with xor (of which sorting consists) element by element.
+At every call of a device function it looks through all of `triton.language` for what it has to replace there, which
+takes longer than the function, and it reduces with xor (of which sorting consists) element by element. Triton 3.6's is
+made to run with the NumPy of today, too.
 """
 
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
-_patch_lang, _launch, _reduce = (
-    interpreter._patch_lang, interpreter.GridExecutor.__call__, interpreter.ReduceOps.apply_impl,
-)  # fmt: skip
+_patch_lang, _patch_lang_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
+_launch, _reduce = interpreter.GridExecutor.__call__, interpreter.ReduceOps.apply_impl
 _patched: set[int] = set()  # ids of the globals for which the running launch has done it
 
 
@@ -18,6 +18,12 @@ def _patch_lang_once(fn):
     if id(fn.__globals__) not in _patched:
         _patched.add(id(fn.__globals__))
         return _patch_lang(fn)
+
+
+def _index_by_item(tensor, scope):
+    """That of Triton 3.6 takes int() of arrays with one element, which NumPy 2.4 and later refuse."""
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
 def _launch_afresh(self, *args, **kwargs):
@@ -33,5 +39,6 @@ def _reduce_xor_at_once(self, input):
 
 
 interpreter._patch_lang = _patch_lang_once
+interpreter._patch_lang_tensor = _index_by_item
 interpreter.GridExecutor.__call__ = _launch_afresh
 interpreter.ReduceOps.apply_impl = _reduce_xor_at_once

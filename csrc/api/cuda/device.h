@@ -13,6 +13,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include "../../check.h"
 
@@ -49,7 +50,8 @@ inline cudaStream_t current_stream(const Tensor& t) {
   }();
   STD_TORCH_CHECK(get_stream, "treedecode: this torch has CUDA tensors, but no current CUDA stream");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get_stream(t.get_device_index(), &stream));
+  // STABLE_TORCH_ERROR_CODE_CHECK came with torch 2.13's headers.
+  TORCH_ERROR_CODE_CHECK(get_stream(t.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
