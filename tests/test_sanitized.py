@@ -20,7 +20,8 @@ TESTS = {
     "plan_tree": ("long_tables", "reads_nothing_beyond_seq_len", "counts_that_do_not_fit_are_marked"),
     "sample": ("any_vocab_and_alignment", "masks", "large_vocabularies", "a_row_without_a_token_is_marked"),
     "tree_attention": (
-        "tiles_of_all_heights", "prefill_beside_decode", "rows_that_are_not_aligned", "without_keys",
+        *(f"tiles_of_all_heights[{shape}]" for shape in ("16-128", "17-96", "33-64", "65-128", "65-256")),
+        "prefill_beside_decode[dtype1]", "rows_that_are_not_aligned", "without_keys",
         "equal_rows_and_rows_that_end_in_a_shared_page", "a_page_id_out_of_range_is_marked",
     ),
 }  # fmt: skip
