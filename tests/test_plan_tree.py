@@ -1,4 +1,5 @@
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,32 @@ def test_a_flat_plan_gives_every_worker_something_to_do():
     plan = plan_of(*as_tables(rows, 16, [16] * 64), num_qo_heads=32, num_kv_heads=8, num_workers=264)
     assert plan.counts[2] == 16 * (128 + 64 * 16)
     assert 33 <= plan.counts[5] <= 5 * 33 + 64
+
+
+TREES = [
+    ((1, 64), (8192, 256)),
+    ((16, 128), (4096, 512)),
+    ((1, 8, 64, 512), (4096, 1024, 256, 64)),
+    ((40,), (4096,)),
+]
+
+
+@pytest.mark.parametrize(("nodes", "tokens"), TREES, ids=str)
+def test_a_flat_plan_spreads_evenly_and_leaves_few_partial_results(nodes, tokens):
+    rows = tree_rows([b // a for a, b in pairwise(nodes)], [n // 16 for n in tokens])
+    rows = [[nodes[0] * page + root for page in row] for root in range(nodes[0]) for row in rows]
+    plan = plan_of(*as_tables(rows, 16, [16] * len(rows)), num_qo_heads=32, num_kv_heads=8, num_workers=264)
+    costs = []  # of the work tiles, in their order
+    for row_begin, row_end, token_begin, token_end, _, _ in chunks_of(plan):
+        costs += [token_end - token_begin] * (-(-4 * (row_end - row_begin) // 128) * 8)
+    loads = [0] * 264  # as tree_attention deals them out, in turns forwards and backwards
+    for i, cost in enumerate(costs):
+        turn, worker = divmod(i, 264)
+        loads[263 - worker if turn % 2 else worker] += cost
+    assert max(loads) <= 1.15 * sum(costs) / 264
+    # Bytes that partial results are written with, in fp32, against those of all keys and values in 16 bits.
+    parts = plan.counts[1].item() * 32 * 4
+    assert parts <= 0.35 * plan.counts[2].item() * 8 * 2 * 2
 
 
 @settings(max_examples=60, deadline=None)

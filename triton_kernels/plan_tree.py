@@ -12,6 +12,7 @@ _MAX_LEVELS = tl.constexpr(8)
 _TILE_ROWS = tl.constexpr(128)
 _TILES_PER_WORKER = tl.constexpr(4)
 _MIN_CHUNK_TOKENS = tl.constexpr(128)
+_ROW_TOKENS = tl.constexpr(4)
 _CHUNK_STEP = tl.constexpr(64)
 _NUM_CLASSES = tl.constexpr(8)
 
@@ -117,12 +118,12 @@ def _kept_tokens(longest, page_begin, page_end, folded, page_size):
 
 @triton.jit
 def _cut(length, queries, target, group):
-    """(work tiles per piece, cost of one token of a tile, tokens of a piece, pieces) of nodes."""
+    """(work tiles per piece, tokens of a piece, pieces) of nodes."""
     rows = group * queries
-    token_cost = _READ_ROWS + tl.minimum(rows, _TILE_ROWS)
-    count = tl.minimum(tl.cdiv(length * token_cost, target), tl.cdiv(length, _MIN_CHUNK_TOKENS))
+    tokens = tl.minimum(_ROW_TOKENS * tl.minimum(rows, _TILE_ROWS), 2 * target)
+    count = tl.cdiv(length, tl.maximum(tl.maximum(tokens, target), _MIN_CHUNK_TOKENS))
     step = tl.cdiv(tl.cdiv(length, tl.maximum(count, 1)), _CHUNK_STEP) * _CHUNK_STEP
-    return tl.cdiv(rows, _TILE_ROWS), token_cost, step, tl.cdiv(length, tl.maximum(step, 1))
+    return tl.cdiv(rows, _TILE_ROWS), step, tl.cdiv(length, tl.maximum(step, 1))
 
 
 @triton.jit
@@ -203,8 +204,7 @@ def _plan_tree_kernel(
         end = tl.where(node % 2 == 1, tl.cdiv(longest, page_size), inner_end)
         folded = tl.load(folded_ptr + node, mask=queries > 0, other=1)
         length = _kept_tokens(longest, begin, end, folded, page_size)
-        rows = group * queries
-        total += tl.cdiv(rows, _TILE_ROWS) * (_READ_ROWS + tl.minimum(rows, _TILE_ROWS)) * length
+        total += tl.cdiv(group * queries, _TILE_ROWS) * length
         unique_tokens += length
         tl.store(longest_ptr + node, length, mask=node < 2 * B)  # from here on the tokens that are kept
     target = tl.maximum(tl.cdiv(tl.sum(total), _TILES_PER_WORKER * workers), 1)
@@ -218,8 +218,8 @@ def _plan_tree_kernel(
         node = first + tl.arange(0, BLOCK)
         queries = tl.load(queries_ptr + node, mask=node < 2 * B, other=0).to(tl.int64)
         length = tl.load(longest_ptr + node, mask=node < 2 * B, other=0).to(tl.int64)
-        tiles, token_cost, step, pieces = _cut(length, queries, target, group)
-        size_class = _class_of(tl.minimum(step, length) * token_cost, target)
+        tiles, step, pieces = _cut(length, queries, target, group)
+        size_class = _class_of(tl.minimum(step, length), target)
         pieces = tl.where((size_class[:, None] == number), pieces[:, None], 0)
         class_chunks += tl.sum(pieces, 0)[None, :]
         class_tiles += tl.sum(pieces * tiles[:, None], 0)[None, :]
@@ -233,8 +233,8 @@ def _plan_tree_kernel(
         row = node // 2
         queries = tl.load(queries_ptr + node, mask=node < 2 * B, other=0).to(tl.int64)
         length = tl.load(longest_ptr + node, mask=node < 2 * B, other=0).to(tl.int64)
-        tiles, token_cost, step, count = _cut(length, queries, target, group)
-        is_mine = _class_of(tl.minimum(step, length) * token_cost, target)[:, None] == number
+        tiles, step, count = _cut(length, queries, target, group)
+        is_mine = _class_of(tl.minimum(step, length), target)[:, None] == number
         pieces = tl.where(is_mine, count[:, None], 0)
         cut_tiles = pieces * tiles[:, None]
         chunk = tl.sum(tl.where(is_mine, chunk_begin + tl.cumsum(pieces, 0) - pieces, 0), 1)
@@ -284,10 +284,10 @@ def _plan_tree_kernel(
 
 @triton.jit
 def _class_of(cost, target):
-    """0 for the most expensive; the cost halves from one class to the next."""
+    """0 for the most expensive; see csrc/cpu/plan_tree.h."""
     size_class = tl.zeros_like(cost)
-    for i in tl.static_range(1, _NUM_CLASSES):
-        size_class += ((cost << i) <= target).to(tl.int64)
+    for i in tl.static_range(_NUM_CLASSES - 1):
+        size_class += ((cost << ((i + 1) // 2)) <= (2 + i % 2) * target).to(tl.int64)
     return size_class
 
 

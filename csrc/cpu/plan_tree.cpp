@@ -131,7 +131,7 @@ class Planner {
   // Cuts every node into chunks of comparable cost. They may be computed at the same time, each a partial result.
   void cut_flat() {
     struct Whole {
-      int64_t begin, length, num_tiles, token_cost;
+      int64_t begin, length, rows, num_tiles;
     };
     std::vector<Whole> wholes(nodes_.size());
     int64_t total = 0;
@@ -139,13 +139,12 @@ class Planner {
       const Node& v = nodes_[i];
       const int64_t rows = p_.group_size * v.num_queries;
       const int64_t length = v.is_folded ? 0 : std::max<int64_t>(0, num_tokens(v));
-      wholes[i] = {v.page_begin * p_.page_size, length, ceil_div(rows, kTileRows),
-                   kReadRows + std::min(rows, kTileRows)};
-      total += wholes[i].num_tiles * wholes[i].token_cost * length;
+      wholes[i] = {v.page_begin * p_.page_size, length, rows, ceil_div(rows, kTileRows)};
+      total += wholes[i].num_tiles * length;
     }
     const int64_t target = std::max<int64_t>(1, ceil_div(total, kTilesPerWorker * p_.workers));
     struct Sorted {
-      int64_t size_class, order;
+      int64_t of_size, order;
       int32_t node;
       int64_t step;
     };
@@ -155,19 +154,14 @@ class Planner {
       const Whole& whole = wholes[i];
       v.num_parts = nodes_[v.parent].num_parts;
       if (whole.length == 0) continue;
-      const int64_t count =
-          std::min(ceil_div(whole.length * whole.token_cost, target), ceil_div(whole.length, kMinChunkTokens));
+      const int64_t count = ceil_div(whole.length, chunk_tokens(whole.rows, target));
       const int64_t step = ceil_div(ceil_div(whole.length, count), kChunkStep) * kChunkStep;
-      int64_t size_class = 0;
-      while (size_class < kNumClasses - 1 &&
-             (std::min(step, whole.length) * whole.token_cost << (size_class + 1)) <= target) {
-        ++size_class;
-      }
-      sorted.push_back({size_class, v.is_leaf ? 2 * v.row_begin + 1 : 2 * v.first_fork, i, step});
+      sorted.push_back({size_class(std::min(step, whole.length), target),
+                        v.is_leaf ? 2 * v.row_begin + 1 : 2 * v.first_fork, i, step});
       v.num_parts += static_cast<int32_t>(ceil_div(whole.length, step));
     }
     std::sort(sorted.begin(), sorted.end(), [](const Sorted& a, const Sorted& b) {
-      return a.size_class != b.size_class ? a.size_class < b.size_class : a.order < b.order;
+      return a.of_size != b.of_size ? a.of_size < b.of_size : a.order < b.order;
     });
     for (const Sorted& s : sorted) {
       const Node& v = nodes_[s.node];

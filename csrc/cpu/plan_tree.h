@@ -18,13 +18,31 @@ inline constexpr int64_t kSegment = 1024;
 inline constexpr int64_t kReadRows = 16;    // reading one token's K and V costs as much as this many packed rows
 inline constexpr int64_t kPartTokens = 32;  // a packed row's partial costs as much as attending to this many tokens
 
-// A flat plan's chunks are cut by cost. What is cut is the work of one kv head; the others repeat it.
+// A flat plan's chunks are cut by cost. What is cut is the work of one kv head; the others repeat it. A tile costs its
+// tokens, whatever rows it has: it waits for them, as long as 128 rows take less than reading what they attend to.
 inline constexpr int64_t kMaxLevels = 8;         // of shared nodes on a path, so that partial results have a bound
 inline constexpr int64_t kTileRows = 128;        // packed rows of one work tile at most
-inline constexpr int64_t kTilesPerWorker = 4;    // aimed at: enough for an even spread, few enough partial results
-inline constexpr int64_t kMinChunkTokens = 128;  // shorter ones spend their time on latency and partial results
+inline constexpr int64_t kTilesPerWorker = 4;    // aimed at: enough for an even spread
+inline constexpr int64_t kMinChunkTokens = 128;  // shorter ones spend their time on latency
+inline constexpr int64_t kRowTokens = 4;         // tokens of a chunk for each row of its tiles: a partial result
+                                                 // (fp32, written and read) is as many bytes as two tokens (16 bit)
 inline constexpr int64_t kChunkStep = 64;        // a multiple of every tile of keys
-inline constexpr int64_t kNumClasses = 8;        // of cost, halving from one to the next, in which chunks are sorted
+inline constexpr int64_t kNumClasses = 8;        // of cost, in which chunks are sorted
+
+// Tokens that a chunk should have at least, of a node with so many packed rows; `target` is the cost aimed at. That
+// every worker has something to do is worth more than few partial results.
+constexpr int64_t chunk_tokens(int64_t rows, int64_t target) {
+  const int64_t of_rows = std::min(kRowTokens * std::min(rows, kTileRows), 2 * target);
+  return std::max({kMinChunkTokens, target, of_rows});
+}
+
+// The class of tiles of this cost: the first one for more than 2 * target, and each next one down to 3/4 or 2/3 of the
+// one before.
+constexpr int size_class(int64_t cost, int64_t target) {
+  int i = 0;
+  while (i < kNumClasses - 1 && cost << (i + 1) / 2 <= (i % 2 ? 3 : 2) * target) ++i;
+  return i;
+}
 
 struct PlanTreeParams {
   const int32_t* page_table;  // [num_rows, max_pages], row stride table_stride

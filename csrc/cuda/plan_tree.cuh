@@ -210,10 +210,6 @@ class TreePlanner {
   }
   __device__ int64_t packed_rows(int node) const { return p_.group_size * num_queries(node); }
   __device__ int64_t num_tiles(int node) const { return ceil_quotient(packed_rows(node), cpu::kTileRows); }
-  __device__ int64_t token_cost(int node) const {
-    const int64_t rows = packed_rows(node);
-    return cpu::kReadRows + (rows < cpu::kTileRows ? rows : cpu::kTileRows);
-  }
   __device__ int num_chunks(int node) const {
     return step_[node] ? static_cast<int>(ceil_quotient(own_tokens(node), step_[node])) : 0;
   }
@@ -223,7 +219,7 @@ class TreePlanner {
     for_each(num_nodes_, [&](int node) {
       const int64_t tokens = own_tokens(node);
       if (tokens == 0) return;
-      sums[0] += num_tiles(node) * token_cost(node) * tokens;
+      sums[0] += num_tiles(node) * tokens;
       sums[1] += tokens;
     });
     const int64_t* totals = block_scans(sums);
@@ -232,18 +228,14 @@ class TreePlanner {
     for_each(num_nodes_, [&](int node) {
       const int64_t tokens = own_tokens(node);
       if (tokens == 0) return;
-      const int64_t count =
-          std::min(ceil_quotient(tokens * token_cost(node), target_), ceil_quotient(tokens, cpu::kMinChunkTokens));
+      const int64_t count = ceil_quotient(tokens, cpu::chunk_tokens(packed_rows(node), target_));
       step_[node] = static_cast<int>(ceil_quotient(ceil_quotient(tokens, count), cpu::kChunkStep) * cpu::kChunkStep);
     });
     ptx::sync_threads();
   }
 
   __device__ int size_class(int node) const {
-    const int64_t cost = std::min(static_cast<int64_t>(step_[node]), own_tokens(node)) * token_cost(node);
-    int i = 0;
-    while (i < cpu::kNumClasses - 1 && cost << (i + 1) <= target_) ++i;
-    return i;
+    return cpu::size_class(std::min(static_cast<int64_t>(step_[node]), own_tokens(node)), target_);
   }
 
   // Parts of a path before the node's.

@@ -72,9 +72,10 @@ def plan_tree(
     the branch alone. For that, neighbours that share an odd number of tokens share one page less.
 
     A flat plan keeps at most 8 shared nodes on a path, the first ones that pay. A work tile is a chunk and up to 128 of
-    its packed rows, and costs its tokens times (16 + those rows). Nodes are cut into chunks of at least 128 tokens
-    (in steps of 64) whose tiles cost about a quarter of a worker's share of all tiles. Its results are
-    repeatable, but a branch's last bits depend on what else is planned.
+    its packed rows, and costs its tokens: reading them takes longer than what few rows do with them. Nodes are cut
+    into chunks (in steps of 64 tokens) whose tiles cost about a quarter of a worker's share of all tiles; but of at
+    least 128 tokens, and of 4 for each packed row of a tile, as long as that is no more than half of a share. Its
+    results are repeatable, but a branch's last bits depend on what else is planned.
 
     The plan depends on the arguments alone, never on the number of threads.
 

@@ -132,8 +132,8 @@ def _flat(
         node: Node
         begin: int
         end: int
+        rows: int  # packed, of a tile
         num_tiles: int
-        cost: int  # of one tile of it
 
     nodes: list[Piece] = []
 
@@ -141,21 +141,21 @@ def _flat(
         begin, end = node.page_begin * page_size, min(node.page_end * page_size, node.token_end)
         rows = group * node.queries
         if begin < end:
-            nodes.append(Piece(node, begin, end, ceil_div(rows, 128), (end - begin) * (16 + min(rows, 128))))
+            nodes.append(Piece(node, begin, end, min(rows, 128), ceil_div(rows, 128)))
         for child in node.children:
             visit(child)
 
     for root in roots:
         visit(root)
-    target = max(1, ceil_div(sum(piece.num_tiles * piece.cost for piece in nodes), 4 * workers))
+    target = max(1, ceil_div(sum(piece.num_tiles * (piece.end - piece.begin) for piece in nodes), 4 * workers))
     num_parts = [0] * num_rows
     pieces: list[tuple[int, int, int, Piece, int]] = []  # class, order of the node, number, piece, part
     for whole in nodes:  # parents first
         length = whole.end - whole.begin
-        count = min(ceil_div(whole.cost, target), ceil_div(length, 128))
+        count = ceil_div(length, max(128, target, min(4 * whole.rows, 2 * target)))
         step = 64 * ceil_div(ceil_div(length, count), 64)
-        cost = min(step, length) * (whole.cost // length)
-        size_class = next((i for i in range(7) if cost << (i + 1) > target), 7)
+        bounds = [2 * target, 3 * target / 2, target, 3 * target / 4, target / 2, 3 * target / 8, target / 4]
+        size_class = sum(min(step, length) <= bound for bound in bounds)
         part = num_parts[whole.node.rows[0]]
         for number, begin in enumerate(range(whole.begin, whole.end, step)):
             piece = whole._replace(begin=begin, end=min(begin + step, whole.end))
