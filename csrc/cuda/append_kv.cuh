@@ -11,6 +11,7 @@ inline constexpr int kAppendKvThreads = 256;
 template <int kBytes>
 __global__ void __launch_bounds__(kAppendKvThreads)
     _append_kv_kernel(const __grid_constant__ AppendKvParams p, int tokens_per_block) {
+  ptx::launch_next_kernel();  // attention, which waits for what this one writes
   using W = Word<kBytes>;
   const int words_per_head = static_cast<int>(p.head_bytes / kBytes);
   const int words_per_token = static_cast<int>(p.num_kv_heads) * words_per_head;

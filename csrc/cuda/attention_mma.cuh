@@ -363,7 +363,8 @@ class TileAttention {
 template <typename T, int kDim>
 __global__ void __launch_bounds__(kAttentionThreads, 2)
     _tree_attention_mma_kernel(const __grid_constant__ TreeAttentionParams p) {
-  ptx::launch_next_kernel();  // the merge, which waits for this one's results
+  ptx::launch_next_kernel();        // the merge, which waits for this one's results
+  ptx::wait_for_previous_kernel();  // append_kv, in a decoder
   if (!plan_fits(p)) return;
   char* shared = ptx::dynamic_shared<char>();
   for (int round = 0;; ++round) {

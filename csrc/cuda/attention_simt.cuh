@@ -120,7 +120,8 @@ __device__ void simt_rows(const TreeAttentionParams& p, const Tile& t, int first
 template <typename T>
 __global__ void __launch_bounds__(kAttentionThreads)
     _tree_attention_simt_kernel(const __grid_constant__ TreeAttentionParams p) {
-  ptx::launch_next_kernel();  // the merge, which waits for this one's results
+  ptx::launch_next_kernel();        // the merge, which waits for this one's results
+  ptx::wait_for_previous_kernel();  // append_kv, in a decoder
   if (!plan_fits(p)) return;
   for (int round = 0;; ++round) {
     const int64_t item = item_of_block(round);

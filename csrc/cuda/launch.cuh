@@ -92,7 +92,7 @@ inline cudaError_t num_multiprocessors(int* count) {
   return error != cudaSuccess ? error : cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
 }
 
-// As many blocks as run at once, striding over whatever work there is.
+// As many blocks as run at once, striding over whatever work there is; as launch_dependent.
 template <typename... Args>
 cudaError_t launch_persistent(void (*kernel)(Args...), int num_threads, size_t shared_bytes, cudaStream_t stream,
                               std::type_identity_t<Args>... args) {
@@ -119,7 +119,7 @@ cudaError_t launch_persistent(void (*kernel)(Args...), int num_threads, size_t s
     const std::lock_guard lock(mutex);
     known[key] = num_blocks;
   }
-  return launch(kernel, {static_cast<uint32_t>(num_blocks)}, num_threads, shared_bytes, stream, args...);
+  return launch_dependent(kernel, {static_cast<uint32_t>(num_blocks)}, num_threads, shared_bytes, stream, args...);
 }
 
 #endif
