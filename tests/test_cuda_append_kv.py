@@ -3,6 +3,7 @@
 import pytest
 import simt_kernels as simt
 import torch
+from gpu_cases import on_gpu
 
 from treedecode import ops, reference
 
@@ -46,8 +47,7 @@ def test_matches_reference(dtype, layout, head_dim):
         assert all(map(torch.equal, got, want))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_on_the_device(dtype):
     assert ops.explain("append_kv", "cuda").backend == "cuda"

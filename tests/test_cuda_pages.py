@@ -8,6 +8,7 @@ import page_kernels
 import pytest
 import simt_kernels as simt
 import torch
+from gpu_cases import GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from page_cases import STATE_FIELDS, make_pool
@@ -23,10 +24,7 @@ everywhere = pytest.mark.parametrize(
     "run",
     [
         page_kernels.on_host,
-        pytest.param(
-            page_kernels.on_device,
-            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
-        ),
+        pytest.param(page_kernels.on_device, marks=GPU),
     ],
 )
 

@@ -8,6 +8,7 @@ import pytest
 import simt_kernels as simt
 import torch
 from forests import UNUSED, as_tables, forests, tree_rows
+from gpu_cases import on_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -173,8 +174,7 @@ def int32(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_gpu
 @settings(max_examples=200, deadline=None)
 @given(forests(), st.sampled_from(HEADS), st.sampled_from([1, 30, 264]))
 def test_on_a_device(forest, heads, num_workers):

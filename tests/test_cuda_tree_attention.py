@@ -10,6 +10,7 @@ import simt_kernels as simt
 import torch
 from attention_cases import assert_idle_tokens_are_left_out, assert_within_budget, make_case, ragged
 from forests import as_tables, forests, tree_rows
+from gpu_cases import on_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -282,8 +283,7 @@ def on_device(case, num_workers):
     return out.cpu(), lse.cpu()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_gpu
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_on_a_device(dtype, head_dim):

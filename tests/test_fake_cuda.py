@@ -45,18 +45,10 @@ def guard(tmp_path_factory):
         pytest.skip("no C++ compiler")
     source, torch_dir = tmp_path_factory.mktemp("guard") / "guard.cpp", Path(torch.__file__).parent
     source.write_text(GUARD)
-    command = [
-        compiler,
-        "-std=c++20",
-        "-shared",
-        "-fPIC",
-        f"-I{torch_dir}/include",
-        source,
-        "-o",
-        source.with_suffix(".so"),
-    ]
-    subprocess.run([*command, f"-L{torch_dir}/lib", "-lc10"], check=True)
-    ctypes.CDLL(str(source.with_suffix(".so")))
+    library = source.with_suffix(".so")
+    command = [compiler, "-std=c++20", "-shared", "-fPIC", f"-I{torch_dir}/include", f"-L{torch_dir}/lib"]
+    subprocess.run([*command, source, "-o", library, "-lc10"], check=True)
+    ctypes.CDLL(str(library))
 
 
 @pytest.fixture
