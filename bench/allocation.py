@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import treedecode as td
-from treedecode.gate.costs import UNITS
-from treedecode.gate.model import Gate
-from treedecode.solutions import Result
+from treedecode.allocation.chain_costs import UNITS
+from treedecode.allocation.gate import Gate
+from treedecode.search.solutions import Result
 from treedecode.strategies import Strategy
 from treedecode.tasks.countdown import Countdown, model_path
 from treedecode.verify import Value

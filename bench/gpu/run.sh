@@ -75,12 +75,12 @@ part_build() {
     # shellcheck disable=SC2086  # several options
     if limited "$((end - SECONDS))" build.log "${CXX:-c++}" -O3 -DNDEBUG -std=c++20 -shared -fPIC -fvisibility=hidden \
       $includes csrc/host/*.cpp -o "treedecode/_host$suffix"; then
-      "$PYTHON" -m treedecode.collect_env
+      "$PYTHON" -m treedecode.cli info
       return
     fi
   fi
   limited "$((end - SECONDS))" build.log "$PYTHON" setup.py -q build_ext --inplace &&
-    "$PYTHON" -m treedecode.collect_env
+    "$PYTHON" -m treedecode.cli info
 }
 
 part_tests() {
@@ -92,7 +92,7 @@ part_tests() {
   # One thread each: those of many processes would wait for each other.
   OMP_NUM_THREADS=1 FAILURES=$OUT/failures.txt limited "$LIMIT" tests.log "$PYTHON" -m pytest -vv -m gpu -p no:cacheprovider \
     -p bench.gpu.pytest_plugin --continue-on-collection-errors --tb=short --durations=20 "${options[@]}" \
-    ${TESTS:+-k "$TESTS"} "--junitxml=$OUT/tests.xml" tests/test_gpu_*.py tests/test_cuda_*.py
+    ${TESTS:+-k "$TESTS"} "--junitxml=$OUT/tests.xml" tests/gpu tests/ops/cuda
 }
 
 part_sanitizer() {

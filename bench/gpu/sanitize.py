@@ -15,9 +15,9 @@ from bench.gpu import forests
 from bench.gpu.backends import kernels
 from bench.gpu.forests import Heads
 from treedecode import ops
+from treedecode.cache.page_pool import PagePool
 from treedecode.ops.pages import OUT_OF_PAGES
 from treedecode.ops.plan_tree import default_workers
-from treedecode.pages import PagePool
 
 DTYPES = (torch.bfloat16, torch.float32)
 PAGE_OPS = ("fork_branches", "append_slots", "hold_pages", "adopt_pages", "copy_pages")

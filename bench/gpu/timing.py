@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.harness import GEMM_DTYPES, Peaks, dtype_name
-from treedecode.captured import leave_failed_capture
+from treedecode.engine.graph_steps import leave_failed_capture
 
 ROUNDS = 9
 GRAPH_SECONDS = 2e-3  # a replay should last so long that an event's resolution and the launch of the graph vanish in it

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import treedecode as td
 from examples.countdown.rollouts import Rollouts, grades, hidden_states, roll_out, sample
-from treedecode.gate.calibration import auc, expected_calibration_error
+from treedecode.allocation.calibration import auc, expected_calibration_error
 from treedecode.models import load_pretrained
 from treedecode.models.value_head import ValueHead
 from treedecode.tasks.countdown import Countdown

@@ -1,4 +1,4 @@
-#include "../../csrc/cuda/append_kv.cu"
+#include "../../csrc/cuda/pages/append_kv.cu"
 
 #include "bind.h"
 

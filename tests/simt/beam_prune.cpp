@@ -1,4 +1,4 @@
-#include "../../csrc/cuda/beam_prune.cu"
+#include "../../csrc/cuda/logits/beam_prune.cu"
 
 #include "bind.h"
 

@@ -1,4 +1,4 @@
-#include "../../csrc/cuda/beam_update.cu"
+#include "../../csrc/cuda/logits/beam_update.cu"
 
 #include "bind.h"
 

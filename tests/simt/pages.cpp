@@ -1,5 +1,5 @@
-#include "../../csrc/cuda/pages.cu"
-#include "../../csrc/cuda/copy_pages.cu"
+#include "../../csrc/cuda/pages/pages.cu"
+#include "../../csrc/cuda/pages/copy_pages.cu"
 
 #include "bind.h"
 

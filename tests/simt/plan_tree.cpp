@@ -1,4 +1,4 @@
-#include "../../csrc/cuda/plan_tree.cu"
+#include "../../csrc/cuda/plan/plan_tree.cu"
 
 #include "bind.h"
 

@@ -1,4 +1,4 @@
-#include "../../csrc/cuda/sample.cu"
+#include "../../csrc/cuda/logits/sample.cu"
 
 #include "bind.h"
 

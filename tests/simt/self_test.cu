@@ -1,8 +1,8 @@
 #include "self_test.h"
 
-#include "../../csrc/cuda/collectives.cuh"
-#include "../../csrc/cuda/launch.cuh"
-#include "../../csrc/cuda/scans.cuh"
+#include "../../csrc/cuda/common/collectives.cuh"
+#include "../../csrc/cuda/common/launch.cuh"
+#include "../../csrc/cuda/common/scans.cuh"
 
 namespace treedecode::cuda {
 namespace {

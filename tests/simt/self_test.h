@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../../csrc/cuda/runtime.h"
+#include "../../csrc/cuda/common/runtime.h"
 
 namespace treedecode::cuda {
 

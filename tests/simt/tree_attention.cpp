@@ -1,5 +1,5 @@
-#include "../../csrc/cuda/tree_attention.cu"
-#include "../../csrc/cuda/attention_launch.cuh"
+#include "../../csrc/cuda/attention/tree_attention.cu"
+#include "../../csrc/cuda/attention/mma_launch.cuh"
 
 #include "bind.h"
 

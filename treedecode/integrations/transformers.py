@@ -25,11 +25,11 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from treedecode import beam_search
-from treedecode.beam import BeamSearch, Hypothesis
-from treedecode.decoder import Decoder
+from treedecode.decoding import beam_search
+from treedecode.decoding.beams import BeamSearch, Hypothesis
+from treedecode.decoding.decoder import Decoder
+from treedecode.engine.sampling import Sampling
 from treedecode.models.transformers import check_supported, configs_of, exclusive
-from treedecode.sampling import Sampling
 
 # What this module reads.
 _HONOURED = {

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from treedecode.models import prefill
+from treedecode.models.change_detector import Watch
 from treedecode.models.context import StepContext
-from treedecode.models.costs import product_flops
+from treedecode.models.flops import product_flops
 from treedecode.models.fused import FastForward, Unfit, trial_positions
-from treedecode.models.watch import Watch
 from treedecode.models.whole_decoder import Run, WholeDecoder
 
 __all__ = ["StepContext", "TransformersModel"]

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from treedecode import env, triton_kernels
+from treedecode import triton_kernels
+from treedecode.common import env
 from treedecode.ops import _tuned
 
 _LIBRARY = Path(__file__).parent.parent / "_ops.so"

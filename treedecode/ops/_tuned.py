@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from treedecode import env
+from treedecode.common import env
 
 _SHIPPED = Path(__file__).parent.parent / "tuned"
 FORMAT = 1

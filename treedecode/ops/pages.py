@@ -1,4 +1,4 @@
-"""Page ops: who refers to which page of the paged cache. `treedecode.pages.PagePool` is the convenient owner.
+"""Page ops: who refers to which page of the paged cache. `treedecode.cache.page_pool.PagePool` is the convenient owner.
 
 Every op checks, counts, then commits; an op that is refused has written nothing. Running out of pages is no exception
 here but an error in the status word, so that a device needs no host sync: the error stays until the owner resets it,

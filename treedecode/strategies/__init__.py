@@ -1,6 +1,6 @@
 """Strategies: ways to spend compute on a problem, one file each."""
 
-from treedecode.strategies.base import Strategy
+from treedecode.search.strategy import Strategy
 from treedecode.strategies.best_of_n import BestOfN
 from treedecode.strategies.chain_of_thought import ChainOfThought
 from treedecode.strategies.dvts import DVTS

@@ -5,10 +5,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from treedecode.gate.draws import CostDraws
-from treedecode.sampling import Sampling
-from treedecode.search import Outcome, Search
-from treedecode.strategies.base import Strategy, choose, require, require_one_of
+from treedecode.allocation.cost_samples import CostDraws
+from treedecode.engine.sampling import Sampling
+from treedecode.search.search import Outcome, Search
+from treedecode.search.strategy import Strategy, choose, require, require_one_of
 
 
 @dataclass(frozen=True)

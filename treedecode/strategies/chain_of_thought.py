@@ -5,11 +5,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from treedecode.gate.draws import CostDraws
-from treedecode.sampling import Sampling
-from treedecode.search import Outcome, Search
-from treedecode.strategies.base import Strategy, require
-from treedecode.tree import Frontier
+from treedecode.allocation.cost_samples import CostDraws
+from treedecode.decoding.frontier import Frontier
+from treedecode.engine.sampling import Sampling
+from treedecode.search.search import Outcome, Search
+from treedecode.search.strategy import Strategy, require
 
 
 @dataclass(frozen=True)

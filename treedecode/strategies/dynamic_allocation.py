@@ -7,16 +7,16 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 
-from treedecode.gate.allocate import Bid
-from treedecode.gate.chains import Chain, chains_of, selected
-from treedecode.gate.costs import UNITS, chain_costs, kv_sizes
-from treedecode.gate.draws import CostDraws
-from treedecode.gate.features import Prefill, prefill, vector
-from treedecode.gate.model import Gate
-from treedecode.gate.sharing import Meeting, Record, Stream, Terms
-from treedecode.sampling import Sampling
-from treedecode.search import Outcome, Search
-from treedecode.strategies.base import Strategy, rank, require, require_one_of
+from treedecode.allocation.allocate import Bid
+from treedecode.allocation.allocators import Meeting, Record, Stream, Terms
+from treedecode.allocation.chain_costs import UNITS, chain_costs, kv_sizes
+from treedecode.allocation.chains import Chain, chains_of, selected
+from treedecode.allocation.cost_samples import CostDraws
+from treedecode.allocation.features import Prefill, prefill, vector
+from treedecode.allocation.gate import Gate
+from treedecode.engine.sampling import Sampling
+from treedecode.search.search import Outcome, Search
+from treedecode.search.strategy import Strategy, rank, require, require_one_of
 from treedecode.strategies.tree_of_thoughts import TreeOfThoughts
 
 

@@ -6,11 +6,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from treedecode.branches import Ints
-from treedecode.search import Search
-from treedecode.strategies.base import require
+from treedecode.decoding.frontier import Frontier
+from treedecode.engine.branch_table import Ints
+from treedecode.search.search import Search
+from treedecode.search.strategy import require
 from treedecode.strategies.rebase import REBASE, share_out, softmax
-from treedecode.tree import Frontier
 
 
 @dataclass(frozen=True)

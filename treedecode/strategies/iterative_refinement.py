@@ -6,10 +6,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from treedecode.sampling import Sampling
-from treedecode.search import Outcome, Search
-from treedecode.strategies.base import Strategy, rank, require
-from treedecode.tree import Frontier
+from treedecode.decoding.frontier import Frontier
+from treedecode.engine.sampling import Sampling
+from treedecode.search.search import Outcome, Search
+from treedecode.search.strategy import Strategy, rank, require
 
 
 @dataclass(frozen=True)

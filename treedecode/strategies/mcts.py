@@ -5,11 +5,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from treedecode.sampling import Sampling
-from treedecode.search import Outcome, Search
-from treedecode.strategies.base import Strategy, rank, require, require_one_of
+from treedecode.decoding.frontier import Frontier
+from treedecode.engine.sampling import Sampling
+from treedecode.search.search import Outcome, Search
+from treedecode.search.strategy import Strategy, rank, require, require_one_of
 from treedecode.strategies.puct import Node, exploration
-from treedecode.tree import Frontier
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from treedecode.branches import Ints
-from treedecode.sampling import Sampling
-from treedecode.search import Outcome, Search
-from treedecode.strategies.base import ANSWERS, Strategy, choose, may_be_negative, require, require_one_of
+from treedecode.engine.branch_table import Ints
+from treedecode.engine.sampling import Sampling
+from treedecode.search.search import Outcome, Search
+from treedecode.search.strategy import ANSWERS, Strategy, choose, may_be_negative, require, require_one_of
 from treedecode.strategies.rebase import softmax
 
 if TYPE_CHECKING:
-    from treedecode.decoder import Decoder
+    from treedecode.decoding.decoder import Decoder
     from treedecode.tasks.base import Task
 
 _EPS = 1e-6  # a score of 0 or 1 has an infinite logit

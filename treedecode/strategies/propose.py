@@ -4,9 +4,9 @@ import re
 
 import numpy as np
 
-from treedecode.sampling import Sampling
-from treedecode.search import Search
-from treedecode.tree import Frontier
+from treedecode.decoding.frontier import Frontier
+from treedecode.engine.sampling import Sampling
+from treedecode.search.search import Search
 
 _BULLET = re.compile(r"^\s*(?:[-*\u2022]|\(?[0-9]+[.):])\s+")
 _NO_TEXT = "\ufffd"  # bytes that are no character

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from treedecode.search import Outcome
-from treedecode.tree import Frontier
+from treedecode.decoding.frontier import Frontier
+from treedecode.search.search import Outcome
 
 
 def exploration(num_visits: int, c_init: float, c_base: float) -> float:

@@ -5,11 +5,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from treedecode.branches import Ints
-from treedecode.sampling import Sampling
-from treedecode.search import Outcome, Search
-from treedecode.strategies.base import ANSWERS, Strategy, choose, require, require_one_of
-from treedecode.tree import Frontier
+from treedecode.decoding.frontier import Frontier
+from treedecode.engine.branch_table import Ints
+from treedecode.engine.sampling import Sampling
+from treedecode.search.search import Outcome, Search
+from treedecode.search.strategy import ANSWERS, Strategy, choose, require, require_one_of
 
 
 @dataclass(frozen=True)

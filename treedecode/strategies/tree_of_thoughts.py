@@ -5,12 +5,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from treedecode.gate.draws import CostDraws
-from treedecode.sampling import Sampling
-from treedecode.search import Outcome, Search
-from treedecode.strategies.base import Strategy, rank, require, require_one_of
+from treedecode.allocation.cost_samples import CostDraws
+from treedecode.decoding.frontier import Frontier
+from treedecode.engine.sampling import Sampling
+from treedecode.search.search import Outcome, Search
+from treedecode.search.strategy import Strategy, rank, require, require_one_of
 from treedecode.strategies.propose import propose
-from treedecode.tree import Frontier
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from treedecode.intervals import Floats, mean_interval
+from treedecode.common.intervals import Floats, mean_interval
 from treedecode.study import coverage, pool
 from treedecode.study.laws import COVERAGE, LAWS, CannotFit, Curve, compare, fit
 from treedecode.study.pool import Chains

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import betaln, psi
 
-from treedecode.intervals import Floats, Interval, draws
+from treedecode.common.intervals import Floats, Interval, draws
 from treedecode.study.laws import CannotFit
 
 _LOG_STRENGTH = (np.log(1e-3), np.log(1e4))  # of alpha + beta; beyond, rates are 0 and 1, or all the same

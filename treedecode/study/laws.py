@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from treedecode.intervals import Difference, Floats, Interval, bca_interval, draws, wilson
+from treedecode.common.intervals import Difference, Floats, Interval, bca_interval, draws, wilson
 
 _MAX_STEPS = 300
 

@@ -6,11 +6,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from treedecode.intervals import Floats
-from treedecode.sampling import Sampling
-from treedecode.search import Outcome, Search
-from treedecode.search_tree import SearchTree
-from treedecode.strategies.base import Strategy, require
+from treedecode.common.intervals import Floats
+from treedecode.decoding.search_tree import SearchTree
+from treedecode.engine.sampling import Sampling
+from treedecode.search.search import Outcome, Search
+from treedecode.search.strategy import Strategy, require
 from treedecode.tasks.base import Problem, Task, answer_classes
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from treedecode.study.bars import FAILS
+from treedecode.study.acceptance import FAILS
 
 Json = dict[str, Any]
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from treedecode.decoder import Decoder, Prompt
-from treedecode.intervals import Floats, mean_interval, paired_difference
-from treedecode.journal import num_solutions
-from treedecode.meter import Spending
-from treedecode.sampling import Sampling
-from treedecode.solutions import Result, Solution
-from treedecode.solving import solve_async
+from treedecode.accounting.meter import Spending
+from treedecode.common.intervals import Floats, mean_interval, paired_difference
+from treedecode.decoding.decoder import Decoder, Prompt
+from treedecode.engine.sampling import Sampling
+from treedecode.search.journal import num_solutions
+from treedecode.search.solutions import Result, Solution
+from treedecode.search.solve import solve_async
 from treedecode.strategies import STRATEGIES, DynamicAllocation, IterativeRefinement, Strategy
 from treedecode.study.pool import ChainPool
 from treedecode.tasks.base import Problem, Task

@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from treedecode.collect_env import version
-from treedecode.gate.model import Gate
-from treedecode.solutions import Solution
+from treedecode.allocation.gate import Gate
+from treedecode.cli.info import version
+from treedecode.search.solutions import Solution
 from treedecode.study import analysis
-from treedecode.study.bars import bars
+from treedecode.study.acceptance import bars
 from treedecode.study.machine import Others, machine
 from treedecode.study.pool import ChainPool, Chains, chains_of
 from treedecode.study.rows import Conditions, Entry, Measured, heading, measure, row

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from treedecode.intervals import Difference, difference_of
+from treedecode.common.intervals import Difference, difference_of
 from treedecode.study.laws import Curve
 
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from treedecode.tasks.answers import after_hashes, boxed, equivalent, extract_answer, is_heading
 from treedecode.tasks.base import Problem, unicode
-from treedecode.verify.answers import after_hashes, boxed, equivalent, extract_answer, is_heading
 
 PROMPT = "Question: {question}\nAnswer:"
 _NEXT_QUESTION = "\nQuestion:"  # a base model goes on with a problem of its own after the answer

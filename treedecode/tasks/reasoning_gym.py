@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+from treedecode.tasks.answers import normalize
 from treedecode.tasks.base import Problem
-from treedecode.verify.answers import normalize
 
 PROMPT = "{question}\n\nThink step by step, and give the final answer between <answer> and </answer>.\n"
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from treedecode.verify.answers import classes, equivalence_backend, equivalent, extract_answer
+from treedecode.tasks.answers import classes, equivalence_backend, equivalent, extract_answer
 from treedecode.verify.judges import Judge, Vote, value_judge
 from treedecode.verify.scorers import Likelihood, Scorer, TextScorer, as_scorer
 

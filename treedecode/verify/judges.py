@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from treedecode.sampling import Sampling
-from treedecode.stops import StopLike
+from treedecode.engine.sampling import Sampling
+from treedecode.engine.stops import StopLike
 
 if TYPE_CHECKING:
+    from treedecode.decoding.frontier import Frontier
     from treedecode.tasks.base import Problem
-    from treedecode.tree import Frontier
 
 # Tree of Thoughts (2305.10601): the words its value prompt of the game of 24 asks for, and their weights.
 VALUES = {"sure": 20.0, "likely": 1.0, "impossible": 0.001}

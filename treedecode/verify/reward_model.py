@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from treedecode.decoding.frontier import Frontier
     from treedecode.tasks.base import Problem
-    from treedecode.tree import Frontier
 
 _AGGREGATES: dict[str, Callable[[np.ndarray], float]] = {
     "last": lambda steps: float(steps[-1]),

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from treedecode.budget import require_time
+from treedecode.accounting.budget import require_time
 
 if TYPE_CHECKING:
+    from treedecode.decoding.frontier import Frontier
     from treedecode.tasks.base import Problem
-    from treedecode.tree import Frontier
 
 TextValue = Callable[["Problem", str], float | Awaitable[float]]
 

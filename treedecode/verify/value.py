@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treedecode.arguments import require_hidden_states
+from treedecode.decoding.arguments import require_hidden_states
+from treedecode.decoding.frontier import Frontier
 from treedecode.models.value_head import ValueHead
 from treedecode.tasks.base import Problem
-from treedecode.tree import Frontier
 
 _Waiting = list[tuple[Tensor, asyncio.Future[np.ndarray]]]
 

@@ -1,4 +1,4 @@
-#include "../../cuda/append_kv.h"
+#include "../../cuda/pages/append_kv.h"
 
 #include "../append_kv_args.h"
 #include "device.h"

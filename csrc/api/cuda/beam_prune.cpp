@@ -1,4 +1,4 @@
-#include "../../cuda/beam_prune.h"
+#include "../../cuda/logits/beam_prune.h"
 
 #include <algorithm>
 #include <optional>

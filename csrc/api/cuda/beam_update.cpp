@@ -1,4 +1,4 @@
-#include "../../cuda/beam_update.h"
+#include "../../cuda/logits/beam_update.h"
 
 #include <optional>
 #include <tuple>

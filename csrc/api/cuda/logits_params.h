@@ -2,7 +2,7 @@
 
 #include <optional>
 
-#include "../../cuda/logits.h"
+#include "../../cuda/logits/logits.h"
 #include "../logits.h"
 
 namespace treedecode {

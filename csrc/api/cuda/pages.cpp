@@ -1,9 +1,9 @@
 // fork_branches, append_slots, hold_pages, adopt_pages, copy_pages.
-#include "../../cuda/pages.h"
+#include "../../cuda/pages/pages.h"
 
 #include <optional>
 
-#include "../../cuda/copy_pages.h"
+#include "../../cuda/pages/copy_pages.h"
 #include "../pages_args.h"
 #include "device.h"
 

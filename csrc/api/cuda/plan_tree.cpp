@@ -1,4 +1,4 @@
-#include "../../cuda/plan_tree.h"
+#include "../../cuda/plan/plan_tree.h"
 
 #include <algorithm>
 #include <tuple>

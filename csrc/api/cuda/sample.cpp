@@ -1,4 +1,4 @@
-#include "../../cuda/sample.h"
+#include "../../cuda/logits/sample.h"
 
 #include <algorithm>
 #include <iterator>

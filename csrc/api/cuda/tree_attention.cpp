@@ -1,4 +1,4 @@
-#include "../../cuda/tree_attention.h"
+#include "../../cuda/attention/tree_attention.h"
 
 #include <algorithm>
 #include <tuple>

@@ -1,5 +1,0 @@
-#include "../attention_launch.cuh"
-
-namespace treedecode::cuda {
-template cudaError_t launch_attention_mma<fp16, 64>(const TreeAttentionParams& p, cudaStream_t stream);
-}

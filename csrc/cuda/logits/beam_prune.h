@@ -1,0 +1,52 @@
+// beam_prune on the device: log-softmax and the best candidates of every group of rows, in one read of the logits.
+//
+// scan   a block per (row, chunk of the vocabulary): sum of exponentials and the chunk's best candidates
+// merge  a block per row: lse, scores, the row's candidates in order; the last row of a group merges the group
+//
+// A row with NaN or +inf gets lse NaN; a group with such a row, with NaN or +inf among its cum_logprobs, or with
+// offsets that are none gets scores NaN, parent -1 and token -1.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "logits.h"
+#include "../common/runtime.h"
+
+namespace treedecode::cuda {
+
+struct BeamPruneParams {
+  LogitsParams logits;
+  const float* cum_logprobs;    // [rows]
+  const int32_t* group_indptr;  // [num_groups + 1]
+  float* scores;                // [num_groups, k] out
+  int32_t* parent;              // [num_groups, k] out
+  int32_t* token;               // [num_groups, k] out
+  float* lse;                   // [rows] out
+  float* chunk_sums;            // [rows, num_chunks, 2] scratch: maximum, sum of exp(x - maximum)
+  uint64_t* chunk_keys;         // [rows, num_chunks, slot_len] scratch: (logit, token) keys of each chunk's best
+  uint64_t* row_keys;           // [rows, row_k] scratch: (score, rank in the group) keys
+  int32_t* row_tokens;          // [rows, row_k] scratch
+  uint64_t* row_sort;           // [rows, row_sort_len] scratch
+  uint64_t* group_sort;         // [num_groups, group_sort_len] scratch
+  int32_t* tickets;             // [num_groups] scratch: rows that are merged
+  int64_t num_groups;
+  int64_t k;
+  int64_t row_k;  // min(k, vocab): more no row can give
+  int64_t slot_len;
+  int64_t row_sort_len;
+  int64_t group_sort_len;
+  bool is_logprobs;
+};
+
+// Keys a chunk may leave: room for more than row_k, where they are few, saves finding out which are the best row_k.
+constexpr int64_t beam_prune_slot_len(int64_t row_k, int64_t chunk_len) {
+  return std::min(row_k <= 128 ? 2 * row_k : row_k, chunk_len);
+}
+
+// Room for sorting so many keys in global memory; 0 = they are sorted in shared memory.
+int64_t beam_prune_sort_len(int64_t num_keys);
+
+cudaError_t beam_prune(const BeamPruneParams& p, cudaStream_t stream);
+
+}  // namespace treedecode::cuda

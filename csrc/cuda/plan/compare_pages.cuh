@@ -1,0 +1,54 @@
+// plan_tree's first launch: the pages that each row shares with the one before.
+#pragma once
+
+#include <algorithm>
+
+#include "../common/collectives.cuh"
+#include "plan_tree.h"
+
+namespace treedecode::cuda {
+
+inline constexpr int kCompareThreads = 256;
+
+__device__ __forceinline__ int64_t ceil_quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Lengths as the CPU op takes them, whatever they are.
+__device__ inline int seq_len_of(const PlanTreeParams& p, int64_t row) {
+  const int64_t n = p.seq_lens[row], capacity = p.max_pages * p.page_size;
+  return static_cast<int>(n < 0 ? 0 : n > capacity ? capacity : n);
+}
+__device__ inline int q_len_of(const PlanTreeParams& p, int64_t row) {
+  const int n = p.q_lens ? p.q_lens[row] : 1, seq_len = seq_len_of(p, row);
+  return n < 0 ? 0 : n > seq_len && seq_len > 0 ? seq_len : n;
+}
+
+// Of the pages that rows row - 1 and row both have.
+__device__ inline int pages_in_both(const PlanTreeParams& p, int64_t row) {
+  const int before = seq_len_of(p, row - 1), here = seq_len_of(p, row);
+  return static_cast<int>(ceil_quotient(before < here ? before : here, p.page_size));
+}
+
+// matches[row, segment]: the first page of a segment that rows row - 1 and row do not share, or the segment's end. A
+// block takes one of them.
+__global__ void __launch_bounds__(kCompareThreads) _compare_pages_kernel(const __grid_constant__ PlanTreeParams p) {
+  ptx::launch_next_kernel();  // which waits for this one's results
+  TD_SHARED(int, first, kCompareThreads / ptx::kWarpSize);
+  const int64_t segments = num_page_segments(p.max_pages);
+  const int64_t row = 1 + ptx::block_x() / segments, segment = ptx::block_x() % segments;
+  const int end = static_cast<int>(std::min((segment + 1) * kPageSegment, static_cast<int64_t>(pages_in_both(p, row))));
+  const int32_t* table = p.page_table + row * p.table_stride;
+  int differs = end;
+#pragma unroll
+  for (int i = 0; i < kPageSegment / kCompareThreads; ++i) {
+    const int page = static_cast<int>(segment * kPageSegment) + i * kCompareThreads + ptx::thread();
+    if (page < end && table[page] != table[page - p.table_stride]) differs = std::min(differs, page);
+  }
+  differs = -warp_max(-differs);
+  if (ptx::lane() == 0) first[ptx::warp()] = differs;
+  ptx::sync_threads();
+  if (ptx::thread() != 0) return;
+  for (int warp = 1; warp < kCompareThreads / ptx::kWarpSize; ++warp) differs = std::min(differs, first[warp]);
+  p.scratch[row * segments + segment] = differs;
+}
+
+}  // namespace treedecode::cuda

@@ -1,0 +1,46 @@
+// plan_tree on the device: flat plans only.
+#pragma once
+
+#include <cstdint>
+
+#include "../../cpu/plan_tree.h"
+#include "../common/runtime.h"
+
+namespace treedecode::cuda {
+
+struct PlanTreeParams {
+  const int32_t* page_table;  // [num_rows, max_pages], row stride table_stride
+  const int32_t* seq_lens;    // [num_rows]
+  const int32_t* q_lens;      // [num_rows], or null: 1 each
+  int32_t* q_indptr;          // [num_rows + 1]
+  int32_t* part_indptr;       // [num_rows + 1]
+  int32_t* chunks;            // [max_chunks, 6] row_begin, row_end, token_begin, token_end, part, tiles before
+  int32_t* counts;            // [6] num_chunks, num_parts, unique_tokens, path_tokens, page_size, num_tiles
+  int32_t* scratch;           // [plan_scratch(num_rows, max_pages)]
+  int64_t num_rows;
+  int64_t max_pages;
+  int64_t table_stride;  // elements
+  int64_t page_size;
+  int64_t group_size;  // num_qo_heads / num_kv_heads
+  int64_t workers;     // that share the work of one kv head
+};
+
+// A block compares so many page ids of a row with those of the row before.
+inline constexpr int64_t kPageSegment = 2048;
+constexpr int64_t num_page_segments(int64_t max_pages) { return (max_pages + kPageSegment - 1) / kPageSegment; }
+
+// What the one block that makes the plan keeps of the tree, in shared memory up to kSharedRows rows.
+inline constexpr int64_t kSharedRows = 1024;
+inline int64_t tree_words(int64_t num_rows) {
+  int64_t width = 1;
+  while (width < num_rows + 1) width *= 2;
+  return 4 * width + 20 * num_rows + 2;
+}
+inline int64_t plan_scratch(int64_t num_rows, int64_t max_pages) {
+  return num_rows * num_page_segments(max_pages) + (num_rows > kSharedRows ? tree_words(num_rows) : 0);
+}
+
+// Lengths that the CPU op refuses are clamped to what it takes. Where counts do not fit an int32, counts[0] is -1.
+cudaError_t plan_tree(const PlanTreeParams& p, cudaStream_t stream);
+
+}  // namespace treedecode::cuda

@@ -1,0 +1,96 @@
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from treedecode.common import env
+from treedecode.models import loading
+
+HIDDEN, INTERMEDIATE, VOCAB = 32, 64, 40
+
+
+@pytest.fixture
+def gguf_path(tmp_path, monkeypatch):
+    """A Llama of one layer as GGUF: fp16 weights, byte-level BPE tokenizer."""
+    monkeypatch.setenv("TREEDECODE_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "tiny.gguf"
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(INTERMEDIATE)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(VOCAB)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(["<s>", "</s>", "ab", "abc", *map(chr, range(97, 97 + VOCAB - 4))])
+    writer.add_token_types([3, 3] + [1] * (VOCAB - 2))
+    writer.add_token_merges(["a b", "ab c"])  # Transformers 5.17 takes a list of one for a string
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    shapes = {
+        "token_embd": (VOCAB, HIDDEN),
+        "output_norm": (HIDDEN,),
+        "blk.0.attn_norm": (HIDDEN,),
+        "blk.0.ffn_norm": (HIDDEN,),
+        "blk.0.attn_q": (HIDDEN, HIDDEN),
+        "blk.0.attn_k": (HIDDEN // 2, HIDDEN),
+        "blk.0.attn_v": (HIDDEN // 2, HIDDEN),
+        "blk.0.attn_output": (HIDDEN, HIDDEN),
+        "blk.0.ffn_gate": (INTERMEDIATE, HIDDEN),
+        "blk.0.ffn_up": (INTERMEDIATE, HIDDEN),
+        "blk.0.ffn_down": (HIDDEN, INTERMEDIATE),
+    }
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", rng.normal(size=shape).astype(np.float16 if len(shape) > 1 else np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_gguf_is_converted_once(gguf_path, monkeypatch):
+    model, tokenizer = loading.load_pretrained(gguf_path, dtype=torch.float32)
+    down = model.model.layers[0].mlp.down_proj.weight
+    assert down.shape == (HIDDEN, INTERMEDIATE)
+    assert down.dtype == torch.float32
+    assert not model.training
+    stored = next(t for t in gguf.GGUFReader(gguf_path).tensors if t.name == "blk.0.ffn_down.weight")
+    assert np.array_equal(down.detach().numpy(), stored.data.astype(np.float32).reshape(down.shape))
+
+    monkeypatch.setattr(loading, "_load_gguf", lambda *args: pytest.fail("converted a second time"))
+    again, same_tokenizer = loading.load_pretrained(gguf_path.parent, dtype=torch.float32, gguf_file=gguf_path.name)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert same_tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert len(list((env.cache_dir() / "gguf").iterdir())) == 1  # and no scratch folder stays
+
+
+def test_gguf_conversion_that_fails_leaves_nothing(gguf_path, monkeypatch):
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(loading, "_load_gguf", fail)
+    with pytest.raises(OSError, match="disk full"):
+        loading.load_pretrained(gguf_path)
+    assert list((env.cache_dir() / "gguf").iterdir()) == []
+
+
+def test_other_content_is_another_conversion(gguf_path):
+    first = loading.convert_gguf(gguf_path, torch.float32)
+    assert loading.convert_gguf(gguf_path, torch.bfloat16) != first
+    content = bytearray(gguf_path.read_bytes())
+    content[-40] ^= 1
+    gguf_path.write_bytes(content)
+    assert loading.convert_gguf(gguf_path, torch.float32) != first
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"gguf_file: no file .*absent.gguf"):
+        loading.load_pretrained(tmp_path / "absent.gguf")
+    with pytest.raises(FileNotFoundError, match=r"path_or_id: no model folder at .*nowhere"):
+        loading.load_pretrained(tmp_path / "nowhere")

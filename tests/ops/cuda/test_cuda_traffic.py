@@ -1,0 +1,60 @@
+"""What attention's tensor core kernel asks of memory, counted on the host: keys once, whole sectors, no bank twice."""
+
+import pytest
+import torch
+from ops.cuda.test_cuda_tree_attention import attend, flat_plan
+from support import simt_kernels as simt
+from support.attention_cases import make_case, ragged
+from support.forests import tree_rows
+
+
+def counted(case, num_workers):
+    plan = flat_plan(case, num_workers)
+    return plan, simt.traffic(lambda: attend(case, plan=plan))
+
+
+def query_bytes(plan, num_qo_heads, head_dim):
+    """A query is read for each chunk on its path."""
+    rows = plan.chunks[: plan.counts[0], :2].long()
+    return (plan.q_indptr[rows[:, 1]] - plan.q_indptr[rows[:, 0]]).sum().item() * num_qo_heads * head_dim * 2
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("num_branches", [4, 20, 40, 100])  # each way in which warps share a tile
+def test_shared_memory_has_no_bank_conflicts(num_branches, head_dim):
+    rows = ragged(tree_rows([num_branches], [9, 1]), 16)
+    case = make_case(rows, num_qo_heads=1, num_kv_heads=1, head_dim=head_dim, dtype=torch.bfloat16)
+    _, found = counted(case, 1)
+    assert found["matrices"] > 0
+    assert found["matrix_passes"] == found["matrices"]
+    assert found["copy_passes"] == found["copies"] > 0
+    assert found["sectors"] * 32 == found["bytes"]
+
+
+@pytest.mark.parametrize(
+    ("fan_out", "pages", "num_workers"),
+    [([16], [12, 1], 8), ([2, 3, 2], [9, 3, 2, 1], 12), ([1], [30], 16)],
+    ids=["wide", "deep", "alone"],
+)
+def test_each_shared_page_is_read_once_for_each_kv_head(fan_out, pages, num_workers):
+    """Where a kv head's packed rows of a node fit a tile; otherwise once a tile, as the next test has it."""
+    heads, head_dim = (8, 2), 128
+    case = make_case(
+        ragged(tree_rows(fan_out, pages), 16), num_qo_heads=heads[0], num_kv_heads=heads[1], head_dim=head_dim,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    plan, found = counted(case, num_workers)
+    keys_and_values = plan.counts[2].item() * heads[1] * head_dim * 2 * 2
+    assert found["bytes"] == keys_and_values + query_bytes(plan, heads[0], head_dim)
+
+
+def test_a_page_is_read_once_for_128_packed_rows():
+    case = make_case(
+        ragged(tree_rows([70], [20, 1]), 16), num_qo_heads=4, num_kv_heads=1, head_dim=64, dtype=torch.bfloat16
+    )
+    plan, found = counted(case, 4)
+    chunks = plan.chunks[: plan.counts[0]].long()
+    tiles = -(-(plan.q_indptr[chunks[:, 1]] - plan.q_indptr[chunks[:, 0]]) * 4 // 128)
+    assert tiles.max() == 3
+    tokens = ((chunks[:, 3] - chunks[:, 2]) * tiles).sum().item()
+    assert found["bytes"] == tokens * 64 * 2 * 2 + query_bytes(plan, 4, 64)

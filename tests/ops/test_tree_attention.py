@@ -1,0 +1,376 @@
+import dataclasses
+import itertools
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.attention_cases import assert_idle_tokens_are_left_out, assert_within_budget, make_case, ragged
+from support.forests import as_tables, forests, tree_rows
+
+from treedecode import ops, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [  # num_qo_heads, num_kv_heads, head_dim, page_size
+    (9, 3, 64, 16),
+    (14, 2, 64, 8),
+    (32, 8, 128, 16),
+    (8, 1, 96, 32),
+    (4, 4, 16, 1),
+    (4, 2, 24, 64),
+    (6, 2, 72, 16),
+    (3, 1, 80, 8),
+    (2, 2, 256, 16),
+]
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def two_trees_and_loners(page_size):
+    """Three levels, two levels, single rows, forks in the middle of what others share, an empty row."""
+    unit = max(1, 32 // page_size)
+    deep = tree_rows([2, 3], [5 * unit, 2 * unit, unit])
+    wide = [[1000 + page for page in row] for row in tree_rows([4], [3 * unit, 1])]
+    stub = deep[-1][: 2 * unit]
+    return ragged([*deep, stub, wide[0], [5000], *wide[1:], [], list(range(6000, 6000 + 4 * unit))], page_size)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape)))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode(isa, dtype, shape):
+    num_qo_heads, num_kv_heads, head_dim, page_size = shape
+    case = make_case(
+        two_trees_and_loners(page_size),
+        page_size=page_size,
+        num_qo_heads=num_qo_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+    )
+    assert_within_budget(case, case.run())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window_left": 0},
+        {"window_left": 40},
+        {"window_left": 100000},
+        {"logits_soft_cap": 2.5},
+        {"sinks": torch.tensor([0.5, -3.0, 6.0, -torch.inf])},
+        {"sm_scale": 0.7, "window_left": 33, "logits_soft_cap": 30.0, "sinks": torch.tensor([1.0, 2.0, 3.0, 4.0])},
+    ],
+    ids=lambda options: "-".join(options),
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_options(isa, dtype, options):
+    forest = two_trees_and_loners(16)
+    q_lens = [n if i == 1 else min(n, i % 4) for i, n in enumerate(forest[1].tolist())]
+    for lens in (None, q_lens):
+        case = make_case(forest, lens, dtype=dtype, **options)
+        assert_within_budget(case, case.run())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prefill_beside_decode(isa, dtype):
+    long = list(range(22))
+    rows = [long, [50, 51, 52], [50, 51, 53, 54], long[:6], [], [70]]
+    forest = as_tables(rows, 16, [3, 16, 1, 16, 0, 9])
+    for q_lens in ([339, 1, 1, 1, 0, 9], [300, 0, 7, 90, 0, 0], [1, 48, 49, 0, 0, 1]):
+        case = make_case(forest, q_lens, num_qo_heads=6, dtype=dtype)
+        assert_within_budget(case, case.run())
+
+
+@pytest.mark.parametrize("head_dims", [range(begin, begin + 64, 8) for begin in (16, 80, 144, 200)], ids=str)
+def test_every_head_dim(isa, head_dims):
+    forest = ragged(tree_rows([3], [3, 1]), 8)
+    for head_dim, dtype in itertools.product(head_dims, DTYPES):
+        if head_dim <= 256:
+            case = make_case(forest, page_size=8, num_qo_heads=3, num_kv_heads=1, head_dim=head_dim, dtype=dtype)
+            assert_within_budget(case, case.run())
+
+
+@settings(max_examples=100, deadline=None)
+@given(forests(max_rows=8, max_tokens=700), st.sampled_from([(3, 3), (9, 3), (7, 1)]), st.sampled_from([-1, 0, 50]))
+def test_any_forest(forest, heads, window_left):
+    page_table, seq_lens, q_lens, page_size = forest
+    if q_lens is not None:
+        q_lens = q_lens.clamp(max=20)
+    case = make_case(
+        (page_table, seq_lens),
+        q_lens,
+        page_size=page_size,
+        num_qo_heads=heads[0],
+        num_kv_heads=heads[1],
+        head_dim=16,
+        window_left=window_left,
+    )
+    assert_within_budget(case, case.run())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_branches_on_a_long_prefix(isa, dtype):
+    forest = ragged(tree_rows([70], [70, 1]), 16)
+    case = make_case(forest, num_qo_heads=8, num_kv_heads=1, head_dim=16, dtype=dtype)
+    assert case.plan.counts[0] == 72  # the prefix is cut
+    assert_within_budget(case, case.run())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_rows_and_rows_that_end_in_a_shared_page(isa, dtype):
+    pages = list(range(20))
+    case = make_case(as_tables([pages[:9], pages, pages, pages, pages], 16, [5, 3, 16, 3, 1]), dtype=dtype)
+    assert case.plan.counts[2] == 20 * 16
+    assert_within_budget(case, case.run())
+
+
+@pytest.mark.parametrize("lens", [[1056, 1010, 1056, 1024, 1025], [1009, 1056], [1010, 1056, 1024]])
+def test_rows_that_end_in_a_page_that_two_segments_share(isa, lens):
+    pages = list(range(22))
+    case = make_case(as_tables([pages] * len(lens), 48, [n - 21 * 48 for n in lens]), page_size=48)
+    assert_within_budget(case, case.run())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_scores(isa, dtype):
+    case = make_case(two_trees_and_loners(16), dtype=dtype, spread=40.0)
+    assert_within_budget(case, case.run())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layout_does_not_matter(isa, dtype):
+    forest = two_trees_and_loners(16)
+    nhd, hnd = (make_case(forest, dtype=dtype, layout=layout) for layout in ("NHD", "HND"))
+    assert not hnd.k_pages.is_contiguous()
+    for a, b in zip(nhd.run(), hnd.run(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_repeatable_with_any_number_of_threads(isa, dtype):
+    forest = ragged(tree_rows([2, 9], [30, 9, 2]), 16)
+    q_lens = [1] * 17 + [200]
+    before = torch.get_num_threads()
+    results = []
+    for num_threads in (1, 2, 3, 2):
+        torch.set_num_threads(num_threads)
+        case = make_case(forest, q_lens, num_qo_heads=9, num_kv_heads=3, head_dim=64, dtype=dtype)
+        results.append(case.run())
+    torch.set_num_threads(before)
+    for out, lse in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(lse, results[0][1])
+
+
+def test_without_keys(isa):
+    forest = as_tables([[], [1], []], 16, [0, 3, 0])
+    case = make_case(forest, [2, 1, 1])
+    out, lse = case.run()
+    assert not out[[0, 1, 3]].any()
+    assert lse[[0, 1, 3]].isneginf().all()
+    assert_within_budget(case, (out, lse))
+    case = make_case(forest, [2, 1, 1], sinks=torch.tensor([1.0, -2.0, 0.0, 9.0]))
+    out, lse = case.run()
+    assert not out[[0, 1, 3]].any()
+    assert torch.equal(lse[[0, 1, 3]], case.options["sinks"].expand(3, 4))
+    assert_within_budget(case, (out, lse))
+
+
+@pytest.mark.parametrize("rows", [[], [[], []]])
+def test_nothing_to_do(rows):
+    case = make_case(as_tables(rows, 16, [0] * len(rows)), [0] * len(rows))
+    out, lse = case.run()
+    assert out.shape == (0, 4, 32)
+    assert lse.shape == (0, 4)
+
+
+def test_the_plan_changes_nothing(isa):
+    """Any plan that keeps its promises gives the same bits: here one that folds what the other shares, and none."""
+    case = make_case(ragged(tree_rows([2, 2], [70, 1, 5]), 16), dtype=torch.bfloat16)
+    heads = {"num_qo_heads": 64, "num_kv_heads": 1}
+    plan = ops.plan_tree(case.page_table, case.seq_lens, page_size=16, head_dim=32, **heads)
+    assert plan.counts[0] != case.plan.counts[0]
+    alone = [ops.plan_tree(case.page_table[i : i + 1], case.seq_lens[i : i + 1], page_size=16, head_dim=32, **heads)
+             for i in range(4)]  # fmt: skip
+    want = case.run()
+    got = dataclasses.replace(case, plan=plan).run()
+    assert all(map(torch.equal, got, want))
+    for i, single in enumerate(alone):
+        table, lens = case.page_table[i : i + 1], case.seq_lens[i : i + 1]
+        got = ops.tree_attention(case.q[i : i + 1], case.k_pages, case.v_pages, table, lens, single)
+        assert torch.equal(got[0][0], want[0][i])
+        assert torch.equal(got[1][0], want[1][i])
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    forests(max_rows=7, max_tokens=2600),
+    st.sampled_from(DTYPES),
+    st.sampled_from([24, 32]),  # without and with tile registers
+    st.sampled_from([-1, 20, 700]),
+    st.randoms(),
+)
+def test_a_query_does_not_depend_on_its_batch(isa, forest, dtype, head_dim, window_left, rng):
+    """Alone and as one of several queries, with and without the rows that share its pages: the same bits."""
+    page_table, seq_lens, q_lens, page_size = forest
+    q_lens = (torch.ones_like(seq_lens) if q_lens is None else q_lens.clamp(max=9)).clamp(max=seq_lens)
+    case = make_case(
+        (page_table, seq_lens), q_lens, page_size=page_size, num_qo_heads=4, num_kv_heads=2, head_dim=head_dim,
+        dtype=dtype,
+        window_left=window_left,
+    )  # fmt: skip
+    out, lse = case.run()
+    for row, (begin, end) in enumerate(pairwise(case.plan.q_indptr.tolist())):
+        if begin == end:
+            continue
+        taken = rng.randint(1, end - begin)  # the row's first queries, as if the others were still to come
+        table, lens = case.page_table[row : row + 1], case.seq_lens[row : row + 1] - (end - begin - taken)
+        plan = ops.plan_tree(
+            table, lens, torch.tensor([taken], dtype=torch.int32), page_size=page_size, num_qo_heads=4, num_kv_heads=2,
+            head_dim=head_dim,
+        )  # fmt: skip
+        q = case.q[begin : begin + taken]
+        got = ops.tree_attention(q, case.k_pages, case.v_pages, table, lens, plan, window_left=window_left)
+        assert torch.equal(got[0], out[begin : begin + taken])
+        assert torch.equal(got[1], lse[begin : begin + taken])
+
+
+@pytest.mark.parametrize("module", [ops, reference])
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -1.0, 0.0, 2.0])])
+def test_tokens_beyond_the_plan_belong_to_no_branch(module, sinks):
+    case = make_case(ragged(tree_rows([2], [3, 1]), 16), [0, 2], sinks=sinks)
+    assert_idle_tokens_are_left_out(case, lambda case: module.tree_attention(*case.args, **case.options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(dtype):
+    case = make_case(ragged(tree_rows([2], [3, 1]), 16), dtype=dtype, sinks=torch.zeros(4))
+    plan = case.plan
+    args = (
+        *case.args[:5],
+        plan.q_indptr,
+        plan.part_indptr,
+        plan.chunks,
+        plan.counts,
+        0.2,
+        30,
+        0.0,
+        case.options["sinks"],
+    )
+    torch.library.opcheck(torch.ops.treedecode.tree_attention, args)
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+TWO_ROWS = int32(1, 2, 3, 1, 2, 4).view(2, 3), int32(40, 37)
+SIZES = {"page_size": 16, "num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 32}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": torch.zeros(2, 4)}, ValueError, r"q: expected shape \[num_q, num_qo_heads, head_dim\]"),
+        (
+            {"q": torch.zeros(2, 4, 32).double()},
+            TypeError,
+            "q: expected dtype float32, bfloat16 or float16, got float64",
+        ),
+        ({"q": torch.zeros(2, 3, 32)}, ValueError, "q: expected num_qo_heads a positive multiple of .* = 2, got 3"),
+        ({"q": torch.zeros(2, 0, 32)}, ValueError, "q: expected num_qo_heads a positive multiple .* got 0"),
+        ({"q": torch.zeros(1, 4, 32)}, ValueError, "plan: expected q_indptr from 0 to at most the .* query tokens 1"),
+        ({"q": torch.zeros(2, 4, 30)}, ValueError, "q: expected head_dim a multiple of 8 up to 256, got 30"),
+        ({"q": torch.zeros(2, 4, 264)}, ValueError, "q: expected head_dim a multiple of 8 up to 256, got 264"),
+        ({"k_pages": torch.zeros(9, 16, 2, 24)}, ValueError, "k_pages: expected shape"),
+        ({"k_pages": torch.zeros(9, 16, 2, 32).half()}, TypeError, "k_pages: expected dtype float32, got float16"),
+        ({"k_pages": torch.zeros(9, 16, 32, 2).mT}, ValueError, "k_pages: expected unit stride in the last dimension"),
+        ({"v_pages": torch.zeros(9, 8, 2, 32)}, ValueError, "v_pages: expected shape the shape of k_pages"),
+        ({"page_table": torch.zeros(2, 3)}, TypeError, "page_table: expected dtype int32, got float32"),
+        (
+            {"page_table": int32(1, 2, 9, 1, 2, 4).view(2, 3)},
+            ValueError,
+            r"page_table: expected page ids below 9, got 9",
+        ),
+        ({"page_table": int32(1, -3, 3, 1, -3, 4).view(2, 3)}, ValueError, r"page_table: .* got -3"),
+        ({"page_table": int32(1, 2, 3, 1, 5, 4).view(2, 3)}, ValueError, "plan: was made for another page_table"),
+        ({"seq_lens": int32(40, 38)}, ValueError, "plan: was made for seq_lens .* add up to 77 tokens, got 78"),
+        (
+            {"k_pages": torch.zeros(9, 32, 2, 32), "v_pages": torch.zeros(9, 32, 2, 32)},
+            ValueError,
+            "plan: was made for pages of 16 tokens, got 32",
+        ),
+        ({"window_left": -2}, ValueError, "window_left: expected -1 .* or more, got -2"),
+        ({"sm_scale": 1e-46}, ValueError, "sm_scale: expected a positive number of the range of fp32"),
+        ({"logits_soft_cap": 1e39}, ValueError, "logits_soft_cap: expected 0 .* got 1e"),
+        ({"sinks": torch.tensor([0, 0, torch.inf, 0])}, ValueError, "sinks: expected numbers below .*inf"),
+        ({"seq_lens": int32(33)}, ValueError, r"seq_lens: expected shape \[num_branches\] = \[2\], got \[1\]"),
+        ({"sm_scale": float("nan")}, ValueError, "sm_scale: expected a positive number"),
+        ({"logits_soft_cap": -1.0}, ValueError, "logits_soft_cap: expected 0 .* got -1"),
+        ({"sinks": torch.zeros(3)}, ValueError, r"sinks: expected shape \[num_qo_heads\] = \[4\], got \[3\]"),
+        ({"sinks": torch.zeros(4).half()}, TypeError, "sinks: expected dtype float32, got float16"),
+        (
+            {"plan": ops.plan_tree(*TWO_ROWS, **SIZES, num_workers=8)},
+            ValueError,
+            r"plan: is flat, for a GPU; plan_tree\(..., num_workers=0\) makes one for the CPU",
+        ),
+    ],
+)
+def test_bad_arguments(change, error, message):
+    page_table, seq_lens = TWO_ROWS
+    args = {
+        "q": torch.zeros(2, 4, 32),
+        "k_pages": torch.zeros(9, 16, 2, 32),
+        "v_pages": torch.zeros(9, 16, 2, 32),
+        "page_table": page_table,
+        "seq_lens": seq_lens,
+        "plan": ops.plan_tree(page_table, seq_lens, **SIZES),
+    } | change
+    with pytest.raises(error, match=message):
+        ops.tree_attention(**args)
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "message"),
+    [
+        ("chunks", {(0, 3): 30}, "plan: chunk 1 does not go on where the one before of row 0 ends"),
+        ("chunks", {(1, 3): 33}, "plan: its chunks end at token 33 of row 0, which has 40"),
+        ("chunks", {(1, 2): 33}, "plan: chunk 1 does not go on"),
+        ("chunks", {(1, 5): 2, (2, 5): 2}, "plan: chunk 1 does not go on"),  # from a round that there is not
+        ("counts", {0: 2}, "plan: its chunks end at token 32 of row 1, which has 37"),
+        ("counts", {0: 0}, "plan: its chunks end at token 0 of row 0, which has 40"),
+        ("part_indptr", {1: 2}, "plan: expected 1 parts per query token of row 0, got 2 for 1"),
+        ("seq_lens", {0: -3, 1: 80}, "seq_lens: expected 0 to 48, got -3"),
+        ("seq_lens", {0: 77, 1: 0}, "seq_lens: expected 0 to 48, got 77"),
+    ],
+)
+def test_plans_that_leave_keys_out(field, change, message):
+    page_table, seq_lens = TWO_ROWS
+    plan = ops.plan_tree(page_table, seq_lens, **SIZES)
+    assert plan.counts[:2].tolist() == [3, 2]
+    values = (seq_lens if field == "seq_lens" else getattr(plan, field)).clone()
+    for at, value in change.items():
+        values[at] = value
+    if field == "seq_lens":
+        seq_lens = values
+    else:
+        plan = dataclasses.replace(plan, **{field: values})
+    pages = torch.zeros(9, 16, 2, 32)
+    with pytest.raises(ValueError, match=message):
+        ops.tree_attention(torch.zeros(2, 4, 32), pages, pages, page_table, seq_lens, plan)
+
+
+def test_the_last_round_may_have_any_number():
+    """A chunk of rows without queries is not computed, whatever its round."""
+    page_table, seq_lens = torch.cat([TWO_ROWS[0], int32(5, 6, 7)[None]]), torch.cat([TWO_ROWS[1], int32(48)])
+    plan = ops.plan_tree(page_table, seq_lens, int32(1, 1, 0), **SIZES)
+    assert plan.counts[:2].tolist() == [3, 2]
+    assert len(plan.chunks) > 3
+    generator = torch.Generator().manual_seed(0)
+    q, pages = torch.randn(2, 4, 32, generator=generator), torch.randn(9, 16, 2, 32, generator=generator)
+    want = ops.tree_attention(q, pages, pages, page_table, seq_lens, plan)
+    plan.chunks[3] = int32(2, 3, 0, 48, 0, 2**31 - 1)
+    plan.counts[0] = 4
+    assert all(map(torch.equal, ops.tree_attention(q, pages, pages, page_table, seq_lens, plan), want))

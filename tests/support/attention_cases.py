@@ -1,0 +1,199 @@
+"""Inputs of tree_attention with poison wherever the op must not look, and the error it is allowed."""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from support.forests import as_tables
+
+from treedecode import ops, reference
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One call of `ops.tree_attention`."""
+
+    q: torch.Tensor
+    k_pages: torch.Tensor
+    v_pages: torch.Tensor
+    page_table: torch.Tensor
+    seq_lens: torch.Tensor
+    plan: ops.TreePlan
+    options: dict
+
+    @property
+    def args(self):
+        return self.q, self.k_pages, self.v_pages, self.page_table, self.seq_lens, self.plan
+
+    def run(self):
+        return ops.tree_attention(*self.args, **self.options)
+
+
+_made = {}  # the same cases are asked for once per instruction set
+
+
+def make_case(forest, q_lens=None, **options):
+    """`_make_case`, once for equal arguments."""
+    key = repr((forest[0].tolist(), forest[1].tolist(), q_lens, sorted(options.items())))
+    if key not in _made:
+        _made[key] = _make_case(forest, q_lens, **options)
+    return _made[key]
+
+
+def _make_case(
+    forest,
+    q_lens=None,
+    *,
+    page_size=16,
+    num_qo_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    dtype=torch.float32,
+    layout="NHD",
+    spread=1.0,
+    seed=0,
+    **options,
+):
+    """A case on a forest's (page_table, seq_lens): pages in random places, NaN in every slot that holds no token."""
+    generator = torch.Generator().manual_seed(seed)
+    page_table, seq_lens = forest
+    if q_lens is not None:
+        q_lens = torch.as_tensor(q_lens, dtype=torch.int32)
+    used = torch.arange(page_table.shape[1]) * page_size < seq_lens[:, None]
+    ids, dense = page_table[used].unique(return_inverse=True)
+    num_pages = len(ids) + 3
+    page_table = page_table.clone()
+    page_table[used] = torch.randperm(num_pages, generator=generator)[dense].int()
+
+    shape = (num_pages, page_size, num_kv_heads, head_dim)
+    if layout == "HND":
+        pages = torch.full((2, num_pages, num_kv_heads, page_size, head_dim), torch.nan, dtype=dtype).transpose(2, 3)
+    else:
+        pages = torch.full((2, *shape), torch.nan, dtype=dtype)
+    for row, seq_len in zip(page_table, seq_lens.tolist(), strict=True):
+        position = torch.arange(seq_len)
+        page, slot = row[position // page_size].long(), position % page_size
+        pages[:, page, slot] = torch.randn(2, seq_len, num_kv_heads, head_dim, generator=generator).to(dtype)
+    plan = ops.plan_tree(
+        page_table,
+        seq_lens,
+        q_lens,
+        page_size=page_size,
+        num_qo_heads=num_qo_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+    )
+    num_q = int(plan.q_indptr[-1])
+    fused = spread * torch.randn(num_q, num_qo_heads + 2, head_dim, generator=generator)
+    q = fused.to(dtype)[:, 1:-1]  # strided, as a fused projection leaves it
+    return Case(q, pages[0], pages[1], page_table, seq_lens, plan, options)
+
+
+def same_in_torch(case, dtype):
+    """(out, lse, size) by torch operators in `dtype`, branch by branch.
+
+    size is the sum of |weight * value| times 1 + the largest score: what an ulp of each term, and of each score, can
+    change in the result.
+    """
+    options = {"sm_scale": None, "window_left": -1, "logits_soft_cap": 0.0, "sinks": None} | case.options
+    num_q, num_qo_heads, head_dim = case.q.shape
+    num_kv_heads = case.k_pages.shape[2]
+    scale = head_dim**-0.5 if options["sm_scale"] is None else options["sm_scale"]
+    out = torch.zeros(num_q, num_qo_heads, head_dim, dtype=dtype)
+    lse = torch.full((num_q, num_qo_heads), -torch.inf, dtype=dtype)
+    size = torch.zeros(num_q, num_qo_heads, head_dim, dtype=dtype)
+    for row, seq_len in enumerate(case.seq_lens.tolist()):
+        begin, end = case.plan.q_indptr[row : row + 2].tolist()
+        sinks = torch.full((num_qo_heads,), -torch.inf) if options["sinks"] is None else options["sinks"]
+        lse[begin:end] = sinks.to(dtype)
+        if seq_len == 0 or begin == end:
+            continue
+        page_size = case.k_pages.shape[1]
+        pages = case.page_table[row, : -(-seq_len // page_size)].long()
+        k, v = (
+            x[pages]
+            .flatten(0, 1)[:seq_len]
+            .to(dtype)
+            .repeat_interleave(num_qo_heads // num_kv_heads, 1)
+            .transpose(0, 1)
+            for x in (case.k_pages, case.v_pages)
+        )
+        score = case.q[begin:end].to(dtype).transpose(0, 1) @ k.mT * scale
+        largest = score.abs().amax(-1).T[..., None]
+        if options["logits_soft_cap"] > 0:
+            score = options["logits_soft_cap"] * torch.tanh(score / options["logits_soft_cap"])
+        key = torch.arange(seq_len)
+        position = torch.arange(seq_len - (end - begin), seq_len)[:, None]
+        hidden = key > position
+        if options["window_left"] >= 0:
+            hidden |= key < position - options["window_left"]
+        sink = sinks.to(dtype)[:, None, None].expand(-1, end - begin, 1)
+        score = torch.cat([score.masked_fill(hidden, -torch.inf), sink], -1)
+        lse[begin:end] = score.logsumexp(-1).T
+        weight = score.softmax(-1)[..., :-1]
+        out[begin:end] = (weight @ v).transpose(0, 1)
+        size[begin:end] = (weight @ v.abs()).transpose(0, 1) * (1 + largest)
+    return out, lse, size
+
+
+@functools.lru_cache(maxsize=512)
+def truth(case):
+    """(exact out, exact lse, out by torch in the dtype of q, lse by torch in fp32, size in fp32)."""
+    peer, _, _ = same_in_torch(case, case.q.dtype)
+    _, peer_lse, size = same_in_torch(case, torch.float32)
+    return *reference.tree_attention(*case.args, **case.options), peer, peer_lse, size
+
+
+def assert_within_budget(case, got):
+    """As good as the same computation by torch operators.
+
+    `out`: the worst error of torch in the dtype of q on the same branch, plus the rounding of the result, plus a few
+    fp32 ulps of the scores and of the terms that are summed. `lse`: the same with torch in fp32, always.
+    """
+    out, lse = got
+    dtype = case.q.dtype
+    assert out.dtype == dtype
+    assert lse.dtype == torch.float32
+    exact, exact_lse, peer, peer_lse, size = truth(case)
+    assert torch.equal(lse.isneginf(), exact_lse.isneginf())
+    few_ulps = 8 * torch.finfo(torch.float32).eps
+    for begin, end in pairwise(case.plan.q_indptr.tolist()):
+        if begin == end:
+            continue
+        rows = slice(begin, end)
+        budget = (
+            (peer[rows].double() - exact[rows]).abs().max()
+            + torch.finfo(dtype).eps * exact[rows].abs()
+            + few_ulps * size[rows].double()
+        )
+        error = (out[rows].double() - exact[rows]).abs()
+        assert (error <= budget).all(), f"tokens {begin}:{end}: {(error / budget).max():.2f} of the budget"
+        keys = ~exact_lse[rows].isneginf()
+        if not keys.any():
+            continue
+        lse_error = (lse[rows].double() - exact_lse[rows])[keys].abs()
+        lse_budget = (peer_lse[rows].double() - exact_lse[rows])[keys].abs().max() + few_ulps * (
+            1 + exact_lse[rows][keys].abs()
+        )
+        assert (lse_error <= lse_budget).all(), (
+            f"tokens {begin}:{end}: lse {(lse_error / lse_budget).max():.2f} of the budget"
+        )
+
+
+def ragged(rows, page_size, seed=0):
+    """(page_table, seq_lens) of rows of page ids, the last pages filled to random heights."""
+    generator = torch.Generator().manual_seed(seed)
+    return as_tables(rows, page_size, torch.randint(1, page_size + 1, (len(rows),), generator=generator).tolist())
+
+
+def assert_idle_tokens_are_left_out(case, run):
+    """Query tokens beyond those of the plan: `run(case)` gives them 0 and -inf, and changes nothing for the others."""
+    want = run(case)
+    more = dataclasses.replace(case, q=torch.cat([case.q, case.q.new_full((3, *case.q.shape[1:]), torch.nan)]))
+    out, lse = run(more)
+    assert torch.equal(out[:-3], want[0])
+    assert torch.equal(lse[:-3], want[1])
+    assert not out[-3:].any()
+    assert lse[-3:].isneginf().all()

@@ -1,0 +1,52 @@
+"""What forwards do, counted by hand from the page table."""
+
+import numpy as np
+
+from treedecode.accounting.meter import Spending
+from treedecode.engine import forward as step
+
+# fields of `Spending` that are counted
+MEASURED = ("computed_tokens", "kv_bytes", "kv_bytes_copied", "forwards", "branch_forwards")
+MEASURED += ("peak_pages", "peak_pages_copied")
+
+
+class Count:
+    """Counts what every forward reads and samples, from the page table, by account and for all (None)."""
+
+    def __init__(self, dec, monkeypatch):
+        self.spent, self.sampled = {}, {}
+        forward, choose = step.forward, step.choose
+        pool, model = dec.engine.pool, dec.model
+        token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * 4
+
+        def counted_forward(model, pool_, table, batch, slots, **options):
+            q_lens = np.asarray(batch.q_lens)
+            lens = table.num_cached[batch.rows] + q_lens
+            accounts = table.account[batch.rows]
+            for account in [None, *set(accounts.tolist())]:
+                fill, mine = {}, [i for i in range(len(lens)) if account is None or accounts[i] == account]
+                for i in mine:
+                    for at, page in enumerate(pool.page_table[batch.rows[i]][: -(-lens[i] // pool.page_size)].tolist()):
+                        fill[page] = max(fill.get(page, 0), min(lens[i] - at * pool.page_size, pool.page_size))
+                pages = sum(-(-int(lens[i]) // pool.page_size) for i in mine)
+                here = Spending(
+                    computed_tokens=int(q_lens[mine].sum()),
+                    kv_bytes=int(sum(fill.values())) * token_bytes,
+                    kv_bytes_copied=int(lens[mine].sum()) * token_bytes,
+                    forwards=1,
+                    branch_forwards=len(mine),
+                    peak_pages=len(fill),
+                    peak_pages_copied=pages,
+                )
+                self.spent[account] = self.spent.get(account, Spending()) + here
+            return forward(model, pool_, table, batch, slots, **options)
+
+        def counted_choose(table, matcher, eos, draw, logits):
+            accounts = table.account[draw.rows]
+            for account in [None, *set(accounts.tolist())]:
+                count = len(accounts) if account is None else int((accounts == account).sum())
+                self.sampled.setdefault(account, []).append(count)
+            return choose(table, matcher, eos, draw, logits)
+
+        monkeypatch.setattr(step, "forward", counted_forward)
+        monkeypatch.setattr(step, "choose", counted_choose)

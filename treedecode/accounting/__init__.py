@@ -1,0 +1,1 @@
+"""Costs of forwards, budgets, ledgers and energy."""

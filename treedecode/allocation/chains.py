@@ -1,0 +1,80 @@
+"""Chains: sampled solutions as the gate sees them, after their branches have been given back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from treedecode.decoding.frontier import Frontier
+from treedecode.search.search import Outcome, Search
+
+WINDOW = 8  # tokens of a window whose mean log-probability is looked at; about a step of arithmetic
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A sampled solution.
+
+    Attributes:
+        text: of the solution.
+        answer: what it comes to; None = nothing, or it was cut.
+        score: the verifier's; None without one.
+        num_tokens: generated.
+        logprob: mean log-probability of its tokens, nats.
+        worst_logprob: the lowest mean over `WINDOW` tokens in a row (over all where there are fewer).
+        node: its last step in the search tree.
+    """
+
+    text: str
+    answer: str | None
+    score: float | None
+    num_tokens: int
+    logprob: float
+    worst_logprob: float
+    node: int = -1
+
+    @property
+    def outcome(self) -> Outcome:
+        """It as an answer to the problem."""
+        return Outcome(self.answer, self.text, self.score, self.node)
+
+
+async def chains_of(search: Search, frontier: Frontier) -> list[Chain]:
+    """The chains of a frontier that was sampled to the end; scored where the search has a verifier."""
+    scores = await search.score(frontier) if search.has_scorer else None
+    table = search.decoder.engine.table
+    found = []
+    for i, (row, text, answer) in enumerate(
+        zip(frontier.branches, search.texts(frontier), search.answers(frontier), strict=True)
+    ):
+        logprobs = table.logprobs[row, table.prompt_len[row] : table.num_tokens[row]].astype(np.float64)
+        score = None if scores is None else float(scores[i])
+        mean, worst = confidence(logprobs)
+        found.append(Chain(text, answer, score, len(logprobs), mean, worst, int(frontier.nodes[i])))
+    return found
+
+
+def confidence(logprobs: np.ndarray) -> tuple[float, float]:
+    """Mean log-probability, and the lowest mean over `WINDOW` tokens in a row; no tokens: zeros."""
+    if len(logprobs) == 0:
+        return 0.0, 0.0
+    sums = np.concatenate([[0.0], np.cumsum(logprobs)])
+    width = min(WINDOW, len(logprobs))
+    return float(logprobs.mean()), float(((sums[width:] - sums[:-width]) / width).min())
+
+
+def selected(chains: Sequence[Chain], classes: np.ndarray) -> int:
+    """Index of the chain whose answer is taken: the best scored, without scores the first of the largest class.
+
+    Of equals the first. Chains without an answer are taken only where no other is.
+
+    Args:
+        classes: `[n]`, equal for equal answers, -1 = no answer (`Search.classes`).
+    """
+    answered = classes >= 0
+    if chains[0].score is not None:
+        scores = np.array([chain.score for chain in chains], np.float64)
+        return int(np.lexsort((np.arange(len(chains)), -scores, ~answered))[0])
+    if not answered.any():
+        return 0
+    return int(np.flatnonzero(classes == np.bincount(classes[answered]).argmax())[0])

@@ -1,0 +1,102 @@
+"""Features: what the gate reads of a problem, at prefill and after some chains."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from treedecode.allocation.chains import Chain, selected
+from treedecode.decoding.frontier import Frontier
+
+if TYPE_CHECKING:
+    from treedecode.engine.engine import Engine
+
+# A gate is for one version of these. Names in the order of the vector.
+VERSION = 1
+NAMES = (
+    "log_prompt_tokens",
+    "prompt_entropy",  # of the next token after the prompt, nats
+    "log_chains",
+    "share_answered",  # chains that came to an answer
+    "share_majority",  # chains in the largest class of equal answers
+    "share_classes",  # classes per chain
+    "mean_logprob",  # mean over chains of a chain's mean log-probability
+    "best_logprob",  # the highest of them
+    "mean_worst_logprob",  # mean over chains of a chain's worst window
+    "best_worst_logprob",
+    "log_tokens",  # mean length of the chains
+    "selected_share",  # chains in the class of the selected answer
+    "selected_logprob",
+    "selected_worst_logprob",
+    "best_score",  # of the verifier, among chains with an answer; all scores are 0 without one
+    "mean_score",
+    "other_score",  # the best one of a class other than the selected
+)
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """What is known before anything is generated.
+
+    Attributes:
+        num_tokens: of the prompt.
+        entropy: of the next token after it, nats.
+        hidden: `[hidden_size]` float32, the final hidden state at its last token; `[0]` where it is not used.
+    """
+
+    num_tokens: int
+    entropy: float
+    hidden: np.ndarray
+
+
+async def prefill(engine: "Engine", root: Frontier, *, wants_hidden: bool) -> list[Prefill]:
+    """Reads the features of prompts at the roots on them: a token is computed once more for each of logits and hidden
+    state."""
+    logits = await engine.logits(root.branches)
+    logprobs = torch.log_softmax(logits.double(), dim=-1)
+    # a masked token has probability 0 and log-probability -inf
+    entropies = -torch.where(logprobs > -torch.inf, logprobs.exp() * logprobs, 0.0).sum(dim=-1)
+    hidden = np.zeros((len(root), 0), np.float32)
+    if wants_hidden:
+        hidden = (await root.hidden()).float().numpy(force=True)
+    parts = zip(root.num_tokens.tolist(), entropies.tolist(), hidden, strict=True)
+    return [Prefill(*part) for part in parts]
+
+
+def vector(prompt: Prefill, chains: Sequence[Chain], classes: np.ndarray) -> np.ndarray:
+    """The features of a problem after at least one chain, `[len(NAMES) + hidden_size]` float32.
+
+    Args:
+        classes: `[n]`, equal for equal answers, -1 = no answer.
+    """
+    n = len(chains)
+    answered = classes >= 0
+    counts = np.bincount(classes[answered], minlength=1)
+    logprobs = np.array([chain.logprob for chain in chains])
+    worst = np.array([chain.worst_logprob for chain in chains])
+    one = selected(chains, classes)
+    same = (classes == classes[one]) & answered
+    scores = np.array([0.0 if chain.score is None else chain.score for chain in chains])
+    others = scores[answered & ~same]
+    values = {
+        "log_prompt_tokens": np.log(prompt.num_tokens),
+        "prompt_entropy": prompt.entropy,
+        "log_chains": np.log(n),
+        "share_answered": answered.mean(),
+        "share_majority": counts.max() / n,
+        "share_classes": len(np.unique(classes[answered])) / n,
+        "mean_logprob": logprobs.mean(),
+        "best_logprob": logprobs.max(),
+        "mean_worst_logprob": worst.mean(),
+        "best_worst_logprob": worst.max(),
+        "log_tokens": np.log1p(np.mean([chain.num_tokens for chain in chains])),
+        "selected_share": same.mean(),
+        "selected_logprob": logprobs[one],
+        "selected_worst_logprob": worst[one],
+        "best_score": scores[one],
+        "mean_score": scores.mean(),
+        "other_score": others.max() if len(others) else scores.min(),
+    }
+    return np.concatenate([[values[name] for name in NAMES], prompt.hidden]).astype(np.float32)

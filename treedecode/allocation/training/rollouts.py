@@ -1,0 +1,263 @@
+"""Rollouts: chains and tree searches on training problems, and how they came out."""
+
+import json
+import os
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from treedecode.allocation.chain_costs import kv_tokens
+from treedecode.allocation.chains import Chain, chains_of
+from treedecode.allocation.features import Prefill, prefill
+from treedecode.allocation.provenance import Origin
+from treedecode.decoding.decoder import Decoder
+from treedecode.engine.sampling import Sampling
+from treedecode.search.search import Outcome, Search
+from treedecode.search.solve import solve
+from treedecode.search.strategy import Strategy
+from treedecode.strategies.tree_of_thoughts import TreeOfThoughts
+from treedecode.tasks.base import Problem, Task
+from treedecode.verify.scorers import scorer_of
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """`n` problems with `c` chains and `m` tree searches each.
+
+    Attributes:
+        ids, groups: `[n]` str; a problem without a group has "".
+        prompt_tokens, prompt_entropy: `[n]`; hidden: `[n, hidden_size]` float32: features of the prompt.
+        classes: `[n, c + m]` int64, equal for equal answers of a problem, -1 = no answer; chains first.
+        scores: `[n, c + m]` float64 of the verifier; nan without one.
+        tokens: `[n, c]` int64; logprobs, worst_logprobs: `[n, c]`, as in `Chain`.
+        right: `[n, c + m]` bool, by the task.
+        tree_tokens, tree_kv_bytes: `[n, m]` float64, what the searches cost in units of what one chain alone does.
+        menu: `[m, 3]` int64, (depth, width, keep) of the searches.
+        origin: verifier, task and model they are of.
+    """
+
+    ids: np.ndarray
+    groups: np.ndarray
+    prompt_tokens: np.ndarray
+    prompt_entropy: np.ndarray
+    hidden: np.ndarray
+    classes: np.ndarray
+    scores: np.ndarray
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    worst_logprobs: np.ndarray
+    right: np.ndarray
+    tree_tokens: np.ndarray
+    tree_kv_bytes: np.ndarray
+    menu: np.ndarray
+    origin: Origin
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def num_chains(self) -> int:
+        """Chains per problem."""
+        return self.tokens.shape[1]
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether there was a verifier."""
+        return self.origin.verifier != ""
+
+    def rows(self, which: np.ndarray) -> "Rollouts":
+        """Some of the problems."""
+        return replace(self, **{name: getattr(self, name)[which] for name in _ARRAYS if name != "menu"})
+
+    def without_hidden(self) -> "Rollouts":
+        """The same for a gate that reads no hidden states."""
+        return replace(self, hidden=self.hidden[:, :0])
+
+    def prompt(self, problem: int) -> Prefill:
+        """What is known of a problem before anything is generated."""
+        return Prefill(int(self.prompt_tokens[problem]), float(self.prompt_entropy[problem]), self.hidden[problem])
+
+    def chains(self, problem: int) -> list[Chain]:
+        """Its chains, without their texts."""
+        return [
+            Chain(
+                text="",
+                answer=None,
+                score=float(self.scores[problem, i]) if self.has_scores else None,
+                num_tokens=int(self.tokens[problem, i]),
+                logprob=float(self.logprobs[problem, i]),
+                worst_logprob=float(self.worst_logprobs[problem, i]),
+            )
+            for i in range(self.num_chains)
+        ]
+
+    def mends(self, problem: int, chosen: int) -> np.ndarray:
+        """`[c + m]` bool: which chains and trees give the right answer, and are taken in place of the chosen chain.
+
+        Without a verifier a right answer counts as taken: how many votes it will need is not known.
+        """
+        if not self.has_scores:
+            return self.right[problem]
+        scores = self.scores[problem]
+        taken = (scores > scores[chosen]) | (self.classes[problem, chosen] < 0)
+        return self.right[problem] & taken & (self.classes[problem] >= 0)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes an npz file."""
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        np.savez_compressed(path, **arrays, origin=np.array(json.dumps(asdict(self.origin))))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Rollouts":
+        """The rollouts that `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file. ValueError: it holds something else.
+        """
+        if not zipfile.is_zipfile(path):
+            if not os.path.isfile(path):
+                raise FileNotFoundError(f"path: no file {os.fspath(path)}")
+            raise ValueError(f"path: {os.fspath(path)} is no npz file")
+        with np.load(path, allow_pickle=False) as arrays:
+            missing = {*_ARRAYS, "origin"} - set(arrays)
+            if missing:
+                raise ValueError(f"path: {os.fspath(path)} holds no rollouts: {sorted(missing)} are missing")
+            origin = Origin(**json.loads(arrays["origin"].item()))
+            return cls(**{name: arrays[name] for name in _ARRAYS}, origin=origin)
+
+
+_ARRAYS = tuple(field.name for field in fields(Rollouts) if field.name != "origin")
+
+
+@dataclass(frozen=True)
+class Collect(Strategy):
+    """Samples what a gate is trained on; its answer is that of the first chain.
+
+    Args:
+        num_chains: of every problem.
+        menu: (depth, width, keep) of the tree searches.
+        wants_hidden: whether the prompt's hidden state is kept.
+    """
+
+    name: ClassVar[str] = "gate_rollouts"
+
+    num_chains: int
+    menu: tuple[tuple[int, int, int], ...] = ()
+    wants_hidden: bool = True
+
+    @property
+    def num_branches(self) -> int:
+        return max([self.num_chains, *(tree.num_branches for tree in self._trees)])
+
+    @property
+    def _trees(self) -> list[TreeOfThoughts]:
+        return [TreeOfThoughts(*entry) for entry in self.menu]
+
+    async def solve(self, search: Search) -> Outcome:
+        with await search.root() as root:
+            [prompt] = await prefill(search.decoder.engine, root, wants_hidden=self.wants_hidden)
+            with root.spread(self.num_chains) as frontier:
+                await search.complete(frontier)
+                chains = await chains_of(search, frontier)
+        outcomes = [chain.outcome for chain in chains]
+        costs = []
+        for tree in self._trees:
+            before = search.spending
+            outcomes.append(await tree.solve(search))
+            costs.append(
+                [getattr(search.spending, name) - getattr(before, name) for name in ("generated_tokens", "kv_bytes")]
+            )
+        search.notes.update(
+            prompt={**asdict(prompt), "hidden": prompt.hidden.tolist()},
+            chains=[asdict(replace(chain, text="")) for chain in chains],
+            classes=search.classes([outcome.answer for outcome in outcomes]).tolist(),
+            scores=[outcome.score for outcome in outcomes],
+            right=[search.task.verify(search.problem, outcome.text) for outcome in outcomes],
+            costs=costs,
+        )
+        return outcomes[0]
+
+
+def collect(
+    decoder: Decoder,
+    problems: Iterable[Problem],
+    *,
+    task: Task,
+    num_chains: int,
+    verifier: Any = None,
+    menu: Sequence[tuple[int, int, int]] = (),
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    journal: str | None = None,
+    **settings: Any,
+) -> Rollouts:
+    """Runs chains and tree searches on problems.
+
+    Args:
+        menu: (depth, width, keep) of tree searches, which need a verifier.
+        journal: goes on with an earlier call's, as `solve` does.
+        settings: further ones of `solve`.
+
+    Raises:
+        ValueError: tree searches without a verifier, or one that there cannot be.
+    """
+    check_menu(menu, verifier)
+    strategy = Collect(num_chains, tuple(menu), wants_hidden=hasattr(decoder.model, "forward_hidden"))
+    result = solve(
+        decoder,
+        problems,
+        strategy=strategy,
+        task=task,
+        verifier=verifier,
+        sampling=sampling,
+        seed=seed,
+        journal=journal,
+        grade=False,
+        **settings,
+    )
+    notes = [solution.notes for solution in result.solutions]
+    prompts = [note["prompt"] for note in notes]
+    tokens = _column(notes, "num_tokens")
+    prompt_tokens = np.array([prompt["num_tokens"] for prompt in prompts])
+    bytes_alone = decoder.engine.meter.token_bytes * kv_tokens(prompt_tokens[:, None], tokens)
+    costs = np.array([note["costs"] for note in notes], np.float64).reshape(len(notes), len(menu), 2)
+    return Rollouts(
+        ids=np.array([solution.problem.id for solution in result.solutions]),
+        groups=np.array([solution.problem.group or "" for solution in result.solutions]),
+        prompt_tokens=prompt_tokens,
+        prompt_entropy=np.array([prompt["entropy"] for prompt in prompts]),
+        hidden=np.array([prompt["hidden"] for prompt in prompts], np.float32),
+        classes=np.array([note["classes"] for note in notes], np.int64),
+        scores=np.array([note["scores"] for note in notes], np.float64),
+        tokens=tokens,
+        logprobs=_column(notes, "logprob"),
+        worst_logprobs=_column(notes, "worst_logprob"),
+        right=np.array([note["right"] for note in notes], bool),
+        tree_tokens=costs[:, :, 0] / tokens.mean(axis=1, keepdims=True),
+        tree_kv_bytes=costs[:, :, 1] / bytes_alone.mean(axis=1, keepdims=True),
+        menu=np.array(menu, np.int64).reshape(-1, 3),
+        origin=Origin.of(decoder, task, scorer_of(verifier)),
+    )
+
+
+def check_menu(menu: Sequence[tuple[int, int, int]], verifier: Any) -> None:
+    """Checks tree searches, (depth, width, keep) each.
+
+    Raises:
+        ValueError: they have no verifier, or there can be no such search.
+    """
+    if menu and verifier is None:
+        raise ValueError("menu: tree searches score branches and need a verifier")
+    for entry in menu:
+        try:
+            TreeOfThoughts(*entry)
+        except ValueError as error:
+            raise ValueError(f"menu: {entry}: {error}") from None
+
+
+def _column(notes: Sequence[dict[str, Any]], name: str) -> np.ndarray:
+    """`[n, c]` of a field of the chains."""
+    return np.array([[chain[name] for chain in note["chains"]] for note in notes])

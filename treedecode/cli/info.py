@@ -1,0 +1,159 @@
+"""`treedecode info`: what a bug report needs. It always prints, also when the build is broken."""
+
+import importlib
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("treedecode", "torch", "transformers", "triton", "flash-attn", "numpy", "gguf", "vllm", "sglang", "ray")
+ISA_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_bf16", "asimd")
+
+
+def attempt(function: Callable[[], Any]) -> Any:
+    """The function's result, or its error as text."""
+    try:
+        return function()
+    except BaseException as error:  # a broken native library can raise anything, SystemExit included
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def tool_version(name: str, line: int) -> str:
+    """Line number `line` of `name --version`."""
+    path = shutil.which(name)
+    if path is None:
+        return "not found"
+    out = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
+    return out.strip().splitlines()[line]
+
+
+def cpu() -> dict[str, Any]:
+    """The CPU's model name and those of its instruction sets that matter here."""
+    fields: dict[str, str] = {}
+    try:
+        with open("/proc/cpuinfo") as file:
+            for entry in file:
+                key, _, value = entry.partition(":")
+                fields.setdefault(key.strip(), value.strip())
+    except OSError:
+        pass
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    return {
+        "cpu": fields.get("model name") or platform.processor() or platform.machine(),
+        "cpu_flags": [flag for flag in ISA_FLAGS if flag in flags],
+    }
+
+
+def memory() -> str:
+    """Installed and available memory."""
+    sizes = {}
+    with open("/proc/meminfo") as file:
+        for entry in file:
+            key, _, value = entry.partition(":")
+            sizes[key] = int(value.split()[0]) / 2**20
+    return f"{sizes['MemTotal']:.1f} GiB, {sizes['MemAvailable']:.1f} GiB available"
+
+
+def isa() -> str:
+    """Which CPU instruction set the kernels use."""
+    from treedecode import ops
+
+    active, detected = ops.cpu_isa()
+    compiled = ops.compiled_isas()
+    return f"{active} (machine: {detected}; compiled: {', '.join(compiled)})"
+
+
+def gpus() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"none usable (torch built for {torch.version.cuda or torch.version.hip or 'CPU only'})"
+    return "; ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+
+
+def threads() -> str:
+    import torch
+
+    return f"{torch.get_num_threads()} (torch intra-op)"
+
+
+def variables() -> str:
+    from treedecode.common import env
+
+    return " ".join(f"{name}={value!r}" for name, value in env.settings().items()) or "none set"
+
+
+def host() -> str:
+    """Whether the host-side structures (`treedecode._host`) are there and can be loaded."""
+    # In this package: an editable install's import hook would find the checkout's.
+    if not any(Path(__file__).parents[1].joinpath(f"_host{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+        return "missing"
+    importlib.import_module("treedecode._host")
+    return "present"
+
+
+def backends() -> list[str]:
+    """The backend each op takes on each device and why no other: ops of which the same is true share their lines."""
+    import torch
+
+    from treedecode import ops
+
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for op in ops.names():
+            choice = ops.explain(op, device)
+            why = (f"  not {name}: {reason}" for name, reason in choice.rejected.items())
+            groups.setdefault((f"{choice.backend} on {device}", *why), []).append(op)
+    return [line for (taken, *why), names in groups.items() for line in (f"{taken}: {', '.join(names)}", *why)]
+
+
+def answers() -> str:
+    """How answers are compared."""
+    from treedecode.tasks.answers import equivalence_backend
+
+    return equivalence_backend()
+
+
+def report() -> Iterator[str]:
+    """The report, line by line; a part that fails says so in its line."""
+
+    def line(name: str, function: Callable[[], Any]) -> str:
+        return f"{name + ':':<14}{attempt(function)}"
+
+    yield line("python", lambda: f"{platform.python_version()} ({platform.python_implementation()})")
+    yield line("platform", lambda: f"{platform.system()} {platform.machine()}")
+    for package in PACKAGES:
+        yield line(package, lambda package=package: version(package))  # type: ignore[misc]
+    yield line("c++", lambda: tool_version("c++", 0))
+    yield line("nvcc", lambda: tool_version("nvcc", -1))
+    yield line("cpu", lambda: cpu()["cpu"])
+    yield line("cpu flags", lambda: " ".join(cpu()["cpu_flags"]))
+    yield line("memory", memory)
+    yield line("threads", threads)
+    yield line("variables", variables)
+    yield line("gpu", gpus)
+    yield line("_host", host)
+    yield line("answers", answers)
+    yield line("kernels", isa)
+    lines = attempt(backends)
+    yield "ops:"
+    for entry in [lines] if isinstance(lines, str) else lines:
+        yield f"  {entry}"
+
+
+def main() -> None:
+    for line in report():
+        print(line, flush=True)

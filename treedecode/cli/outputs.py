@@ -1,0 +1,155 @@
+"""What `treedecode solve` leaves behind: files, and a summary."""
+
+import hashlib
+import json
+import os
+import urllib.parse
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from treedecode.allocation.forecast import forecasts
+from treedecode.cli.errors import check_folder
+from treedecode.reporting.tree_page import in_bytes, strict, tree_page
+from treedecode.search.journal import num_solutions
+
+if TYPE_CHECKING:
+    from treedecode.accounting.budget import Budget
+    from treedecode.allocation.gate import Gate
+    from treedecode.decoding.decoder import Decoder
+    from treedecode.engine.branch_table import Ints
+    from treedecode.search.solutions import Result, Solution
+    from treedecode.strategies import Strategy
+
+_LONGEST_NAME = 150  # bytes; file systems take 255
+_STUDY = ("study.json", "plan.json")  # of `treedecode study`, which writes the plan as it begins
+
+
+class Outputs:
+    """The folder of a run: `solutions.jsonl`, `ledger.json`, and `trees/ID.html` and `.json`.
+
+    Args:
+        folder: None = nothing is written.
+        trees: ids of the problems whose trees are.
+
+    Raises:
+        ValueError: there are trees to write and no folder, or the folder is something else, or a study's.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None, trees: Collection[str] = ()) -> None:
+        if folder is None and trees:
+            raise ValueError("trees: expected --out DIR to write them to")
+        self._folder, self._trees = None if folder is None else Path(folder), frozenset(trees)
+        if self._folder is not None:
+            check_folder(self._folder)
+            if any((self._folder / name).exists() for name in _STUDY):
+                raise ValueError(f"out: {self._folder} holds a study; choose another folder")
+
+    @property
+    def journal(self) -> str | None:
+        """The file of solutions."""
+        return None if self._folder is None else str(self._folder / "solutions.jsonl")
+
+    @property
+    def num_known(self) -> int:
+        """Solutions that an earlier process left; whether they are of the same run the journal checks."""
+        return 0 if self.journal is None else num_solutions(self.journal)
+
+    def add(self, solution: "Solution") -> None:
+        """Writes a solution's tree, if it is one of those asked for."""
+        if self._folder is None or solution.problem.id not in self._trees:
+            return
+        path = self._folder / "trees" / file_name(solution.problem.id)
+        page = tree_page(solution.tree, title=solution.problem.id, answer=solution.answer, spending=solution.spending)
+        _write(path.with_name(f"{path.name}.html"), page)
+        _write(path.with_name(f"{path.name}.json"), _json(solution.tree.to_json()))
+
+    def finish(self, result: "Result", num_new: int) -> None:
+        """Writes the ledger; a call that solved nothing leaves the ledger of the one that did."""
+        if self._folder is not None:
+            path = self._folder / "ledger.json"
+            if num_new or not path.exists():
+                _write(path, _json(result.ledger.to_json()))
+
+
+def file_name(problem_id: str) -> str:
+    """A file name for a problem, a different one for each, whatever the id holds; without an ending."""
+    name = urllib.parse.quote(problem_id, safe=" ")
+    if len(name) <= _LONGEST_NAME:
+        return name
+    digest = hashlib.blake2b(problem_id.encode(), digest_size=8).hexdigest()
+    return f"{name[:_LONGEST_NAME]}-{digest}"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(strict(value), indent=1, allow_nan=False) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    """The file is there as a whole or not at all, also when the process ends meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.part")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
+def summary(result: "Result", strategy: "Strategy", verifier: str, num_known: int = 0) -> Iterator[str]:
+    """Lines on a run: what came out, and what it cost beside the cost without sharing.
+
+    Args:
+        verifier: as it was named on the command line.
+        num_known: solutions taken from the journal.
+    """
+    solutions, ledger, total = result.solutions, result.ledger, result.ledger.total
+    count = len(solutions)
+    yield _line("strategy", repr(strategy))
+    oracle = verifier == "task"
+    yield _line("verifier", "the task's own check, an ORACLE that knows the answers" if oracle else verifier)
+    yield _line("problems", f"{count}" + (f", {num_known} of them solved before" if num_known else ""))
+    if result.accuracy is not None:
+        right = sum(bool(solution.correct) for solution in solutions)
+        note = " (with an oracle: a bound, not a result)" if oracle else ""
+        yield _line("accuracy", f"{result.accuracy:.1%}, {right} of {count}{note}")
+    answered = sum(solution.answer is not None for solution in solutions)
+    cut = sum(solution.is_cut for solution in solutions)
+    yield _line("answers", f"{answered} of {count}" + (f", {cut} cut short by the budget" if cut else ""))
+    lost = f" ({ledger.lost_tokens:,} of them by searches that were interrupted)" if ledger.lost_tokens else ""
+    yield _line("tokens", f"{total.generated_tokens:,} generated{lost}, {total.prompt_tokens:,} of prompts")
+    share = f"the decoder worked in {ledger.occupancy:.0%} of them"
+    yield _line("seconds", f"{ledger.total_seconds:.1f}, {ledger.total_seconds / count:.2f} a problem; {share}")
+    source = ledger.energy_source
+    yield _line("energy", source if ledger.joules is None else f"{ledger.joules:,.1f} J ({source})")
+    yield ""
+    yield f"{'':<12}{'with sharing':>16}{'without':>16}{'ratio':>9}"
+    for name, spent, apart, shown in (
+        ("forwards", total.forwards, total.branch_forwards, "{:,}".format),
+        ("KV read", total.kv_bytes, total.kv_bytes_copied, in_bytes),
+        ("peak pages", total.peak_pages, total.peak_pages_copied, "{:,}".format),
+    ):
+        ratio = f"{apart / spent:.1f}x" if spent else "-"
+        yield f"{name:<12}{shown(spent):>16}{shown(apart):>16}{ratio:>9}"
+
+
+def expected(
+    decoder: "Decoder", prompts: "Sequence[Ints]", strategy: "Strategy", gate: "Gate", budget: "Budget"
+) -> Iterator[str]:
+    """Lines on what a run will probably cost, and on whether its budget will be enough.
+
+    Args:
+        prompts: token ids `[n]` of each, checked.
+    """
+    levels = (0.05, 0.25, 0.5, 0.75, 0.95)
+    yield f"{'forecast':<12}" + "".join(f"{level:>16.0%}" for level in levels)
+    units: dict[str, Callable[[float], str]] = {"tokens": "{:,.0f}".format, "kv_bytes": in_bytes}
+    own = getattr(strategy, "unit", None)
+    shown = list(units) if own is None else [own]
+    for found in forecasts(decoder, prompts, strategy=strategy, gate=gate, units=shown):
+        unit = found.unit
+        yield f"{unit:<12}" + "".join(f"{units[unit](value):>16}" for value in found.quantile(levels))
+        limit = getattr(budget, unit)
+        if limit is not None:
+            yield _line("", f"a budget of {units[unit](limit)} is enough with probability {found.within(limit):.2f}")
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<12}{text}"

@@ -1,0 +1,1 @@
+"""Settings from the environment, and statistics: what every room may use."""

@@ -1,0 +1,1 @@
+"""The Decoder and the Frontier: what a caller decodes with."""

@@ -1,0 +1,386 @@
+"""Frontier: a handle on branches of many trees, as arrays."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from treedecode.decoding.arguments import Scores, numbers_of, sampling_or, whole_numbers
+from treedecode.decoding.forced_text import Given, given_tokens
+from treedecode.decoding.generate import Completion, completions_of, text_of
+from treedecode.decoding.recorder import cut_back, mark, nodes_of, record
+from treedecode.engine.branch_table import Finish, Ints, child_seeds
+from treedecode.engine.sampling import Sampling
+from treedecode.engine.stops import StopLike
+
+if TYPE_CHECKING:
+    from treedecode.decoding.decoder import Decoder
+
+
+class Frontier:
+    """Branches of one search over many prompts: `[n]` arrays, one entry per branch, children beside their siblings.
+
+    `fork`, `fork_at` and `select` leave this frontier as it is; `prune`, `spread`, `merge` and `join` hand its branches
+    on to the frontier they return. Branches nobody holds any more give their pages back: on `release()`, at the end of
+    a `with` block, or when the frontier is garbage.
+
+    Attributes:
+        tree: `[n]` int64, the prompt each branch grew from.
+        counts: `[n]` int64, how many branches `merge` has put into each.
+    """
+
+    def __init__(self, decoder: "Decoder", rows: Ints, tree: Ints, num_trees: int, sampling: Sampling) -> None:
+        self._decoder = decoder
+        self._engine = decoder.engine
+        self._engine.keep(rows)
+        self._rows: Ints | None = rows
+        self._num_trees = num_trees
+        self._sampling = sampling
+        self.tree = tree
+        self._scores = np.full(len(rows), np.nan)
+        self.counts = np.ones(len(rows), np.int64)
+        if len(rows) and (handles := self._engine.frontiers.get(int(self._engine.table.account[rows[0]]))) is not None:
+            handles.add(self)
+
+    def __len__(self) -> int:
+        return len(self.branches)
+
+    def __repr__(self) -> str:
+        if self._rows is None:
+            return "Frontier(released)"
+        return f"Frontier({len(self)} branches of {len(np.unique(self.tree))} trees)"
+
+    @property
+    def branches(self) -> Ints:
+        """`[n]` int64 branch ids."""
+        if self._engine.closed:
+            raise RuntimeError("the decoder is closed")
+        if self._rows is None:
+            raise RuntimeError("this frontier was released, pruned or merged; use the one that came back")
+        return self._rows
+
+    @property
+    def scores(self) -> np.ndarray:
+        """`[n]` float64, nan until scored; children start with their parent's."""
+        return self._scores
+
+    @scores.setter
+    def scores(self, values: Scores) -> None:
+        self._scores = np.asarray(values, np.float64)
+        if self._scores.shape != (len(self),):
+            raise ValueError(f"scores: expected {len(self)} numbers, one per branch, got {values!r}")
+        for node, score in zip(nodes_of(self._engine, self.branches), self._scores, strict=True):
+            if node is not None and not np.isnan(score):
+                node.score = float(score)
+
+    @property
+    def num_tokens(self) -> Ints:
+        """`[n]` int64 tokens of each branch, prompt included."""
+        return self._engine.table.num_tokens[self.branches]
+
+    @property
+    def num_prompt_tokens(self) -> Ints:
+        """`[n]` int64 tokens of each branch's prompt."""
+        return self._engine.table.prompt_len[self.branches]
+
+    @property
+    def cum_logprobs(self) -> np.ndarray:
+        """`[n]` float64 sums of the generated tokens' log-probabilities; given text counts as 0."""
+        return self._engine.table.cum_logprob[self.branches]
+
+    @property
+    def finished(self) -> np.ndarray:
+        """`[n]` bool: the branch has reached its end of sequence; it will not be extended further."""
+        return self._engine.table.finish[self.branches] == Finish.EOS
+
+    def token_ids(self) -> list[list[int]]:
+        """Tokens of each branch after its prompt."""
+        table = self._engine.table
+        return [table.tokens[row, table.prompt_len[row] : table.num_tokens[row]].tolist() for row in self.branches]
+
+    def texts(self) -> list[str]:
+        """Text of each branch after its prompt, stop strings of its steps included."""
+        return [text_of(self._engine, int(row), cut=False) for row in self.branches]
+
+    def step_texts(self) -> list[str]:
+        """Text of each branch's latest `extend`, without the stop string that ended it."""
+        begins = self._engine.table.step_begin
+        return [text_of(self._engine, int(row), cut=True, begin=int(begins[row])) for row in self.branches]
+
+    # -- growing --
+
+    def fork(self, width: int | Sequence[int] | Ints) -> "Frontier":
+        """`width` children of every branch (an array: of each its own number, 0 too), sharing all of its pages.
+
+        Raises:
+            TypeError: not integers. ValueError: a width is negative, or none is left. OutOfBranches: the decoder's
+                `max_branches` are in use.
+        """
+        counts = whole_numbers(width, len(self), "width")
+        if (counts < 0).any() or counts.sum() == 0:
+            raise ValueError(f"width: expected numbers >= 0, not all of them 0, got {width}")
+        return self._children(np.repeat(np.arange(len(self)), counts))
+
+    def fork_at(self, position: int | Sequence[int] | Ints) -> "Frontier":
+        """One child of every branch that keeps its first `position` tokens, prompt included, to take another way there.
+
+        Raises:
+            TypeError: not integers. ValueError: a position lies in the prompt or beyond the branch.
+        """
+        lens = whole_numbers(position, len(self), "position")
+        if (lens < self.num_prompt_tokens).any() or (lens > self.num_tokens).any():
+            raise ValueError(f"position: expected from {self.num_prompt_tokens} to {self.num_tokens}, got {position}")
+        children = self._children(np.arange(len(self)), lens)
+        cut_back(self._engine, children.branches)
+        return children
+
+    def _children(self, parents: Ints, lens: Ints | None = None) -> "Frontier":
+        return self._view(self._engine.fork(self.branches[parents], lens), parents)
+
+    async def extend(
+        self,
+        *,
+        stop: StopLike = None,
+        max_new_tokens: int | Sequence[int] | Ints | None = None,
+        sampling: Sampling | None = None,
+        callback: Callable[[int, int, str], None] | None = None,
+    ) -> "Frontier":
+        """Lets every unfinished branch generate until a stop, together with all else that decodes on this decoder.
+
+        Args:
+            stop: strings or token ids; they stay in the branch, and a later `extend` goes on after them.
+            max_new_tokens: for all, or one for each; None goes on to what the model or the pages can hold.
+            sampling: in place of the search's own; a seed in it reseeds the branches.
+            callback: called as `callback(i, token_id, text)` for the i-th branch with every new token.
+
+        Returns:
+            this frontier.
+
+        Raises:
+            BudgetExhausted: the account that pays for the branches has spent what it may; they keep what they have.
+        """
+        rows = self.branches
+        stops = self._decoder.parse_stop(stop)
+        chosen = sampling_or(sampling, self._sampling)
+        limit = self._decoder.check_lengths(self.num_tokens, max_new_tokens)
+        seeds = None
+        if sampling is not None and sampling.seed is not None:
+            within = np.array([np.count_nonzero(self.tree[:i] == self.tree[i]) for i in range(len(rows))])
+            seeds = child_seeds(np.array(sampling.seed), self.num_tokens, within)
+        begins = self.num_tokens
+        try:
+            await self._engine.sample(rows, chosen, stops, limit, callback, seeds=seeds)
+        finally:
+            if self._rows is not None:
+                record(self._engine, rows, begins, "generated")
+        return self
+
+    def append(self, text: Given) -> "Frontier":
+        """Adds text or token ids to every branch: the same to all, or a list with one for each. Computed when needed.
+
+        Returns:
+            this frontier.
+
+        Raises:
+            ValueError: the list's length is not the number of branches, or a branch would be too long.
+            RuntimeError: a branch is being extended.
+        """
+        tokens = given_tokens(self._decoder, text, self.num_tokens)
+        begins = self.num_tokens
+        self._engine.append(self.branches, tokens)
+        record(self._engine, self.branches, begins, "given")
+        return self
+
+    async def hidden(self) -> Tensor:
+        """Final hidden states `[n, hidden_size]` at the branches' last tokens, of the model's dtype.
+
+        Of a finished branch it is the one before its end of sequence.
+
+        Raises:
+            ValueError: the model's adapter gives none. BudgetExhausted: as `extend`.
+        """
+        return await self._engine.hidden(self.branches)
+
+    # -- choosing --
+
+    def select(self, mask: Sequence[bool] | Ints) -> "Frontier":
+        """The branches of a mask or of indices (each once), held by the new frontier as well as by this one.
+
+        Raises:
+            TypeError: neither booleans nor integers. ValueError: not one entry per branch; an index that is none of
+                `0 .. n - 1`, or appears twice.
+        """
+        which = np.asarray(mask)
+        if which.ndim != 1 or (which.dtype.kind not in "biu" and which.size):
+            raise TypeError(f"mask: expected [n] booleans or indices, got {mask!r}")
+        if which.dtype == bool:
+            if len(which) != len(self):
+                raise ValueError(f"mask: expected {len(self)} entries, got {len(which)}")
+            which = np.flatnonzero(which)
+        which = which.astype(np.int64)
+        if ((which < 0) | (which >= len(self))).any():
+            raise ValueError(f"mask: expected indices from 0 to {len(self) - 1}, got {mask!r}")
+        if len({*which.tolist()}) < len(which):
+            raise ValueError("mask: an index appears twice; use fork for copies")
+        rows = self.branches[which]
+        self._engine.retain(rows)
+        return self._view(rows, which)
+
+    def _view(self, rows: Ints, parents: Ints) -> "Frontier":
+        child = Frontier(self._decoder, rows, self.tree[parents], self._num_trees, self._sampling)
+        child._scores, child.counts = self._scores[parents], self.counts[parents]
+        return child
+
+    async def score(
+        self,
+        fn: Callable[[list[str]], Scores | Awaitable[Scores]],
+        *,
+        judge: str | None = None,
+        num_samples: int = 1,
+        max_new_tokens: int = 16,
+        stop: StopLike = None,
+        sampling: Sampling | None = None,
+    ) -> np.ndarray:
+        """Sets `scores` from texts: those of the branches, or what a judge prompt makes the model say about them.
+
+        Args:
+            fn: gets a list of texts, returns (or is a coroutine that returns) one number for each.
+            judge: appended to `num_samples` side branches of every branch; `fn` reads their answers, and a branch gets
+                the mean of its own. They share the branch's pages and are gone afterwards.
+
+        Returns:
+            `[n]` float64, the new `scores`.
+        """
+        if isinstance(num_samples, bool) or not isinstance(num_samples, (int, np.integer)) or num_samples < 1:
+            raise ValueError(f"num_samples: expected an int >= 1, got {num_samples!r}")
+        if judge is None:
+            values = await numbers_of(fn, self.texts(), len(self))
+        else:
+            with self.fork(num_samples) as side:
+                side.leave_record()
+                side.append(judge)
+                await side.extend(stop=stop, max_new_tokens=max_new_tokens, sampling=sampling)
+                values = await numbers_of(fn, side.step_texts(), len(side))
+            values = values.reshape(len(self), num_samples).mean(axis=1)
+        self.scores = values
+        return self.scores
+
+    def prune(self, keep: int, per: str = "tree") -> "Frontier":
+        """The `keep` best-scored branches, of every tree or of all; the others are released, and so is this handle.
+
+        Equal scores: the earlier branch is kept. An unscored branch (nan) is below all others. Order stays.
+        """
+        if isinstance(keep, bool) or not isinstance(keep, (int, np.integer)) or keep < 1:
+            raise ValueError(f"keep: expected an int >= 1, got {keep!r}")
+        if per not in ("tree", "all"):
+            raise ValueError(f"per: expected 'tree' or 'all', got {per!r}")
+        group = self.tree if per == "tree" else np.zeros_like(self.tree)
+        badness = np.where(np.isnan(self.scores), np.inf, -self.scores)
+        order = np.lexsort((badness, group))  # stable
+        rank = np.arange(len(order)) - np.searchsorted(group[order], group[order])
+        return self._hand_on(np.sort(order[rank < keep]), "pruned")
+
+    def spread(self, counts: int | Sequence[int] | Ints) -> "Frontier":
+        """`counts` branches in place of each, itself the first of them and copies of it; with 0 it is pruned.
+
+        Releases this handle. Unlike `fork` and a release of the parents, never holds more branches than come of it.
+
+        Raises:
+            TypeError: not integers. ValueError: a number is negative, or none is left. OutOfBranches: as `fork`; all
+                branches are given up then.
+        """
+        counts = whole_numbers(counts, len(self), "counts")
+        if (counts < 0).any() or counts.sum() == 0:
+            raise ValueError(f"counts: expected numbers >= 0, not all of them 0, got {counts}")
+        with self._hand_on(np.flatnonzero(counts), "pruned") as kept:
+            counts = counts[counts > 0]
+            parents = np.repeat(np.arange(len(kept)), counts)
+            rows, is_copy = kept.branches[parents], np.ones(len(parents), bool)
+            is_copy[np.cumsum(counts) - counts] = False
+            if is_copy.any():
+                rows[is_copy] = self._engine.fork(rows[is_copy])
+            self._engine.retain(kept.branches)
+            return kept._view(rows, parents)
+
+    def merge(self) -> "Frontier":
+        """The first of each set of branches of a tree with the same tokens; `counts` add up. Releases this handle."""
+        table = self._engine.table
+        first: dict[tuple[int, bytes], int] = {}
+        into = np.empty(len(self), np.int64)
+        for i, row in enumerate(self.branches):
+            key = (int(self.tree[i]), table.tokens[row, : table.num_tokens[row]].tobytes())
+            into[i] = first.setdefault(key, i)
+        kept = np.flatnonzero(into == np.arange(len(self)))
+        counts = np.bincount(into, weights=self.counts, minlength=len(self))[kept].astype(np.int64)
+        merged = self._hand_on(kept, "merged")
+        merged.counts = counts
+        return merged
+
+    def join(self, *others: "Frontier") -> "Frontier":
+        """The branches of this frontier and of others of the same search, one after another; releases their handles.
+
+        Raises:
+            ValueError: a frontier of another decoder.
+        """
+        parts = (self, *others)
+        if any(part._engine is not self._engine for part in parts):
+            raise ValueError("others: expected frontiers of the same decoder")
+        rows = np.concatenate([part.branches for part in parts])
+        self._engine.retain(rows)
+        tree, num_trees = np.concatenate([part.tree for part in parts]), max(part._num_trees for part in parts)
+        joined = Frontier(self._decoder, rows, tree, num_trees, self._sampling)
+        joined._scores = np.concatenate([part._scores for part in parts])
+        joined.counts = np.concatenate([part.counts for part in parts])
+        for part in parts:
+            part.release()
+        return joined
+
+    def _hand_on(self, which: Ints, fate: str) -> "Frontier":
+        chosen = self.select(which)
+        if len(chosen) < len(self):
+            mark(nodes_of(self._engine, self.branches), nodes_of(self._engine, chosen.branches), fate)
+        self.release()
+        return chosen
+
+    # -- the record of the search, if its account keeps one --
+
+    @property
+    def nodes(self) -> Ints:
+        """`[n]` int64, the latest step of every branch in the record of its search; -1 = none."""
+        return self._engine.table.node[self.branches]
+
+    def leave_record(self) -> None:
+        """What these branches and their children do from here on is not recorded: a judge's words, say."""
+        self._engine.table.node[self.branches] = -1
+
+    # -- ending --
+
+    async def finish(self) -> list[list[Completion]]:
+        """The completions of every tree, in order of trees, and of branches within; releases the frontier.
+
+        A tree whose branches are all gone has an empty list.
+        """
+        completions = completions_of(self._engine, self.branches)
+        trees: list[list[Completion]] = [[] for _ in range(self._num_trees)]
+        for tree, completion in zip(self.tree, completions, strict=True):
+            trees[tree].append(completion)
+        self.release()
+        return trees
+
+    def release(self) -> None:
+        """Gives up the branches; those no other frontier holds give their pages back. Twice is as good as once."""
+        rows, self._rows = self._rows, None
+        if rows is not None:
+            self._engine.release(rows)
+
+    def __enter__(self) -> "Frontier":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        rows = getattr(self, "_rows", None)
+        if rows is not None:
+            self._engine.abandon(rows)

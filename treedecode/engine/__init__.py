@@ -1,0 +1,1 @@
+"""Branches, and the forwards that move them."""

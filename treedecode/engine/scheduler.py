@@ -1,0 +1,225 @@
+"""Scheduler: which tokens of which branches go into the next forward, and who gives way when pages run out."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from treedecode.accounting.meter import Meter, Shares
+from treedecode.engine.branch_table import BranchTable, Ints, Work
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Rows that get a token sampled, with the arguments of `ops.sample` for them, each `[s]` on the model's device."""
+
+    rows: Ints  # [s] int64
+    penalised: bool  # whether a row has a repetition penalty
+    stop_ids: list[int]  # stop sets in use among the rows
+    temperature: Tensor  # fp32
+    top_k: Tensor  # int32
+    top_p: Tensor  # fp32
+    min_p: Tensor  # fp32
+    seed: Tensor  # int64
+
+
+@dataclass
+class Batch:
+    """Rows of one forward in depth-first order, so that rows that share pages are adjacent.
+
+    It serves many ticks: while all rows decode one token each, only `num_cached` moves.
+    """
+
+    rows: Ints  # [B] int64
+    q_lens: Ints  # [B] int32
+    decode_only: bool
+    row_ids: Tensor  # [B] int64
+    q_lens_tensor: Tensor | None  # [B] int32, None = 1 each
+    wanted: Ints  # [n] indices of rows whose last token's logits are wanted
+    sampled: Ints  # [s] indices into wanted of rows that sample
+    draw: Draw  # of the rows that sample
+    shares: list[Shares]  # of the accounts that pay for rows
+
+
+class Scheduler:
+    """Chooses batches. All rows that decode go in; rows with more to compute share a token budget, first come first.
+
+    A row whose prompt begins like one that is being prefilled waits for it and then starts on its pages.
+    """
+
+    def __init__(self, table: BranchTable, pool: Any, index: Any, meter: Meter, *, prefill_tokens: int) -> None:
+        self.table = table
+        self.meter = meter
+        self.pool = pool
+        self.index = index
+        self.prefill_tokens = prefill_tokens
+        self.num_preemptions = 0
+        self.num_prefix_tokens = 0
+
+    def free_held_pages(self, count: int) -> int:
+        """Lets the prefix index drop up to `count` pages that no branch uses; how many it dropped."""
+        evicted = self.index.evict(count, self.pool.refcount.numpy(force=True)) if count > 0 else ()
+        if len(evicted):
+            self.pool.drop(evicted)
+        return len(evicted)
+
+    def remember(self, rows: Ints) -> None:
+        """Puts the full pages of `rows` into the prefix index."""
+        for row in rows:
+            full = int(self.table.num_cached[row]) // self.pool.page_size
+            if full:
+                tokens = self.table.tokens[row, : full * self.pool.page_size]
+                fresh = self.index.insert(np.ascontiguousarray(tokens), self.pool.pages(int(row))[:full])
+                if len(fresh):
+                    self.pool.retain(fresh)
+
+    def next_batch(self) -> tuple[Batch | None, Ints]:
+        """The next batch (None: no work that needs a forward), and rows whose prefill turned out to be done."""
+        table = self.table
+        busy = np.flatnonzero(table.work)
+        busy = busy[np.argsort(table.order[busy])]
+        todo = table.goal(busy) - table.num_cached[busy]
+        done = busy[todo <= 0]
+        one = (todo == 1) & (table.work[busy] != Work.PREFILL)
+        rows, lens = self._admit(busy[(todo > 0) & ~one], busy[one])
+        if len(rows) == 0 and len(done) == 0 and len(busy):
+            return self.next_batch()  # the index had all of what the first in line needs
+        return (self.batch(rows, lens) if len(rows) else None), done
+
+    def _admit(self, waiting: Ints, decoding: Ints) -> tuple[Ints, Ints]:
+        table, page = self.table, self.pool.page_size
+        rows, lens = list(decoding), [1] * len(decoding)
+        budget = self.prefill_tokens
+        promised = len(decoding)  # pages that rows already admitted may still take
+        ahead: list[tuple[int, int]] = []
+        for row, goal in zip(waiting, table.goal(waiting).tolist(), strict=True):
+            if budget <= 0:
+                break
+            empty = table.num_cached[row] == 0
+            if empty and not self._adopt(int(row), ahead):
+                continue
+            cached = int(table.num_cached[row])
+            todo = goal - cached
+            if todo <= 0:
+                self.num_prefix_tokens += cached
+                continue  # the index had all of it; the next call reports it
+            need = -(-int(table.num_tokens[row] + 1) // page) - cached // page
+            lacking = need + promised - self.pool.num_free_pages
+            if lacking > 0:
+                lacking -= self.free_held_pages(lacking)
+            if lacking > 0 and rows:
+                if empty:
+                    self._clear(int(row))
+                break  # only the first in line may go on regardless: others make room for it, page by page
+            self.num_prefix_tokens += cached if empty else 0
+            promised += need
+            take = min(todo, budget)
+            budget -= take
+            rows.append(row)
+            lens.append(take)
+            ahead.append((int(row), goal))
+        return np.array(rows, np.int64), np.array(lens, np.int32)
+
+    def _adopt(self, row: int, ahead: list[tuple[int, int]]) -> bool:
+        """Starts an empty row on pages of the index; False: it should wait for a row ahead with the same beginning.
+
+        Args:
+            ahead: (row, tokens it will have in the cache) of those that go before it.
+        """
+        table, page = self.table, self.pool.page_size
+        known = np.ascontiguousarray(table.tokens[row, : table.num_tokens[row] - 1])
+        pages, found = self.index.match(known)
+        for other, goal in ahead:
+            both = min(len(known), goal)
+            differ = np.flatnonzero(known[:both] != table.tokens[other, :both])
+            common = int(differ[0]) if len(differ) else both
+            if common // page * page > found:
+                return False
+        if found:
+            self.pool.adopt(row, pages, found)
+            table.num_cached[row] = found
+        return True
+
+    def _clear(self, row: int) -> None:
+        self.pool.clear([row])
+        self.table.num_cached[row] = 0
+
+    def make_room(self, keep: Ints, lacking: int) -> None:
+        """Lets the next batch have more pages or need fewer, at the cost of the least valuable cached tokens.
+
+        Args:
+            keep: rows that must not be preempted.
+            lacking: pages that are missing.
+
+        Raises:
+            RuntimeError: nothing is left to free.
+        """
+        if self.free_held_pages(max(lacking, 1)):
+            return
+        table = self.table
+        holders = np.setdiff1d(np.flatnonzero((table.num_cached > 0) & (table.handles > 0)), keep)
+        before = self.pool.num_free_pages
+        pages, used = self._pages(holders)
+        own = np.count_nonzero((self.pool.refcount.numpy(force=True)[pages] == 1) & used, axis=1)
+        resting = table.work[holders] == Work.NONE
+        # Branches at rest may never be needed again; a page shared by several comes free only with the last of them.
+        queue = np.lexsort((-table.order[holders], own == 0, ~resting))
+        for row in holders[queue]:
+            self._clear(int(row))
+            self.num_preemptions += 1
+            # even where it frees no page, the next batch needs fewer without a row that works
+            if self.pool.num_free_pages > before or table.work[row] != Work.NONE:
+                return
+        if not self.free_held_pages(max(lacking, 1)) and len(holders) == 0:
+            raise RuntimeError("out of pages: nothing is left to preempt; give the decoder more kv_memory")
+
+    def batch(self, rows: Ints, lens: Ints) -> Batch:
+        """The batch that takes the next `lens` tokens of `rows`."""
+        table = self.table
+        pages, used = self._pages(rows)
+        order = _depth_first(rows, pages, used)
+        rows, lens = rows[order], lens[order]
+        wants = table.work[rows] != Work.PREFILL
+        wanted = np.flatnonzero(wants & (table.num_cached[rows] + lens == table.goal(rows)))
+        out = rows[wanted]
+        sampled = np.flatnonzero(table.work[out] == Work.SAMPLE)
+        decode_only = bool((lens == 1).all()) and len(wanted) == len(rows)
+        device = self.pool.device
+        return Batch(
+            rows=rows,
+            q_lens=lens,
+            decode_only=decode_only,
+            row_ids=torch.from_numpy(rows).to(device),
+            q_lens_tensor=None if decode_only else torch.from_numpy(lens).to(device),
+            wanted=wanted,
+            sampled=sampled,
+            draw=self.draw(out[sampled]),
+            shares=self.meter.shares(table.account[rows], pages[order], used[order], table.num_cached[rows]),
+        )
+
+    def draw(self, rows: Ints) -> Draw:
+        """How `rows` sample."""
+        table = self.table
+        arrays = (table.temperature, table.top_k, table.top_p, table.min_p, table.seed)
+        return Draw(
+            rows,
+            bool((table.penalty[rows] != 1).any()),
+            [int(stop) for stop in np.unique(table.stop[rows]) if stop],
+            *(torch.from_numpy(array[rows]).to(self.pool.device) for array in arrays),
+        )
+
+    def _pages(self, rows: Ints) -> tuple[Ints, np.ndarray]:
+        """(page ids, which of them the row has), `[n, most pages of a row]`; 0 where it has none."""
+        num_pages = -(-self.table.num_cached[rows] // self.pool.page_size)
+        width = int(num_pages.max(initial=0))
+        used = np.arange(width) < num_pages[:, None]
+        table = self.pool.page_table[torch.from_numpy(rows).to(self.pool.device), :width]
+        return np.where(used, table.numpy(force=True), 0), used
+
+
+def _depth_first(rows: Ints, pages: Ints, used: np.ndarray) -> list[int]:
+    """Order of rows in which equal leading pages are adjacent: any fixed order of the page-table rows will do."""
+    keys = [line.tobytes() for line in np.where(used, pages, -1)]
+    return sorted(range(len(rows)), key=lambda i: (keys[i], rows[i]))

@@ -1,0 +1,57 @@
+"""Monitor: what a decoder holds at this moment, read from another thread while it decodes."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from treedecode.ops.pages import STATUS_NUM_FREE
+
+if TYPE_CHECKING:
+    from treedecode.decoding.decoder import Decoder
+
+_PATIENCE = 0.05  # seconds; a tick that takes longer leaves the reader with what it last saw
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a decoder holds.
+
+    Attributes:
+        num_branches: branches alive. num_pages: pages in use, by branches or by the prefix index.
+        max_branches, max_pages: what there is of each.
+    """
+
+    num_branches: int
+    max_branches: int
+    num_pages: int
+    max_pages: int
+
+
+class Monitor:
+    """Reads a decoder's load without making it wait for the device.
+
+    On the CPU the page state is memory like any other. On a GPU reading it means a copy, on a stream of its own, which
+    does not wait for the kernels in flight; the engine's lock is held meanwhile, since a call from another thread would
+    spoil a graph that is being captured.
+    """
+
+    def __init__(self, decoder: "Decoder") -> None:
+        self._engine = decoder.engine
+        self._pool = decoder.engine.pool
+        self._stream = torch.cuda.Stream(self._pool.device) if self._pool.device.type == "cuda" else None
+        self._num_free_pages = self._pool.num_pages
+
+    def read(self) -> Load:
+        """The load now; pages as of the last time they could be read, if a tick is in the way."""
+        pool = self._pool
+        if self._stream is None:
+            self._num_free_pages = pool.num_free_pages
+        elif self._engine.lock.acquire(timeout=_PATIENCE):
+            try:
+                with torch.cuda.stream(self._stream):
+                    self._num_free_pages = int(pool.status[STATUS_NUM_FREE])
+            finally:
+                self._engine.lock.release()
+        num_branches = pool.max_branches - pool.num_free_rows
+        return Load(num_branches, pool.max_branches, pool.num_pages - self._num_free_pages, pool.num_pages)

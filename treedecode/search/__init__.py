@@ -1,0 +1,1 @@
+"""One problem under way, and runs over many problems."""
