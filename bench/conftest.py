@@ -26,7 +26,7 @@ def peaks():
 def pytest_benchmark_generate_machine_info():
     """What a reader needs to judge a result, and nothing that names the machine or its owner."""
     # Imported here: importing treedecode loads the native library, and pytest imports this file even to collect.
-    from treedecode.cli import info
+    from treedecode.common import machine
 
     return {
         "system": platform.system(),
@@ -35,7 +35,7 @@ def pytest_benchmark_generate_machine_info():
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "num_threads": torch.get_num_threads(),
-        **info.cpu(),
+        **machine.cpu(),
     }
 
 

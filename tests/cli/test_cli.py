@@ -8,9 +8,8 @@ from support import cuda_library
 
 import treedecode
 from treedecode import ops, triton_kernels
-from treedecode.cli import info
 from treedecode.cli import main as cli
-from treedecode.common import env
+from treedecode.common import env, machine
 from treedecode.ops import _native
 from treedecode.tasks.countdown import Countdown
 
@@ -93,8 +92,8 @@ def test_explain_rejects_what_it_does_not_know():
 
 
 def test_attempt_turns_errors_into_text():
-    assert info.attempt(lambda: 1 / 0) == "failed: ZeroDivisionError: division by zero"
-    assert info.version("no-such-package") == "not installed"
+    assert machine.attempt(lambda: 1 / 0) == "failed: ZeroDivisionError: division by zero"
+    assert machine.version("no-such-package") == "not installed"
 
 
 @pytest.mark.parametrize(

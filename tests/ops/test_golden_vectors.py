@@ -6,9 +6,9 @@ Plans are in test_plan_tree.py, test_triton_attention.py and test_cuda_plan_tree
 import json
 
 import pytest
+import torch
 from ops.cuda import test_cuda_beam_prune, test_cuda_sample
 from ops.triton import test_triton_pages
-import torch
 from support import page_kernels
 from support.paths import GOLDEN
 

@@ -1,7 +1,6 @@
 """`treedecode info`: what a bug report needs. It always prints, also when the build is broken."""
 
 import importlib
-import importlib.metadata
 import platform
 import shutil
 import subprocess
@@ -10,25 +9,9 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
+from treedecode.common.machine import attempt, cpu, gpus, memory, version
+
 PACKAGES = ("treedecode", "torch", "transformers", "triton", "flash-attn", "numpy", "gguf", "vllm", "sglang", "ray")
-ISA_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_bf16", "asimd")
-
-
-def attempt(function: Callable[[], Any]) -> Any:
-    """The function's result, or its error as text."""
-    try:
-        return function()
-    except BaseException as error:  # a broken native library can raise anything, SystemExit included
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        return f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-
-
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def tool_version(name: str, line: int) -> str:
@@ -40,33 +23,6 @@ def tool_version(name: str, line: int) -> str:
     return out.strip().splitlines()[line]
 
 
-def cpu() -> dict[str, Any]:
-    """The CPU's model name and those of its instruction sets that matter here."""
-    fields: dict[str, str] = {}
-    try:
-        with open("/proc/cpuinfo") as file:
-            for entry in file:
-                key, _, value = entry.partition(":")
-                fields.setdefault(key.strip(), value.strip())
-    except OSError:
-        pass
-    flags = set((fields.get("flags") or fields.get("Features") or "").split())
-    return {
-        "cpu": fields.get("model name") or platform.processor() or platform.machine(),
-        "cpu_flags": [flag for flag in ISA_FLAGS if flag in flags],
-    }
-
-
-def memory() -> str:
-    """Installed and available memory."""
-    sizes = {}
-    with open("/proc/meminfo") as file:
-        for entry in file:
-            key, _, value = entry.partition(":")
-            sizes[key] = int(value.split()[0]) / 2**20
-    return f"{sizes['MemTotal']:.1f} GiB, {sizes['MemAvailable']:.1f} GiB available"
-
-
 def isa() -> str:
     """Which CPU instruction set the kernels use."""
     from treedecode import ops
@@ -74,14 +30,6 @@ def isa() -> str:
     active, detected = ops.cpu_isa()
     compiled = ops.compiled_isas()
     return f"{active} (machine: {detected}; compiled: {', '.join(compiled)})"
-
-
-def gpus() -> str:
-    import torch
-
-    if not torch.cuda.is_available():
-        return f"none usable (torch built for {torch.version.cuda or torch.version.hip or 'CPU only'})"
-    return "; ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
 
 
 def threads() -> str:

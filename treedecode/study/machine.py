@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from treedecode.cli.info import attempt, cpu, gpus, memory
+from treedecode.common.machine import attempt, cpu, gpus, memory
 
 _IDLE = (3, 4)  # of the columns of /proc/stat: idle, and idle while waiting for a disk
 _GUEST = 8  # from here on: time of virtual machines, which is in the others already

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from treedecode.allocation.gate import Gate
-from treedecode.cli.info import version
+from treedecode.common.machine import version
 from treedecode.search.solutions import Solution
 from treedecode.study import analysis
 from treedecode.study.acceptance import bars
