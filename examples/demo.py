@@ -161,7 +161,7 @@ def mib(num_bytes: float) -> str:
 
 def memory_line(dec: td.Decoder, num_branches: int, prompt_len: int, num_tokens: int) -> str:
     """What the decoder held at its peak, and what a cache per branch would hold."""
-    pool = dec.engine.pool
+    pool = dec.pool
     copied = (num_branches * prompt_len + num_tokens) * pool.page_bytes / pool.page_size
     held = pool.peak_used_pages * pool.page_bytes
     return (

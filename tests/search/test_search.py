@@ -29,11 +29,11 @@ def on_a_search(work, scorer=None, task=TASK, **options):
             account=account,
             score=scorer,
         )
-        dec.engine.trees[account] = search.tree
+        dec.recorder.start(account, search.tree)
         try:
             return await work(search)
         finally:
-            del dec.engine.trees[account]
+            dec.recorder.stop(account)
 
     found = dec.run(run())
     dec.check_integrity()

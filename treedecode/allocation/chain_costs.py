@@ -8,7 +8,7 @@ import numpy as np
 from treedecode.allocation.chains import Chain
 
 if TYPE_CHECKING:
-    from treedecode.engine.engine import Engine
+    from treedecode.decoding.decoder import Decoder
 
 # unit -> the field of `Spending` that counts it
 UNITS = {"tokens": "generated_tokens", "kv_bytes": "kv_bytes"}
@@ -27,9 +27,9 @@ def shared_tokens(prompt_tokens: int, page_size: int) -> int:
     return (prompt_tokens - 1) // page_size * page_size
 
 
-def kv_sizes(engine: "Engine") -> dict[str, int]:
-    """`token_bytes` and `page_size` of an engine's cache."""
-    return {"token_bytes": engine.meter.token_bytes, "page_size": engine.pool.page_size}
+def kv_sizes(decoder: "Decoder") -> dict[str, int]:
+    """`token_bytes` and `page_size` of a decoder's cache."""
+    return {"token_bytes": decoder.meter.token_bytes, "page_size": decoder.pool.page_size}
 
 
 def chain_costs(

@@ -42,14 +42,12 @@ class Chain:
 async def chains_of(search: Search, frontier: Frontier) -> list[Chain]:
     """The chains of a frontier that was sampled to the end; scored where the search has a verifier."""
     scores = await search.score(frontier) if search.has_scorer else None
-    table = search.decoder.engine.table
     found = []
-    for i, (row, text, answer) in enumerate(
-        zip(frontier.branches, search.texts(frontier), search.answers(frontier), strict=True)
+    for i, (logprobs, text, answer) in enumerate(
+        zip(frontier.logprobs(), search.texts(frontier), search.answers(frontier), strict=True)
     ):
-        logprobs = table.logprobs[row, table.prompt_len[row] : table.num_tokens[row]].astype(np.float64)
         score = None if scores is None else float(scores[i])
-        mean, worst = confidence(logprobs)
+        mean, worst = confidence(logprobs.astype(np.float64))
         found.append(Chain(text, answer, score, len(logprobs), mean, worst, int(frontier.nodes[i])))
     return found
 

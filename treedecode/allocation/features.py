@@ -2,16 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from treedecode.allocation.chains import Chain, selected
 from treedecode.decoding.frontier import Frontier
-
-if TYPE_CHECKING:
-    from treedecode.engine.engine import Engine
 
 # A gate is for one version of these. Names in the order of the vector.
 VERSION = 1
@@ -51,10 +47,10 @@ class Prefill:
     hidden: np.ndarray
 
 
-async def prefill(engine: "Engine", root: Frontier, *, wants_hidden: bool) -> list[Prefill]:
+async def prefill(root: Frontier, *, wants_hidden: bool) -> list[Prefill]:
     """Reads the features of prompts at the roots on them: a token is computed once more for each of logits and hidden
     state."""
-    logits = await engine.logits(root.branches)
+    logits = await root.logits()
     logprobs = torch.log_softmax(logits.double(), dim=-1)
     # a masked token has probability 0 and log-probability -inf
     entropies = -torch.where(logprobs > -torch.inf, logprobs.exp() * logprobs, 0.0).sum(dim=-1)

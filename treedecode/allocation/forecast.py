@@ -111,7 +111,7 @@ def forecasts(
     costs, hidden_size = gate.costs, gate.config.hidden_size
     known = decoder.run(_prefills(decoder, prompts, wants_hidden=hidden_size > 0))
     quantiles = costs(np.stack([prompt_vector(prompt, hidden_size) for prompt in known]))
-    factors, sizes = costs.factors.numpy(), kv_sizes(decoder.engine)
+    factors, sizes = costs.factors.numpy(), kv_sizes(decoder)
     found = []
     for unit in units:
         rng = np.random.default_rng(seed)
@@ -130,5 +130,5 @@ async def _prefills(decoder: Decoder, prompts: Sequence[Ints], *, wants_hidden: 
     for begin in range(0, len(prompts), _SIDE_BY_SIDE):
         some = list(prompts[begin : begin + _SIDE_BY_SIDE])
         with await roots(decoder, some, Sampling(), account=-1) as root:
-            found += await prefill(decoder.engine, root, wants_hidden=wants_hidden)
+            found += await prefill(root, wants_hidden=wants_hidden)
     return found

@@ -1,21 +1,24 @@
 """Decoder: a model, its pages, and everything that decodes on them."""
 
 import asyncio
+import contextlib
 import contextvars
 import os
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 
+from treedecode.accounting.meter import Meter
 from treedecode.cache.page_pool import PagePool
 from treedecode.decoding import beam_search
 from treedecode.decoding import generate as completions
 from treedecode.decoding.arguments import allocated, memory_bytes, sampling_or, token_ids, whole_numbers
 from treedecode.decoding.frontier import Frontier
 from treedecode.decoding.generate import Completion
+from treedecode.decoding.recorder import Recorder
 from treedecode.decoding.roots import roots
 from treedecode.engine.branch_table import Ints
 from treedecode.engine.engine import OUTER_LOOPS, Engine
@@ -101,6 +104,7 @@ class Decoder:
             self.engine = Engine(
                 model, pool, matcher, max_tokens=self._max_tokens, prefill_tokens=prefill_tokens, captured=captured
             )
+        self.recorder = Recorder(self.engine)
 
     @classmethod
     def from_pretrained(
@@ -361,9 +365,42 @@ class Decoder:
         return self.engine.stats
 
     @property
+    def pool(self) -> PagePool:
+        """The pages of all branches."""
+        return self.engine.pool
+
+    @property
+    def meter(self) -> Meter:
+        """The accounts that forwards are charged to."""
+        return self.engine.meter
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that a branch may have, prompt included, by the model's context and `kv_memory`."""
+        return self.engine.table.max_tokens
+
+    @property
     def num_branches(self) -> int:
         """Branches alive."""
-        return self.engine.pool.max_branches - self.engine.num_free_rows
+        return self.pool.max_branches - self.engine.num_free_rows
+
+    def collect(self) -> None:
+        """Takes back the branches of frontiers that are garbage, which otherwise happens with the next call."""
+        self.engine.collect()
+
+    @contextlib.contextmanager
+    def paused(self, timeout: float) -> Iterator[bool]:
+        """Keeps forwards from starting within the block; yields False if one took longer than `timeout` seconds."""
+        is_paused = self.engine.lock.acquire(timeout=timeout)
+        try:
+            yield is_paused
+        finally:
+            if is_paused:
+                self.engine.lock.release()
+
+    def forget(self) -> None:
+        """Drops all keys and values, those of prompts seen before included; branches keep their tokens."""
+        self.engine.forget()
 
     def check_integrity(self) -> None:
         """Checks that pages, prefix index and branches agree.
@@ -381,7 +418,7 @@ class Decoder:
         """
         if hasattr(self.model, "refresh"):
             self.model.refresh(force=True)
-        self.engine.forget()
+        self.forget()
 
     def close(self) -> None:
         """Ends what is decoding with a RuntimeError and gives all memory back; later calls raise."""

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from treedecode.decoding.arguments import Scores, numbers_of, sampling_or, whole_numbers
 from treedecode.decoding.forced_text import Given, given_tokens
-from treedecode.decoding.generate import Completion, completions_of, text_of
-from treedecode.decoding.recorder import cut_back, mark, nodes_of, record
+from treedecode.decoding.generate import Completion, completions_of
 from treedecode.engine.branch_table import Finish, Ints, child_seeds
 from treedecode.engine.sampling import Sampling
 from treedecode.engine.stops import StopLike
@@ -32,7 +31,7 @@ class Frontier:
 
     def __init__(self, decoder: "Decoder", rows: Ints, tree: Ints, num_trees: int, sampling: Sampling) -> None:
         self._decoder = decoder
-        self._engine = decoder.engine
+        self._engine, self._recorder = decoder.engine, decoder.recorder
         self._engine.keep(rows)
         self._rows: Ints | None = rows
         self._num_trees = num_trees
@@ -40,8 +39,7 @@ class Frontier:
         self.tree = tree
         self._scores = np.full(len(rows), np.nan)
         self.counts = np.ones(len(rows), np.int64)
-        if len(rows) and (handles := self._engine.frontiers.get(int(self._engine.table.account[rows[0]]))) is not None:
-            handles.add(self)
+        self._recorder.hold(self, rows)
 
     def __len__(self) -> int:
         return len(self.branches)
@@ -70,7 +68,7 @@ class Frontier:
         self._scores = np.asarray(values, np.float64)
         if self._scores.shape != (len(self),):
             raise ValueError(f"scores: expected {len(self)} numbers, one per branch, got {values!r}")
-        for node, score in zip(nodes_of(self._engine, self.branches), self._scores, strict=True):
+        for node, score in zip(self._recorder.nodes(self.branches), self._scores, strict=True):
             if node is not None and not np.isnan(score):
                 node.score = float(score)
 
@@ -96,17 +94,26 @@ class Frontier:
 
     def token_ids(self) -> list[list[int]]:
         """Tokens of each branch after its prompt."""
+        return [tokens.tolist() for tokens in self.new_tokens()]
+
+    def new_tokens(self) -> list[Ints]:
+        """`[num_new]` int32 tokens of each branch after its prompt, as views: valid until the branch goes on."""
         table = self._engine.table
-        return [table.tokens[row, table.prompt_len[row] : table.num_tokens[row]].tolist() for row in self.branches]
+        return [table.tokens[row, table.prompt_len[row] : table.num_tokens[row]] for row in self.branches]
+
+    def logprobs(self) -> list[np.ndarray]:
+        """`[num_new]` float32 log-probabilities of those tokens, as views; 0 for given text."""
+        table = self._engine.table
+        return [table.logprobs[row, table.prompt_len[row] : table.num_tokens[row]] for row in self.branches]
 
     def texts(self) -> list[str]:
         """Text of each branch after its prompt, stop strings of its steps included."""
-        return [text_of(self._engine, int(row), cut=False) for row in self.branches]
+        return [self._engine.text(int(row), cut=False) for row in self.branches]
 
     def step_texts(self) -> list[str]:
         """Text of each branch's latest `extend`, without the stop string that ended it."""
         begins = self._engine.table.step_begin
-        return [text_of(self._engine, int(row), cut=True, begin=int(begins[row])) for row in self.branches]
+        return [self._engine.text(int(row), cut=True, begin=int(begins[row])) for row in self.branches]
 
     # -- growing --
 
@@ -132,7 +139,7 @@ class Frontier:
         if (lens < self.num_prompt_tokens).any() or (lens > self.num_tokens).any():
             raise ValueError(f"position: expected from {self.num_prompt_tokens} to {self.num_tokens}, got {position}")
         children = self._children(np.arange(len(self)), lens)
-        cut_back(self._engine, children.branches)
+        self._recorder.cut_back(children.branches)
         return children
 
     def _children(self, parents: Ints, lens: Ints | None = None) -> "Frontier":
@@ -173,7 +180,7 @@ class Frontier:
             await self._engine.sample(rows, chosen, stops, limit, callback, seeds=seeds)
         finally:
             if self._rows is not None:
-                record(self._engine, rows, begins, "generated")
+                self._recorder.add_steps(rows, begins, "generated")
         return self
 
     def append(self, text: Given) -> "Frontier":
@@ -189,7 +196,7 @@ class Frontier:
         tokens = given_tokens(self._decoder, text, self.num_tokens)
         begins = self.num_tokens
         self._engine.append(self.branches, tokens)
-        record(self._engine, self.branches, begins, "given")
+        self._recorder.add_steps(self.branches, begins, "given")
         return self
 
     async def hidden(self) -> Tensor:
@@ -201,6 +208,14 @@ class Frontier:
             ValueError: the model's adapter gives none. BudgetExhausted: as `extend`.
         """
         return await self._engine.hidden(self.branches)
+
+    async def logits(self) -> Tensor:
+        """Logits `[n, vocab_size]` of the token after each branch, of the model's dtype.
+
+        Raises:
+            BudgetExhausted: as `extend`.
+        """
+        return await self._engine.logits(self.branches)
 
     # -- choosing --
 
@@ -339,7 +354,7 @@ class Frontier:
     def _hand_on(self, which: Ints, fate: str) -> "Frontier":
         chosen = self.select(which)
         if len(chosen) < len(self):
-            mark(nodes_of(self._engine, self.branches), nodes_of(self._engine, chosen.branches), fate)
+            self._recorder.mark(self.branches, chosen.branches, fate)
         self.release()
         return chosen
 
@@ -352,7 +367,7 @@ class Frontier:
 
     def leave_record(self) -> None:
         """What these branches and their children do from here on is not recorded: a judge's words, say."""
-        self._engine.table.node[self.branches] = -1
+        self._recorder.leave(self.branches)
 
     # -- ending --
 

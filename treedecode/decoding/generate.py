@@ -40,13 +40,6 @@ class Completion:
     finish_reason: str
 
 
-def text_of(engine: "Engine", row: int, *, cut: bool, begin: int | None = None) -> str:
-    """Text of a branch's tokens from `begin` (None: the end of the prompt); `cut`: without its stop string."""
-    table = engine.table
-    new = table.tokens[row, int(table.prompt_len[row]) if begin is None else begin : table.num_tokens[row]]
-    return engine.matcher.text(int(table.stop[row]), new, cut=cut and table.finish[row] == Finish.STOP)
-
-
 def completions_of(engine: "Engine", rows: Ints) -> list[Completion]:
     """What the branches `rows` have generated so far."""
     table = engine.table
@@ -55,7 +48,7 @@ def completions_of(engine: "Engine", rows: Ints) -> list[Completion]:
         new = slice(int(table.prompt_len[row]), int(table.num_tokens[row]))
         found.append(
             Completion(
-                text=text_of(engine, int(row), cut=True),
+                text=engine.text(int(row), cut=True),
                 token_ids=table.tokens[row, new].tolist(),
                 logprobs=table.logprobs[row, new].tolist(),
                 cum_logprob=float(table.cum_logprob[row]),

@@ -27,9 +27,8 @@ async def roots(decoder: "Decoder", prompts: list[Ints], sampling: Sampling, acc
     try:
         if account >= 0:
             engine.meter.charge_prompt(account, sum(map(len, prompts)))
-        if (tree := engine.trees.get(account)) is not None:
-            for i in unique:
-                engine.table.node[rows[i]] = tree.add(-1, "prompt", decoder.decode(prompts[i]), len(prompts[i]))
+        if decoder.recorder.is_recorded(account):
+            decoder.recorder.add_prompts(account, rows[unique], [decoder.decode(prompts[i]) for i in unique])
         await engine.prefill(rows[unique])
         again = np.flatnonzero(rows < 0)
         if len(again):

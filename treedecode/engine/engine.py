@@ -212,6 +212,12 @@ class Engine(Ticker):
         if any(self.meter.is_over(account) for account in {*self.table.account[rows].tolist()}):
             raise BudgetExhausted("the budget is spent")
 
+    def text(self, row: int, *, cut: bool, begin: int | None = None) -> str:
+        """Text of a branch's tokens from `begin` (None: the end of the prompt); `cut`: without its stop string."""
+        table = self.table
+        new = table.tokens[row, int(table.prompt_len[row]) if begin is None else begin : table.num_tokens[row]]
+        return self.matcher.text(int(table.stop[row]), new, cut=cut and table.finish[row] == Finish.STOP)
+
     def close(self) -> None:
         """Ends all jobs with an error and gives everything back."""
         with self.lock:

@@ -2,8 +2,7 @@
 
 import threading
 import time
-from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from treedecode.accounting.meter import BudgetExhausted, Meter
 from treedecode.cache.page_pool import OutOfPages, PagePool
-from treedecode.decoding.search_tree import SearchTree
 from treedecode.engine import forward as step
 from treedecode.engine.branch_store import Forest
 from treedecode.engine.branch_table import Finish, Ints, Work
@@ -20,9 +18,6 @@ from treedecode.engine.jobs import Job, Stats
 from treedecode.engine.scheduler import Batch, Draw, Scheduler
 from treedecode.engine.stops import StopMatcher, TextStream
 from treedecode.ops.pages import OK, OUT_OF_PAGES, STATUS_ERROR, STATUS_NUM_FREE, STATUS_NUM_NEEDED
-
-if TYPE_CHECKING:
-    from treedecode.decoding.frontier import Frontier
 
 
 class Ticker(Forest):
@@ -45,8 +40,6 @@ class Ticker(Forest):
         self.model = model
         self.matcher = matcher
         self.meter = Meter(model, pool.page_size)
-        self.trees: dict[int, SearchTree] = {}  # account -> the record of its branches
-        self.frontiers: dict[int, WeakSet[Frontier]] = {}  # account -> handles that end with it
         self.scheduler = Scheduler(self.table, pool, self.index, self.meter, prefill_tokens=prefill_tokens)
         self._stats = Stats()
         self._jobs: dict[int, Job] = {}

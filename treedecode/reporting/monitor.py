@@ -32,13 +32,12 @@ class Monitor:
     """Reads a decoder's load without making it wait for the device.
 
     On the CPU the page state is memory like any other. On a GPU reading it means a copy, on a stream of its own, which
-    does not wait for the kernels in flight; the engine's lock is held meanwhile, since a call from another thread would
+    does not wait for the kernels in flight; forwards are paused meanwhile, since a call from another thread would
     spoil a graph that is being captured.
     """
 
     def __init__(self, decoder: "Decoder") -> None:
-        self._engine = decoder.engine
-        self._pool = decoder.engine.pool
+        self._decoder, self._pool = decoder, decoder.pool
         self._stream = torch.cuda.Stream(self._pool.device) if self._pool.device.type == "cuda" else None
         self._num_free_pages = self._pool.num_pages
 
@@ -47,11 +46,9 @@ class Monitor:
         pool = self._pool
         if self._stream is None:
             self._num_free_pages = pool.num_free_pages
-        elif self._engine.lock.acquire(timeout=_PATIENCE):
-            try:
-                with torch.cuda.stream(self._stream):
+        else:
+            with self._decoder.paused(_PATIENCE) as is_paused, torch.cuda.stream(self._stream):
+                if is_paused:
                     self._num_free_pages = int(pool.status[STATUS_NUM_FREE])
-            finally:
-                self._engine.lock.release()
         num_branches = pool.max_branches - pool.num_free_rows
         return Load(num_branches, pool.max_branches, pool.num_pages - self._num_free_pages, pool.num_pages)

@@ -41,7 +41,7 @@ class Progress:
         self._file = sys.stderr if file is None else file
         self.is_shown = self._file.isatty() if show is None else show
         self._sizes = num_problems, num_done
-        self._engine, self._stats, self._monitor = decoder.engine, decoder.stats, Monitor(decoder)
+        self._decoder, self._monitor = decoder, Monitor(decoder)
         self._looks: deque[tuple[float, int]] = deque(maxlen=_WINDOW + 1)
         self._bar: Any = None
         self._end = threading.Event()
@@ -61,7 +61,7 @@ class Progress:
         if self._thread is not None:
             self._end.set()
             self._thread.join()
-            self._engine.collect()  # branches whose handles are gone, so that they are not shown as left
+            self._decoder.collect()  # branches whose handles are gone, so that they are not shown as left
             self._look()
             self._bar.close()
 
@@ -83,7 +83,7 @@ class Progress:
 
     def _look(self) -> None:
         load = self._monitor.read()
-        self._looks.append((time.monotonic(), self._stats.num_sampled_tokens))
+        self._looks.append((time.monotonic(), self._decoder.stats.num_sampled_tokens))
         (begin, before), (now, tokens) = self._looks[0], self._looks[-1]
         rate = (tokens - before) / (now - begin) if now > begin else 0.0
         self._bar.set_postfix_str(

@@ -62,7 +62,7 @@ def checked_prompts(decoder: Decoder, prompts: Mapping[str, Prompt]) -> dict[str
         TypeError: neither a text nor token ids. ValueError: empty, an id outside the vocabulary, or no room for a
             solution (the problems are named).
     """
-    limit, too_long = decoder.engine.table.max_tokens, []
+    limit, too_long = decoder.max_tokens, []
     found = {}
     for name, prompt in prompts.items():
         argument = f"problems: the prompt of {name!r}"
@@ -84,7 +84,7 @@ def checked_prompts(decoder: Decoder, prompts: Mapping[str, Prompt]) -> dict[str
 
 def warn_of_little_room(decoder: Decoder, most: float, prompts: Mapping[str, Ints]) -> None:
     """Warns if solutions cannot get as long as they may, `most` tokens."""
-    limit = decoder.engine.table.max_tokens
+    limit = decoder.max_tokens
     short = sum(len(ids) + most > limit for ids in prompts.values())
     if short:
         warnings.warn(

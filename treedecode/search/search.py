@@ -88,7 +88,7 @@ class Search:
     @property
     def spending(self) -> Spending:
         """What this problem has cost so far."""
-        return self.decoder.engine.meter.spending(self._account)
+        return self.decoder.meter.spending(self._account)
 
     @property
     def has_scorer(self) -> bool:
@@ -121,10 +121,9 @@ class Search:
 
     def texts(self, frontier: "Frontier") -> list[str]:
         """Text of each branch after its prompt; what was read once is remembered."""
-        table, known = self.decoder.engine.table, self._texts
+        known = self._texts
         found = []
-        for row in frontier.branches:
-            tokens = table.tokens[row, table.prompt_len[row] : table.num_tokens[row]]
+        for tokens in frontier.new_tokens():
             key = tokens.tobytes()
             if key not in known:
                 known[key] = self.decoder.decode(tokens)  # type: ignore[arg-type]
@@ -146,7 +145,7 @@ class Search:
 
     def room(self, frontier: "Frontier") -> Ints:
         """`[n]` tokens that model and pages have room for after those of each branch."""
-        return self.decoder.engine.table.max_tokens - frontier.num_tokens
+        return self.decoder.max_tokens - frontier.num_tokens
 
     async def step(self, frontier: "Frontier", sampling: Sampling | None = None) -> None:
         """Lets every branch generate one step, up to and with the task's stop."""

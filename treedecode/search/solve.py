@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 from torch import nn
@@ -157,10 +156,10 @@ class _Run:
         if isinstance(scorer, Value):
             scorer.check(decoder.model)
         self._num_places = strategy.num_branches * (1 + getattr(scorer, "num_samples", 0))
-        if self._num_places > decoder.engine.pool.max_branches:
+        if self._num_places > decoder.pool.max_branches:
             raise ValueError(
                 f"strategy: {strategy.name} needs {self._num_places} branches for a problem, and the decoder has "
-                f"{decoder.engine.pool.max_branches} (max_branches)"
+                f"{decoder.pool.max_branches} (max_branches)"
             )
         self.decoder, self.problems, self.strategy, self.task = decoder, problems, strategy, task
         self.scorer, self.budget, self.sampling = scorer, budget or Budget(), sampling
@@ -169,8 +168,8 @@ class _Run:
         self._prompts = checked_prompts(decoder, prompts)
         alone = (self.budget.per_problem or Budget()).tokens
         warn_of_little_room(decoder, min(task.max_new_tokens, alone or math.inf), self._prompts)
-        self._places = Places(decoder.engine.pool.max_branches - decoder.num_branches)
-        self._energy = Counter(decoder.engine.pool.device)
+        self._places = Places(decoder.pool.max_branches - decoder.num_branches)
+        self._energy = Counter(decoder.pool.device)
         if self.budget.joules is not None and not self._energy.is_available:
             raise ValueError(f"budget: joules are limited, and energy is {self._energy.source}")
         self._account = -1
@@ -192,7 +191,7 @@ class _Run:
             "budget": repr(self.budget),
             "model": [getattr(module, "name_or_path", None), model.vocab_size, model.num_layers, str(model.dtype)],
             "weights": fingerprint(module) if isinstance(module, nn.Module) else None,
-            "max_tokens": self.decoder.engine.table.max_tokens,
+            "max_tokens": self.decoder.max_tokens,
             "problems": [problem.id for problem in self.problems],
             # worked examples and chat templates are in no setting
             "prompts": _digest(prompt.tolist() for prompt in self._prompts.values()),
@@ -200,7 +199,7 @@ class _Run:
         }
 
     async def run(self, journal: Journal | None, callback: Callable[[Solution], None] | None) -> Result:
-        meter = self.decoder.engine.meter
+        meter = self.decoder.meter
         done: dict[str, Solution] = {}
         earlier = None
         if journal is not None:
@@ -249,7 +248,7 @@ class _Run:
 
     def _open(self, earlier: Spent | None) -> None:
         """Opens the run's account with what earlier processes have spent; this one begins now."""
-        meter = self.decoder.engine.meter
+        meter = self.decoder.meter
         energy = self._energy.joules if self._energy.is_available else None
         if earlier is None:
             self._account = self.budget.open(meter, energy=energy)
@@ -271,7 +270,7 @@ class _Run:
             self._energy.source,
         )
         spent = here if self._earlier is None else self._earlier + here
-        return replace(spent, spending=self.decoder.engine.meter.spending(self._account))
+        return replace(spent, spending=self.decoder.meter.spending(self._account))
 
     def _until(self, alone: Budget) -> float | None:
         """When a problem that begins now has to end, by `time.monotonic`; None = no limit in seconds."""
@@ -284,12 +283,12 @@ class _Run:
         return min((until for until in found if until is not None), default=None)
 
     async def _solve(self, problem: Problem) -> Solution:
-        engine, alone = self.decoder.engine, self.budget.per_problem or Budget()
+        alone = self.budget.per_problem or Budget()
         await self._places.take(self._num_places)
         begin, is_cut = time.perf_counter(), False
         until = self._until(alone)
         limit, outer = asyncio.timeout(None if until is None else until - time.monotonic()), UNTIL.set(until)
-        account = alone.open(engine.meter, self._account)
+        account = alone.open(self.decoder.meter, self._account)
         search = Search(
             self.decoder,
             self.task,
@@ -303,7 +302,7 @@ class _Run:
             score=self.scorer,
             shared=self._shared,
         )
-        engine.trees[account], engine.frontiers[account] = search.tree, WeakSet()
+        self.decoder.recorder.start(account, search.tree)
         try:
             async with limit:  # whatever is waited for, a scorer for instance; forwards are looked at by the meter
                 outcome = await self.strategy.solve(search)
@@ -314,10 +313,8 @@ class _Run:
             outcome, is_cut = search.best_so_far(), True
         finally:
             UNTIL.reset(outer)
-            del engine.trees[account]
-            for frontier in list(engine.frontiers.pop(account)):
-                frontier.release()
-            spending = engine.meter.close(account)
+            self.decoder.recorder.stop(account)
+            spending = self.decoder.meter.close(account)
             search.give_places()
         return self._solution(search, outcome, is_cut, spending, time.perf_counter() - begin)
 

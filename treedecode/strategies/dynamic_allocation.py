@@ -113,7 +113,7 @@ class DynamicAllocation(Strategy):
 
     async def _solve(self, search: Search) -> Outcome:
         with await search.root() as root:
-            [prompt] = await prefill(search.decoder.engine, root, wants_hidden=self._gate.config.hidden_size > 0)
+            [prompt] = await prefill(root, wants_hidden=self._gate.config.hidden_size > 0)
             with root.spread(self.probes) as probes:
                 await search.complete(probes, self.sampling)
                 chains = await chains_of(search, probes)
@@ -134,7 +134,7 @@ class DynamicAllocation(Strategy):
                 chains += await chains_of(search, more)
 
     def _bid(self, search: Search, prompt: Prefill, chains: list[Chain], classes: np.ndarray) -> Bid:
-        sizes = kv_sizes(search.decoder.engine)
+        sizes = kv_sizes(search.decoder)
         beliefs = self._gate.believe(vector(prompt, chains, classes)[None])
         alone, further = chain_costs(self.unit, prompt.num_tokens, chains, wave=self.wave, **sizes)
         return Bid(

@@ -22,7 +22,7 @@ def machine(decoder: Any) -> dict[str, Any]:
         "cpu": cpu()["cpu"],
         "memory": attempt(memory),
         "gpu": gpus(),
-        "device": str(decoder.engine.pool.device),
+        "device": str(decoder.pool.device),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
     }

@@ -102,7 +102,7 @@ class Conditions:
 
     async def solve(self, decoder: Decoder, problems: Sequence[Problem], strategy: Strategy, **settings: Any) -> Result:
         """`solve_async` from a cold start: no row finds prompts that another has computed."""
-        decoder.engine.forget()
+        decoder.forget()
         return await solve_async(
             decoder,
             problems,

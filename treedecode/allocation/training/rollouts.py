@@ -158,7 +158,7 @@ class Collect(Strategy):
 
     async def solve(self, search: Search) -> Outcome:
         with await search.root() as root:
-            [prompt] = await prefill(search.decoder.engine, root, wants_hidden=self.wants_hidden)
+            [prompt] = await prefill(root, wants_hidden=self.wants_hidden)
             with root.spread(self.num_chains) as frontier:
                 await search.complete(frontier)
                 chains = await chains_of(search, frontier)
@@ -222,7 +222,7 @@ def collect(
     prompts = [note["prompt"] for note in notes]
     tokens = _column(notes, "num_tokens")
     prompt_tokens = np.array([prompt["num_tokens"] for prompt in prompts])
-    bytes_alone = decoder.engine.meter.token_bytes * kv_tokens(prompt_tokens[:, None], tokens)
+    bytes_alone = decoder.meter.token_bytes * kv_tokens(prompt_tokens[:, None], tokens)
     costs = np.array([note["costs"] for note in notes], np.float64).reshape(len(notes), len(menu), 2)
     return Rollouts(
         ids=np.array([solution.problem.id for solution in result.solutions]),
