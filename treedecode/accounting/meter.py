@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from treedecode.engine.branch_table import Ints
+from treedecode.common.arrays import IntArray
 
 _NO_LIMIT = np.inf
 
@@ -61,10 +61,10 @@ _PEAKS = ("peak_pages", "peak_pages_copied")
 class Shares:
     """Rows of a batch by account, each account's in depth-first order, and what neighbours share."""
 
-    order: Ints  # [n] indices into the batch's rows, of those that have an account
-    starts: Ints  # [accounts] where in `order` each account's rows begin
-    accounts: Ints  # [accounts] int64
-    shared: Ints  # [n] tokens in full pages that a row has in common with the one before of its account
+    order: IntArray  # [n] indices into the batch's rows, of those that have an account
+    starts: IntArray  # [accounts] where in `order` each account's rows begin
+    accounts: IntArray  # [accounts] int64
+    shared: IntArray  # [n] tokens in full pages that a row has in common with the one before of its account
 
 
 class Meter:
@@ -146,7 +146,7 @@ class Meter:
         self._expire(np.array([account] if parent < 0 else [account, parent]))
         return bool(self._over[account] or (parent >= 0 and self._over[parent]))
 
-    def shares(self, accounts: Ints, pages: Ints, used: np.ndarray, cached: Ints) -> list[Shares]:
+    def shares(self, accounts: IntArray, pages: IntArray, used: np.ndarray, cached: IntArray) -> list[Shares]:
         """How rows of a batch share pages within their accounts, and within the accounts those belong to.
 
         Args:
@@ -171,8 +171,8 @@ class Meter:
         return found
 
     def charge(
-        self, shares: Sequence[Shares], cached: Ints, q_lens: Ints, wanted: np.ndarray, sampled: np.ndarray
-    ) -> Ints:
+        self, shares: Sequence[Shares], cached: IntArray, q_lens: IntArray, wanted: np.ndarray, sampled: np.ndarray
+    ) -> IntArray:
         """Charges a forward.
 
         Args:
@@ -210,7 +210,7 @@ class Meter:
             over = np.union1d(over, self._expire(share.accounts))
         return over
 
-    def charge_sampled(self, accounts: Ints) -> Ints:
+    def charge_sampled(self, accounts: IntArray) -> IntArray:
         """A token has been sampled for each of `accounts` from logits that were there already; returns as `charge`."""
         over = np.zeros(0, np.int64)
         for ids in (accounts, self._parents(accounts)):
@@ -218,11 +218,11 @@ class Meter:
             over = np.union1d(over, self._expire(np.unique(ids[ids >= 0])))
         return over
 
-    def members(self, accounts: Ints, over: Ints) -> np.ndarray:
+    def members(self, accounts: IntArray, over: IntArray) -> np.ndarray:
         """Which of `accounts` are among `over` or belong to one that is."""
         return np.isin(accounts, over) | np.isin(self._parents(accounts), over)
 
-    def _expire(self, accounts: Ints) -> Ints:
+    def _expire(self, accounts: IntArray) -> IntArray:
         """Marks those of `accounts` that are over a limit, and returns them."""
         limited = accounts[self._limited[accounts]]
         if len(limited):
@@ -232,7 +232,7 @@ class Meter:
             self._over[limited] |= past
         return accounts[self._over[accounts]]
 
-    def _parents(self, accounts: Ints) -> Ints:
+    def _parents(self, accounts: IntArray) -> IntArray:
         return np.where(accounts >= 0, self._parent[accounts], -1)
 
     def _grow(self) -> None:

@@ -11,9 +11,9 @@ from treedecode.allocation.cost_quantiles import prompt_vector
 from treedecode.allocation.cost_samples import CostDraws
 from treedecode.allocation.features import Prefill, prefill
 from treedecode.allocation.gate import Gate
+from treedecode.common.arrays import IntArray
 from treedecode.decoding.decoder import Decoder, Prompt
 from treedecode.decoding.roots import roots
-from treedecode.engine.branch_table import Ints
 from treedecode.engine.sampling import Sampling
 from treedecode.search.strategy import Strategy, require_one_of
 
@@ -82,7 +82,7 @@ def forecast(
 
 def forecasts(
     decoder: Decoder,
-    prompts: Sequence[Ints],
+    prompts: Sequence[IntArray],
     *,
     strategy: Strategy,
     gate: Gate | str | os.PathLike[str] | None = None,
@@ -125,7 +125,7 @@ def forecasts(
     return found
 
 
-async def _prefills(decoder: Decoder, prompts: Sequence[Ints], *, wants_hidden: bool) -> list[Prefill]:
+async def _prefills(decoder: Decoder, prompts: Sequence[IntArray], *, wants_hidden: bool) -> list[Prefill]:
     found: list[Prefill] = []
     for begin in range(0, len(prompts), _SIDE_BY_SIDE):
         some = list(prompts[begin : begin + _SIDE_BY_SIDE])

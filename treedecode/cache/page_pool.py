@@ -20,7 +20,7 @@ from treedecode.ops.pages import (
 
 Int32Array = NDArray[np.int32]
 _INT32, _LIMITS = np.dtype(np.int32), np.iinfo(np.int32)
-Ints = Tensor | Int32Array | Sequence[int]
+IntArrayLike = Tensor | Int32Array | Sequence[int]
 
 
 class OutOfPages(RuntimeError):
@@ -131,7 +131,7 @@ class PagePool:
 
     # -- branches --
 
-    def fork(self, src_rows: Ints, dst_rows: Ints, lens: Ints | None = None) -> None:
+    def fork(self, src_rows: IntArrayLike, dst_rows: IntArrayLike, lens: IntArrayLike | None = None) -> None:
         """Rows `dst_rows` become copies of `src_rows`, all at once; what they held is dropped and no KV is copied.
 
         src and dst may overlap in any way, which makes a beam reorder one call: `fork(parents, rows)`.
@@ -147,7 +147,7 @@ class PagePool:
         dst = self._tensor(self._rows(dst_rows, "dst_rows"))
         ops.fork_branches(self.state, src, dst, None if lens is None else self._tensor(_int32(lens)))
 
-    def append(self, rows: Ints, q_lens: Ints | None = None) -> Tensor:
+    def append(self, rows: IntArrayLike, q_lens: IntArrayLike | None = None) -> Tensor:
         """Lengthens rows by new tokens; pages are allocated, and shared partial last pages copied, as needed.
 
         Args:
@@ -175,7 +175,7 @@ class PagePool:
             self._raise_refusal()
         return slots
 
-    def truncate(self, rows: Ints, lens: Ints) -> None:
+    def truncate(self, rows: IntArrayLike, lens: IntArrayLike) -> None:
         """Shortens rows to `lens` tokens, `[n]`.
 
         Raises:
@@ -183,12 +183,12 @@ class PagePool:
         """
         self.fork(rows, rows, lens)
 
-    def clear(self, rows: Ints) -> None:
+    def clear(self, rows: IntArrayLike) -> None:
         """Drops all pages of the rows, which stay allocated."""
         ids = self._rows(rows, "rows")
         self._drop_all(ids)
 
-    def release(self, rows: Ints) -> None:
+    def release(self, rows: IntArrayLike) -> None:
         """Drops all pages of the rows and gives the rows back.
 
         Raises:
@@ -200,7 +200,7 @@ class PagePool:
 
     # -- pages known outside of the page table --
 
-    def adopt(self, row: int, pages: Ints, num_tokens: int) -> None:
+    def adopt(self, row: int, pages: IntArrayLike, num_tokens: int) -> None:
         """An empty row starts on existing pages, e.g. those a prefix index found.
 
         Args:
@@ -215,7 +215,7 @@ class PagePool:
         self._rows([row], "row")
         ops.adopt_pages(self.state, self._tensor(_int32(pages)), int(row), int(num_tokens))
 
-    def retain(self, pages: Ints) -> None:
+    def retain(self, pages: IntArrayLike) -> None:
         """Adds a reference to each page (`[n]` ids, all in use), held outside of the page table.
 
         Raises:
@@ -223,7 +223,7 @@ class PagePool:
         """
         ops.hold_pages(self.state, self._tensor(_int32(pages)), True)
 
-    def drop(self, pages: Ints) -> None:
+    def drop(self, pages: IntArrayLike) -> None:
         """Drops a reference of `retain` from each page (`[n]` ids).
 
         Raises:
@@ -307,7 +307,7 @@ class PagePool:
 
     # -- helpers: the per-step path, where each tensor or numpy call saved is a microsecond --
 
-    def _rows(self, rows: Ints, name: str) -> Int32Array:
+    def _rows(self, rows: IntArrayLike, name: str) -> Int32Array:
         """`[n]` row ids, all of them allocated; ids out of range are left to the op to refuse."""
         ids = _int32(rows)
         allocated = self._allocated.take(ids, mode="clip")
@@ -334,7 +334,7 @@ class PagePool:
         raise OutOfPages(needed, self.num_free_pages)
 
 
-def _int32(values: Ints) -> Int32Array:
+def _int32(values: IntArrayLike) -> Int32Array:
     """`values` as a contiguous writable int32 array, without a copy where it is one already."""
     if type(values) is np.ndarray and values.dtype == _INT32 and values.flags.forc and values.flags.writeable:
         return values

@@ -16,8 +16,8 @@ from treedecode.search.journal import num_solutions
 if TYPE_CHECKING:
     from treedecode.accounting.budget import Budget
     from treedecode.allocation.gate import Gate
+    from treedecode.common.arrays import IntArray
     from treedecode.decoding.decoder import Decoder
-    from treedecode.engine.branch_table import Ints
     from treedecode.search.solutions import Result, Solution
     from treedecode.strategies import Strategy
 
@@ -131,7 +131,7 @@ def summary(result: "Result", strategy: "Strategy", verifier: str, num_known: in
 
 
 def expected(
-    decoder: "Decoder", prompts: "Sequence[Ints]", strategy: "Strategy", gate: "Gate", budget: "Budget"
+    decoder: "Decoder", prompts: "Sequence[IntArray]", strategy: "Strategy", gate: "Gate", budget: "Budget"
 ) -> Iterator[str]:
     """Lines on what a run will probably cost, and on whether its budget will be enough.
 

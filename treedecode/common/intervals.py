@@ -14,9 +14,8 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from treedecode.common.arrays import FloatArray
 
 
 class Interval(NamedTuple):
@@ -52,7 +51,7 @@ def wilson(num_right: float, num_trials: int, *, level: float = 0.95) -> Interva
     return Interval(0.0 if num_right == 0 else middle - half, 1.0 if num_right == num_trials else middle + half)
 
 
-def resampled_means(values: Floats, *, num_resamples: int, seed: int) -> Floats:
+def resampled_means(values: FloatArray, *, num_resamples: int, seed: int) -> FloatArray:
     """Means over problems drawn again with replacement, `[num_resamples, ...]` of values `[problems, ...]`.
 
     The same problems are drawn for the same seed and number of problems, so that the columns, and other calls, are
@@ -62,7 +61,7 @@ def resampled_means(values: Floats, *, num_resamples: int, seed: int) -> Floats:
 
 
 @lru_cache(maxsize=4)  # the rows of a study are all over the same problems
-def draws(num_problems: int, num_resamples: int, seed: int) -> Floats:
+def draws(num_problems: int, num_resamples: int, seed: int) -> FloatArray:
     """How often each problem is drawn, `[num_resamples, num_problems]`, read-only; rows sum to `num_problems`."""
     rng = np.random.default_rng([seed, num_problems])
     share = np.full(num_problems, 1 / num_problems)
@@ -72,7 +71,7 @@ def draws(num_problems: int, num_resamples: int, seed: int) -> Floats:
 
 
 def mean_interval(
-    values: Sequence[float] | Floats, *, level: float = 0.95, num_resamples: int = 4000, seed: int = 0
+    values: Sequence[float] | FloatArray, *, level: float = 0.95, num_resamples: int = 4000, seed: int = 0
 ) -> Interval:
     """The BCa interval of the mean of an accuracy per problem.
 
@@ -89,8 +88,8 @@ def mean_interval(
 
 
 def paired_difference(
-    first: Sequence[float] | Floats,
-    second: Sequence[float] | Floats,
+    first: Sequence[float] | FloatArray,
+    second: Sequence[float] | FloatArray,
     *,
     level: float = 0.95,
     num_resamples: int = 4000,
@@ -110,7 +109,9 @@ def paired_difference(
     return difference_of(one - other, level=level, num_resamples=num_resamples, seed=seed)
 
 
-def difference_of(differences: Floats, *, level: float = 0.95, num_resamples: int = 4000, seed: int = 0) -> Difference:
+def difference_of(
+    differences: FloatArray, *, level: float = 0.95, num_resamples: int = 4000, seed: int = 0
+) -> Difference:
     """`paired_difference`, of differences `[problems]` in [-1, 1] that have been taken already.
 
     Raises:
@@ -124,7 +125,7 @@ def difference_of(differences: Floats, *, level: float = 0.95, num_resamples: in
     return Difference(mean, *bca_interval(differences, level, num_resamples, seed))
 
 
-def bca_interval(values: Floats, level: float = 0.95, num_resamples: int = 4000, seed: int = 0) -> Interval:
+def bca_interval(values: FloatArray, level: float = 0.95, num_resamples: int = 4000, seed: int = 0) -> Interval:
     """The bias-corrected and accelerated bootstrap interval of the mean of values `[problems]`, not all equal."""
     mean, centred = values.mean(), values - values.mean()
     means = np.sort(resampled_means(values, num_resamples=num_resamples, seed=seed))
@@ -142,7 +143,7 @@ def bca_interval(values: Floats, level: float = 0.95, num_resamples: int = 4000,
     return Interval(*ends)
 
 
-def _checked(values: Sequence[float] | Floats, name: str, low: float) -> Floats:
+def _checked(values: Sequence[float] | FloatArray, name: str, low: float) -> FloatArray:
     array = np.asarray(values, np.float64)
     if array.ndim != 1 or len(array) == 0:
         raise ValueError(f"{name}: expected one value for each problem, got the shape {list(array.shape)}")

@@ -11,8 +11,8 @@ import torch
 
 from treedecode import ops
 from treedecode.cache.page_pool import PagePool
+from treedecode.common.arrays import IntArray
 from treedecode.decoding.beams import Beams, BeamSearch, BeamStep
-from treedecode.engine.branch_table import Ints
 from treedecode.engine.graph_steps import Captured, Flight
 from treedecode.ops.pages import OK, OUT_OF_PAGES, STATUS_ERROR
 
@@ -43,7 +43,7 @@ class CapturedBeamStep(Captured):
         self.scores = self.buffer(torch.float32)
         self.finished = (self.buffer(torch.float32), *(self.buffer(torch.int32) for _ in range(3)))
 
-    def load(self, beams: Beams, rows: Ints, tokens: Ints) -> None:
+    def load(self, beams: Beams, rows: IntArray, tokens: IntArray) -> None:
         """The next replay appends `tokens` to the running beams' `rows` and goes on from there."""
         self.idle(rows)
         self.q_lens.fill_(1)
@@ -96,7 +96,7 @@ class CapturedBeamStep(Captured):
         self.gen_lens += ~was_done
         self.done.copy_(torch.where(refused, self.done, done))
 
-    def unpack(self, result: np.ndarray) -> tuple[Ints, Ints, np.ndarray, np.ndarray, bool, int]:
+    def unpack(self, result: np.ndarray) -> tuple[IntArray, IntArray, np.ndarray, np.ndarray, bool, int]:
         """(parents, tokens, scores, done, whether logits were bad, status) of a result."""
         size, groups = self.size, len(self.done)
         parents, tokens, scores = result[: 3 * size].reshape(3, size)
@@ -105,7 +105,7 @@ class CapturedBeamStep(Captured):
         return parents, tokens, scores.view(np.float32), done, bool(result[3 * size + groups]), int(status)
 
 
-def run(engine: "Engine", beams: Beams, rows: Ints, tokens: Ints) -> BeamStep | None:
+def run(engine: "Engine", beams: Beams, rows: IntArray, tokens: IntArray) -> BeamStep | None:
     """Takes some steps of searches that are past their first one.
 
     Args:
@@ -128,7 +128,7 @@ def run(engine: "Engine", beams: Beams, rows: Ints, tokens: Ints) -> BeamStep | 
         step = captured.get((kind, num_beams), lambda: CapturedBeamStep(engine.model, engine.pool, kind, num_beams))
         step.load(beams, rows, tokens)
         flight = Flight(step)
-        history: list[tuple[Ints, Ints, np.ndarray]] = []
+        history: list[tuple[IntArray, IntArray, np.ndarray]] = []
         most = min(_STEPS, settings.max_new_tokens - beams.num_steps)
         launched, stop = 0, False
         while True:

@@ -13,6 +13,7 @@ import torch
 
 from treedecode.accounting.meter import Meter
 from treedecode.cache.page_pool import PagePool
+from treedecode.common.arrays import IntArray
 from treedecode.decoding import beam_search
 from treedecode.decoding import generate as completions
 from treedecode.decoding.arguments import allocated, memory_bytes, sampling_or, token_ids, whole_numbers
@@ -20,7 +21,6 @@ from treedecode.decoding.frontier import Frontier
 from treedecode.decoding.generate import Completion
 from treedecode.decoding.recorder import Recorder
 from treedecode.decoding.roots import roots
-from treedecode.engine.branch_table import Ints
 from treedecode.engine.engine import OUTER_LOOPS, Engine
 from treedecode.engine.graph_steps import CapturedSteps
 from treedecode.engine.jobs import Stats
@@ -148,7 +148,7 @@ class Decoder:
         """Text of token ids, without special tokens; empty without a tokenizer."""
         return self.engine.matcher.decode(np.asarray(token_ids))
 
-    def prompt_ids(self, prompts: Prompt | Sequence[Prompt]) -> list[Ints]:
+    def prompt_ids(self, prompts: Prompt | Sequence[Prompt]) -> list[IntArray]:
         """Token ids `[n]` of every prompt.
 
         Raises:
@@ -165,7 +165,7 @@ class Decoder:
             return [self._prompt(cast(Prompt, prompts), "prompts")]
         return [self._prompt(cast(Prompt, prompt), f"prompts[{i}]") for i, prompt in enumerate(prompts)]
 
-    def _prompt(self, prompt: Prompt, name: str) -> Ints:
+    def _prompt(self, prompt: Prompt, name: str) -> IntArray:
         tokens = token_ids(self.encode(prompt) if isinstance(prompt, str) else prompt, name, self.model.vocab_size)
         if len(tokens) == 0:
             raise ValueError(f"{name}: is empty")
@@ -188,7 +188,7 @@ class Decoder:
         """The limit an extend of a branch runs to; without one given, what the model and the pages hold."""
         return int(self.check_lengths(np.array([num_tokens]), max_new_tokens)[0])
 
-    def check_lengths(self, num_tokens: Ints, max_new_tokens: int | Sequence[int] | Ints | None) -> Ints:
+    def check_lengths(self, num_tokens: IntArray, max_new_tokens: int | Sequence[int] | IntArray | None) -> IntArray:
         """The same for branches of `[n]` tokens, with one limit for all or one for each."""
         if max_new_tokens is None:
             return np.full(len(num_tokens), self._max_tokens)

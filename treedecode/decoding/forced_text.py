@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from treedecode.common.arrays import IntArray
 from treedecode.decoding.arguments import token_ids
-from treedecode.engine.branch_table import Ints
 
 if TYPE_CHECKING:
     from treedecode.decoding.decoder import Decoder
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 Given = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
 
-def given_tokens(decoder: "Decoder", text: Given, num_tokens: Ints) -> list[Ints]:
+def given_tokens(decoder: "Decoder", text: Given, num_tokens: IntArray) -> list[IntArray]:
     """Token ids of what is added to branches of `[n]` tokens: the same for all, or a list with one for each.
 
     Raises:
@@ -26,7 +26,7 @@ def given_tokens(decoder: "Decoder", text: Given, num_tokens: Ints) -> list[Ints
     if len(items) != len(num_tokens):
         raise ValueError(f"text: expected one for all or {len(num_tokens)}, one per branch, got {len(items)}")
     known: dict[str, list[int]] = {}
-    tokens: list[Ints] = []
+    tokens: list[IntArray] = []
     for item in items:
         if isinstance(item, str) and item not in known:
             known[item] = decoder.encode(item, special=False)

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from treedecode.common.arrays import IntArray
 from treedecode.decoding.arguments import Scores, numbers_of, sampling_or, whole_numbers
 from treedecode.decoding.forced_text import Given, given_tokens
 from treedecode.decoding.generate import Completion, completions_of
-from treedecode.engine.branch_table import Finish, Ints, child_seeds
+from treedecode.engine.branch_table import Finish, child_seeds
 from treedecode.engine.sampling import Sampling
 from treedecode.engine.stops import StopLike
 
@@ -29,11 +30,11 @@ class Frontier:
         counts: `[n]` int64, how many branches `merge` has put into each.
     """
 
-    def __init__(self, decoder: "Decoder", rows: Ints, tree: Ints, num_trees: int, sampling: Sampling) -> None:
+    def __init__(self, decoder: "Decoder", rows: IntArray, tree: IntArray, num_trees: int, sampling: Sampling) -> None:
         self._decoder = decoder
         self._engine, self._recorder = decoder.engine, decoder.recorder
         self._engine.keep(rows)
-        self._rows: Ints | None = rows
+        self._rows: IntArray | None = rows
         self._num_trees = num_trees
         self._sampling = sampling
         self.tree = tree
@@ -50,7 +51,7 @@ class Frontier:
         return f"Frontier({len(self)} branches of {len(np.unique(self.tree))} trees)"
 
     @property
-    def branches(self) -> Ints:
+    def branches(self) -> IntArray:
         """`[n]` int64 branch ids."""
         if self._engine.closed:
             raise RuntimeError("the decoder is closed")
@@ -73,12 +74,12 @@ class Frontier:
                 node.score = float(score)
 
     @property
-    def num_tokens(self) -> Ints:
+    def num_tokens(self) -> IntArray:
         """`[n]` int64 tokens of each branch, prompt included."""
         return self._engine.table.num_tokens[self.branches]
 
     @property
-    def num_prompt_tokens(self) -> Ints:
+    def num_prompt_tokens(self) -> IntArray:
         """`[n]` int64 tokens of each branch's prompt."""
         return self._engine.table.prompt_len[self.branches]
 
@@ -96,7 +97,7 @@ class Frontier:
         """Tokens of each branch after its prompt."""
         return [tokens.tolist() for tokens in self.new_tokens()]
 
-    def new_tokens(self) -> list[Ints]:
+    def new_tokens(self) -> list[IntArray]:
         """`[num_new]` int32 tokens of each branch after its prompt, as views: valid until the branch goes on."""
         table = self._engine.table
         return [table.tokens[row, table.prompt_len[row] : table.num_tokens[row]] for row in self.branches]
@@ -117,7 +118,7 @@ class Frontier:
 
     # -- growing --
 
-    def fork(self, width: int | Sequence[int] | Ints) -> "Frontier":
+    def fork(self, width: int | Sequence[int] | IntArray) -> "Frontier":
         """`width` children of every branch (an array: of each its own number, 0 too), sharing all of its pages.
 
         Raises:
@@ -129,7 +130,7 @@ class Frontier:
             raise ValueError(f"width: expected numbers >= 0, not all of them 0, got {width}")
         return self._children(np.repeat(np.arange(len(self)), counts))
 
-    def fork_at(self, position: int | Sequence[int] | Ints) -> "Frontier":
+    def fork_at(self, position: int | Sequence[int] | IntArray) -> "Frontier":
         """One child of every branch that keeps its first `position` tokens, prompt included, to take another way there.
 
         Raises:
@@ -142,14 +143,14 @@ class Frontier:
         self._recorder.cut_back(children.branches)
         return children
 
-    def _children(self, parents: Ints, lens: Ints | None = None) -> "Frontier":
+    def _children(self, parents: IntArray, lens: IntArray | None = None) -> "Frontier":
         return self._view(self._engine.fork(self.branches[parents], lens), parents)
 
     async def extend(
         self,
         *,
         stop: StopLike = None,
-        max_new_tokens: int | Sequence[int] | Ints | None = None,
+        max_new_tokens: int | Sequence[int] | IntArray | None = None,
         sampling: Sampling | None = None,
         callback: Callable[[int, int, str], None] | None = None,
     ) -> "Frontier":
@@ -219,7 +220,7 @@ class Frontier:
 
     # -- choosing --
 
-    def select(self, mask: Sequence[bool] | Ints) -> "Frontier":
+    def select(self, mask: Sequence[bool] | IntArray) -> "Frontier":
         """The branches of a mask or of indices (each once), held by the new frontier as well as by this one.
 
         Raises:
@@ -242,7 +243,7 @@ class Frontier:
         self._engine.retain(rows)
         return self._view(rows, which)
 
-    def _view(self, rows: Ints, parents: Ints) -> "Frontier":
+    def _view(self, rows: IntArray, parents: IntArray) -> "Frontier":
         child = Frontier(self._decoder, rows, self.tree[parents], self._num_trees, self._sampling)
         child._scores, child.counts = self._scores[parents], self.counts[parents]
         return child
@@ -296,7 +297,7 @@ class Frontier:
         rank = np.arange(len(order)) - np.searchsorted(group[order], group[order])
         return self._hand_on(np.sort(order[rank < keep]), "pruned")
 
-    def spread(self, counts: int | Sequence[int] | Ints) -> "Frontier":
+    def spread(self, counts: int | Sequence[int] | IntArray) -> "Frontier":
         """`counts` branches in place of each, itself the first of them and copies of it; with 0 it is pruned.
 
         Releases this handle. Unlike `fork` and a release of the parents, never holds more branches than come of it.
@@ -351,7 +352,7 @@ class Frontier:
             part.release()
         return joined
 
-    def _hand_on(self, which: Ints, fate: str) -> "Frontier":
+    def _hand_on(self, which: IntArray, fate: str) -> "Frontier":
         chosen = self.select(which)
         if len(chosen) < len(self):
             self._recorder.mark(self.branches, chosen.branches, fate)
@@ -361,7 +362,7 @@ class Frontier:
     # -- the record of the search, if its account keeps one --
 
     @property
-    def nodes(self) -> Ints:
+    def nodes(self) -> IntArray:
         """`[n]` int64, the latest step of every branch in the record of its search; -1 = none."""
         return self._engine.table.node[self.branches]
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from treedecode.cache.page_pool import OutOfBranches
-from treedecode.engine.branch_table import Finish, Ints, child_seeds
+from treedecode.common.arrays import IntArray
+from treedecode.engine.branch_table import Finish, child_seeds
 from treedecode.engine.jobs import Callback
 from treedecode.engine.sampling import Sampling
 from treedecode.engine.stops import StopSet
@@ -40,7 +41,7 @@ class Completion:
     finish_reason: str
 
 
-def completions_of(engine: "Engine", rows: Ints) -> list[Completion]:
+def completions_of(engine: "Engine", rows: IntArray) -> list[Completion]:
     """What the branches `rows` have generated so far."""
     table = engine.table
     found = []
@@ -67,7 +68,7 @@ def root_seed(sampling: Sampling) -> np.ndarray:
 
 async def generate(
     decoder: "Decoder",
-    prompts: list[Ints],
+    prompts: list[IntArray],
     *,
     num_branches: int,
     sampling: Sampling,
@@ -85,7 +86,7 @@ async def generate(
         places.setdefault(prompt.tobytes(), []).extend(range(i * num_branches, (i + 1) * num_branches))
     results: dict[int, Completion] = {}
 
-    async def complete(rows: Ints, share: _Share) -> None:
+    async def complete(rows: IntArray, share: _Share) -> None:
         first = None
         if len(rows) > 1:
             [first] = await engine.logits(rows[:1])
@@ -107,13 +108,13 @@ async def generate(
 class _Share:
     """Branches of one prompt: their places in the result and their seeds."""
 
-    prompt: Ints
+    prompt: IntArray
     places: list[int]
-    seeds: Ints
+    seeds: IntArray
 
 
 async def _in_portions(
-    engine: "Engine", shares: list[_Share], complete: Callable[[Ints, _Share], Coroutine[Any, Any, None]]
+    engine: "Engine", shares: list[_Share], complete: Callable[[IntArray, _Share], Coroutine[Any, Any, None]]
 ) -> None:
     """Completes shares in order, as many branches at a time as are free; the first error ends all.
 
@@ -122,7 +123,7 @@ async def _in_portions(
     running: set[asyncio.Future[None]] = set()
     waiting = deque(shares)
 
-    def start(rows: Ints, share: _Share) -> None:
+    def start(rows: IntArray, share: _Share) -> None:
         task = asyncio.ensure_future(complete(rows, share))
         task.add_done_callback(lambda _: engine.release(rows))  # also if it is cancelled before it begins
         running.add(task)

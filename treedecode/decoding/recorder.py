@@ -5,8 +5,8 @@ from weakref import WeakSet
 
 import numpy as np
 
+from treedecode.common.arrays import IntArray
 from treedecode.decoding.search_tree import Node, SearchTree
-from treedecode.engine.branch_table import Ints
 from treedecode.engine.engine import Engine
 
 
@@ -43,12 +43,12 @@ class Recorder:
         for handle in list(self._handles.pop(account)):
             handle.release()
 
-    def hold(self, handle: Releasable, rows: Ints) -> None:
+    def hold(self, handle: Releasable, rows: IntArray) -> None:
         """Notes a handle on branches of one account, to be released with it."""
         if len(rows) and (handles := self._handles.get(int(self._engine.table.account[rows[0]]))) is not None:
             handles.add(handle)
 
-    def add_prompts(self, account: int, rows: Ints, texts: list[str]) -> None:
+    def add_prompts(self, account: int, rows: IntArray, texts: list[str]) -> None:
         """Puts the prompts of fresh branches into the account's tree, if it keeps one."""
         if (tree := self._trees.get(account)) is not None:
             for row, text in zip(rows, texts, strict=True):
@@ -58,7 +58,7 @@ class Recorder:
         """Whether the account keeps a tree."""
         return account in self._trees
 
-    def nodes(self, rows: Ints) -> list[Node | None]:
+    def nodes(self, rows: IntArray) -> list[Node | None]:
         """The latest step of every branch; None where nothing is recorded."""
         table = self._engine.table
         trees = [self._trees.get(int(account)) for account in table.account[rows]]
@@ -67,7 +67,7 @@ class Recorder:
             for tree, step in zip(trees, table.node[rows], strict=True)
         ]
 
-    def add_steps(self, rows: Ints, begins: Ints, kind: str) -> None:
+    def add_steps(self, rows: IntArray, begins: IntArray, kind: str) -> None:
         """Adds a step, "generated" or "given", of what each branch has beyond `begins` tokens."""
         engine, table = self._engine, self._engine.table
         if not self._trees or engine.closed:
@@ -81,7 +81,7 @@ class Recorder:
                 tree.nodes[step].ended = int(table.tokens[row, end - 1]) in engine.model.eos_token_ids
                 table.node[row] = step
 
-    def cut_back(self, rows: Ints) -> None:
+    def cut_back(self, rows: IntArray) -> None:
         """Moves branches that lost their last tokens to the step that ends there, or to a new one for a part."""
         table = self._engine.table
         for row in rows:
@@ -96,11 +96,11 @@ class Recorder:
                 table.node[row] = path[last - 1]
                 self.add_steps(np.array([row]), ends[last - 1 : last], tree.nodes[path[last]].kind)
 
-    def leave(self, rows: Ints) -> None:
+    def leave(self, rows: IntArray) -> None:
         """Records nothing of what these branches and their children do from here on."""
         self._engine.table.node[rows] = -1
 
-    def mark(self, rows: Ints, kept: Ints, status: str) -> None:
+    def mark(self, rows: IntArray, kept: IntArray, status: str) -> None:
         """Gives open steps of `rows` that no branch of `kept` is at a status: "pruned" or "merged"."""
         going = {id(node) for node in self.nodes(kept)}
         for node in self.nodes(rows):

@@ -4,16 +4,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from treedecode.common.arrays import IntArray
 from treedecode.decoding.frontier import Frontier
 from treedecode.decoding.generate import root_seed
-from treedecode.engine.branch_table import Ints, child_seeds
+from treedecode.engine.branch_table import child_seeds
 from treedecode.engine.sampling import Sampling
 
 if TYPE_CHECKING:
     from treedecode.decoding.decoder import Decoder
 
 
-async def roots(decoder: "Decoder", prompts: list[Ints], sampling: Sampling, account: int) -> Frontier:
+async def roots(decoder: "Decoder", prompts: list[IntArray], sampling: Sampling, account: int) -> Frontier:
     """`Decoder.roots` on checked prompts."""
     engine = decoder.engine
     seen: dict[bytes, int] = {}

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from treedecode._host import PrefixIndex
 from treedecode.cache.page_pool import PagePool
-from treedecode.engine.branch_table import BranchTable, Ints, Work, child_seeds
+from treedecode.common.arrays import IntArray
+from treedecode.engine.branch_table import BranchTable, Work, child_seeds
 
 
 class Forest:
@@ -27,7 +28,7 @@ class Forest:
         self.closed = False
         # the event loop of the call that gives a row back when it ends; None: a frontier's, or free
         self._caller = np.full(pool.max_branches, None, object)
-        self._orphans: deque[Ints] = deque()
+        self._orphans: deque[IntArray] = deque()
         # row -> (logits of a forward, row in them, tokens it had then): what follows its last token is known already
         self._next_logits: dict[int, tuple[Tensor, int, int]] = {}
 
@@ -37,7 +38,7 @@ class Forest:
         self.collect()
         return self.pool.num_free_rows
 
-    def open(self, prompts: Sequence[Ints], seeds: Ints, account: int = -1) -> Ints:
+    def open(self, prompts: Sequence[IntArray], seeds: IntArray, account: int = -1) -> IntArray:
         """New branches on prompts (token ids), paid for by `account`; nothing is computed yet."""
         with self.open_lock():
             rows = self.pool.allocate_rows(len(prompts)).astype(np.int64)
@@ -45,13 +46,13 @@ class Forest:
             self._caller[rows] = _running_loop()
             return rows
 
-    def open_free(self, prompt: Ints, seeds: Ints) -> Ints:
+    def open_free(self, prompt: IntArray, seeds: IntArray) -> IntArray:
         """New branches on one prompt for the first of `seeds`, as many as there are rows for; maybe none."""
         with self.open_lock():
             count = min(len(seeds), self.pool.num_free_rows)
             return self.open([prompt] * count, seeds[:count]) if count else np.empty(0, np.int64)
 
-    def fork(self, src: Ints, lens: Ints | None = None, seeds: Ints | None = None) -> Ints:
+    def fork(self, src: IntArray, lens: IntArray | None = None, seeds: IntArray | None = None) -> IntArray:
         """New branches that go on from `src` (ids may repeat); pages are shared, seeds are new unless given.
 
         Args:
@@ -81,7 +82,7 @@ class Forest:
                     self._next_logits[child] = self._next_logits[parent]
             return dst
 
-    def reorder(self, rows: Ints, parents: Ints) -> None:
+    def reorder(self, rows: IntArray, parents: IntArray) -> None:
         """`rows` become copies of `parents`, all at once (a beam step); seeds stay with the rows."""
         with self.open_lock():
             self.require_resting(rows)
@@ -92,26 +93,26 @@ class Forest:
             self.table.num_cached[rows] = cached
             self._forget_logits(rows)
 
-    def append(self, rows: Ints, tokens: Sequence[Ints]) -> None:
+    def append(self, rows: IntArray, tokens: Sequence[IntArray]) -> None:
         """Adds given tokens to the ends of branches at rest; they are computed with the next work on them."""
         with self.open_lock():
             self.require_resting(rows)
             lengths = np.array([len(ids) for ids in tokens], np.int64)
             self.table.append(rows, lengths, np.concatenate([np.empty(0, np.int32), *tokens]))
 
-    def keep(self, rows: Ints) -> None:
+    def keep(self, rows: IntArray) -> None:
         """`rows` are a frontier's from here on: they come back when its holder says so, not when a call ends."""
         with self.lock:
             self._caller[rows] = None
             self._wake()
 
-    def retain(self, rows: Ints) -> None:
+    def retain(self, rows: IntArray) -> None:
         """One more handle on each of rows."""
         with self.open_lock():
             self.require_held(rows)
             self.table.handles[rows] += 1
 
-    def release(self, rows: Ints) -> None:
+    def release(self, rows: IntArray) -> None:
         """One handle less; pages and rows of branches without handles come back."""
         with self.lock:
             if self.closed or len(rows) == 0:
@@ -127,7 +128,7 @@ class Forest:
                 self._caller[gone] = None
                 self._wake()
 
-    def abandon(self, rows: Ints) -> None:
+    def abandon(self, rows: IntArray) -> None:
         """`release` for destructors: takes no lock, is done with the next call."""
         self._orphans.append(rows)
 
@@ -161,7 +162,7 @@ class Forest:
             if (self.table.job[~held] >= 0).any() or (self.table.work[self.table.job < 0] != Work.NONE).any():
                 raise AssertionError("Engine: a row works without a job")
 
-    def _forget_logits(self, rows: Ints) -> None:
+    def _forget_logits(self, rows: IntArray) -> None:
         for row in rows.tolist() if self._next_logits else ():
             self._next_logits.pop(row, None)
 
@@ -172,18 +173,18 @@ class Forest:
         self.collect()
         return self.lock
 
-    def require_held(self, rows: Ints) -> None:
+    def require_held(self, rows: IntArray) -> None:
         """Raises if one of rows is free."""
         if not (self.table.handles[rows] > 0).all():
             raise RuntimeError("a branch was released")
 
-    def require_resting(self, rows: Ints) -> None:
+    def require_resting(self, rows: IntArray) -> None:
         """Raises if one of rows is free or has work: only the tick may change those."""
         self.require_held(rows)
         if (self.table.job[rows] >= 0).any():
             raise RuntimeError("a branch is already being extended by another call")
 
-    def _ordinals(self, src: Ints) -> Ints:
+    def _ordinals(self, src: IntArray) -> IntArray:
         """How many children each source had before, counting these in order."""
         ordinals = np.empty(len(src), np.int64)
         for i, row in enumerate(src):
@@ -191,7 +192,7 @@ class Forest:
             self.table.num_children[row] += 1
         return ordinals
 
-    def _end_work(self, rows: Ints, error: BaseException) -> None:
+    def _end_work(self, rows: IntArray, error: BaseException) -> None:
         """Hook: the work on rows cannot go on."""
 
     def _wake(self) -> None:

@@ -4,9 +4,9 @@ from enum import IntEnum
 
 import numpy as np
 
+from treedecode.common.arrays import IntArray
 from treedecode.engine.sampling import Sampling
 
-Ints = np.ndarray
 _WORD = (1 << 64) - 1
 
 
@@ -43,7 +43,7 @@ def _mix_one(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def child_seeds(seed: Ints, step: Ints, ordinal: Ints) -> Ints:
+def child_seeds(seed: IntArray, step: IntArray, ordinal: IntArray) -> IntArray:
     """Seeds of children: a hash of (parent's seed, step, ordinal), so that siblings differ; int64, broadcast."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     words = [np.atleast_1d(np.asarray(part)).astype(np.int64).view(np.uint64) for part in (seed, step, ordinal)]
@@ -100,7 +100,7 @@ class BranchTable:
         self.penalty = np.ones(n, np.float32)
         self.ignore_eos = np.zeros(n, bool)
 
-    def goal(self, rows: Ints) -> Ints:
+    def goal(self, rows: IntArray) -> IntArray:
         """Tokens that rows want in the cache for their work: a prefill leaves the last one out, a hidden state is that
         before an end of sequence."""
         work = self.work[rows]
@@ -119,7 +119,7 @@ class BranchTable:
             new[:, :have] = old
             setattr(self, name, new)
 
-    def open(self, rows: Ints, prompts: list[Ints], seeds: Ints, account: int = -1) -> None:
+    def open(self, rows: IntArray, prompts: list[IntArray], seeds: IntArray, account: int = -1) -> None:
         """Starts fresh branches on their prompts; nothing is cached yet."""
         self.reserve(max(len(prompt) for prompt in prompts))
         for row, prompt in zip(rows, prompts, strict=True):
@@ -140,7 +140,7 @@ class BranchTable:
         self.work[rows] = Work.NONE
         self.job[rows] = -1
 
-    def copy(self, src: Ints, dst: Ints) -> None:
+    def copy(self, src: IntArray, dst: IntArray) -> None:
         """dst <- src, simultaneously: tokens and history. Seeds, handles and what is cached are the caller's."""
         for name in self._COPIED:
             array = getattr(self, name)
@@ -149,7 +149,7 @@ class BranchTable:
         self.tokens[dst, :width] = self.tokens[src, :width]
         self.logprobs[dst, :width] = self.logprobs[src, :width]
 
-    def truncate(self, rows: Ints, lens: Ints) -> None:
+    def truncate(self, rows: IntArray, lens: IntArray) -> None:
         """Forgets tokens at and after `lens`; a branch cut short is no longer finished."""
         for row, new in zip(rows, lens, strict=True):
             dropped = self.logprobs[row, max(new, self.prompt_len[row]) : self.num_tokens[row]]
@@ -160,7 +160,7 @@ class BranchTable:
         self.step_begin[rows] = np.minimum(self.step_begin[rows], lens)
         self.num_cached[rows] = np.minimum(self.num_cached[rows], lens - 1)
 
-    def append(self, rows: Ints, lengths: Ints, tokens: Ints) -> None:
+    def append(self, rows: IntArray, lengths: IntArray, tokens: IntArray) -> None:
         """Adds given tokens (packed in row order) to the ends of rows; their log-probability counts as 0."""
         self.reserve(int((self.num_tokens[rows] + lengths).max(initial=0)))
         at = np.repeat(self.num_tokens[rows] - np.cumsum(lengths) + lengths, lengths) + np.arange(len(tokens))
@@ -169,7 +169,7 @@ class BranchTable:
         self.num_tokens[rows] += lengths
         self.finish[rows] = Finish.NONE
 
-    def configure(self, rows: Ints, sampling: Sampling) -> None:
+    def configure(self, rows: IntArray, sampling: Sampling) -> None:
         """Sets how rows sample from here on."""
         self.temperature[rows] = sampling.temperature
         self.top_k[rows] = sampling.top_k
@@ -179,7 +179,7 @@ class BranchTable:
         self.ignore_eos[rows] = sampling.ignore_eos
         self.min_tokens[rows] = self.num_tokens[rows] + sampling.min_new_tokens
 
-    def packed(self, rows: Ints, q_lens: Ints) -> tuple[Ints, Ints]:
+    def packed(self, rows: IntArray, q_lens: IntArray) -> tuple[IntArray, IntArray]:
         """(token ids, positions) of the next `q_lens` uncached tokens of each row, packed in row order, int64."""
         starts = self.num_cached[rows]
         within = np.arange(int(q_lens.sum())) - np.repeat(np.cumsum(q_lens) - q_lens, q_lens)

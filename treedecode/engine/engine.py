@@ -11,8 +11,9 @@ from torch import Tensor
 
 from treedecode.accounting.meter import BudgetExhausted
 from treedecode.cache.page_pool import PagePool
+from treedecode.common.arrays import IntArray
 from treedecode.decoding.arguments import require_hidden_states
-from treedecode.engine.branch_table import Finish, Ints, Work
+from treedecode.engine.branch_table import Finish, Work
 from treedecode.engine.graph_steps import CapturedSteps
 from treedecode.engine.jobs import Callback, Job, Stats, settle
 from treedecode.engine.runner import Ticker
@@ -78,19 +79,19 @@ class Engine(Ticker):
         """Whether a beam search that asks is the only call that wants forwards."""
         return self.num_searches == 1 and not self._jobs
 
-    async def prefill(self, rows: Ints) -> None:
+    async def prefill(self, rows: IntArray) -> None:
         """Computes all but the last token of each row, so that forks share it."""
         await self._run(Work.PREFILL, rows)
 
     async def sample(
         self,
-        rows: Ints,
+        rows: IntArray,
         sampling: Sampling,
         stops: StopSet,
-        max_new_tokens: int | Ints,
+        max_new_tokens: int | IntArray,
         callback: Callback | None = None,
         first: Tensor | None = None,
-        seeds: Ints | None = None,
+        seeds: IntArray | None = None,
     ) -> None:
         """Extends rows until a stop; a row that is at its end of sequence or full stays as it is.
 
@@ -102,7 +103,7 @@ class Engine(Ticker):
         """
         await self._run(Work.SAMPLE, rows, sampling, stops, max_new_tokens, callback, first, seeds)
 
-    async def logits(self, rows: Ints, tokens: Ints | None = None) -> Tensor:
+    async def logits(self, rows: IntArray, tokens: IntArray | None = None) -> Tensor:
         """Appends `tokens` (`[n]`, None: nothing) and computes rows up to their last token, in the shared forward.
 
         Returns:
@@ -113,7 +114,7 @@ class Engine(Ticker):
             self.append(rows, [np.array([token]) for token in np.asarray(tokens)])
         return await self._run(Work.LOGITS, rows)
 
-    async def hidden(self, rows: Ints) -> Tensor:
+    async def hidden(self, rows: IntArray) -> Tensor:
         """The final hidden states `[n, hidden_size]` of the last tokens of rows, computed in the shared forward.
 
         Of a row at its end of sequence it is that of the token before, where its text ends.
@@ -127,13 +128,13 @@ class Engine(Ticker):
     async def _run(
         self,
         work: Work,
-        rows: Ints,
+        rows: IntArray,
         sampling: Sampling | None = None,
         stops: StopSet | None = None,
-        max_new_tokens: int | Ints = 0,
+        max_new_tokens: int | IntArray = 0,
         callback: Callback | None = None,
         first: Tensor | None = None,
-        seeds: Ints | None = None,
+        seeds: IntArray | None = None,
     ) -> Any:
         loop = asyncio.get_running_loop()
         table = self.table
@@ -198,7 +199,7 @@ class Engine(Ticker):
         finally:
             del self._drivers[loop]
 
-    def _known_logits(self, rows: Ints) -> dict[int, tuple[Tensor, int]]:
+    def _known_logits(self, rows: IntArray) -> dict[int, tuple[Tensor, int]]:
         """Rows whose next token's logits an earlier forward computed: those logits, and the row's place in them."""
         table, found = self.table, {}
         for row in rows.tolist() if self._next_logits else ():
@@ -207,7 +208,7 @@ class Engine(Ticker):
                 found[row] = logits, at
         return found
 
-    def _require_funds(self, rows: Ints) -> None:
+    def _require_funds(self, rows: IntArray) -> None:
         """Raises if an account of rows is over its limits."""
         if any(self.meter.is_over(account) for account in {*self.table.account[rows].tolist()}):
             raise BudgetExhausted("the budget is spent")
@@ -234,7 +235,7 @@ class Engine(Ticker):
             self.closed = True
             self._wake()
 
-    def _uncache_last(self, rows: Ints, work: Work) -> None:
+    def _uncache_last(self, rows: IntArray, work: Work) -> None:
         """Rows with all in the cache that `work` wants give up the last token of it: what it leads to is wanted."""
         last = self.table.num_tokens[rows] - 1
         if work == Work.HIDDEN:

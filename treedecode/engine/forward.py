@@ -8,7 +8,8 @@ from torch import Tensor
 
 from treedecode import ops
 from treedecode.cache.page_pool import PagePool
-from treedecode.engine.branch_table import BranchTable, Ints
+from treedecode.common.arrays import IntArray
+from treedecode.engine.branch_table import BranchTable
 from treedecode.engine.scheduler import Batch, Draw
 from treedecode.engine.stops import StopMatcher
 from treedecode.models.context import StepContext
@@ -18,7 +19,7 @@ from treedecode.models.prefill import Prefill
 class BadLogits(ValueError):
     """The model's logits for `rows` are not numbers to sample from."""
 
-    def __init__(self, rows: Ints, positions: Ints) -> None:
+    def __init__(self, rows: IntArray, positions: IntArray) -> None:
         where = ", ".join(f"branch {row} at position {at}" for row, at in zip(rows, positions, strict=True))
         super().__init__(f"the model gave logits that are NaN, infinite or all -inf for {where}")
         self.rows = rows
@@ -74,7 +75,7 @@ def dense_prefills(
 
 def choose(
     table: BranchTable, matcher: StopMatcher, eos_ids: Tensor, draw: Draw, logits: Tensor
-) -> tuple[Ints, np.ndarray]:
+) -> tuple[IntArray, np.ndarray]:
     """Samples the next token of each row from its `[s, vocab_size]` logits: (token ids, log-probabilities), `[s]`.
 
     Repetition penalty and the minimum length change the logits first, of the rows that ask for them alone; the

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from treedecode import ops
 from treedecode.cache.page_pool import PagePool
-from treedecode.engine.branch_table import BranchTable, Ints
+from treedecode.common.arrays import IntArray
+from treedecode.engine.branch_table import BranchTable
 from treedecode.engine.scheduler import Batch
 from treedecode.models.context import StepContext
 
@@ -65,7 +66,7 @@ class Captured:
         """Zeros, one per row by default."""
         return torch.zeros(self.size if size is None else size, dtype=dtype, device=self.pool.device)
 
-    def idle(self, rows: Ints) -> None:
+    def idle(self, rows: IntArray) -> None:
         """The step's rows from here on; none of them appends."""
         self.q_lens.zero_()
         self.rows.copy_(torch.from_numpy(rows.astype(np.int32)))
@@ -236,7 +237,7 @@ class Run:
         """One more step for all rows."""
         self._flight.launch()
 
-    def take(self) -> tuple[Ints, np.ndarray, Ints]:
+    def take(self) -> tuple[IntArray, np.ndarray, IntArray]:
         """Waits for the oldest replay in flight: (tokens, log-probabilities, page status), rows as in the batch.
 
         A token of -1 means that nothing could be sampled from the row's logits.

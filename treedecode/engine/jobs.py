@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from treedecode.engine.branch_table import Ints
+from treedecode.common.arrays import IntArray
 from treedecode.engine.stops import TextStream
 
 Callback = Callable[[int, int, str], None]
@@ -30,7 +30,7 @@ class Stats:
 class Job:
     """One awaited call: the rows it works on, and whom to tell."""
 
-    rows: Ints
+    rows: IntArray
     future: asyncio.Future
     num_live: int
     callback: Callback | None = None

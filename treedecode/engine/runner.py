@@ -10,9 +10,10 @@ from torch import Tensor
 
 from treedecode.accounting.meter import BudgetExhausted, Meter
 from treedecode.cache.page_pool import OutOfPages, PagePool
+from treedecode.common.arrays import IntArray
 from treedecode.engine import forward as step
 from treedecode.engine.branch_store import Forest
-from treedecode.engine.branch_table import Finish, Ints, Work
+from treedecode.engine.branch_table import Finish, Work
 from treedecode.engine.graph_steps import CapturedSteps, Run, fits
 from treedecode.engine.jobs import Job, Stats
 from treedecode.engine.scheduler import Batch, Draw, Scheduler
@@ -64,7 +65,7 @@ class Ticker(Forest):
             if self._run_ahead is not None and hasattr(self.model, "refresh"):
                 self.model.refresh()  # replays do not go through the model, which looks before each forward
             self._follow_model()
-            rows: Ints = np.flatnonzero(self.table.work)
+            rows: IntArray = np.flatnonzero(self.table.work)
             try:
                 with torch.inference_mode():
                     self._take_first()
@@ -168,7 +169,7 @@ class Ticker(Forest):
         self._record(batch.draw, batch.draw.rows, tokens, logprobs)
         self._charge(batch, cached, batch.q_lens)
 
-    def _choose(self, batch: Batch, logits: Tensor) -> tuple[Ints, np.ndarray]:
+    def _choose(self, batch: Batch, logits: Tensor) -> tuple[IntArray, np.ndarray]:
         if len(batch.sampled) < len(batch.wanted):
             logits = logits[torch.from_numpy(batch.sampled).to(logits.device)]
         return step.choose(self.table, self.matcher, self._eos_ids, batch.draw, logits)
@@ -194,7 +195,7 @@ class Ticker(Forest):
             self._end_over(self.meter.charge_sampled(self.table.account[draw.rows]))
             return
 
-    def _charge(self, batch: Batch, cached: Ints, q_lens: Ints) -> None:
+    def _charge(self, batch: Batch, cached: IntArray, q_lens: IntArray) -> None:
         """Charges a forward to the accounts of its rows; what those that are then over a limit have under way ends."""
         if not batch.shares:
             return
@@ -202,7 +203,7 @@ class Ticker(Forest):
         wanted[batch.wanted] = sampled[batch.wanted[batch.sampled]] = True
         self._end_over(self.meter.charge(batch.shares, cached, q_lens, wanted & (q_lens > 0), sampled & (q_lens > 0)))
 
-    def _end_over(self, over: Ints) -> None:
+    def _end_over(self, over: IntArray) -> None:
         """Ends what is under way for accounts that are over a limit."""
         if len(over):
             working = np.flatnonzero(self.table.work)
@@ -258,7 +259,7 @@ class Ticker(Forest):
             self._leave_run(self._run_ahead.batch.rows)
             self._run_ahead = None
 
-    def _leave_run(self, rows: Ints) -> None:
+    def _leave_run(self, rows: IntArray) -> None:
         """Rows are no longer part of the run: the pages' lengths, which are ahead, become what the table has."""
         run = self._run_ahead
         if run is None:
@@ -269,7 +270,7 @@ class Ticker(Forest):
             left = run.batch.rows[gone]
             self.pool.truncate(left.astype(np.int32), self.table.num_cached[left].astype(np.int32))
 
-    def _record(self, draw: Draw, rows: Ints, tokens: Ints, logprobs: np.ndarray) -> None:
+    def _record(self, draw: Draw, rows: IntArray, tokens: IntArray, logprobs: np.ndarray) -> None:
         table = self.table
         if len(rows) == 0:
             return
@@ -291,7 +292,7 @@ class Ticker(Forest):
         self._stream(rows, tokens)
         self._finish(rows[finish != Finish.NONE])
 
-    def _stream(self, rows: Ints, tokens: Ints) -> None:
+    def _stream(self, rows: IntArray, tokens: IntArray) -> None:
         """Tells callbacks of new tokens; an error in one fails its own job alone."""
         for job_id in np.unique(self.table.job[rows]):
             job = self._jobs[int(job_id)]
@@ -316,7 +317,7 @@ class Ticker(Forest):
         finish = table.finish[row]
         return job.streams[row].push(new, last=finish != Finish.NONE, cut=finish == Finish.STOP)
 
-    def _finish(self, rows: Ints) -> None:
+    def _finish(self, rows: IntArray) -> None:
         """Rows have done their work; jobs whose last row this was resolve."""
         table = self.table
         rows = rows[table.job[rows] >= 0]
@@ -334,7 +335,7 @@ class Ticker(Forest):
                 del self._jobs[int(job_id)]
                 job.resolve()
 
-    def _end_work(self, rows: Ints, error: BaseException) -> None:
+    def _end_work(self, rows: IntArray, error: BaseException) -> None:
         for job_id in sorted({*self.table.job[rows].tolist()} - {-1}):
             self._end_job(job_id, error)
 

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from treedecode.accounting.meter import Meter, Shares
-from treedecode.engine.branch_table import BranchTable, Ints, Work
+from treedecode.common.arrays import IntArray
+from treedecode.engine.branch_table import BranchTable, Work
 
 
 @dataclass(frozen=True)
 class Draw:
     """Rows that get a token sampled, with the arguments of `ops.sample` for them, each `[s]` on the model's device."""
 
-    rows: Ints  # [s] int64
+    rows: IntArray  # [s] int64
     penalised: bool  # whether a row has a repetition penalty
     stop_ids: list[int]  # stop sets in use among the rows
     temperature: Tensor  # fp32
@@ -32,13 +33,13 @@ class Batch:
     It serves many ticks: while all rows decode one token each, only `num_cached` moves.
     """
 
-    rows: Ints  # [B] int64
-    q_lens: Ints  # [B] int32
+    rows: IntArray  # [B] int64
+    q_lens: IntArray  # [B] int32
     decode_only: bool
     row_ids: Tensor  # [B] int64
     q_lens_tensor: Tensor | None  # [B] int32, None = 1 each
-    wanted: Ints  # [n] indices of rows whose last token's logits are wanted
-    sampled: Ints  # [s] indices into wanted of rows that sample
+    wanted: IntArray  # [n] indices of rows whose last token's logits are wanted
+    sampled: IntArray  # [s] indices into wanted of rows that sample
     draw: Draw  # of the rows that sample
     shares: list[Shares]  # of the accounts that pay for rows
 
@@ -65,7 +66,7 @@ class Scheduler:
             self.pool.drop(evicted)
         return len(evicted)
 
-    def remember(self, rows: Ints) -> None:
+    def remember(self, rows: IntArray) -> None:
         """Puts the full pages of `rows` into the prefix index."""
         for row in rows:
             full = int(self.table.num_cached[row]) // self.pool.page_size
@@ -75,7 +76,7 @@ class Scheduler:
                 if len(fresh):
                     self.pool.retain(fresh)
 
-    def next_batch(self) -> tuple[Batch | None, Ints]:
+    def next_batch(self) -> tuple[Batch | None, IntArray]:
         """The next batch (None: no work that needs a forward), and rows whose prefill turned out to be done."""
         table = self.table
         busy = np.flatnonzero(table.work)
@@ -88,7 +89,7 @@ class Scheduler:
             return self.next_batch()  # the index had all of what the first in line needs
         return (self.batch(rows, lens) if len(rows) else None), done
 
-    def _admit(self, waiting: Ints, decoding: Ints) -> tuple[Ints, Ints]:
+    def _admit(self, waiting: IntArray, decoding: IntArray) -> tuple[IntArray, IntArray]:
         table, page = self.table, self.pool.page_size
         rows, lens = list(decoding), [1] * len(decoding)
         budget = self.prefill_tokens
@@ -146,7 +147,7 @@ class Scheduler:
         self.pool.clear([row])
         self.table.num_cached[row] = 0
 
-    def make_room(self, keep: Ints, lacking: int) -> None:
+    def make_room(self, keep: IntArray, lacking: int) -> None:
         """Lets the next batch have more pages or need fewer, at the cost of the least valuable cached tokens.
 
         Args:
@@ -175,7 +176,7 @@ class Scheduler:
         if not self.free_held_pages(max(lacking, 1)) and len(holders) == 0:
             raise RuntimeError("out of pages: nothing is left to preempt; give the decoder more kv_memory")
 
-    def batch(self, rows: Ints, lens: Ints) -> Batch:
+    def batch(self, rows: IntArray, lens: IntArray) -> Batch:
         """The batch that takes the next `lens` tokens of `rows`."""
         table = self.table
         pages, used = self._pages(rows)
@@ -199,7 +200,7 @@ class Scheduler:
             shares=self.meter.shares(table.account[rows], pages[order], used[order], table.num_cached[rows]),
         )
 
-    def draw(self, rows: Ints) -> Draw:
+    def draw(self, rows: IntArray) -> Draw:
         """How `rows` sample."""
         table = self.table
         arrays = (table.temperature, table.top_k, table.top_p, table.min_p, table.seed)
@@ -210,7 +211,7 @@ class Scheduler:
             *(torch.from_numpy(array[rows]).to(self.pool.device) for array in arrays),
         )
 
-    def _pages(self, rows: Ints) -> tuple[Ints, np.ndarray]:
+    def _pages(self, rows: IntArray) -> tuple[IntArray, np.ndarray]:
         """(page ids, which of them the row has), `[n, most pages of a row]`; 0 where it has none."""
         num_pages = -(-self.table.num_cached[rows] // self.pool.page_size)
         width = int(num_pages.max(initial=0))
@@ -219,7 +220,7 @@ class Scheduler:
         return np.where(used, table.numpy(force=True), 0), used
 
 
-def _depth_first(rows: Ints, pages: Ints, used: np.ndarray) -> list[int]:
+def _depth_first(rows: IntArray, pages: IntArray, used: np.ndarray) -> list[int]:
     """Order of rows in which equal leading pages are adjacent: any fixed order of the page-table rows will do."""
     keys = [line.tobytes() for line in np.where(used, pages, -1)]
     return sorted(range(len(rows)), key=lambda i: (keys[i], rows[i]))

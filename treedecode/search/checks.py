@@ -4,9 +4,9 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from treedecode.common.arrays import IntArray
 from treedecode.decoding.arguments import token_ids
 from treedecode.decoding.decoder import Decoder, Prompt
-from treedecode.engine.branch_table import Ints
 from treedecode.tasks.base import Problem, Task, unicode
 
 _OF_TASK = ("name", "stop", "end", "max_step_tokens", "max_new_tokens", "extract", "equivalent", "is_final", "verify")
@@ -52,7 +52,7 @@ def checked_task(task: Any, problems: Sequence[Problem]) -> Task:
     return task
 
 
-def checked_prompts(decoder: Decoder, prompts: Mapping[str, Prompt]) -> dict[str, Ints]:
+def checked_prompts(decoder: Decoder, prompts: Mapping[str, Prompt]) -> dict[str, IntArray]:
     """The token ids that a model is to read for each problem.
 
     Args:
@@ -82,7 +82,7 @@ def checked_prompts(decoder: Decoder, prompts: Mapping[str, Prompt]) -> dict[str
     return found
 
 
-def warn_of_little_room(decoder: Decoder, most: float, prompts: Mapping[str, Ints]) -> None:
+def warn_of_little_room(decoder: Decoder, most: float, prompts: Mapping[str, IntArray]) -> None:
     """Warns if solutions cannot get as long as they may, `most` tokens."""
     limit = decoder.max_tokens
     short = sum(len(ids) + most > limit for ids in prompts.values())

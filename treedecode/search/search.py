@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from treedecode.accounting.meter import Spending
+from treedecode.common.arrays import IntArray
 from treedecode.decoding.search_tree import SearchTree
-from treedecode.engine.branch_table import Ints, child_seeds
+from treedecode.engine.branch_table import child_seeds
 from treedecode.engine.sampling import Sampling
 from treedecode.tasks.base import Problem, Task, answer_classes
 
@@ -62,7 +63,7 @@ class Search:
         task: Task,
         problem: Problem,
         *,
-        prompt: Ints,
+        prompt: IntArray,
         sampling: Sampling,
         seed: int,
         account: int,
@@ -138,12 +139,12 @@ class Search:
         """`[n]` bool: `step` and `complete` go on with the branch, its solution being neither complete nor too long."""
         return ~self.final(frontier) & (self.left(frontier) > 0)
 
-    def left(self, frontier: "Frontier") -> Ints:
+    def left(self, frontier: "Frontier") -> IntArray:
         """`[n]` tokens that each solution may still have."""
         left = self.task.max_new_tokens - (frontier.num_tokens - frontier.num_prompt_tokens)
         return np.minimum(left, self.room(frontier))
 
-    def room(self, frontier: "Frontier") -> Ints:
+    def room(self, frontier: "Frontier") -> IntArray:
         """`[n]` tokens that model and pages have room for after those of each branch."""
         return self.decoder.max_tokens - frontier.num_tokens
 
@@ -197,7 +198,7 @@ class Search:
             self._answers[text] = self.task.extract(text)
         return self._answers[text]
 
-    def classes(self, answers: list[str | None]) -> Ints:
+    def classes(self, answers: list[str | None]) -> IntArray:
         """`[n]` int64, equal where the task takes two answers for the same one; -1 = no answer."""
         return answer_classes(self.task, answers)
 

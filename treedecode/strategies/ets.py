@@ -6,8 +6,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from treedecode.common.arrays import IntArray
 from treedecode.decoding.frontier import Frontier
-from treedecode.engine.branch_table import Ints
 from treedecode.search.search import Search
 from treedecode.search.strategy import require
 from treedecode.strategies.rebase import REBASE, share_out, softmax
@@ -37,7 +37,7 @@ class ETS(REBASE):
         super().__post_init__()
         require("kv_weight", self.kv_weight, float, 0)
 
-    def _widths(self, search: Search, live: Frontier, budget: int) -> Ints:
+    def _widths(self, search: Search, live: Frontier, budget: int) -> IntArray:
         rewards = live.scores / self.temperature
         values = share_out(softmax(rewards), budget) / budget
         parents = [node.parent for node in search.tree.nodes]
@@ -50,7 +50,7 @@ class ETS(REBASE):
         return counts
 
 
-def best_subtree(parents: Sequence[int], costs: np.ndarray, leaves: Ints, values: np.ndarray) -> np.ndarray:
+def best_subtree(parents: Sequence[int], costs: np.ndarray, leaves: IntArray, values: np.ndarray) -> np.ndarray:
     """The branches of greatest value less the cost of all nodes on their paths, each node's once.
 
     A node's gain is that of its children with a positive one, and of the branches that end at it, less its own cost;

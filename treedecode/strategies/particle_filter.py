@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from treedecode.engine.branch_table import Ints
+from treedecode.common.arrays import IntArray
 from treedecode.engine.sampling import Sampling
 from treedecode.search.search import Outcome, Search
 from treedecode.search.strategy import ANSWERS, Strategy, choose, may_be_negative, require, require_one_of
@@ -96,7 +96,7 @@ def effective_sample_size(weights: np.ndarray) -> float:
     return float(1 / (weights**2).sum())
 
 
-def systematic_resampling(weights: np.ndarray, u: float) -> Ints:
+def systematic_resampling(weights: np.ndarray, u: float) -> IntArray:
     """`[n]` int64, how many copies of each particle there are among `n`: `n * weights` on average, never a whole off.
 
     Args:

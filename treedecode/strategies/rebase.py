@@ -5,8 +5,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from treedecode.common.arrays import IntArray
 from treedecode.decoding.frontier import Frontier
-from treedecode.engine.branch_table import Ints
 from treedecode.engine.sampling import Sampling
 from treedecode.search.search import Outcome, Search
 from treedecode.search.strategy import ANSWERS, Strategy, choose, require, require_one_of
@@ -55,7 +55,7 @@ class REBASE(Strategy):
                 branches, growing = branches.spread(counts), np.repeat(growing, counts)
         return choose(search, search.outcomes(branches), self.answer)
 
-    def _widths(self, search: Search, live: Frontier, budget: int) -> Ints:
+    def _widths(self, search: Search, live: Frontier, budget: int) -> IntArray:
         """How many children each of the live branches gets of a budget of so many."""
         return share_out(softmax(live.scores / self.temperature), budget)
 
@@ -66,7 +66,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return weights / weights.sum()
 
 
-def share_out(weights: np.ndarray, budget: int) -> Ints:
+def share_out(weights: np.ndarray, budget: int) -> IntArray:
     """`[n]` int64 that sum to the budget, nearest to `budget * weights` where the weights sum to 1.
 
     What rounding down leaves goes to the largest remainders, of equals to the first: where rounding each share to the

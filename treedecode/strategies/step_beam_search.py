@@ -5,8 +5,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from treedecode.common.arrays import IntArray
 from treedecode.decoding.frontier import Frontier
-from treedecode.engine.branch_table import Ints
 from treedecode.engine.sampling import Sampling
 from treedecode.search.search import Outcome, Search
 from treedecode.search.strategy import ANSWERS, Strategy, choose, require, require_one_of
@@ -88,7 +88,7 @@ class StepBeamSearch(Strategy):
             beams.scores = await search.score(ahead)
 
 
-def next_steps(tree: Ints, scores: np.ndarray, keep: int, num_steps: int) -> Ints:
+def next_steps(tree: IntArray, scores: np.ndarray, keep: int, num_steps: int) -> IntArray:
     """`[n]` int64, with how many next steps each beam goes on: the `keep` best of a tree share its `num_steps` evenly.
 
     Of equal scores the first is kept. Steps that are left over go to the best.

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from treedecode.common.intervals import Floats, mean_interval
+from treedecode.common.arrays import FloatArray
+from treedecode.common.intervals import mean_interval
 from treedecode.study import coverage, pool
 from treedecode.study.laws import COVERAGE, LAWS, CannotFit, Curve, compare, fit
 from treedecode.study.pool import Chains
@@ -117,7 +118,7 @@ def _fitted(law: Any, curve: Curve, num_resamples: int, seed: int) -> Json:
     return {**found.to_json(), "line": {name: values.tolist() for name, values in line.items()}}
 
 
-def accuracy_at(curve: Curve, cost: float) -> Floats | None:
+def accuracy_at(curve: Curve, cost: float) -> FloatArray | None:
     """`[problems]` accuracies at a cost between two budgets, in proportion on the log scale; None beyond the curve."""
     if not curve.costs[0] <= cost <= curve.costs[-1]:
         return None

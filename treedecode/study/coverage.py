@@ -11,14 +11,15 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import betaln, psi
 
-from treedecode.common.intervals import Floats, Interval, draws
+from treedecode.common.arrays import FloatArray
+from treedecode.common.intervals import Interval, draws
 from treedecode.study.laws import CannotFit
 
 _LOG_STRENGTH = (np.log(1e-3), np.log(1e4))  # of alpha + beta; beyond, rates are 0 and 1, or all the same
 _LOGIT_MEAN = (-14.0, 14.0)
 
 
-def pass_at_k(num_chains: int, num_right: np.ndarray, k: int) -> Floats:
+def pass_at_k(num_chains: int, num_right: np.ndarray, k: int) -> FloatArray:
     """The unbiased estimate of the chance that one of `k` chains is right, `[problems]`.
 
     1 - C(n - c, k) / C(n, k), as a product of k ratios below 1: no factorial is formed.
@@ -53,7 +54,7 @@ class BetaBinomial:
     intervals: dict[str, Interval]
     log_likelihood: float
 
-    def pass_at_k(self, k: np.ndarray) -> Floats:
+    def pass_at_k(self, k: np.ndarray) -> FloatArray:
         """The chance that one of k chains is right: 1 - B(alpha, beta + k) / B(alpha, beta)."""
         return -np.expm1(betaln(self.alpha, self.beta + k) - betaln(self.alpha, self.beta))
 
@@ -112,7 +113,7 @@ def _maximise(counts: np.ndarray, histogram: np.ndarray) -> tuple[tuple[float, f
     num_chains, total = counts[-1], histogram.sum()
     share = float(histogram @ counts / (total * num_chains))
 
-    def loss(params: Floats) -> tuple[float, Floats]:
+    def loss(params: FloatArray) -> tuple[float, FloatArray]:
         mean = 1 / (1 + np.exp(-params[0]))
         strength = np.exp(params[1])
         alpha, beta = mean * strength, (1 - mean) * strength

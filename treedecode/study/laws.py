@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from treedecode.common.intervals import Difference, Floats, Interval, bca_interval, draws, wilson
+from treedecode.common.arrays import FloatArray
+from treedecode.common.intervals import Difference, Interval, bca_interval, draws, wilson
 
 _MAX_STEPS = 300
 
@@ -36,8 +37,8 @@ class Curve:
         ValueError: shapes do not fit, a cost is not positive, costs descend, or a share is outside of [0, 1].
     """
 
-    costs: Floats
-    accuracy: Floats
+    costs: FloatArray
+    accuracy: FloatArray
 
     def __post_init__(self) -> None:
         if self.accuracy.ndim != 2 or self.costs.shape != self.accuracy.shape[1:] or self.accuracy.size == 0:
@@ -50,7 +51,7 @@ class Curve:
             raise ValueError("accuracy: expected shares from 0 to 1")
 
     @property
-    def means(self) -> Floats:
+    def means(self) -> FloatArray:
         """`[m]` accuracies over all problems."""
         return self.accuracy.mean(axis=0)
 
@@ -77,9 +78,9 @@ class Law:
     names: tuple[str, ...]
     bounds: tuple[tuple[float, float], ...]
     starts: tuple[tuple[float, ...], ...]
-    predict: Callable[[Floats, Floats, Floats], tuple[Floats, Floats]]
-    report: Callable[[Floats, Floats], Floats]
-    is_flat: Callable[[Floats], np.ndarray]
+    predict: Callable[[FloatArray, FloatArray, FloatArray], tuple[FloatArray, FloatArray]]
+    report: Callable[[FloatArray, FloatArray], FloatArray]
+    is_flat: Callable[[FloatArray], np.ndarray]
     bounded: tuple[str, ...] = ()
 
 
@@ -100,15 +101,15 @@ class Fit:
     intervals: dict[str, Interval | None]
     log_likelihood: float
     flat_share: float
-    fitted: Floats
-    resampled: Floats
-    ends: Floats
+    fitted: FloatArray
+    resampled: FloatArray
+    ends: FloatArray
 
-    def accuracy(self, costs: Floats) -> Floats:
+    def accuracy(self, costs: FloatArray) -> FloatArray:
         """Predicted accuracies at costs `[m]`."""
         return self.law.predict(self.fitted, costs, self.ends)[0]
 
-    def band(self, costs: Floats, level: float = 0.95) -> tuple[Floats, Floats]:
+    def band(self, costs: FloatArray, level: float = 0.95) -> tuple[FloatArray, FloatArray]:
         """The pointwise interval of the predicted accuracies at costs `[m]`, over resampled problems."""
         curves = self.law.predict(self.resampled, costs, self.ends)[0]
         return np.quantile(curves, (1 - level) / 2, axis=0), np.quantile(curves, (1 + level) / 2, axis=0)
@@ -124,7 +125,7 @@ class Fit:
         }
 
 
-def _power(params: Floats, costs: Floats, ends: Floats) -> tuple[Floats, Floats]:
+def _power(params: FloatArray, costs: FloatArray, ends: FloatArray) -> tuple[FloatArray, FloatArray]:
     # error = floor + part * (1 - floor) * x^-b with x >= 1: a probability for every point of the box
     floor, part, b = _columns(params)
     log_x = np.log(costs / ends[0])
@@ -133,12 +134,12 @@ def _power(params: Floats, costs: Floats, ends: Floats) -> tuple[Floats, Floats]
     return 1 - floor - part * (1 - floor) * decay, -np.stack(grad, axis=-2)
 
 
-def _report_power(params: Floats, ends: Floats) -> Floats:
+def _report_power(params: FloatArray, ends: FloatArray) -> FloatArray:
     floor, part, b = np.moveaxis(params, -1, 0)
     return np.stack([floor, part * (1 - floor) * ends[0] ** b, b], axis=-1)
 
 
-def _logistic(params: Floats, costs: Floats, ends: Floats) -> tuple[Floats, Floats]:
+def _logistic(params: FloatArray, costs: FloatArray, ends: FloatArray) -> tuple[FloatArray, FloatArray]:
     a, k = _columns(params)
     log_c = np.log(costs)
     accuracy = 1 / (1 + np.exp(-(a + k * log_c).clip(-700, 700)))
@@ -146,7 +147,7 @@ def _logistic(params: Floats, costs: Floats, ends: Floats) -> tuple[Floats, Floa
     return accuracy, np.stack([slope, slope * log_c], axis=-2)
 
 
-def _log_linear(params: Floats, costs: Floats, ends: Floats) -> tuple[Floats, Floats]:
+def _log_linear(params: FloatArray, costs: FloatArray, ends: FloatArray) -> tuple[FloatArray, FloatArray]:
     # fitted by its values at both ends of the data, so that all between are probabilities; cut off beyond
     low, high = _columns(params)
     at = np.log(costs / ends[0]) / np.log(ends[1] / ends[0])
@@ -155,13 +156,13 @@ def _log_linear(params: Floats, costs: Floats, ends: Floats) -> tuple[Floats, Fl
     return accuracy.clip(0, 1), np.stack([(1 - at) * inside, at * inside], axis=-2)
 
 
-def _report_log_linear(params: Floats, ends: Floats) -> Floats:
+def _report_log_linear(params: FloatArray, ends: FloatArray) -> FloatArray:
     low, high = np.moveaxis(params, -1, 0)
     slope = (high - low) / np.log2(ends[1] / ends[0])
     return np.stack([low - slope * np.log2(ends[0]), slope], axis=-1)
 
 
-def _coverage(params: Floats, costs: Floats, ends: Floats) -> tuple[Floats, Floats]:
+def _coverage(params: FloatArray, costs: FloatArray, ends: FloatArray) -> tuple[FloatArray, FloatArray]:
     log_a, b = _columns(params)
     log_x = np.log(costs / ends[0])
     exponent = np.exp(log_a - b * log_x)
@@ -169,12 +170,12 @@ def _coverage(params: Floats, costs: Floats, ends: Floats) -> tuple[Floats, Floa
     return accuracy, np.stack([-accuracy * exponent, accuracy * exponent * log_x], axis=-2)
 
 
-def _report_coverage(params: Floats, ends: Floats) -> Floats:
+def _report_coverage(params: FloatArray, ends: FloatArray) -> FloatArray:
     log_a, b = np.moveaxis(params, -1, 0)
     return np.stack([np.exp(log_a) * ends[0] ** b, b], axis=-1)
 
 
-def _columns(params: Floats) -> Floats:
+def _columns(params: FloatArray) -> FloatArray:
     """`[p, ..., 1]`: parameters one by one, against costs on the last axis."""
     return np.moveaxis(params, -1, 0)[..., None]
 
@@ -258,7 +259,7 @@ def fit(law: Law, curve: Curve, *, num_resamples: int = 300, level: float = 0.95
     )
 
 
-def _is_at_bound(law: Law, name: str, fitted: Floats) -> bool:
+def _is_at_bound(law: Law, name: str, fitted: FloatArray) -> bool:
     if name not in law.bounded:
         return False
     i = law.names.index(name)
@@ -327,7 +328,9 @@ def _require(curve: Curve, num_costs: int) -> None:
             raise CannotFit(f"every problem is {word} at every budget")
 
 
-def _maximise(law: Law, costs: Floats, means: Floats, starts: tuple[tuple[float, ...], ...]) -> tuple[Floats, Floats]:
+def _maximise(
+    law: Law, costs: FloatArray, means: FloatArray, starts: tuple[tuple[float, ...], ...]
+) -> tuple[FloatArray, FloatArray]:
     """The parameters `[r, p]` of the highest likelihoods within the law's box, and their means over costs `[r]`, nats.
 
     Fisher scoring with Levenberg's damping, of all curves `[r, m]` and starts at once. A parameter at its bound that
@@ -356,7 +359,9 @@ def _maximise(law: Law, costs: Floats, means: Floats, starts: tuple[tuple[float,
     return params[best], value[best]
 
 
-def _scores(law: Law, params: Floats, costs: Floats, means: Floats, ends: Floats) -> tuple[Floats, Floats, Floats]:
+def _scores(
+    law: Law, params: FloatArray, costs: FloatArray, means: FloatArray, ends: FloatArray
+) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Mean log-likelihoods `[r]`, their gradients `[r, p]` and Fisher information `[r, p, p]`."""
     tiny = 1e-9
     expected, grad = law.predict(params, costs, ends)
@@ -367,5 +372,5 @@ def _scores(law: Law, params: Floats, costs: Floats, means: Floats, ends: Floats
     return _log_likelihoods(means, expected).mean(axis=1), pull, metric
 
 
-def _log_likelihoods(accuracy: Floats, expected: Floats) -> Floats:
+def _log_likelihoods(accuracy: FloatArray, expected: FloatArray) -> FloatArray:
     return accuracy * np.log(expected) + (1 - accuracy) * np.log1p(-expected)

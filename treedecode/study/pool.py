@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from treedecode.common.intervals import Floats
+from treedecode.common.arrays import FloatArray
 from treedecode.decoding.search_tree import SearchTree
 from treedecode.engine.sampling import Sampling
 from treedecode.search.search import Outcome, Search
@@ -58,7 +58,7 @@ class Chains:
 
     classes: np.ndarray
     right: np.ndarray
-    scores: Floats
+    scores: FloatArray
     tokens: np.ndarray
 
 
@@ -121,7 +121,7 @@ def best_accuracy(chains: Chains, k: int) -> float:
     return float((at_least * (k / left).clip(max=1) * chains.right[order]).sum())
 
 
-def curve(pools: Sequence[Chains], counts: Sequence[int], accuracy: str, *, seed: int = 0) -> Floats:
+def curve(pools: Sequence[Chains], counts: Sequence[int], accuracy: str, *, seed: int = 0) -> FloatArray:
     """`[problems, len(counts)]` accuracies of so many chains.
 
     Args:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from treedecode.accounting.meter import Spending
-from treedecode.common.intervals import Floats, mean_interval, paired_difference
+from treedecode.common.arrays import FloatArray
+from treedecode.common.intervals import mean_interval, paired_difference
 from treedecode.decoding.decoder import Decoder, Prompt
 from treedecode.engine.sampling import Sampling
 from treedecode.search.journal import num_solutions
@@ -152,7 +153,7 @@ class Measured:
     timing: Timing
 
     @property
-    def correct(self) -> Floats:
+    def correct(self) -> FloatArray:
         """`[problems]`, 1 where the solution is right."""
         return np.array([bool(solution.correct) for solution in self.solutions], np.float64)
 

@@ -8,10 +8,9 @@ so a ratio of times is the price of that way alone.
 
 import numpy as np
 
-from treedecode.cache.page_pool import Ints as Rows
-from treedecode.cache.page_pool import PagePool
+from treedecode.cache.page_pool import IntArrayLike, PagePool
+from treedecode.common.arrays import IntArray
 from treedecode.decoding.decoder import Decoder
-from treedecode.engine.branch_table import Ints
 from treedecode.engine.graph_steps import CapturedSteps
 from treedecode.engine.scheduler import Scheduler
 from treedecode.ops import copy_pages
@@ -20,7 +19,7 @@ from treedecode.ops import copy_pages
 class CopyingPool(PagePool):
     """A pool in which no two branches share a page: forks copy."""
 
-    def fork(self, src_rows: Rows, dst_rows: Rows, lens: Rows | None = None) -> None:
+    def fork(self, src_rows: IntArrayLike, dst_rows: IntArrayLike, lens: IntArrayLike | None = None) -> None:
         """As `PagePool.fork`, with pages of their own for rows that would share some.
 
         Raises:
@@ -44,10 +43,10 @@ class CopyingPool(PagePool):
 class OneAtATime(Scheduler):
     """Forwards of one branch: the first that asked, until it has what it asked for. Nothing is remembered."""
 
-    def remember(self, rows: Ints) -> None:
+    def remember(self, rows: IntArray) -> None:
         """Puts nothing into the prefix index."""
 
-    def _admit(self, waiting: Ints, decoding: Ints) -> tuple[Ints, Ints]:
+    def _admit(self, waiting: IntArray, decoding: IntArray) -> tuple[IntArray, IntArray]:
         everyone = np.concatenate([waiting, decoding])
         first = everyone[[np.argmin(self.table.order[everyone])]] if len(everyone) else everyone
         return super()._admit(np.intersect1d(first, waiting), np.intersect1d(first, decoding))
