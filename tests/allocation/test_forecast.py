@@ -33,7 +33,8 @@ class Long(Digits):
 def gate():
     """A gate trained on runs of the model that the tests use."""
     with talkative_decoder() as dec:
-        data = collect(dec, TRAINING, task=Long(), num_chains=4, verifier=rate, menu=[(2, 2, 1)], seed=3)
+        settings = {"tree_search": TreeOfThoughts, "menu": [(2, 2, 1)], "seed": 3}
+        data = collect(dec, TRAINING, task=Long(), num_chains=4, verifier=rate, **settings)
     found, _ = train(data, max_chains=3, max_epochs=2)
     return found
 

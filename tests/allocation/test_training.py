@@ -19,6 +19,7 @@ from treedecode.allocation.training.rollouts import Rollouts, collect
 from treedecode.allocation.training.simulate import Replay, orders
 from treedecode.cli.main import main
 from treedecode.common.intervals import wilson
+from treedecode.strategies import TreeOfThoughts
 from treedecode.tasks.base import Problem
 
 
@@ -191,7 +192,8 @@ def test_rollouts_come_back_from_their_file(tmp_path):
 def test_collected_rollouts_are_what_the_decoder_did(make_decoder, tmp_path):
     problems = [Problem(f"p{i}", f"the cat {i}", str(i), group="a" if i else None) for i in range(3)]
     journal = str(tmp_path / "journal")
-    settings = {"task": Digits(), "num_chains": 5, "menu": [(2, 2, 1)], "seed": 3, "journal": journal}
+    menu = {"tree_search": TreeOfThoughts, "menu": [(2, 2, 1)]}
+    settings = {"task": Digits(), "num_chains": 5, **menu, "seed": 3, "journal": journal}
 
     def verifier(problem, text):
         return len(text) / 100

@@ -81,8 +81,9 @@ def _rollouts(
         gate: what they are for.
     """
     from treedecode.allocation.provenance import name_of
-    from treedecode.allocation.training.rollouts import Rollouts, check_menu, collect
+    from treedecode.allocation.training.rollouts import Rollouts, collect, tree_searches_of
     from treedecode.engine.sampling import Sampling
+    from treedecode.strategies import TreeOfThoughts
     from treedecode.verify.scorers import scorer_of
 
     check_folder(arguments.out)
@@ -104,7 +105,7 @@ def _rollouts(
     scorer = scorer_of(verifier)
     if gate is not None:
         gate.config.origin.require_verifier(name_of(scorer), gate)
-    check_menu(menu, verifier)
+    tree_searches_of(menu, TreeOfThoughts, verifier)  # a mistake is told before the model is loaded
     with decoder_for(model) as decoder:
         if gate is not None:
             gate.check(decoder, task, scorer)
@@ -113,6 +114,7 @@ def _rollouts(
             problems,
             task=task,
             num_chains=arguments.chains,
+            tree_search=TreeOfThoughts,
             verifier=verifier,
             menu=menu,
             sampling=sampling,

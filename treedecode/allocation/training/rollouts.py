@@ -3,8 +3,8 @@
 import json
 import os
 import zipfile
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,9 +18,11 @@ from treedecode.engine.sampling import Sampling
 from treedecode.search.search import Outcome, Search
 from treedecode.search.solve import solve
 from treedecode.search.strategy import Strategy
-from treedecode.strategies.tree_of_thoughts import TreeOfThoughts
 from treedecode.tasks.base import Problem, Task
 from treedecode.verify.scorers import scorer_of
+
+TreeShape = tuple[int, int, int]  # depth, width, keep
+TreeSearchFactory = Callable[[int, int, int], Strategy]  # depth, width, keep -> the tree search with these settings
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Rollouts:
             return cls(**{name: arrays[name] for name in _ARRAYS}, origin=origin)
 
 
-_ARRAYS = tuple(field.name for field in fields(Rollouts) if field.name != "origin")
+_ARRAYS = tuple(attribute.name for attribute in fields(Rollouts) if attribute.name != "origin")
 
 
 @dataclass(frozen=True)
@@ -138,23 +140,21 @@ class Collect(Strategy):
 
     Args:
         num_chains: of every problem.
-        menu: (depth, width, keep) of the tree searches.
+        menu: shapes of the tree searches.
         wants_hidden: whether the prompt's hidden state is kept.
+        tree_searches: one for each shape of the menu.
     """
 
     name: ClassVar[str] = "gate_rollouts"
 
     num_chains: int
-    menu: tuple[tuple[int, int, int], ...] = ()
+    menu: tuple[TreeShape, ...] = ()
     wants_hidden: bool = True
+    tree_searches: tuple[Strategy, ...] = field(default=(), repr=False)  # journals know them by their shapes
 
     @property
     def num_branches(self) -> int:
-        return max([self.num_chains, *(tree.num_branches for tree in self._trees)])
-
-    @property
-    def _trees(self) -> list[TreeOfThoughts]:
-        return [TreeOfThoughts(*entry) for entry in self.menu]
+        return max([self.num_chains, *(tree.num_branches for tree in self.tree_searches)])
 
     async def solve(self, search: Search) -> Outcome:
         with await search.root() as root:
@@ -164,7 +164,7 @@ class Collect(Strategy):
                 chains = await chains_of(search, frontier)
         outcomes = [chain.outcome for chain in chains]
         costs = []
-        for tree in self._trees:
+        for tree in self.tree_searches:
             before = search.spending
             outcomes.append(await tree.solve(search))
             costs.append(
@@ -187,8 +187,9 @@ def collect(
     *,
     task: Task,
     num_chains: int,
+    tree_search: TreeSearchFactory,
     verifier: Any = None,
-    menu: Sequence[tuple[int, int, int]] = (),
+    menu: Sequence[TreeShape] = (),
     sampling: Sampling | None = None,
     seed: int = 0,
     journal: str | None = None,
@@ -197,15 +198,17 @@ def collect(
     """Runs chains and tree searches on problems.
 
     Args:
-        menu: (depth, width, keep) of tree searches, which need a verifier.
+        tree_search: makes the tree searches of the menu.
+        menu: shapes of tree searches, which need a verifier.
         journal: goes on with an earlier call's, as `solve` does.
         settings: further ones of `solve`.
 
     Raises:
         ValueError: tree searches without a verifier, or one that there cannot be.
     """
-    check_menu(menu, verifier)
-    strategy = Collect(num_chains, tuple(menu), wants_hidden=hasattr(decoder.model, "forward_hidden"))
+    searches = tree_searches_of(menu, tree_search, verifier)
+    wants_hidden = hasattr(decoder.model, "forward_hidden")
+    strategy = Collect(num_chains, tuple(menu), wants_hidden, tuple(searches))
     result = solve(
         decoder,
         problems,
@@ -243,19 +246,21 @@ def collect(
     )
 
 
-def check_menu(menu: Sequence[tuple[int, int, int]], verifier: Any) -> None:
-    """Checks tree searches, (depth, width, keep) each.
+def tree_searches_of(menu: Sequence[TreeShape], tree_search: TreeSearchFactory, verifier: Any) -> list[Strategy]:
+    """Makes the tree searches of a menu.
 
     Raises:
-        ValueError: they have no verifier, or there can be no such search.
+        ValueError: they have no verifier, or there can be no search of such a shape.
     """
     if menu and verifier is None:
         raise ValueError("menu: tree searches score branches and need a verifier")
-    for entry in menu:
+    searches = []
+    for shape in menu:
         try:
-            TreeOfThoughts(*entry)
+            searches.append(tree_search(*shape))
         except ValueError as error:
-            raise ValueError(f"menu: {entry}: {error}") from None
+            raise ValueError(f"menu: {shape}: {error}") from None
+    return searches
 
 
 def _column(notes: Sequence[dict[str, Any]], name: str) -> np.ndarray:
