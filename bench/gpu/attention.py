@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bench.gpu import attention_peers, forests, harness, timing
 from bench.gpu.backends import kernels
+from bench.gpu.contestants import Builders, Contestant
 from bench.gpu.forests import Forest, Heads, Inputs
-from bench.gpu.harness import Builders, Contestant
 from treedecode.ops.plan_tree import default_workers
 
 NUM_LAYERS = 32  # a plan is made once per step and used by this many layers

@@ -5,17 +5,14 @@ the clock; only `run` is captured.
 """
 
 import functools
-import importlib
-import importlib.util
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench.gpu.contestants import Builders, Contestant, NotApplicable, import_peer, require_gpu
 from bench.gpu.forests import Heads, Inputs
-from bench.gpu.harness import Builders, Contestant, NotApplicable
 
 MAX_COPY_BYTES = 20 << 30  # copied caches beyond this are not built
 SELF_EVICTING_BYTES = 1 << 30  # far more than any L2 cache: nothing of a call is there for the next one
@@ -35,17 +32,6 @@ def builders(inputs: Inputs, check: Check, limit: float) -> Builders:
         "flash-attn on copied caches": flash_attn,
     }
     return {name: functools.partial(build, inputs, check, limit) for name, build in peers.items()}
-
-
-def _module(name: str) -> ModuleType:
-    if importlib.util.find_spec(name) is None:
-        raise NotApplicable(f"{name} is not installed")
-    return importlib.import_module(name)
-
-
-def _needs_gpu(inputs: Inputs) -> None:
-    if inputs.device.type != "cuda":
-        raise NotApplicable("runs on a GPU only")
 
 
 def _csr(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,8 +58,8 @@ def _pages(inputs: Inputs, i: int) -> tuple[Tensor, Tensor]:
 
 
 def flashinfer_decode(inputs: Inputs, check: Check, limit: float) -> Contestant:
-    _needs_gpu(inputs)
-    flashinfer = _module("flashinfer")
+    require_gpu(inputs.device)
+    flashinfer = import_peer("flashinfer")
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(_workspace(inputs), "HND", use_tensor_cores=True)
     csr, sizes = _csr(inputs), (*_heads(inputs), inputs.forest.page_size)
 
@@ -89,8 +75,8 @@ def flashinfer_decode(inputs: Inputs, check: Check, limit: float) -> Contestant:
 
 
 def flashinfer_batch_attention(inputs: Inputs, check: Check, limit: float) -> Contestant:
-    _needs_gpu(inputs)
-    wrapper = _module("flashinfer").BatchAttention("HND", device=str(inputs.device))
+    require_gpu(inputs.device)
+    wrapper = import_peer("flashinfer").BatchAttention("HND", device=str(inputs.device))
     indptr, indices, _ = _csr(inputs)
     num_qo_heads, num_kv_heads, head_dim = _heads(inputs)
     qo_indptr = torch.arange(len(inputs.forest.rows) + 1, dtype=torch.int32, device=inputs.device)
@@ -110,13 +96,13 @@ def flashinfer_batch_attention(inputs: Inputs, check: Check, limit: float) -> Co
 
 
 def flashinfer_cascade(inputs: Inputs, check: Check, limit: float) -> Contestant:
-    _needs_gpu(inputs)
+    require_gpu(inputs.device)
     levels = inputs.forest.levels
     if levels is None:
         raise NotApplicable("a cascade needs levels of equal depth")
     if len(levels) == 1:
         raise NotApplicable("one level only: nothing to cascade")
-    flashinfer = _module("flashinfer")
+    flashinfer = import_peer("flashinfer")
     wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(len(levels), _workspace(inputs), "HND")
     qo_indptr, kv_indptr, kv_indices, last_page_len = [], [], [], []
     for level in levels:
@@ -214,8 +200,8 @@ def sdpa(inputs: Inputs, check: Check, limit: float, *, pack: bool) -> Contestan
 
 
 def flash_attn(inputs: Inputs, check: Check, limit: float) -> Contestant:
-    _needs_gpu(inputs)
-    module = _module("flash_attn")
+    require_gpu(inputs.device)
+    module = import_peer("flash_attn")
     caches = [kv.transpose(2, 3).contiguous() for kv in _copied(inputs)]  # [2, num_branches, seq_len, heads, head_dim]
 
     def call(i: int) -> Tensor:

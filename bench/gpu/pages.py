@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench.gpu import harness, timing
 from bench.gpu.backends import kernels
-from bench.gpu.harness import Contestant, NotApplicable
+from bench.gpu.contestants import Contestant, NotApplicable
 from treedecode.cache.page_pool import PagePool
 from treedecode.ops.pages import STATUS_NUM_FREE
 

@@ -4,102 +4,20 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bench.gpu import harness, select_peers, timing
+from bench.gpu import harness, logits_cases, select_peers, timing
 from bench.gpu.backends import kernels
-from bench.gpu.harness import Builders, Contestant
+from bench.gpu.contestants import Builders, Contestant
+from bench.gpu.logits_cases import PruneCase, SampleCase, make_logits
 from treedecode.reference.sample import kept_tokens, uniform
 
-VOCABS = (32000, 128256, 151936, 256000)
-BEAMS = (4, 8, 16, 32, 64)
-GROUPS = (1, 4, 16, 64, 256)
-KINDS = ("normal", "peaked", "flat", "equal", "ascending")
-DTYPES = (torch.bfloat16, torch.float32)
-MAX_BYTES = 2 << 30
 NUM_CHECKED = 8  # rows or groups compared with float64
 
 
-@dataclass(frozen=True)
-class Prune:
-    """Groups of beams that each want their best `num_candidates`."""
-
-    vocab: int
-    num_beams: int
-    num_groups: int
-    dtype: torch.dtype
-    kind: str = "normal"
-    num_candidates: int | None = None  # twice the beams, as beam search asks for
-
-    @property
-    def rows(self) -> int:
-        return self.num_beams * self.num_groups
-
-    @property
-    def k(self) -> int:
-        return self.num_candidates or 2 * self.num_beams
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Rows that each want a token."""
-
-    vocab: int
-    rows: int
-    dtype: torch.dtype
-    kind: str = "normal"
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-
-def make_logits(kind: str, rows: int, vocab: int, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
-    generator = torch.Generator(device).manual_seed(seed)
-    x = torch.randn(rows, vocab, generator=generator, device=device)
-    if kind == "equal":
-        return torch.full_like(x, -3.25, dtype=dtype)
-    if kind == "ascending":
-        return (3 * x).sort(dim=1).values.to(dtype)
-    return (x * {"normal": 1.0, "peaked": 4.0, "flat": 0.01}[kind]).to(dtype)
-
-
-def all_cases(smoke: bool) -> dict[str, Prune | Draw]:
-    cases: list[Prune | Draw] = []
-    if smoke:
-        cases += [Prune(300, 4, 2, torch.float32), Prune(300, 2, 1, torch.bfloat16, "equal", 5)]
-        cases += [Draw(300, 4, torch.float32), Draw(300, 4, torch.bfloat16, "peaked", 0.8, 20, 0.9)]
-        return {_title(case): case for case in cases}
-    main = (64, 151936)
-    for dtype in DTYPES:
-        cases += [Prune(128256, 32, 1, dtype), Prune(131072, 64, 1, dtype, num_candidates=256)]
-        cases += [Prune(main[1], 8, 8, dtype, kind, 16) for kind in KINDS]
-        cases += [Draw(main[1], main[0], dtype, kind) for kind in ("normal", "peaked")]
-        cases += [Draw(main[1], main[0], dtype, kind, top_p=0.95) for kind in KINDS]
-        cases += [
-            Draw(main[1], main[0], dtype, "normal", 0.8, 50, 0.95),
-            Draw(main[1], main[0], dtype, temperature=0.0),
-        ]
-        cases += [Draw(vocab, rows, dtype) for vocab in VOCABS for rows in (1, 16, 64, 256)]
-    for dtype in DTYPES:
-        cases += [Prune(vocab, 16, 4, dtype) for vocab in VOCABS]
-        cases += [Prune(128256, beams, groups, dtype) for beams in BEAMS for groups in GROUPS]
-    cases = [case for case in cases if case.rows * case.vocab * case.dtype.itemsize <= MAX_BYTES]
-    return {_title(case): case for case in cases}
-
-
-def _title(case: Prune | Draw) -> str:
-    dtype = harness.dtype_name(case.dtype)
-    if isinstance(case, Prune):
-        return f"beam_prune {case.num_groups}x{case.num_beams}x{case.vocab} {dtype} {case.kind} k={case.k}"
-    filters = f"t={case.temperature:g}" + (f" top_k={case.top_k}" if case.top_k else "")
-    filters += f" top_p={case.top_p:g}" if case.top_p < 1 else ""
-    return f"sample {case.rows}x{case.vocab} {dtype} {case.kind} {filters}"
-
-
-def run_prune(session: harness.Session, name: str, case: Prune) -> None:
+def run_prune(session: harness.Session, name: str, case: PruneCase) -> None:
     device = session.device
     num_bytes = case.rows * case.vocab * case.dtype.itemsize
     logits = [
@@ -139,7 +57,7 @@ def run_prune(session: harness.Session, name: str, case: Prune) -> None:
     )  # fmt: skip
 
 
-def draw_error(x: Tensor, row: int, case: Draw, token: int, logprob: float, entropy: float) -> float:
+def sample_error(x: Tensor, row: int, case: SampleCase, token: int, logprob: float, entropy: float) -> float:
     """The largest error of a row's token, log-probability and entropy, each in parts of what fp32 sums may be off by.
 
     A token is right whose share of the cumulative distribution the row's random number falls into. The entropy is the
@@ -165,7 +83,7 @@ def draw_error(x: Tensor, row: int, case: Draw, token: int, logprob: float, entr
     return harness.worst(errors)
 
 
-def run_draw(session: harness.Session, name: str, case: Draw) -> None:
+def run_sample(session: harness.Session, name: str, case: SampleCase) -> None:
     device = session.device
     num_bytes = case.rows * case.vocab * case.dtype.itemsize
     logits = [
@@ -185,7 +103,7 @@ def run_draw(session: harness.Session, name: str, case: Draw) -> None:
 
     def check(token: Tensor, logprob: Tensor, entropy: Tensor) -> float:
         found = zip(exact, token.tolist(), logprob.tolist(), entropy.tolist(), strict=False)
-        return harness.worst(draw_error(x, row, case, *drawn) for row, (x, *drawn) in enumerate(found))
+        return harness.worst(sample_error(x, row, case, *drawn) for row, (x, *drawn) in enumerate(found))
 
     def build(sample: Callable[..., tuple[Tensor, ...]]) -> Contestant:
         def call(i: int) -> tuple[Tensor, ...]:
@@ -198,15 +116,15 @@ def run_draw(session: harness.Session, name: str, case: Draw) -> None:
         for backend, sample in kernels("sample", device).items()
     }
     session.measure(
-        name, ours, select_peers.draw_peers(logits, case), num_bytes=num_bytes, num_flops=0, dtype=case.dtype
+        name, ours, select_peers.sample_peers(logits, case), num_bytes=num_bytes, num_flops=0, dtype=case.dtype
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = harness.parser(__doc__).parse_args(argv)
     session = harness.Session("select", args)
-    for name, case in session.cases(all_cases(args.smoke)):
-        (run_prune if isinstance(case, Prune) else run_draw)(session, name, case)
+    for name, case in session.cases(logits_cases.all_cases(args.smoke)):
+        (run_prune if isinstance(case, PruneCase) else run_sample)(session, name, case)
     return int(session.failed)
 
 

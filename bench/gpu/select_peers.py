@@ -1,29 +1,21 @@
 """What else picks beams and draws tokens. Where a peer does not do all of the job, its row says what it leaves out."""
 
 import functools
-import importlib
-import importlib.util
 from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from bench.gpu.harness import Builders, Contestant, NotApplicable
-
-if TYPE_CHECKING:
-    from bench.gpu.select import Draw, Prune
+from bench.gpu.contestants import Builders, Contestant, NotApplicable, import_peer, require_gpu
+from bench.gpu.logits_cases import PruneCase, SampleCase
 
 Check = Callable[[Tensor], float]
 
 
 def _flashinfer(device: torch.device) -> ModuleType:
-    if device.type != "cuda":
-        raise NotApplicable("runs on a GPU only")
-    if importlib.util.find_spec("flashinfer") is None:
-        raise NotApplicable("flashinfer is not installed")
-    return importlib.import_module("flashinfer")
+    require_gpu(device)
+    return import_peer("flashinfer")
 
 
 def log_softmax_topk(logits: Tensor, cum: Tensor, num_groups: int, k: int) -> tuple[Tensor, Tensor]:
@@ -39,7 +31,7 @@ def lse_topk(logits: Tensor, cum: Tensor, num_groups: int, k: int) -> tuple[Tens
     return best, token.view(num_groups, -1).gather(1, at)
 
 
-def prune_peers(logits: list[Tensor], cum: Tensor, case: "Prune", check: Check, limit: float) -> Builders:
+def prune_peers(logits: list[Tensor], cum: Tensor, case: PruneCase, check: Check, limit: float) -> Builders:
     device = cum.device
 
     def plain(function: Callable[..., tuple[Tensor, Tensor]]) -> Contestant:
@@ -88,7 +80,7 @@ def filtered_multinomial(logits: Tensor, temperature: float, top_k: int, top_p: 
     return torch.multinomial(x.softmax(-1), 1)
 
 
-def draw_peers(logits: list[Tensor], case: "Draw") -> Builders:
+def sample_peers(logits: list[Tensor], case: SampleCase) -> Builders:
     device = logits[0].device
 
     def plain(function: Callable[..., Tensor]) -> Contestant:

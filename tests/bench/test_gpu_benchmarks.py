@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
+from support.benchmark_session import contestant, measure, session
 from support.paths import ROOT
 
-from bench.gpu import attention, decode, forests, harness, pages, report, sanitize, select
+from bench.gpu import attention, decode, forests, logits_cases, pages, report, sanitize, select
 from treedecode import ops
 
 SCRIPT = ROOT / "bench" / "gpu" / "run.sh"
@@ -69,20 +70,6 @@ def test_report(results, capsys):
     assert json.loads((results["folder"] / "results.json").read_text()).keys() == PARTS.keys()
 
 
-def session(tmp_path, *argv):
-    args = harness.parser("").parse_args(["--smoke", "--out", str(tmp_path), *argv])
-    return harness.Session("part", args), lambda: json.loads((tmp_path / "part.json").read_text())
-
-
-def contestant(error=0.0, call=None):
-    x = torch.ones(3)
-    return lambda: harness.Contestant(call or (lambda i: x), 2, lambda: error, 0.5)
-
-
-def measure(made, ours, peers=None):
-    made.measure("case", ours, peers or {}, num_bytes=1, num_flops=1, dtype=torch.float32)
-
-
 @pytest.mark.parametrize("error", [0.6, float("nan")])
 def test_a_wrong_result_has_no_time(tmp_path, error):
     made, written = session(tmp_path)
@@ -136,7 +123,7 @@ def test_a_run_goes_on_where_the_last_one_ended(tmp_path):
 HANGS = """
 import sys, time
 sys.path.insert(0, "tests")
-from test_bench_gpu import contestant, measure, session
+from support.benchmark_session import contestant, measure, session
 from pathlib import Path
 
 made, _ = session(Path(sys.argv[1]), "--resume", "--commit", "abc", "--patience", "0.5")
@@ -195,7 +182,7 @@ def test_every_case_can_be_made():
     """The full tables, whose names and forests are made without a GPU."""
     cases = attention.all_cases(False)
     assert len(cases) == 2 * (len(attention.TREES) + len(attention.LOSING)) + 4 * len(attention.WITH_OTHER_HEADS)
-    assert len(select.all_cases(False)) > 80
+    assert len(logits_cases.all_cases(False)) > 80
     unique = {name: build().unique_tokens * 4096 / 1e6 for name, (_, build) in list(cases.items())[:3]}
     assert [round(size) for size in unique.values()] == [33, 101, 168]  # MB
 

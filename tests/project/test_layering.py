@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,11 @@ def dotted(module: Path) -> str:
 
 
 NAMES = {dotted(module): module for module in MODULES}
+BENCHMARKS = {
+    path.relative_to(ROOT).as_posix().removesuffix(".py").replace("/", "."): path
+    for path in ROOT.glob("bench/**/*.py")
+    if path.name != "__init__.py"
+}
 
 
 def imports(tree: ast.AST) -> set[str]:
@@ -69,11 +75,11 @@ def imports(tree: ast.AST) -> set[str]:
     return found
 
 
-def modules_imported(tree: ast.AST) -> set[str]:
-    """Modules of treedecode that a module imports, the longest name that is a file's."""
+def modules_imported(tree: ast.AST, names: Collection[str] = NAMES) -> set[str]:
+    """Modules among `names` that a module imports, the longest name that is a file's."""
     found = set()
     for name in imports(tree):
-        while name and name not in NAMES:
+        while name and name not in names:
             name = name.rpartition(".")[0]
         found.add(name)
     return found - {"", "treedecode"}
@@ -154,6 +160,12 @@ def test_no_rooms_import_each_other():
 
 def test_no_files_import_each_other():
     graph = {name: modules_imported(parsed(module)) - {name} for name, module in NAMES.items() if name != "treedecode"}
+    assert rings(graph) == []
+
+
+def test_no_benchmarks_import_each_other():
+    graph = {name: modules_imported(ast.parse(path.read_text()), BENCHMARKS) for name, path in BENCHMARKS.items()}
+    assert "bench.gpu.harness" in graph["bench.gpu.select"]
     assert rings(graph) == []
 
 
