@@ -9,6 +9,7 @@ import torch
 
 import treedecode as td
 from treedecode.engine.graph_steps import SIZES, CapturedSteps
+from treedecode.models import ModelAdapter
 
 EOS = 1
 _PIECES: list[bytes] = [
@@ -77,7 +78,7 @@ def next_logits(tokens, vocab_size=VOCAB, eos_logit=-1.0, scale=4.0):
     return logits
 
 
-class FakeModel:
+class FakeModel(ModelAdapter):
     """The adapter's interface over `next_logits`; K of a token is (token id, position)."""
 
     num_layers, num_kv_heads, num_qo_heads, head_dim = 2, 1, 2, 16

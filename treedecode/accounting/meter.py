@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 
 from treedecode.common.arrays import IntArray
+from treedecode.models.adapter import ModelAdapter
 
 _NO_LIMIT = np.inf
 
@@ -76,12 +76,12 @@ class Meter:
         token_bytes: of one token's keys and values, all layers.
     """
 
-    def __init__(self, model: Any, page_size: int) -> None:
+    def __init__(self, model: ModelAdapter, page_size: int) -> None:
         self._page_size = page_size
         self.token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * model.dtype.itemsize
         self._costs = (
-            getattr(model, "flops_per_token", 0),
-            getattr(model, "flops_per_logits", 0),
+            model.flops_per_token,
+            model.flops_per_logits,
             4 * model.num_layers * model.num_qo_heads * model.head_dim,  # a query and a key: two products of head_dim
         )
         self._spent = {name: np.zeros(8, np.int64) for name in FIELDS}

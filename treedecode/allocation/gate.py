@@ -21,7 +21,7 @@ from treedecode.allocation.calibration import Isotonic
 from treedecode.allocation.cost_quantiles import CostQuantiles, tensors_under
 from treedecode.allocation.features import NAMES, VERSION
 from treedecode.allocation.provenance import Origin
-from treedecode.decoding.arguments import require_hidden_states
+from treedecode.models.adapter import ModelAdapter, require_hidden_states
 
 if TYPE_CHECKING:
     from treedecode.decoding.decoder import Decoder
@@ -185,7 +185,7 @@ class Gate:
         self.config.origin.require(Origin.of(decoder, task, scorer), self)
         self.check_model(decoder.model)
 
-    def check_model(self, model: Any) -> None:
+    def check_model(self, model: ModelAdapter) -> None:
         """Checks that a decoder's model is what the gate was trained for, and that the gate can read it.
 
         Raises:
@@ -195,7 +195,7 @@ class Gate:
         size = self.config.hidden_size
         if size:
             require_hidden_states(model)
-        if size not in (0, getattr(model, "hidden_size", 0)):
+        if size not in (0, model.hidden_size):
             raise ValueError(f"gate: {self!r} reads hidden states of {size}, and this model's have {model.hidden_size}")
 
     def price(self, budget: float) -> float:

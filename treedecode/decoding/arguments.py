@@ -51,12 +51,6 @@ def whole_numbers(value: Any, count: int, name: str) -> np.ndarray:
     return np.broadcast_to(array.astype(np.int64), count).copy()
 
 
-def require_hidden_states(model: Any) -> None:
-    """Raises ValueError if a model's adapter gives no hidden states."""
-    if not hasattr(model, "forward_hidden"):
-        raise ValueError(f"model: {type(model).__name__} has no forward_hidden, so it gives no hidden states")
-
-
 def sampling_or(sampling: Sampling | None, default: Sampling) -> Sampling:
     """`sampling`, where it is given.
 

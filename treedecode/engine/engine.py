@@ -12,13 +12,13 @@ from torch import Tensor
 from treedecode.accounting.meter import BudgetExhausted
 from treedecode.cache.page_pool import PagePool
 from treedecode.common.arrays import IntArray
-from treedecode.decoding.arguments import require_hidden_states
 from treedecode.engine.branch_table import Finish, Work
 from treedecode.engine.graph_steps import CapturedSteps
 from treedecode.engine.jobs import Callback, Job, Stats, settle
 from treedecode.engine.runner import Ticker
 from treedecode.engine.sampling import Sampling
 from treedecode.engine.stops import StopMatcher, StopSet
+from treedecode.models.adapter import require_hidden_states
 
 # Event loops that stand still until this code returns, because code in them waits for it.
 OUTER_LOOPS: ContextVar[tuple[asyncio.AbstractEventLoop, ...]] = ContextVar("OUTER_LOOPS", default=())

@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from treedecode.models.adapter import ModelAdapter
 from treedecode.models.context import StepContext
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 # Transformers takes seconds to import, so only who uses it waits for it.
 _LAZY = {"TransformersModel": "treedecode.models.transformers", "load_pretrained": "treedecode.models.loading"}
 
-__all__ = ["StepContext", "TransformersModel", "load_pretrained"]
+__all__ = ["ModelAdapter", "StepContext", "TransformersModel", "load_pretrained"]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from treedecode.models import prefill
+from treedecode.models.adapter import ModelAdapter
 from treedecode.models.change_detector import Watch
 from treedecode.models.context import StepContext
 from treedecode.models.flops import product_flops
@@ -121,7 +122,7 @@ def _attention_function(
 AttentionInterface.register(ATTENTION, _attention_function)
 
 
-class TransformersModel:
+class TransformersModel(ModelAdapter):
     """A Transformers causal language model as the decoder sees it.
 
     Attributes:
@@ -163,6 +164,11 @@ class TransformersModel:
         self.flops_per_token, self.flops_per_logits = product_flops(model, config)
         # Others, like the -1 of some checkpoints, are never generated.
         self.eos_token_ids: tuple[int, ...] = tuple(i for i in _eos_token_ids(model) if 0 <= i < self.vocab_size)
+
+    @property
+    def module(self) -> PreTrainedModel:
+        """The model itself."""
+        return self.model
 
     @property
     def optimizations(self) -> list[str]:

@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from treedecode.accounting.budget import UNTIL, Budget
 from treedecode.accounting.energy import Counter
@@ -181,7 +180,7 @@ class _Run:
     def description(self) -> dict[str, Any]:
         """What the solutions depend on, for the journal."""
         model = self.decoder.model
-        module = getattr(model, "model", None)  # of Transformers
+        module = model.module
         return {
             "strategy": repr(self.strategy),
             "task": self.task.name,
@@ -190,7 +189,7 @@ class _Run:
             "verifier": name_of(self.scorer) or "None",
             "budget": repr(self.budget),
             "model": [getattr(module, "name_or_path", None), model.vocab_size, model.num_layers, str(model.dtype)],
-            "weights": fingerprint(module) if isinstance(module, nn.Module) else None,
+            "weights": None if module is None else fingerprint(module),
             "max_tokens": self.decoder.max_tokens,
             "problems": [problem.id for problem in self.problems],
             # worked examples and chat templates are in no setting

@@ -4,14 +4,13 @@ import asyncio
 import hashlib
 import os
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from treedecode.decoding.arguments import require_hidden_states
 from treedecode.decoding.frontier import Frontier
+from treedecode.models.adapter import ModelAdapter, require_hidden_states
 from treedecode.models.value_head import ValueHead
 from treedecode.tasks.base import Problem
 
@@ -45,7 +44,7 @@ class Value:
             weights.update(tensor.float().numpy(force=True).tobytes())
         return f"Value({weights.hexdigest()})"
 
-    def check(self, model: Any) -> None:
+    def check(self, model: ModelAdapter) -> None:
         """Looks at a decoder's model, before a run begins.
 
         Raises:
