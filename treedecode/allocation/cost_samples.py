@@ -42,7 +42,7 @@ class CostDraws:
         read = shared * tokens.max(axis=1) + kv_tokens(prompt - shared, tokens).sum(axis=1)
         return self._token_bytes * (read + prompt - 1)
 
-    def alone(self, count: int) -> np.ndarray:
+    def one_chain(self, count: int) -> np.ndarray:
         """`[num_draws]`, of one chain alone: the mean of so many."""
         tokens = self._draw(0, count)
         if self.unit == "tokens":

@@ -1,16 +1,15 @@
 """Origin: which verifier, task and model chains are of. A gate knows no others than those it was trained on."""
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from treedecode.tasks.jsonl import Jsonl
+from treedecode.verify.scorers import scorer_name
 
 if TYPE_CHECKING:
     from treedecode.decoding.decoder import Decoder
     from treedecode.tasks.base import Task
 
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of a function, and another one in every process
 _TRAIN = "train a gate for it (`treedecode gate train`)"
 
 
@@ -32,7 +31,7 @@ class Origin:
     @classmethod
     def of(cls, decoder: "Decoder", task: "Task", scorer: Any) -> "Origin":
         """That of a run; `scorer` is None without a verifier."""
-        verifier = name_of(scorer)
+        verifier = scorer_name(scorer)
         name = "jsonl" if isinstance(task, Jsonl) else task.name
         return cls(verifier, name, decoder.model.vocab_size, decoder.model.num_layers)
 
@@ -48,7 +47,7 @@ class Origin:
         self.require_model(other, gate)
 
     def require_verifier(self, other: str, gate: Any) -> None:
-        """The same of a verifier's `name_of` alone."""
+        """The same of a verifier's `scorer_name` alone."""
         if other != self.verifier:
             mine, has = self.verifier or "no verifier", other or "none"
             raise ValueError(f"verifier: {gate!r} was trained with {mine}, and the run has {has}; {_TRAIN}")
@@ -58,8 +57,3 @@ class Origin:
         mine, has = (f"{one.vocab_size} tokens and {one.num_layers} layers" for one in (self, model))
         if has != mine:
             raise ValueError(f"model: {gate!r} was trained on one of {mine}, and the run's has {has}; {_TRAIN}")
-
-
-def name_of(scorer: Any) -> str:
-    """What a scorer is known by in every process; "" of None."""
-    return "" if scorer is None else _ADDRESS.sub("", repr(scorer))

@@ -80,11 +80,10 @@ def _rollouts(
         fits: raises where so many problems, with so many chains each, are not enough.
         gate: what they are for.
     """
-    from treedecode.allocation.provenance import name_of
     from treedecode.allocation.training.rollouts import Rollouts, collect, tree_searches_of
     from treedecode.engine.sampling import Sampling
     from treedecode.strategies import TreeOfThoughts
-    from treedecode.verify.scorers import scorer_of
+    from treedecode.verify.scorers import scorer_name, scorer_of
 
     check_folder(arguments.out)
     if arguments.rollouts is not None:
@@ -104,7 +103,7 @@ def _rollouts(
     verifier = verifier_named(arguments.verifier, task, model)
     scorer = scorer_of(verifier)
     if gate is not None:
-        gate.config.origin.require_verifier(name_of(scorer), gate)
+        gate.config.origin.require_verifier(scorer_name(scorer), gate)
     tree_searches_of(menu, TreeOfThoughts, verifier)  # a mistake is told before the model is loaded
     with decoder_for(model) as decoder:
         if gate is not None:

@@ -15,7 +15,6 @@ from treedecode.accounting.budget import UNTIL, Budget
 from treedecode.accounting.energy import Counter
 from treedecode.accounting.ledger import Ledger, Spent
 from treedecode.accounting.meter import BudgetExhausted, Spending
-from treedecode.allocation.provenance import name_of
 from treedecode.decoding.decoder import Decoder, Prompt
 from treedecode.engine.sampling import Sampling
 from treedecode.models.fingerprint import fingerprint
@@ -26,7 +25,7 @@ from treedecode.search.search import Outcome, Search
 from treedecode.search.solutions import Result, Solution
 from treedecode.search.strategy import Strategy
 from treedecode.tasks.base import Problem, Task
-from treedecode.verify.scorers import scorer_of
+from treedecode.verify.scorers import scorer_name, scorer_of
 from treedecode.verify.value import Value
 
 _SPENT_SECONDS = 10.0  # between two entries of what the run has spent; a solution has one too
@@ -186,7 +185,7 @@ class _Run:
             "task": self.task.name,
             "sampling": repr(self.sampling),
             "seed": self.seed,
-            "verifier": name_of(self.scorer) or "None",
+            "verifier": scorer_name(self.scorer) or "None",
             "budget": repr(self.budget),
             "model": [getattr(module, "name_or_path", None), model.vocab_size, model.num_layers, str(model.dtype)],
             "weights": None if module is None else fingerprint(module),

@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from treedecode.allocation.cost_samples import CostDraws
 from treedecode.search.search import Outcome, Search
 from treedecode.verify.judges import Judge
 from treedecode.verify.scorers import TextScorer
@@ -16,6 +15,32 @@ if TYPE_CHECKING:
     from treedecode.tasks.base import Task
 
 ANSWERS = ("best", "weighted", "majority")
+
+
+class CostSamples(Protocol):
+    """Samples of how one problem may go, from which a strategy tells what it will spend on it.
+
+    Attributes:
+        unit: what costs are counted in: "tokens" generated, or "kv_bytes" read.
+    """
+
+    unit: str
+
+    def chains(self, count: int) -> np.ndarray:
+        """`[num_samples]` costs of `count` chains side by side, which read the prompt's pages together."""
+        ...
+
+    def one_chain(self, count: int) -> np.ndarray:
+        """`[num_samples]` costs of one chain that runs alone, the mean of `count` chains."""
+        ...
+
+    def tree(self, depth: int, width: int, keep: int) -> np.ndarray:
+        """`[num_samples]` costs of a tree search.
+
+        Raises:
+            ValueError: nothing is known of a search of that shape.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -46,11 +71,14 @@ class Strategy:
         """
         return None
 
-    def cost(self, draws: CostDraws) -> np.ndarray:
-        """`[num_draws]` of what it may spend on a problem, in the unit of the draws (`treedecode.allocation.forecast`).
+    def cost(self, samples: CostSamples) -> np.ndarray:
+        """Tells what the strategy may spend on a problem, for `treedecode.forecast`.
+
+        Returns:
+            `[num_samples]` costs in the unit of the samples.
 
         Raises:
-            ValueError: it does not follow from what a gate knows.
+            ValueError: the cost does not follow from the lengths of chains.
         """
         raise ValueError(
             f"strategy: what {self.name} with these settings costs does not follow from how long chains are, which is "

@@ -5,10 +5,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from treedecode.allocation.cost_samples import CostDraws
 from treedecode.engine.sampling import Sampling
 from treedecode.search.search import Outcome, Search
-from treedecode.search.strategy import Strategy, choose, require, require_one_of
+from treedecode.search.strategy import CostSamples, Strategy, choose, require, require_one_of
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,8 @@ class BestOfN(Strategy):
     def num_branches(self) -> int:
         return self.num_samples
 
-    def cost(self, draws: CostDraws) -> np.ndarray:
-        return draws.chains(self.num_samples)
+    def cost(self, samples: CostSamples) -> np.ndarray:
+        return samples.chains(self.num_samples)
 
     async def solve(self, search: Search) -> Outcome:
         solutions = (await search.root()).spread(self.num_samples)

@@ -5,11 +5,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from treedecode.allocation.cost_samples import CostDraws
 from treedecode.decoding.frontier import Frontier
 from treedecode.engine.sampling import Sampling
 from treedecode.search.search import Outcome, Search
-from treedecode.search.strategy import Strategy, require
+from treedecode.search.strategy import CostSamples, Strategy, require
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,10 @@ class ChainOfThought(Strategy):
     def num_branches(self) -> int:
         return 2
 
-    def cost(self, draws: CostDraws) -> np.ndarray:
+    def cost(self, samples: CostSamples) -> np.ndarray:
         if self.min_tokens or self.max_tokens is not None:
-            return super().cost(draws)
-        return draws.chains(1)
+            return super().cost(samples)
+        return samples.chains(1)
 
     async def solve(self, search: Search) -> Outcome:
         limit = search.task.max_new_tokens if self.max_tokens is None else self.max_tokens

@@ -11,12 +11,11 @@ from treedecode.allocation.allocate import Bid
 from treedecode.allocation.allocators import Meeting, Record, Stream, Terms
 from treedecode.allocation.chain_costs import UNITS, chain_costs, kv_sizes
 from treedecode.allocation.chains import Chain, chains_of, selected
-from treedecode.allocation.cost_samples import CostDraws
 from treedecode.allocation.features import Prefill, prefill, vector
 from treedecode.allocation.gate import Gate
 from treedecode.engine.sampling import Sampling
 from treedecode.search.search import Outcome, Search
-from treedecode.search.strategy import Strategy, rank, require, require_one_of
+from treedecode.search.strategy import CostSamples, Strategy, rank, require, require_one_of
 from treedecode.strategies.tree_of_thoughts import TreeOfThoughts
 
 
@@ -96,10 +95,10 @@ class DynamicAllocation(Strategy):
         price = self.price or self._gate.price(self.budget)
         return Stream(terms, problems, known, price=price, step=self.step, lag=self.lag)
 
-    def cost(self, draws: CostDraws) -> np.ndarray:
-        if draws.unit != self.unit:
+    def cost(self, samples: CostSamples) -> np.ndarray:
+        if samples.unit != self.unit:
             raise ValueError(f"unit: dynamic allocation divides {self.unit}, and what it costs in them alone is known")
-        return self.budget * draws.alone(self.probes)
+        return self.budget * samples.one_chain(self.probes)
 
     def check(self, *run: Any) -> None:
         self._gate.check(*run)

@@ -6,11 +6,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from treedecode.allocation.cost_samples import CostDraws
 from treedecode.decoding.frontier import Frontier
 from treedecode.engine.sampling import Sampling
 from treedecode.search.search import Outcome, Search
-from treedecode.search.strategy import Strategy, require
+from treedecode.search.strategy import CostSamples, Strategy, require
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,8 @@ class SelfConsistency(Strategy):
     def num_branches(self) -> int:
         return self.num_samples + 1
 
-    def cost(self, draws: CostDraws) -> np.ndarray:
-        return draws.chains(self.num_samples)
+    def cost(self, samples: CostSamples) -> np.ndarray:
+        return samples.chains(self.num_samples)
 
     async def solve(self, search: Search) -> Outcome:
         root = await search.root()

@@ -5,11 +5,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from treedecode.allocation.cost_samples import CostDraws
 from treedecode.decoding.frontier import Frontier
 from treedecode.engine.sampling import Sampling
 from treedecode.search.search import Outcome, Search
-from treedecode.search.strategy import Strategy, rank, require, require_one_of
+from treedecode.search.strategy import CostSamples, Strategy, rank, require, require_one_of
 from treedecode.strategies.propose import propose
 
 
@@ -65,10 +64,10 @@ class TreeOfThoughts(Strategy):
             return self.keep * (1 + self.width)
         return 1 + self.width * self.depth
 
-    def cost(self, draws: CostDraws) -> np.ndarray:
+    def cost(self, samples: CostSamples) -> np.ndarray:
         if self.order != "bfs" or self.dead is not None or self.generate != "sample":
-            return super().cost(draws)
-        return draws.tree(self.depth, self.width, self.keep)
+            return super().cost(samples)
+        return samples.tree(self.depth, self.width, self.keep)
 
     async def solve(self, search: Search) -> Outcome:
         return await (self._bfs(search) if self.order == "bfs" else self._dfs(search))

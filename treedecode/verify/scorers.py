@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import inspect
+import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from treedecode.accounting.budget import require_time
 if TYPE_CHECKING:
     from treedecode.decoding.frontier import Frontier
     from treedecode.tasks.base import Problem
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of a function; another one in every process
 
 TextValue = Callable[["Problem", str], float | Awaitable[float]]
 
@@ -147,6 +150,11 @@ def as_scorer(scorer: "Scorer | TextValue | None") -> Scorer:
 def scorer_of(verifier: Any) -> Scorer | None:
     """The scorer of a run's verifier; None: the run has none. Raises as `as_scorer`."""
     return None if verifier is None else as_scorer(verifier)
+
+
+def scorer_name(scorer: Scorer | None) -> str:
+    """Returns the name that a scorer has in every process: its repr without addresses; "" for None."""
+    return "" if scorer is None else _ADDRESS.sub("", repr(scorer))
 
 
 def _check_count(name: str, value: int, least: int) -> None:
