@@ -1,20 +1,14 @@
 """What users give, checked: each error names the argument, what was expected and what came."""
 
-import contextlib
 import inspect
-import math
-import os
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from treedecode.engine.sampling import Sampling
 
 Scores = Sequence[float] | np.ndarray
-
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 def token_ids(ids: Any, name: str, vocab_size: int) -> np.ndarray:
@@ -64,41 +58,6 @@ def sampling_or(sampling: Sampling | None, default: Sampling) -> Sampling:
 
 def _shown(value: Any) -> str:
     return f"{type(value).__name__} {value!r}"[:80]
-
-
-def memory_bytes(kv_memory: int | str | None, device: torch.device, useful: int) -> int:
-    """Bytes to take for keys and values; by default up to `useful`."""
-    if kv_memory is None:
-        if device.type == "cuda":
-            return min(useful, int(torch.cuda.mem_get_info(device)[0] * 0.8))
-        return min(useful, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8)
-    if isinstance(kv_memory, str):
-        digits = kv_memory.rstrip("abgikmABGIKM ")
-        unit = kv_memory[len(digits) :].strip().lower()
-        try:
-            return int(float(digits) * _UNITS[unit])
-        except (ValueError, KeyError, OverflowError):
-            raise ValueError(f'kv_memory: expected bytes or a string like "2GiB", got {kv_memory!r}') from None
-    if isinstance(kv_memory, bool) or not isinstance(kv_memory, (int, float)) or not math.isfinite(kv_memory):
-        raise TypeError(f'kv_memory: expected bytes or a string like "2GiB", got {kv_memory!r}')
-    return int(kv_memory)
-
-
-@contextlib.contextmanager
-def allocated(kv_memory: int | str | None, max_branches: int) -> Iterator[None]:
-    """Around what takes the memory that `kv_memory` and `max_branches` ask for.
-
-    Raises:
-        MemoryError: there is not so much.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # torch has no class for it on the CPU
-            raise
-        raise MemoryError(
-            f"kv_memory: {kv_memory}, max_branches: {max_branches} take more memory than there is: {error}"
-        ) from error
 
 
 async def numbers_of(fn: Callable[[list[str]], Scores | Awaitable[Scores]], texts: list[str], count: int) -> np.ndarray:

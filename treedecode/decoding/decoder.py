@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from treedecode.accounting.meter import Meter
+from treedecode.cache.memory import kv_memory_bytes, out_of_memory_named
 from treedecode.cache.page_pool import PagePool
 from treedecode.common.arrays import IntArray
 from treedecode.decoding import beam_search
 from treedecode.decoding import generate as completions
-from treedecode.decoding.arguments import allocated, memory_bytes, sampling_or, token_ids, whole_numbers
+from treedecode.decoding.arguments import sampling_or, token_ids, whole_numbers
 from treedecode.decoding.frontier import Frontier
 from treedecode.decoding.generate import Completion
 from treedecode.decoding.recorder import Recorder
@@ -78,12 +79,12 @@ class Decoder:
             raise ValueError(f"model: expected float32, bfloat16 or float16, got {model.dtype}")
         columns = -(-model.max_position // page_size)
         page_bytes = 2 * model.num_layers * model.num_kv_heads * page_size * model.head_dim * model.dtype.itemsize
-        num_pages = memory_bytes(kv_memory, model.device, page_bytes * columns * max_branches) // page_bytes
+        num_pages = kv_memory_bytes(kv_memory, model.device, page_bytes * columns * max_branches) // page_bytes
         if num_pages < 1:
             raise ValueError(f"kv_memory: {kv_memory} is less than one page of {page_bytes} bytes")
         self.model = model
         self.tokenizer = tokenizer
-        with allocated(kv_memory, max_branches):
+        with out_of_memory_named(kv_memory, max_branches):
             pool = PagePool(
                 num_layers=model.num_layers,
                 num_kv_heads=model.num_kv_heads,
@@ -100,7 +101,7 @@ class Decoder:
         self._max_tokens = min(model.max_position, self._capacity)
         matcher = StopMatcher(tokenizer, model.vocab_size)
         captured = CapturedSteps(model, pool) if cuda_graphs and pool.device.type == "cuda" else None
-        with allocated(kv_memory, max_branches):
+        with out_of_memory_named(kv_memory, max_branches):
             self.engine = Engine(
                 model, pool, matcher, max_tokens=self._max_tokens, prefill_tokens=prefill_tokens, captured=captured
             )
