@@ -37,7 +37,7 @@ bench: build
 # package. libstdc++ is preloaded too: the sanitizer looks for __cxa_throw once, when it starts.
 # Left out: test_cuda_build.py starts nvcc, which does not survive the preloading; test_cuda_barriers.py runs kernels that
 # are broken on purpose, within a time that is too short here.
-SANITIZE_TESTS ?= $(filter-out tests/ops/cuda/test_cuda_build.py tests/ops/cuda/test_cuda_barriers.py tests/ops/cuda/test_sanitized.py,$(wildcard $(patsubst csrc/api/%.cpp,tests/ops/test_%.py,$(wildcard csrc/api/*.cpp)) tests/cache/test_pages.py tests/engine/test_prefix_index.py tests/ops/cuda/*.py))
+SANITIZE_TESTS ?= $(filter-out tests/ops/cuda/test_cuda_build.py tests/ops/cuda/test_cuda_barriers.py tests/ops/cuda/test_sanitized.py,$(wildcard $(patsubst csrc/api/%.cpp,tests/ops/test_%.py,$(wildcard csrc/api/*.cpp)) tests/engine/test_prefix_index.py tests/ops/cuda/*.py))
 SANITIZE_LIBS  := libasan.so libubsan.so libstdc++.so
 sanitize: build
 	mkdir -p build/sanitized

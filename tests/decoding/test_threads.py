@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from integrations.test_transformers_generate import make_model
+from support.generate_cases import make_model
 
 import treedecode
 

@@ -8,8 +8,8 @@ import asyncio
 import numpy as np
 import pytest
 import torch
-from models.test_transformers_model import make_model
 from support.fakes import FakeModel, FakeTokenizer
+from support.transformers_models import make_model
 
 import treedecode as td
 from treedecode import ops

@@ -4,11 +4,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ops.test_plan_tree import GOLDEN, HEADS, LONG_PREFILLS, plain, plan_of
-from ops.test_tree_attention import two_trees_and_loners
-from support.attention_cases import assert_within_budget, make_case, ragged
+from support.attention_cases import assert_within_budget, make_case, ragged, two_trees_and_loners
 from support.forests import UNUSED, as_tables, forests, tree_rows
 from support.gpu_cases import DEVICE, GPU, to_cpu, to_gpu
+from support.plan_cases import GOLDEN, HEADS, LONG_PREFILLS, plain, plan_of
 
 from treedecode import ops, reference
 from treedecode.models import prefill

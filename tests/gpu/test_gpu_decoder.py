@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 import torch
-from models.test_transformers_model import make_model
 from support.gpu_cases import DEVICE, GPU
+from support.transformers_models import make_model
 
 import treedecode as td
 from treedecode.decoding.beam_graph import CapturedBeamStep

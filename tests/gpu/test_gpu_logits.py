@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from ops.test_beam_prune import assert_pruned_right, indptr
-from ops.test_beam_update import POOL, i32
-from ops.test_sample import FILTERS, OFF, assert_drawn_right, per_row
+from support.beam_prune_cases import assert_pruned_right, indptr
+from support.beam_update_cases import POOL, i32
 from support.gpu_cases import DEVICE, GPU, to_cpu, to_gpu
 from support.logits_cases import DTYPES, KINDS, make_logits, pack
+from support.sample_cases import FILTERS, OFF, assert_drawn_right, per_row
 
 from treedecode import ops, reference
 

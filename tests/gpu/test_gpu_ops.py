@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from ops.test_append_kv import make_pages
-from ops.test_merge_states import assert_within_budget, random_parts
 from support.gpu_cases import DEVICE, GPU, to_cpu, to_gpu
+from support.merge_states_cases import assert_within_budget, random_parts
+from support.page_cases import make_pages
 
 from treedecode import ops, reference, triton_kernels
 

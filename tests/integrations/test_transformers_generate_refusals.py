@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from integrations.test_transformers_generate import VOCAB, make_inputs, make_model
+from support.generate_cases import VOCAB, make_inputs, make_model
 from transformers import DynamicCache, LogitsProcessorList, T5Config, T5ForConditionalGeneration
 from transformers.generation import BaseStreamer, LogitsProcessor, RepetitionPenaltyLogitsProcessor
 

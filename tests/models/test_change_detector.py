@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from integrations.test_transformers_generate import make_model
+from support.generate_cases import make_model
 from torch import nn
 
 import treedecode

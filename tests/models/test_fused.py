@@ -2,17 +2,12 @@
 
 import pytest
 import torch
-from models.test_transformers_model import MODELS, make_model, plain, search
+from support.transformers_models import MODELS, last_error, make_model, plain, search
 from torch import nn
 
 from treedecode.models.transformers import TransformersModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def last_error(adapter, model):
-    tokens, logits = list(search(adapter))[-1]
-    return (logits - plain(model, tokens)[-len(logits) :]).abs().max()
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])

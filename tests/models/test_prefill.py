@@ -1,6 +1,6 @@
 import pytest
 import torch
-from models.test_transformers_model import make_model
+from support.transformers_models import make_model
 
 import treedecode as td
 from treedecode import ops, reference

@@ -5,8 +5,7 @@ import threading
 
 import pytest
 import torch
-from models.test_fused import last_error
-from models.test_transformers_model import PAGE_SIZE, Pages, make_model, plain, search, step
+from support.transformers_models import PAGE_SIZE, Pages, last_error, make_model, plain, search, step
 from torch import nn
 
 from treedecode import ops

@@ -1,15 +1,10 @@
 import pytest
 import torch
+from support.page_cases import make_pages
 
 from treedecode import ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def make_pages(num_pages, page_size, num_kv_heads, head_dim, dtype, layout):
-    if layout == "NHD":
-        return torch.full((num_pages, page_size, num_kv_heads, head_dim), 7.0, dtype=dtype)
-    return torch.full((num_pages, num_kv_heads, page_size, head_dim), 7.0, dtype=dtype).transpose(1, 2)
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])

@@ -7,9 +7,7 @@ import json
 
 import pytest
 import torch
-from ops.cuda import test_cuda_beam_prune, test_cuda_sample
-from ops.triton import test_triton_pages
-from support import page_kernels
+from support import logits_kernels, page_kernels, triton_cases
 from support.paths import GOLDEN
 
 from treedecode import ops, reference, triton_kernels
@@ -50,7 +48,7 @@ def page_op(backend, op, *args):
     if backend == "cuda":
         page_kernels.on_host(op, *args)
     else:
-        module = {"reference": reference, "cpu": ops, "triton": test_triton_pages.OnDevice}[backend]
+        module = {"reference": reference, "cpu": ops, "triton": triton_cases.PageOps}[backend]
         getattr(module, op)(*args)
 
 
@@ -89,7 +87,7 @@ def test_ties_of_beam_prune(case, backend):
     logits, cum = torch.tensor(case["logits"]), torch.tensor(case["cum_logprobs"])
     groups, k = int32(case["group_indptr"]), case["num_candidates"]
     if backend == "cuda":
-        _, parent, token, _ = test_cuda_beam_prune.beam_prune(logits, cum, groups, k)
+        _, parent, token, _ = logits_kernels.beam_prune(logits, cum, groups, k)
     elif backend == "triton":
         _, parent, token, _ = triton_kernels.launcher("beam_prune")(logits, cum, groups, k, None, False)
     else:
@@ -104,7 +102,7 @@ def test_draws(case, backend):
     logits = torch.tensor(case["logits"])
     settings = {name: torch.tensor(case[name], dtype=dtype) for name, dtype in SETTINGS.items()}
     if backend == "cuda":
-        token, _, _ = test_cuda_sample.sample(logits, settings)
+        token, _, _ = logits_kernels.sample(logits, settings)
     elif backend == "triton":
         token, _, _ = triton_kernels.launcher("sample")(logits, *settings.values(), None)
     else:

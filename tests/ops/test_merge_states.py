@@ -1,35 +1,10 @@
 import pytest
 import torch
+from support.merge_states_cases import assert_within_budget, random_parts
 
-from treedecode import ops, reference
+from treedecode import ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def random_parts(counts, num_heads, head_dim, dtype, empty=0.2):
-    """Partials with wide-spread lse; some have no keys, and NaN as their output."""
-    num_parts = sum(counts)
-    part_out = torch.randn(num_parts, num_heads, head_dim).to(dtype)
-    part_lse = 8 * torch.randn(num_parts, num_heads)
-    no_keys = torch.rand(num_parts, num_heads) < empty
-    part_lse[no_keys] = -torch.inf
-    part_out[no_keys] = torch.nan
-    merge_indptr = torch.tensor([0, *counts]).cumsum(0).int()
-    return part_out, part_lse, merge_indptr
-
-
-def assert_within_budget(got, part_out, part_lse, merge_indptr):
-    """The error of rounding the exact answer, plus a few ulps of fp32 and one of the output's dtype."""
-    dtype = part_out.dtype
-    exact, exact_lse = reference.merge_states(part_out, part_lse, merge_indptr)
-    assert got[0].dtype == dtype
-    assert got[1].dtype == torch.float32
-    budget = (exact.to(dtype).double() - exact).abs() + 2e-6 + torch.finfo(dtype).eps * exact.abs()
-    assert ((got[0].double() - exact).abs() <= budget).all()
-    empty = exact_lse.isneginf()
-    assert torch.equal(got[1].isneginf(), empty)
-    error = (got[1].double() - exact_lse).abs()[~empty]
-    assert (error <= 2e-6 + torch.finfo(torch.float32).eps * exact_lse[~empty].abs()).all()
 
 
 @pytest.mark.parametrize(("num_heads", "head_dim"), [(9, 64), (1, 16), (16, 72), (33, 8), (3, 257), (2, 600)])

@@ -1,40 +1,14 @@
-import json
 from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support import paths
 from support.forests import UNUSED, as_tables, forests, tree_rows
+from support.plan_cases import GOLDEN, HEADS, LONG_PREFILLS, chunks_of, plain, plan_of
+from support.tensors import int32
 
 from treedecode import ops, reference
-
-HEADS = [(9, 3), (14, 2), (32, 8), (8, 1), (4, 4)]
-LONG_PREFILLS = as_tables([list(range(64 * row, 64 * row + 64)) for row in range(70)], 64, [64] * 70)
-GOLDEN = json.loads((paths.GOLDEN / "plan_tree.json").read_text())
-
-
-def plan_of(page_table, seq_lens, q_lens=None, page_size=16, num_qo_heads=4, num_kv_heads=4, num_workers=0):
-    return ops.plan_tree(
-        page_table,
-        seq_lens,
-        q_lens,
-        page_size=page_size,
-        num_qo_heads=num_qo_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=64,
-        num_workers=num_workers,
-    )
-
-
-def chunks_of(plan):
-    return plan.chunks[: plan.counts[0]].tolist()
-
-
-def plain(plan):
-    """The plan's numbers without what is undefined."""
-    return [plan.q_indptr.tolist(), plan.part_indptr.tolist(), chunks_of(plan), plan.counts.tolist()]
 
 
 @settings(max_examples=300, deadline=None)
@@ -270,10 +244,6 @@ def test_opcheck(q_lens, num_workers):
 def test_nothing_to_plan(num_rows, max_pages):
     plan = plan_of(torch.empty(num_rows, max_pages, dtype=torch.int32), torch.zeros(num_rows, dtype=torch.int32))
     assert plain(plan) == [list(range(num_rows + 1)), [0] * (num_rows + 1), [], [0, 0, 0, 0, 16, 0]]
-
-
-def int32(*values):
-    return torch.tensor(values, dtype=torch.int32)
 
 
 @pytest.mark.parametrize(

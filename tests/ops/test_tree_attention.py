@@ -6,8 +6,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.attention_cases import assert_idle_tokens_are_left_out, assert_within_budget, make_case, ragged
+from support.attention_cases import (
+    assert_idle_tokens_are_left_out,
+    assert_within_budget,
+    make_case,
+    ragged,
+    two_trees_and_loners,
+)
 from support.forests import as_tables, forests, tree_rows
+from support.tensors import int32
 
 from treedecode import ops, reference
 
@@ -26,15 +33,6 @@ SHAPES = [  # num_qo_heads, num_kv_heads, head_dim, page_size
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def two_trees_and_loners(page_size):
-    """Three levels, two levels, single rows, forks in the middle of what others share, an empty row."""
-    unit = max(1, 32 // page_size)
-    deep = tree_rows([2, 3], [5 * unit, 2 * unit, unit])
-    wide = [[1000 + page for page in row] for row in tree_rows([4], [3 * unit, 1])]
-    stub = deep[-1][: 2 * unit]
-    return ragged([*deep, stub, wide[0], [5000], *wide[1:], [], list(range(6000, 6000 + 4 * unit))], page_size)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape)))
@@ -260,10 +258,6 @@ def test_opcheck(dtype):
         case.options["sinks"],
     )
     torch.library.opcheck(torch.ops.treedecode.tree_attention, args)
-
-
-def int32(*values):
-    return torch.tensor(values, dtype=torch.int32)
 
 
 TWO_ROWS = int32(1, 2, 3, 1, 2, 4).view(2, 3), int32(40, 37)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from support.forests import as_tables
+from support.forests import as_tables, tree_rows
 
 from treedecode import ops, reference
 
@@ -197,3 +197,12 @@ def assert_idle_tokens_are_left_out(case, run):
     assert torch.equal(lse[:-3], want[1])
     assert not out[-3:].any()
     assert lse[-3:].isneginf().all()
+
+
+def two_trees_and_loners(page_size):
+    """Three levels, two levels, single rows, forks in the middle of what others share, an empty row."""
+    unit = max(1, 32 // page_size)
+    deep = tree_rows([2, 3], [5 * unit, 2 * unit, unit])
+    wide = [[1000 + page for page in row] for row in tree_rows([4], [3 * unit, 1])]
+    stub = deep[-1][: 2 * unit]
+    return ragged([*deep, stub, wide[0], [5000], *wide[1:], [], list(range(6000, 6000 + 4 * unit))], page_size)

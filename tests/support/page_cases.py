@@ -1,4 +1,4 @@
-"""Pools for the page tests, and a writer that knows what every branch must hold."""
+"""Pools and pages for the page tests, and a writer that knows what every branch must hold."""
 
 import torch
 
@@ -57,3 +57,10 @@ class Writer:
             for got, sign in zip(pool.layer(layer), (1, -1), strict=True):
                 got = got[pages].reshape(-1, num_heads, head_dim)[: len(values)]
                 assert torch.equal(got, sign * want), f"row {row}"
+
+
+def make_pages(num_pages, page_size, num_kv_heads, head_dim, dtype, layout):
+    """Pages full of 7 as `[num_pages, page_size, num_kv_heads, head_dim]`, in memory of either layout."""
+    if layout == "NHD":
+        return torch.full((num_pages, page_size, num_kv_heads, head_dim), 7.0, dtype=dtype)
+    return torch.full((num_pages, num_kv_heads, page_size, head_dim), 7.0, dtype=dtype).transpose(1, 2)

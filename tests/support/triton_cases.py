@@ -1,4 +1,7 @@
-"""What the tests of the Triton kernels share: they run in the interpreter, and launchers refuse what native ops do."""
+"""Helpers of the Triton tests: launchers as ops, refusals in the native op's words, compiling for every target.
+
+Importing this skips a test module where kernels cannot run in Triton's interpreter.
+"""
 
 import copy
 import json
@@ -41,3 +44,25 @@ def compile_all(script, *args):
     env["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, TESTS)))
     out = subprocess.run([sys.executable, path, *args], capture_output=True, text=True, env=env, check=True).stdout
     return json.loads(out)
+
+
+class PageOps:
+    """The page ops of `treedecode.ops` by their launchers, as on a GPU."""
+
+    @staticmethod
+    def fork_branches(state, src, dst, lens=None):
+        triton_kernels.launcher("fork_branches")(*state[:5], src, dst, lens, state.page_size)
+
+    @staticmethod
+    def append_slots(state, kv, slots, rows, q_lens=None):
+        triton_kernels.launcher("append_slots")(*state[:5], kv, slots, rows, q_lens, state.page_size)
+
+    @staticmethod
+    def hold_pages(state, pages, hold=True):
+        triton_kernels.launcher("hold_pages")(state.refcount, state.free_pages, state.status, pages, hold)
+
+    @staticmethod
+    def adopt_pages(state, pages, row, num_tokens):
+        triton_kernels.launcher("adopt_pages")(
+            state.refcount, state.page_table, state.seq_lens, state.status, pages, row, num_tokens, state.page_size
+        )

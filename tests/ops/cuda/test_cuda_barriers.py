@@ -6,15 +6,13 @@ import re
 
 import pytest
 import torch
-from ops.cuda.test_cuda_beam_prune import beam_prune
-from ops.cuda.test_cuda_beam_update import beam_update, cloned
-from ops.cuda.test_cuda_sample import sample
-from ops.test_beam_prune import indptr
-from ops.test_beam_update import POOL, make_args
-from ops.test_sample import per_row
 from support import simt_kernels as simt
+from support.beam_prune_cases import indptr
+from support.beam_update_cases import POOL, make_args
 from support.logits_cases import make_logits
+from support.logits_kernels import beam_prune, beam_update, cloned, sample
 from support.paths import ROOT
+from support.sample_cases import per_row
 
 SOURCES = ROOT / "csrc" / "cuda"
 

@@ -4,37 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops.test_beam_update import POOL, i32, make_args
 from support import cuda_library
-from support.simt_kernels import SEEDS, run
+from support.beam_update_cases import POOL, i32, make_args
+from support.logits_kernels import beam_update, cloned
+from support.simt_kernels import SEEDS
 
 from treedecode import ops
-
-MODES = {False: 0, True: 1, "never": 2}
-
-
-def beam_update(args, **options):
-    """The running beams; pool and `done` of `args` are updated, as `ops.beam_update` does."""
-    args = {"length_penalty": 1.0, "early_stopping": False, "stop": None} | args
-    num_groups, num_candidates = args["scores"].shape
-    num_beams = len(args["pool_scores"])
-    out = (torch.empty(num_beams), *(torch.empty(num_beams, dtype=torch.int32) for _ in range(2)))
-    run(
-        "beam_update",
-        **args | {"early_stopping": MODES[args["early_stopping"]]},
-        **dict(zip(("running_scores", "running_parent", "running_token"), out, strict=True)),
-        lists=torch.empty(num_groups, 3, num_candidates, dtype=torch.int32),
-        num_groups=num_groups,
-        num_candidates=num_candidates,
-        num_beams=num_beams,
-        num_eos=len(args["eos_ids"]),
-        **options,
-    )
-    return out
-
-
-def cloned(args):
-    return {name: value.clone() if torch.is_tensor(value) else value for name, value in args.items()}
 
 
 def assert_equals_the_cpu(args, **options):

@@ -11,6 +11,7 @@ from support import cuda_library, page_kernels
 from support import simt_kernels as simt
 from support.gpu_cases import GPU
 from support.page_cases import STATE_FIELDS, make_pool
+from support.tensors import int32
 
 from treedecode import ops, reference
 
@@ -26,10 +27,6 @@ everywhere = pytest.mark.parametrize(
         pytest.param(page_kernels.on_device, marks=GPU),
     ],
 )
-
-
-def int32(*values):
-    return torch.tensor(values, dtype=torch.int32)
 
 
 class Pair:

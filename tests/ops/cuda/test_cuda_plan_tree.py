@@ -1,20 +1,18 @@
 """plan_tree's CUDA kernels on the host: the reference's flat plan to the last number."""
 
-import json
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import cuda_library, paths
+from support import cuda_library
 from support import simt_kernels as simt
 from support.forests import UNUSED, as_tables, forests, tree_rows
 from support.gpu_cases import on_gpu
+from support.plan_cases import GOLDEN, HEADS
+from support.tensors import int32
 
 from treedecode import ops, reference
 
-HEADS = [(9, 3), (14, 2), (32, 8), (8, 1), (4, 4)]
-GOLDEN = json.loads((paths.GOLDEN / "plan_tree.json").read_text())
 SEGMENT = 2048  # page ids that a block compares
 
 
@@ -167,10 +165,6 @@ def test_every_barrier_is_needed():
             )
 
         assert simt.is_noticed(goes_wrong), barrier
-
-
-def int32(*values):
-    return torch.tensor(values, dtype=torch.int32)
 
 
 @on_gpu

@@ -4,35 +4,13 @@ import math
 
 import pytest
 import torch
-from ops.test_sample import FILTERS, LARGE, OFF, assert_drawn_right, per_row
 from support import cuda_library
-from support.cuda_logits import logits_params
 from support.logits_cases import DTYPES, KINDS, make_logits, pack
-from support.simt_kernels import SEEDS, run
+from support.logits_kernels import sample
+from support.sample_cases import FILTERS, LARGE, assert_drawn_right, per_row
+from support.simt_kernels import SEEDS
 
 from treedecode.reference.sample import uniform
-
-SLOT = 160  # kSampleSlot of csrc/cuda/sample.h
-
-
-def sample(logits, settings, *, token_mask=None, chunk_len=None, **options):
-    rows = logits.shape[0]
-    params = logits_params(logits, token_mask, chunk_len)
-    chunks = rows * params["num_chunks"]
-    out = (torch.empty(rows, dtype=torch.int32), torch.empty(rows), torch.empty(rows))
-    names = {"seed": "seeds", "position": "positions"}  # a seed of `run` is the schedule's
-    run(
-        "sample",
-        logits=params,
-        **{names.get(name, name): value for name, value in settings.items()},
-        **dict(zip(("token", "logprob", "entropy"), out, strict=True)),
-        chunk_sums=torch.empty(chunks, 4),
-        chunk_least=torch.empty(chunks, dtype=torch.int64),
-        chunk_keys=torch.empty(chunks, SLOT, dtype=torch.int64),
-        strides=tuple(0 if len(settings[name]) == 1 else settings[name].stride(0) for name in OFF),
-        **options,
-    )
-    return out
 
 
 @pytest.mark.parametrize("kind", KINDS)

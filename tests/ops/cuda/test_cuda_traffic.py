@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from ops.cuda.test_cuda_tree_attention import attend, flat_plan
 from support import simt_kernels as simt
 from support.attention_cases import make_case, ragged
+from support.attention_kernels import attend, flat_plan
 from support.forests import tree_rows
 
 

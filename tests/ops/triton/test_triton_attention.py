@@ -7,9 +7,9 @@ import torch
 import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops.test_plan_tree import GOLDEN, HEADS, plain
 from support.attention_cases import assert_idle_tokens_are_left_out, assert_within_budget, make_case, ragged
 from support.forests import UNUSED, as_tables, forests, tree_rows
+from support.plan_cases import GOLDEN, HEADS, plain
 from support.triton_cases import IS_3_6, assert_refused_in_the_same_words, compile_all
 
 from treedecode import ops, triton_kernels

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops.test_beam_update import POOL, i32, make_args
+from support.beam_update_cases import POOL, i32, make_args
 from support.triton_cases import assert_refused_in_the_same_words
 
 from treedecode import ops, triton_kernels

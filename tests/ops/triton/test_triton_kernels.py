@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.merge_states_cases import assert_within_budget, random_parts
 from support.triton_cases import IS_3_6, assert_refused_in_the_same_words, compile_all
 
 from treedecode import ops, reference, triton_kernels
@@ -80,8 +81,6 @@ def test_copy_pages(dtype, some):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_merge_states(dtype):
-    from ops.test_merge_states import assert_within_budget, random_parts
-
     torch.manual_seed(0)
     for head_dim in (24, 300):
         parts = random_parts([3, 1, 0, 5, 2], 3, head_dim, dtype, empty=0.3)

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
-from ops.test_beam_prune import assert_pruned_right, indptr
-from ops.test_sample import OFF, assert_drawn_right, per_row
+from support.beam_prune_cases import assert_pruned_right, indptr
 from support.logits_cases import KINDS, make_logits, pack
+from support.sample_cases import OFF, assert_drawn_right, per_row
 from support.triton_cases import assert_refused_in_the_same_words
 
 from treedecode import ops, triton_kernels

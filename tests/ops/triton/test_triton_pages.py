@@ -6,39 +6,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.page_cases import STATE_FIELDS, assert_unchanged, make_pool, snapshot
-from support.triton_cases import assert_refused_in_the_same_words
+from support.tensors import int32
+from support.triton_cases import PageOps, assert_refused_in_the_same_words
 
-from treedecode import ops, triton_kernels
+from treedecode import ops
 from treedecode.ops.pages import BAD_ARGUMENT, OK, OUT_OF_PAGES
 from treedecode.triton_kernels import page_state
 
 I32_MAX = 2**31 - 1
-
-
-def int32(*values):
-    return torch.tensor(values, dtype=torch.int32)
-
-
-class OnDevice:
-    """The ops of `treedecode.ops` by their launchers, which is what they come to on a GPU."""
-
-    @staticmethod
-    def fork_branches(state, src, dst, lens=None):
-        triton_kernels.launcher("fork_branches")(*state[:5], src, dst, lens, state.page_size)
-
-    @staticmethod
-    def append_slots(state, kv, slots, rows, q_lens=None):
-        triton_kernels.launcher("append_slots")(*state[:5], kv, slots, rows, q_lens, state.page_size)
-
-    @staticmethod
-    def hold_pages(state, pages, hold=True):
-        triton_kernels.launcher("hold_pages")(state.refcount, state.free_pages, state.status, pages, hold)
-
-    @staticmethod
-    def adopt_pages(state, pages, row, num_tokens):
-        triton_kernels.launcher("adopt_pages")(
-            state.refcount, state.page_table, state.seq_lens, state.status, pages, row, num_tokens, state.page_size
-        )
 
 
 class Pair:
@@ -52,7 +27,7 @@ class Pair:
         return getattr(self.cpu, name)
 
     def call(self, name, *args):
-        for pool, module in ((self.cpu, ops), (self.device, OnDevice)):
+        for pool, module in ((self.cpu, ops), (self.device, PageOps)):
             getattr(module, name)(pool.state, *args)
         self.assert_same(name)
 
@@ -60,7 +35,7 @@ class Pair:
         """The slots. Each call's tokens are told from the others' by their value, so a wrong copy is seen."""
         self.step += 1
         slots = []
-        for pool, module in ((self.cpu, ops), (self.device, OnDevice)):
+        for pool, module in ((self.cpu, ops), (self.device, PageOps)):
             size = (rows.numel() if q_lens is None else int(q_lens.sum())) + more_slots
             slots.append(torch.full((size,), 7))
             module.append_slots(pool.state, pool.kv, slots[-1], rows, q_lens)
@@ -243,7 +218,7 @@ def refused_calls():
 @pytest.mark.parametrize(("name", "change", "args"), list(refused_calls()))
 def test_refused_values_change_nothing_but_the_status(name, change, args):
     pool = make_pool(num_layers=1)
-    OnDevice.append_slots(pool.state, pool.kv, torch.empty(9, dtype=torch.int64), int32(0, 1), int32(6, 3))
+    PageOps.append_slots(pool.state, pool.kv, torch.empty(9, dtype=torch.int64), int32(0, 1), int32(6, 3))
     if change is not None:
         field, index, value = change
         getattr(pool, field)[index] = value
@@ -255,7 +230,7 @@ def test_refused_values_change_nothing_but_the_status(name, change, args):
     with pytest.raises(ValueError, match="expected"):
         getattr(ops, name)(pool.state, *args)
     assert_unchanged(pool, before)
-    getattr(OnDevice, name)(pool.state, *args)
+    getattr(PageOps, name)(pool.state, *args)
     before["status"][0] = BAD_ARGUMENT
     assert_unchanged(pool, before)
     assert slots is None or (slots == -1).all()
@@ -264,7 +239,7 @@ def test_refused_values_change_nothing_but_the_status(name, change, args):
 def test_the_pool_raises_what_a_device_could_only_mark():
     pool = make_pool()
     rows = pool.allocate_rows(2)
-    OnDevice.fork_branches(pool.state, int32(0, 0), int32(1, 1))
+    PageOps.fork_branches(pool.state, int32(0, 0), int32(1, 1))
     with pytest.raises(ValueError, match="PagePool: a page op on cpu was given rows, lengths or pages out of range"):
         pool.append(rows)
     assert len(pool.append(rows)) == 2

@@ -1,0 +1,36 @@
+"""Golden plans, head counts and page tables for the tests of plan_tree, and plans as plain numbers."""
+
+import json
+
+from support import paths
+from support.forests import as_tables
+
+from treedecode import ops
+
+HEADS = [(9, 3), (14, 2), (32, 8), (8, 1), (4, 4)]
+LONG_PREFILLS = as_tables([list(range(64 * row, 64 * row + 64)) for row in range(70)], 64, [64] * 70)
+GOLDEN = json.loads((paths.GOLDEN / "plan_tree.json").read_text())
+
+
+def plan_of(page_table, seq_lens, q_lens=None, page_size=16, num_qo_heads=4, num_kv_heads=4, num_workers=0):
+    """`ops.plan_tree` with defaults for what most tests do not care about."""
+    return ops.plan_tree(
+        page_table,
+        seq_lens,
+        q_lens,
+        page_size=page_size,
+        num_qo_heads=num_qo_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=64,
+        num_workers=num_workers,
+    )
+
+
+def chunks_of(plan):
+    """The rows of `plan.chunks` that are defined."""
+    return plan.chunks[: plan.counts[0]].tolist()
+
+
+def plain(plan):
+    """The numbers of the plan that are defined, as lists."""
+    return [plan.q_indptr.tolist(), plan.part_indptr.tolist(), chunks_of(plan), plan.counts.tolist()]
