@@ -25,7 +25,7 @@ class ETS(REBASE):
     Args:
         kv_weight: lambda_b of the paper. With a weight of 1 keeping every branch is worth nothing, and it is the
             diversity term (whose weight is 1.5 in the paper's code) that speaks for keeping branches; without it the
-            search narrows too soon. The default was chosen on validation problems (`docs/decisions.md`).
+            search narrows too soon. The default was chosen on validation problems (`docs/decisions/search.md`).
         width, temperature, answer, sampling: as `REBASE`.
     """
 

@@ -11,7 +11,7 @@ def bootstrap(
     """The 95% percentile interval of a statistic under problems drawn anew, with replacement (Efron, 1979).
 
     For statistics that are no means and may not exist. `treedecode.common.intervals` has BCa intervals for means. Of an
-    audit's gaps those hold the truth less often (measured: `docs/decisions.md`).
+    audit's gaps those hold the truth less often (measured: `docs/decisions/allocation.md`).
 
     Args:
         statistic: of the problems with given indices `[count]`; nan where it does not exist, which is left out.
