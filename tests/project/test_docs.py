@@ -42,7 +42,8 @@ def test_links_lead_somewhere(page):
 
 def test_the_walk_sees_wide_lines_and_links():
     wide = "x" * (MAX_COLUMNS + 1)
-    assert wide_lines(f"{wide}\n| {wide} |\n```\n{wide}\n```\nhttps://{wide}\n[a](b) {wide}") == [wide, f"[a](b) {wide}"]
+    text = f"{wide}\n| {wide} |\n```\n{wide}\n```\nhttps://{wide}\n[a](b) {wide}"
+    assert wide_lines(text) == [wide, f"[a](b) {wide}"]
     assert links("[a](b.md#c) ![d](e.svg) [f](https://g) `h`") == ["b.md", "e.svg"]
 
 
