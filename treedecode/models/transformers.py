@@ -23,8 +23,8 @@ from treedecode.models.adapter import ModelAdapter
 from treedecode.models.change_detector import Watch
 from treedecode.models.context import StepContext
 from treedecode.models.flops import product_flops
-from treedecode.models.fused import FastForward, Unfit, trial_positions
-from treedecode.models.whole_decoder import Run, WholeDecoder
+from treedecode.models.fast_modules import FastForward, Unfit, trial_positions
+from treedecode.models.fused_decoder import Run, WholeDecoder
 
 __all__ = ["StepContext", "TransformersModel"]
 

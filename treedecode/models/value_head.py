@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from treedecode.models.fused import Projection, Unfit
+from treedecode.models.fast_modules import Projection, Unfit
 
 
 class ValueHead(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from treedecode import ops
 from treedecode.models.context import StepContext
-from treedecode.models.fused import (
+from treedecode.models.fast_modules import (
     FastForward,
     Layer,
     Norm,
