@@ -57,7 +57,7 @@ def bench_decoder_forward(compare, adapter, num_branches):
     layer_by_layer = StepContext(context.layer, context.page_table, context.seq_lens, context.plan, context.slots)
     ids = torch.randint(adapter.vocab_size, (num_branches,))
     positions, rows = torch.full((num_branches,), SHARED + OWN - 1), torch.arange(num_branches)
-    args = adapter.start(ids, positions, context, rows).args
+    args = adapter.prepare_forward(ids, positions, context, rows).args
     with torch.inference_mode():
         assert all(map(torch.equal, ops.decoder_forward(*args), op_by_op(*args)))
     cache = DynamicCache()

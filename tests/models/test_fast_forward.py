@@ -1,4 +1,4 @@
-"""The fused forward: what it replaces, what it refuses to and why, and that it follows the model's weights."""
+"""FastForward replaces the modules it can, says why it keeps the others, and follows changes of the weights."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_other_layers_are_replaced_in_parts():
 @pytest.mark.parametrize("initializer_range", [0.3, 0.02])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_layers_that_rotate_in_another_way_are_kept(dtype, initializer_range):
-    """Also where scores are so small that attention is all but uniform."""
+    """The probe sees it also where scores are so small that attention is all but uniform."""
     report = TransformersModel(make_model("smollm3", dtype, initializer_range=initializer_range)).optimizations
     assert "2 x SmolLM3DecoderLayer: one function" in report
     assert "1 x SmolLM3DecoderLayer: kept (its result differs)" in report
@@ -47,7 +47,7 @@ def test_layers_that_rotate_in_another_way_are_kept(dtype, initializer_range):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_layers_that_scale_queries_from_a_position_on_are_kept(dtype):
-    """Be it the last position of all from which they do."""
+    """The scale begins at the last position of all, which the probe's tokens include."""
     rope = MODELS["ministral3"]["rope_parameters"] | {"original_max_position_embeddings": 127}
     report = TransformersModel(make_model("ministral3", dtype, rope_parameters=rope)).optimizations
     assert "3 x Ministral3DecoderLayer: kept (its result differs)" in report
@@ -67,7 +67,7 @@ def test_a_norm_of_another_dtype_keeps_its_forward(dtype, other):
 
 
 class Halved(torch.Tensor):
-    """As quantised weights are: a class of its own, with few of torch's operators; it stands for half of `inner`."""
+    """Half of `inner`, as a tensor class of its own with few operators of torch, like classes of quantised weights."""
 
     @staticmethod
     def make(inner):
@@ -136,10 +136,10 @@ def test_a_layer_that_computes_something_else_is_noticed():
 def test_changed_weights_are_packed_again(change):
     model = make_model("llama")
     adapter = TransformersModel(model)
-    norm = model.model.layers[1].mlp.up_proj
+    linear = model.model.layers[1].mlp.up_proj
     with torch.no_grad():
         if change == "in place":
-            norm.weight.mul_(-1.5)
+            linear.weight.mul_(-1.5)
         else:
-            norm.weight = nn.Parameter(norm.weight * -1.5)
+            linear.weight = nn.Parameter(linear.weight * -1.5)
     assert last_error(adapter, model) < 1e-3

@@ -1,4 +1,4 @@
-"""A decoder as one op: the bits of the forward layer by layer, and what is not taken for such a decoder."""
+"""FusedDecoder gives the bits of the forward layer by layer, and refuses models that compute something else."""
 
 import re
 import threading
@@ -20,7 +20,7 @@ ONE_OP = "all layers and the head in one op"
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How many tokens each call of the op had."""
+    """Records the number of tokens of each call of the op."""
     seen, op = [], ops.decoder_forward
 
     def counted(x, *args):
@@ -36,12 +36,12 @@ def calls(monkeypatch):
 def test_same_bits_as_layer_by_layer(isa, calls, name, dtype):
     adapter = TransformersModel(make_model(name, dtype))
     calls.clear()
-    whole = list(search(adapter))
+    fused = list(search(adapter))
     assert calls == [10, 8, 7, 7, 6, 5, 3]
     calls.clear()
     layers = list(search(adapter, by_layer=True))
     assert not calls
-    for (tokens, a), (same_tokens, b) in zip(whole, layers, strict=True):
+    for (tokens, a), (same_tokens, b) in zip(fused, layers, strict=True):
         assert tokens == same_tokens
         assert torch.equal(a, b)
 
@@ -64,7 +64,7 @@ def test_other_sizes(name, config):
 
 
 def first_tokens(adapter, by_layer=False):
-    """(arguments of a forward over three tokens on pages of their own, the pages)."""
+    """Returns the arguments of a forward over three tokens on pages of their own, and the pages."""
     pages = Pages(adapter)
     slots = pages.append([0], [3])
     table, lens = pages.table[:1], torch.tensor([3], dtype=torch.int32)
@@ -79,46 +79,46 @@ def first_tokens(adapter, by_layer=False):
 @pytest.mark.parametrize("name", NAMES)
 def test_hidden_states_keys_and_values_too(name):
     adapter = TransformersModel(make_model(name, torch.bfloat16))
-    (whole, pages), (layers, same_pages) = (first_tokens(adapter, by_layer) for by_layer in (False, True))
-    for a, b in zip(adapter.forward_hidden(*whole), adapter.forward_hidden(*layers), strict=True):
+    (fused, pages), (layers, same_pages) = (first_tokens(adapter, by_layer) for by_layer in (False, True))
+    for a, b in zip(adapter.forward_hidden(*fused), adapter.forward_hidden(*layers), strict=True):
         assert torch.equal(a, b)
     assert torch.equal(pages.kv.nan_to_num(7.0), same_pages.kv.nan_to_num(7.0))
 
 
-def test_what_start_returns_runs_on_any_thread_without_the_model():
+def test_a_prepared_forward_runs_on_any_thread_without_the_model():
     model = make_model("qwen3")
     adapter = TransformersModel(model)
     args, pages = first_tokens(adapter)
     want = adapter.forward_hidden(*args)
     pages.kv.fill_(torch.nan)
-    run, results = adapter.start(*args), []
+    prepared, results = adapter.prepare_forward(*args), []
     for module in model.modules():
         module.forward = None
-    thread = threading.Thread(target=lambda: results.extend(run()))
+    thread = threading.Thread(target=lambda: results.extend(prepared()))
     thread.start()
     thread.join()
     for a, b in zip(results, want, strict=True):
         assert torch.equal(a, b)
 
 
-def test_what_start_returns_computes_with_the_weights_of_then():
+def test_a_prepared_forward_keeps_the_weights_of_its_preparation():
     model = make_model("qwen3")
     adapter = TransformersModel(model)
     args, _ = first_tokens(adapter)
     want = adapter.forward(*args)
-    run = adapter.start(*args)
+    prepared = adapter.prepare_forward(*args)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(-1.5)
-    assert torch.equal(run()[0], want)
+    assert torch.equal(prepared()[0], want)
     assert not torch.equal(adapter.forward(*args), want)
 
 
-def test_start_is_none_where_forward_goes_layer_by_layer():
+def test_nothing_is_prepared_where_forward_goes_layer_by_layer():
     adapter = TransformersModel(make_model("llama"))
-    assert adapter.start(*first_tokens(adapter, by_layer=True)[0]) is None
+    assert adapter.prepare_forward(*first_tokens(adapter, by_layer=True)[0]) is None
     kept = TransformersModel(make_model("llama"), optimize=False)
-    assert kept.start(*first_tokens(kept)[0]) is None
+    assert kept.prepare_forward(*first_tokens(kept)[0]) is None
 
 
 def test_pages_may_be_inference_tensors():
@@ -145,7 +145,7 @@ def test_no_tokens(by_layer):
 
 
 def subclass(module, **methods):
-    """Makes `module` one of a class of its own."""
+    """Gives `module` a class of its own with other methods."""
     module.__class__ = type(f"Own{type(module).__name__}", (type(module),), methods)
 
 
@@ -277,7 +277,7 @@ NOT_ALL = r"\(not all of it has a faster forward\)"
 )
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_other_models_go_layer_by_layer(calls, change, reason, when):
-    """And say why, also where the change comes when the adapter is there."""
+    """The report says why, whether the change comes before the adapter is made or after."""
     model = make_model("llama")
     if when == "before":
         change(model)

@@ -1,4 +1,4 @@
-"""Tiny random Transformers models, and branches that search with them over shared pages."""
+"""Tiny random Transformers models of every supported kind, and a search on them over shared pages."""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -48,7 +48,7 @@ PAGE_SIZE = 4
 
 
 def make_model(name, dtype=torch.float32, **overrides):
-    """A random model of a type of `MODELS`."""
+    """Makes a random model of a type of `MODELS`."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(name, **(SMALL | MODELS[name] | overrides))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
@@ -59,7 +59,7 @@ def make_model(name, dtype=torch.float32, **overrides):
 
 
 class Pages:
-    """A minimal page pool: forks share full pages and copy the last partial page."""
+    """A minimal page pool: a fork shares full pages and copies the last partial one. Unused pages hold NaN."""
 
     def __init__(self, adapter, max_branches=8):
         shape = (adapter.num_layers, 2, 64, adapter.num_kv_heads, PAGE_SIZE, adapter.head_dim)
@@ -96,7 +96,12 @@ class Pages:
 
 
 def step(adapter, pages, tokens, by_layer=False):
-    """One forward; `tokens` maps row -> new tokens. Returns row -> logits of those tokens."""
+    """Runs one forward over the new tokens of each row, and returns their logits by row.
+
+    Args:
+        tokens: row -> new tokens.
+        by_layer: the context has no `kv`, so that the model goes layer by layer.
+    """
     rows = list(tokens)
     q_lens = [len(tokens[row]) for row in rows]
     starts = [pages.lens[row] for row in rows]
@@ -120,13 +125,16 @@ def step(adapter, pages, tokens, by_layer=False):
 
 
 def plain(model, tokens):
-    """Logits of the model's own forward, `[num_tokens, vocab_size]`."""
+    """Returns the logits `[num_tokens, vocab_size]` of the model's own forward without a cache."""
     with torch.inference_mode():
         return model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
 
 
 def search(adapter, by_layer=False):
-    """Chunked prefill, fork, decode and a second prompt joining in; yields (row's tokens, logits of the newest)."""
+    """Prefills a prompt in chunks, forks it and decodes, while a second prompt joins in.
+
+    Yields (tokens of a row so far, logits of the newest of them) for every row of every forward.
+    """
     generator = torch.Generator().manual_seed(1)
 
     def draw(n):
@@ -155,6 +163,6 @@ def search(adapter, by_layer=False):
 
 
 def last_error(adapter, model):
-    """The largest error of the last logits of a search against the model's own forward."""
+    """Returns the largest difference of the last logits of a search from those of the model's own forward."""
     tokens, logits = list(search(adapter))[-1]
     return (logits - plain(model, tokens)[-len(logits) :]).abs().max()

@@ -1,4 +1,4 @@
-"""Whether a model is still what it was."""
+"""ChangeDetector: notices that a model was changed since it was last looked at."""
 
 from itertools import chain
 from operator import attrgetter, is_
@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 
-class Watch:
-    """A model's modules, their hooks and forwards, and its parameters, as they were when this was made.
+class ChangeDetector:
+    """Remembers a model's modules, their hooks and forwards, and its parameters, and compares them with those of now.
 
-    Not seen: writes through `.data`, which torch does not count, and plain attributes that a forward reads.
+    It does not see writes through `.data`, which torch does not count, and plain attributes that a forward reads.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -23,12 +23,12 @@ class Watch:
         self._owners, self._names = [owner for owner, _ in slots], [name for _, name in slots]
         self._tensors = self._current_tensors()
         self._counted = [tensor for tensor in self._tensors if tensor is not None and not tensor.is_inference()]
-        self._before = self._look()
+        self._before = self._state()
 
     def _current_tensors(self) -> list[Any]:
         return list(map(dict.get, self._owners, self._names))
 
-    def _look(self) -> tuple[list[Any], ...]:
+    def _state(self) -> tuple[list[Any], ...]:
         return (
             list(map(type, self._modules)),
             list(chain.from_iterable(map(dict.values, filter(None, self._children)))),
@@ -37,6 +37,6 @@ class Watch:
             list(map(attrgetter("_version"), self._counted)),
         )
 
-    def changed(self) -> bool:
-        """Whether something is different now."""
-        return self._look() != self._before or not all(map(is_, self._current_tensors(), self._tensors))
+    def has_changed(self) -> bool:
+        """Returns whether something differs from when the detector was made."""
+        return self._state() != self._before or not all(map(is_, self._current_tensors(), self._tensors))

@@ -1,4 +1,4 @@
-"""What one forward has to know of the pages."""
+"""StepContext: the pages, lengths and plan that attention needs in one forward."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from treedecode.models import prefill
 
 @dataclass(frozen=True)
 class StepContext:
-    """What attention needs to know of one forward.
+    """The pages, lengths and plan of one forward, and attention over them.
 
     Attributes:
         layer: layer index -> `(k_pages, v_pages)`, each `[num_pages, page_size, num_kv_heads, head_dim]`.
@@ -22,9 +22,9 @@ class StepContext:
         plan: the `TreePlan` of these branches; those of `prefills` have no queries in it.
         slots: `[num_tokens]` int64, where each packed token's K and V go.
         prefills: branches whose attention is dense.
-        rest: `[n]` int64, the packed tokens of the other branches; None = all.
-        kv: `[num_layers, 2, num_pages, num_kv_heads, page_size, head_dim]`, what `layer` gives views of: for models
-            that compute all layers in one call; None = layer by layer.
+        tree_tokens: `[n]` int64, the packed tokens of the other branches, whose attention is paged; None = all.
+        kv: `[num_layers, 2, num_pages, num_kv_heads, page_size, head_dim]`, the memory that `layer` gives views of, for
+            models that compute all layers in one call; None = layer by layer.
     """
 
     layer: Callable[[int], tuple[Tensor, Tensor]]
@@ -33,7 +33,7 @@ class StepContext:
     plan: Any
     slots: Tensor
     prefills: tuple[prefill.Prefill, ...] = ()
-    rest: Tensor | None = None
+    tree_tokens: Tensor | None = None
     kv: Tensor | None = None
 
     def attend(
@@ -48,7 +48,7 @@ class StepContext:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """Attention of one layer: stores `k` and `v`, returns `[num_tokens, num_qo_heads, head_dim]`.
+        """Stores `k` and `v` of one layer, and returns its attention `[num_tokens, num_qo_heads, head_dim]`.
 
         Args:
             q: `[num_tokens, num_qo_heads, head_dim]`, rotated; k, v: `[num_tokens, num_kv_heads, head_dim]`.
@@ -58,7 +58,7 @@ class StepContext:
         ops.append_kv(k, v, k_pages, v_pages, self.slots)
         scale = scaling if scaling is not None else q.shape[-1] ** -0.5
 
-        def tree(q: Tensor) -> Tensor:
+        def tree_attention(q: Tensor) -> Tensor:
             out, _ = ops.tree_attention(
                 q,
                 k_pages,
@@ -74,17 +74,17 @@ class StepContext:
             return out
 
         if not self.prefills:
-            return tree(q)
+            return tree_attention(q)
         out = torch.empty_like(q)
-        if self.rest is not None and len(self.rest):
-            out[self.rest] = tree(q[self.rest])
+        if self.tree_tokens is not None and len(self.tree_tokens):
+            out[self.tree_tokens] = tree_attention(q[self.tree_tokens])
         for p in self.prefills:
-            mine = slice(p.q_begin, p.q_end)
-            own_k, own_v = k[mine], v[mine]
+            tokens = slice(p.q_begin, p.q_end)
+            keys, values = k[tokens], v[tokens]
             if p.seq_len > p.q_end - p.q_begin:  # earlier tokens are in pages, and so are these by now
                 pages = self.page_table[p.row, : -(-p.seq_len // k_pages.shape[1])].long()
-                own_k, own_v = (x[pages].flatten(0, 1)[: p.seq_len] for x in (k_pages, v_pages))
-            out[mine] = prefill.attend(
-                q[mine], own_k, own_v, scale=scale, sliding_window=sliding_window, softcap=softcap
+                keys, values = (x[pages].flatten(0, 1)[: p.seq_len] for x in (k_pages, v_pages))
+            out[tokens] = prefill.attend(
+                q[tokens], keys, values, scale=scale, sliding_window=sliding_window, softcap=softcap
             )
         return out

@@ -1,4 +1,4 @@
-"""Fingerprint: whether a model's weights are those of another process."""
+"""Fingerprints of weights, which tell whether two processes have the same model."""
 
 import hashlib
 from itertools import chain
@@ -6,12 +6,12 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-_PICKED = 64  # entries of a tensor
+_NUM_SAMPLES = 64  # entries of a tensor that are looked at
 
 
 @torch.no_grad()
 def fingerprint(module: nn.Module) -> str:
-    """A hash of the names, shapes and types of all parameters and buffers, and of entries spread evenly over each.
+    """Hashes the names, shapes and types of all parameters and buffers, and of entries spread evenly over each.
 
     Weights that were trained on, or had an adapter merged, differ in almost all entries, so a few of each tensor tell.
     It takes milliseconds, where all of an 8B model's would take seconds. A change of single entries can go unnoticed,
@@ -24,8 +24,8 @@ def fingerprint(module: nn.Module) -> str:
         is_plain = type(values) is Tensor and values.layout == torch.strided and not values.is_quantized
         if not is_plain or values.is_meta or values.numel() == 0:
             continue
-        at = torch.linspace(0, values.numel() - 1, min(_PICKED, values.numel()), dtype=torch.float64).long()
-        picked = values[torch.unravel_index(at.to(values.device), values.shape)]
-        picked = torch.view_as_real(picked) if picked.is_complex() else picked
-        digest.update(picked.double().numpy(force=True).tobytes())
+        indices = torch.linspace(0, values.numel() - 1, min(_NUM_SAMPLES, values.numel()), dtype=torch.float64).long()
+        samples = values[torch.unravel_index(indices.to(values.device), values.shape)]
+        samples = torch.view_as_real(samples) if samples.is_complex() else samples
+        digest.update(samples.double().numpy(force=True).tobytes())
     return digest.hexdigest()

@@ -1,7 +1,8 @@
-"""A decoder of common layers as one op (`ops.decoder_forward`): no Python, and no interpreter's lock, between kernels.
+"""FusedDecoder: all layers of a common decoder as one op (`ops.decoder_forward`).
 
-The module's own code still embeds the tokens and computes the angles. Whether all of the rest is what the op computes
-is tried out: both ways must give the same bits.
+Between its kernels there is no Python, and nobody waits for the interpreter's lock. The module's own code still embeds
+the tokens and computes the angles. A trial decides whether all of the rest is what the op computes: both ways must give
+the same bits.
 """
 
 from collections.abc import Callable
@@ -12,42 +13,36 @@ import torch
 from torch import Tensor
 
 from treedecode import ops
+from treedecode.models.adapter import ModelAdapter
+from treedecode.models.attention_probe import probe_positions
 from treedecode.models.context import StepContext
-from treedecode.models.fast_modules import (
-    FastForward,
-    Layer,
-    Norm,
-    Packed,
-    Projection,
-    Unfit,
-    require_untouched,
-    trial_positions,
-)
+from treedecode.models.fast_forward import FastForward, require_own_forward
+from treedecode.models.fast_modules import FastLayer, FastLinear, FastNorm, PackedLinear, UnsupportedModule
 
-Run = Callable[[], tuple[Tensor, Tensor]]
+PreparedForward = Callable[[], tuple[Tensor, Tensor]]  # computes `(logits, hidden)`
 
 
-class WholeDecoder:
-    """The forward of a model whose layers all have a faster one."""
+class FusedDecoder:
+    """Runs a model whose layers all have a faster forward in one op."""
 
     def __init__(self, model: Any, fast: FastForward) -> None:
-        """Collects copies of the weights, so that a forward under way does not see half of a change.
+        """Copies the weights, so that a forward under way does not see half of a change.
 
         Raises:
-            Unfit: something of the model is not what the op computes.
+            UnsupportedModule: something of the model is not what the op computes.
         """
-        require_untouched(model)
+        require_own_forward(model)
         decoder = model.get_decoder()
         if {name for name, _ in decoder.named_children()} != {"embed_tokens", "rotary_emb", "layers", "norm"}:
-            raise Unfit("it does not consist of embed_tokens, rotary_emb, layers and norm")
+            raise UnsupportedModule("it does not consist of embed_tokens, rotary_emb, layers and norm")
         self._embed, self._rotary, norm = decoder.embed_tokens, decoder.rotary_emb, decoder.norm
-        found = [fast.replacement(layer) for layer in decoder.layers]
-        layers = [layer for layer in found if isinstance(layer, Layer)]
+        forwards = [fast.replacement(layer) for layer in decoder.layers]
+        layers = [layer for layer in forwards if isinstance(layer, FastLayer)]
         last_norm, head = fast.replacement(norm), fast.replacement(model.get_output_embeddings())
-        if len(layers) < len(found) or not isinstance(last_norm, Norm) or not isinstance(head, Projection):
-            raise Unfit("not all of it has a faster forward")
+        if len(layers) < len(forwards) or not isinstance(last_norm, FastNorm) or not isinstance(head, FastLinear):
+            raise UnsupportedModule("not all of it has a faster forward")
         if [layer.index for layer in layers] != list(range(len(layers))):
-            raise Unfit("its layers are numbered in a way of their own")
+            raise UnsupportedModule("its layers are numbered in a way of their own")
         norms = [last_norm]
         for layer in layers:
             norms += [n for n in (layer.input_norm, layer.q_norm, layer.k_norm, layer.output_norm) if n is not None]
@@ -58,18 +53,20 @@ class WholeDecoder:
                 *_pair(head.packed),
             ],
             sm_scales=[_scale_of(layer) for layer in layers],
-            soft_caps=[float(layer.describe["softcap"] or 0.0) for layer in layers],
-            windows=[-1 if (window := layer.describe["sliding_window"]) is None else window - 1 for layer in layers],
-            eps=_only("epsilon", [n.eps for n in norms]),
-            unit_offset=_only("rounding of norms", [n.unit_offset for n in norms]),
-            gate=_only("activation", [layer.gate_up.gate for layer in layers]),
-            num_qo_heads=_only("number of heads", [layer.heads[0] for layer in layers]),
-            intermediate_size=_only("intermediate size", [layer.gate_up.out_features for layer in layers]),
+            soft_caps=[float(layer.attention_args["softcap"] or 0.0) for layer in layers],
+            windows=[_window_left_of(layer) for layer in layers],
+            eps=_common("epsilon", [n.eps for n in norms]),
+            unit_offset=_common("rounding of norms", [n.unit_offset for n in norms]),
+            gate=_common("activation", [layer.gate_up.gate for layer in layers]),
+            num_qo_heads=_common("number of heads", [layer.heads[0] for layer in layers]),
+            intermediate_size=_common("intermediate size", [layer.gate_up.out_features for layer in layers]),
             vocab_size=head.packed.out_features,
         )
 
-    def start(self, input_ids: Tensor, position_ids: Tensor, context: StepContext, logit_rows: Tensor) -> Run:
-        """Embeds the tokens; what comes back computes `(logits, hidden)` of one forward, on any thread."""
+    def prepare_forward(
+        self, input_ids: Tensor, position_ids: Tensor, context: StepContext, logit_rows: Tensor
+    ) -> PreparedForward:
+        """Embeds the tokens, and returns the rest of the forward as a function that may run on any thread."""
         assert context.kv is not None
         x = self._embed(input_ids)
         cos, sin = self._rotary(x[None], position_ids=position_ids[None])
@@ -78,64 +75,68 @@ class WholeDecoder:
             context.plan, logit_rows, self._weights,
         )  # fmt: skip
 
-    def require_same(self, forward: Callable[..., tuple[Tensor, Tensor]], like: Any, head_dim: int) -> None:
-        """Compares with `forward(ids, positions, context, logit_rows)`, both on a few tokens and pages of their own.
+    def require_same(self, forward: Callable[..., tuple[Tensor, Tensor]], model: ModelAdapter) -> None:
+        """Compares this decoder with another forward of the model on a few tokens, each on pages of its own.
 
         Args:
-            like: has the sizes of the model, as a `TransformersModel` does.
+            forward: computes `(logits, hidden)` from the arguments of `ModelAdapter.forward`.
+            model: has the sizes.
 
         Raises:
-            Unfit: the results differ in a bit.
+            UnsupportedModule: the results differ in a bit.
         """
         count, page_size = 5, 8
-        ids = torch.arange(1, count + 1) % like.vocab_size
-        positions = trial_positions(count, like.max_position)
-        rows = torch.tensor([count - 1, 1])
-        outcomes = []
-        for run in (forward, lambda *args: self.start(*args)()):
-            kv = torch.zeros(like.num_layers, 2, 1, like.num_kv_heads, page_size, head_dim, dtype=like.dtype)
+        ids = torch.arange(1, count + 1) % model.vocab_size
+        positions = probe_positions(count, model.max_position)
+        logit_rows = torch.tensor([count - 1, 1])
+        heads = {"num_qo_heads": model.num_qo_heads, "num_kv_heads": model.num_kv_heads, "head_dim": model.head_dim}
+        results = []
+        for run in (forward, lambda *args: self.prepare_forward(*args)()):
+            kv = torch.zeros(model.num_layers, 2, 1, model.num_kv_heads, page_size, model.head_dim, dtype=model.dtype)
             table, lens = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([count], dtype=torch.int32)
-            plan = ops.plan_tree(
-                table, lens, lens, page_size=page_size, num_qo_heads=like.num_qo_heads, num_kv_heads=like.num_kv_heads,
-                head_dim=head_dim,
-            )  # fmt: skip
+            plan = ops.plan_tree(table, lens, lens, page_size=page_size, **heads)
             layers = [(pages[0].transpose(1, 2), pages[1].transpose(1, 2)) for pages in kv]
             context = StepContext(layers.__getitem__, table, lens, plan, torch.arange(count), kv=kv)
             try:
-                outcomes.append((*run(ids, positions, context, rows), kv))
+                results.append((*run(ids, positions, context, logit_rows), kv))
             except (RuntimeError, TypeError, ValueError) as error:
-                raise Unfit(f"the op refuses it: {error}") from None
-        if not all(map(torch.equal, *outcomes)):
-            raise Unfit("its result differs")
+                raise UnsupportedModule(f"the op refuses it: {error}") from None
+        if not all(map(torch.equal, *results)):
+            raise UnsupportedModule("its result differs")
 
 
 def _in_inference_mode(*args: Any) -> tuple[Tensor, Tensor]:
-    """As layer by layer; the mode is one of the thread that runs this, and pages may be inference tensors."""
+    """Runs the op in inference mode, which each thread has for itself: pages may be inference tensors."""
     with torch.inference_mode():
         return ops.decoder_forward(*args)
 
 
-def _only(what: str, values: list[Any]) -> Any:
-    """The value that all have in common."""
+def _common(name: str, values: list[Any]) -> Any:
+    """Returns the value of the setting `name`, which all layers must have in common."""
     if len(set(values)) > 1:
-        raise Unfit(f"its layers differ in {what}")
+        raise UnsupportedModule(f"its layers differ in {name}")
     return values[0]
 
 
-def _scale_of(layer: Layer) -> float:
-    scaling = layer.describe["scaling"]
+def _scale_of(layer: FastLayer) -> float:
+    scaling = layer.attention_args["scaling"]
     return float(scaling if scaling is not None else layer.head_dim**-0.5)
 
 
-def _pair(linear: Packed) -> tuple[Tensor, Tensor]:
+def _window_left_of(layer: FastLayer) -> int:
+    window = layer.attention_args["sliding_window"]
+    return -1 if window is None else window - 1
+
+
+def _pair(linear: PackedLinear) -> tuple[Tensor, Tensor]:
     return linear.weight, linear.bias if linear.bias is not None else linear.weight.new_empty(0)
 
 
-def _tensors_of(layer: Layer) -> list[Tensor]:
-    """In the order of `ops.decoder_forward.LAYER_TENSORS`."""
+def _tensors_of(layer: FastLayer) -> list[Tensor]:
+    """Returns a layer's weights in the order of `ops.decoder_forward.LAYER_TENSORS`."""
     none = layer.qkv.weight.new_empty(0)
     q_norm, k_norm = (none if norm is None else norm.weight.detach().clone() for norm in (layer.q_norm, layer.k_norm))
-    sinks = layer.describe["sinks"]
+    sinks = layer.attention_args["sinks"]
     return [
         layer.input_norm.weight.detach().clone(),
         *_pair(layer.qkv),

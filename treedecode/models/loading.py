@@ -34,7 +34,8 @@ def load_pretrained(
 
     Raises:
         FileNotFoundError: a local path or GGUF file that does not exist.
-        OSError, ValueError: as Transformers raises them for ids and files it cannot load.
+        OSError: Transformers finds no model under the id.
+        ValueError: Transformers cannot load what it finds.
     """
     source = os.fspath(path_or_id)
     if gguf_file is None and source.endswith(".gguf"):
@@ -62,7 +63,7 @@ def _gguf_path(source: str, gguf_file: str, revision: str | None) -> Path:
 
 
 def convert_gguf(path: Path, dtype: torch.dtype) -> Path:
-    """The folder that holds `path` as safetensors of `dtype`, converting it if no earlier call has.
+    """Converts a GGUF file to a folder of safetensors of `dtype`, if no earlier call has, and returns the folder.
 
     The folder appears under its name in one step, complete; two processes that convert at once both succeed.
     """

@@ -1,4 +1,4 @@
-"""Attention of long prefills on a GPU: dense, by flash-attn where it is installed, else by torch.
+"""Dense attention for long prefills on a GPU, by flash-attn where it is installed, else by torch.
 
 A branch with many query tokens shares no work with others, and a dense product needs no plan.
 """
@@ -15,7 +15,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 @dataclass(frozen=True)
 class Prefill:
-    """Query tokens `[q_begin, q_end)` of a forward: the last ones of page-table row `row`, which has `seq_len`."""
+    """The packed tokens `[q_begin, q_end)` of a forward, the last ones of page-table row `row`, which has `seq_len`."""
 
     row: int
     q_begin: int
@@ -25,7 +25,7 @@ class Prefill:
 
 @functools.cache
 def flash_attention() -> Callable[..., Any] | None:
-    """flash-attn's function, if it can be imported."""
+    """Returns flash-attn's function, or None where it cannot be imported."""
     try:
         from flash_attn import flash_attn_func
     except ImportError:
@@ -34,7 +34,7 @@ def flash_attention() -> Callable[..., Any] | None:
 
 
 def supports(*, head_dim: int, dtype: torch.dtype, softcap: bool, sinks: bool) -> bool:
-    """Whether `attend` computes a layer's attention: sinks are no business of either, soft caps of flash-attn alone."""
+    """Returns whether `attend` computes such a layer: it knows no sinks, and soft caps only with flash-attn."""
     has_flash = flash_attention() is not None and dtype != torch.float32 and head_dim <= 256
     return not sinks and (has_flash or not softcap)
 
@@ -42,7 +42,7 @@ def supports(*, head_dim: int, dtype: torch.dtype, softcap: bool, sinks: bool) -
 def attend(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, sliding_window: int | None, softcap: float | None
 ) -> Tensor:
-    """Causal attention of the last queries of a sequence over all of it.
+    """Computes causal attention of the last tokens of a sequence over all of it.
 
     Args:
         q: `[q_len, num_qo_heads, head_dim]`; k, v: `[seq_len, num_kv_heads, head_dim]`, seq_len at least q_len.

@@ -1,9 +1,9 @@
-"""Runs unmodified Transformers decoder-only models over the paged tree cache.
+"""TransformersModel: runs unmodified decoder-only models of Transformers over the paged tree cache.
 
 One forward takes the query tokens of all branches, packed as a batch of one `[1, num_tokens]`. The model's own code
 does everything but attention, which arrives here through `transformers.AttentionInterface`: new keys and values go to
 their cache slots, and `ops.tree_attention` reads every shared page once. Between two forwards the model is as it was.
-On the CPU all layers of a common decoder are one op instead (`whole_decoder`), with the same bits.
+On the CPU all layers of a common decoder are one op instead (`FusedDecoder`), with the same bits.
 
 Adapters of one model take turns, so several threads may decode on it. The model's own forward must not run meanwhile.
 """
@@ -20,11 +20,13 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from treedecode.models import prefill
 from treedecode.models.adapter import ModelAdapter
-from treedecode.models.change_detector import Watch
+from treedecode.models.attention_probe import AttentionProbe, probe_positions
+from treedecode.models.change_detector import ChangeDetector
 from treedecode.models.context import StepContext
+from treedecode.models.fast_forward import FastForward
+from treedecode.models.fast_modules import UnsupportedModule
 from treedecode.models.flops import product_flops
-from treedecode.models.fast_modules import FastForward, Unfit, trial_positions
-from treedecode.models.fused_decoder import Run, WholeDecoder
+from treedecode.models.fused_decoder import FusedDecoder, PreparedForward
 
 __all__ = ["StepContext", "TransformersModel"]
 
@@ -41,42 +43,18 @@ _locks_lock = threading.Lock()
 @contextmanager
 def exclusive(configs: list[Any]) -> Iterator[None]:
     """Lets one thread at a time run or inspect the models that have one of `configs` (see `configs_of`)."""
-    with ExitStack() as held:
+    with ExitStack() as locks:
         for config in sorted(configs, key=id):  # in an order that all threads keep to
             with _locks_lock:
                 if id(config) not in _locks:
                     _locks[id(config)] = threading.RLock()
                     weakref.finalize(config, _locks.pop, id(config))
                 lock = _locks[id(config)]
-            held.enter_context(lock)
+            locks.enter_context(lock)
         yield
 
 
-class _Observer:
-    """Takes the place of a StepContext once, to see what attention layers a model really has.
-
-    Its attention needs no cache but answers to all of q, k, v and the scaling, so that layers can be compared. A token
-    looks at the key of the one before: a rotation of both by the same angle would change nothing.
-    """
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[int, dict[str, Any]]] = []
-        self.shapes: set[tuple[int, ...]] = set()
-
-    def attend(self, layer_index: int, q: Tensor, k: Tensor, v: Tensor, **describe: Any) -> Tensor:
-        self.calls.append((layer_index, describe))
-        self.shapes.add((q.shape[1], k.shape[1], q.shape[2], k.shape[2], v.shape[2]))
-        if v.shape[2] != q.shape[2] or k.shape != v.shape:
-            return torch.zeros_like(q)
-        group = q.shape[1] // k.shape[1]
-        key = k.roll(1, 0).repeat_interleave(group, 1).float()
-        score = (q.float() * key).sum(-1, keepdim=True) * (describe["scaling"] or 1.0)
-        # The first term answers to the size of the scores, the second to their pattern where they are small.
-        weight = score.sigmoid() + score / score.pow(2).mean().sqrt().clamp_min(1e-30)
-        return (v.repeat_interleave(group, 1) * weight).to(q.dtype)
-
-
-Context = StepContext | _Observer
+Context = StepContext | AttentionProbe
 
 
 def _attention_function(
@@ -93,7 +71,7 @@ def _attention_function(
     treedecode_context: Context | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The function behind `attn_implementation="treedecode"`: `query` is `[1, num_qo_heads, num_tokens, head_dim]`."""
+    """Implements `attn_implementation="treedecode"`; `query` is `[1, num_qo_heads, num_tokens, head_dim]`."""
     if treedecode_context is None:
         raise ValueError(
             "attn_implementation 'treedecode' works inside treedecode.models.TransformersModel.forward only: this call "
@@ -123,10 +101,10 @@ AttentionInterface.register(ATTENTION, _attention_function)
 
 
 class TransformersModel(ModelAdapter):
-    """A Transformers causal language model as the decoder sees it.
+    """Adapts a Transformers causal language model to the decoder.
 
     Attributes:
-        model: the model itself; between two forwards it is as the user gave it.
+        model: the user's model, which is unchanged between two forwards.
         num_layers, num_kv_heads, num_qo_heads, head_dim, vocab_size: sizes of the K/V cache and of the logits.
         max_position: the longest sequence the model was made for, in tokens.
         dtype, device: of the activations, and so of the K/V cache.
@@ -139,7 +117,10 @@ class TransformersModel(ModelAdapter):
     """
 
     def __init__(self, model: PreTrainedModel, *, optimize: bool = True) -> None:
-        """Checks that `model` can be decoded as a tree.
+        """Checks that `model` can be decoded as a tree, and prepares a faster forward if asked to.
+
+        Args:
+            optimize: on the CPU, replace modules by faster ones that give the same results while a forward runs.
 
         Raises:
             TypeError: not a Transformers model.
@@ -154,12 +135,13 @@ class TransformersModel(ModelAdapter):
         self.device: torch.device = model.device
         self.max_position: int = config.max_position_embeddings
         self._fast: FastForward | None = None
-        self._whole: WholeDecoder | None = None
+        self._fused: FusedDecoder | None = None
         with exclusive(self._configs):
-            seen = self._observe()
-            self._check_layers(config, seen)
-            self._prepare()
-        self.min_prefill = _MIN_PREFILL if self.device.type == "cuda" and self._may_prefill_dense(seen) else None
+            probe = self._probe_attention()
+            self._check_layers(config, probe)
+            self._build_forwards()
+        may_prefill_dense = self.device.type == "cuda" and self._supports_dense_prefill(probe)
+        self.min_prefill = _MIN_PREFILL if may_prefill_dense else None
         self.num_changes = 0
         self.flops_per_token, self.flops_per_logits = product_flops(model, config)
         # Others, like the -1 of some checkpoints, are never generated.
@@ -167,19 +149,19 @@ class TransformersModel(ModelAdapter):
 
     @property
     def module(self) -> PreTrainedModel:
-        """The model itself."""
+        """The user's model."""
         return self.model
 
     @property
     def optimizations(self) -> list[str]:
-        """What the faster forward replaces, and what it leaves alone and why; empty with `optimize=False`."""
+        """Lines that say which modules run a faster forward, which do not, and why; empty with `optimize=False`."""
         return self._fast.report if self._fast is not None else []
 
     def refresh(self, *, force: bool = False) -> int:
         """Follows changes of the model: its weights, modules and hooks.
 
         Args:
-            force: also where none can be seen (writes through `.data`, plain attributes that a forward reads).
+            force: follow changes even where none can be seen, such as writes through `.data`.
 
         Returns:
             `num_changes`.
@@ -190,51 +172,52 @@ class TransformersModel(ModelAdapter):
         if self.model.training:
             raise ValueError("model: in training mode, where dropout is random; call model.eval()")
         with exclusive(self._configs):
-            if force or self._watch.changed():
-                self._prepare()
+            if force or self._change_detector.has_changed():
+                self._build_forwards()
                 self.num_changes += 1
             return self.num_changes
 
-    def _prepare(self) -> None:
-        self._fast = self._whole = None
+    def _build_forwards(self) -> None:
+        self._fast = self._fused = None
         if self._optimize:
-            self._fast = FastForward(self.model, lambda: dict(self._observe().calls))
-            self._whole = self._whole_decoder(self._fast)
-        self._watch = Watch(self.model)
+            self._fast = FastForward(self.model, lambda: dict(self._probe_attention().calls))
+            self._fused = self._build_fused(self._fast)
+        self._change_detector = ChangeDetector(self.model)
 
-    def _whole_decoder(self, fast: FastForward) -> WholeDecoder | None:
+    def _build_fused(self, fast: FastForward) -> FusedDecoder | None:
         if self.device.type != "cpu":
             return None
         try:
-            whole = WholeDecoder(self.model, fast)
+            fused = FusedDecoder(self.model, fast)
             with torch.inference_mode():
-                whole.require_same(self._run_hidden, self, self.head_dim)
-        except Unfit as reason:
+                fused.require_same(self._run_hidden, self)
+        except UnsupportedModule as reason:
             fast.report.append(f"layer by layer ({reason})")
             return None
         fast.report.append("all layers and the head in one op")
-        return whole
+        return fused
 
-    def _observe(self) -> _Observer:
-        observer, count = _Observer(), 5
+    def _probe_attention(self) -> AttentionProbe:
+        """Runs the model on a few tokens with a stand-in attention, which also tells the sizes of its outputs."""
+        probe, count = AttentionProbe(), 5
         ids = torch.arange(1, count + 1, device=self.device) % self._config.vocab_size
-        positions = trial_positions(count, self.max_position, self.device)
-        logits, hidden = self._run_hidden(ids, positions, observer, ids[:1])
+        positions = probe_positions(count, self.max_position, self.device)
+        logits, hidden = self._run_hidden(ids, positions, probe, ids[:1])
         self.vocab_size: int = logits.shape[-1]
         self.hidden_size: int = hidden.shape[-1]
-        return observer
+        return probe
 
-    def _check_layers(self, config: Any, seen: _Observer) -> None:
+    def _check_layers(self, config: Any, probe: AttentionProbe) -> None:
         name = type(self.model).__name__
-        layers = [index for index, _ in seen.calls]
+        layers = [index for index, _ in probe.calls]
         if layers != list(range(config.num_hidden_layers)):
             raise ValueError(
                 f"model: {name} has {config.num_hidden_layers} layers, but attention was called for layers {layers}: "
                 "layers without keys and values, or that share those of others, are not supported"
             )
-        if len(seen.shapes) > 1:
+        if len(probe.shapes) > 1:
             raise ValueError(f"model: {name} has layers that differ in head number or size, which is not supported")
-        ((self.num_qo_heads, self.num_kv_heads, self.head_dim, k_dim, v_dim),) = seen.shapes
+        ((self.num_qo_heads, self.num_kv_heads, self.head_dim, k_dim, v_dim),) = probe.shapes
         if not self.head_dim == k_dim == v_dim:
             raise ValueError(
                 f"model: {name} has head sizes {self.head_dim} (query), {k_dim} (key) and {v_dim} (value); "
@@ -242,15 +225,15 @@ class TransformersModel(ModelAdapter):
             )
         self.num_layers: int = len(layers)
 
-    def _may_prefill_dense(self, seen: _Observer) -> bool:
+    def _supports_dense_prefill(self, probe: AttentionProbe) -> bool:
         return all(
             prefill.supports(
                 head_dim=self.head_dim,
                 dtype=self.dtype,
-                softcap=bool(describe["softcap"]),
-                sinks=describe["sinks"] is not None,
+                softcap=bool(args["softcap"]),
+                sinks=args["sinks"] is not None,
             )
-            for _, describe in seen.calls
+            for _, args in probe.calls
         )
 
     @contextmanager
@@ -280,17 +263,17 @@ class TransformersModel(ModelAdapter):
     def _run_hidden(
         self, input_ids: Tensor, position_ids: Tensor, context: Context, logit_rows: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`_run`, and what the language model head was given."""
-        seen: list[Tensor] = []
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        """Runs `_run`, and also returns the input of the language model head."""
+        hidden: list[Tensor] = []
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
         try:
             logits = self._run(input_ids, position_ids, context, logit_rows)
         finally:
             handle.remove()
-        return logits, seen[0][0]
+        return logits, hidden[0][0]
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, context: StepContext, logit_rows: Tensor) -> Tensor:
-        """One forward over the packed query tokens of all branches; their K and V are in the cache afterwards.
+        """Runs the packed query tokens of all branches; their K and V are in the cache afterwards.
 
         Args:
             input_ids, position_ids: `[num_tokens]` int64, branches in row order, each branch's tokens in order.
@@ -303,39 +286,45 @@ class TransformersModel(ModelAdapter):
         Raises:
             ValueError: the model was put into training mode, or an argument does not fit (named).
         """
-        run = self.start(input_ids, position_ids, context, logit_rows)
-        if run is not None:
-            return run()[0]
+        prepared = self.prepare_forward(input_ids, position_ids, context, logit_rows)
+        if prepared is not None:
+            return prepared()[0]
         with exclusive(self._configs):
             return self._run(input_ids, position_ids, context, logit_rows)
 
     def forward_hidden(
         self, input_ids: Tensor, position_ids: Tensor, context: StepContext, logit_rows: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`forward`, and the states `[n, hidden_size]` that the logits were computed from."""
-        run = self.start(input_ids, position_ids, context, logit_rows)
-        if run is not None:
-            return run()
+        """Runs `forward`, and also returns the states `[n, hidden_size]` that the logits were computed from."""
+        prepared = self.prepare_forward(input_ids, position_ids, context, logit_rows)
+        if prepared is not None:
+            return prepared()
         with exclusive(self._configs):
             return self._run_hidden(input_ids, position_ids, context, logit_rows)
 
-    def start(self, input_ids: Tensor, position_ids: Tensor, context: StepContext, logit_rows: Tensor) -> Run | None:
-        """The forward as a function that computes `(logits, hidden)` without the model, and so may run on any thread.
+    def prepare_forward(
+        self, input_ids: Tensor, position_ids: Tensor, context: StepContext, logit_rows: Tensor
+    ) -> PreparedForward | None:
+        """Prepares a forward that computes `(logits, hidden)` without the model, and so may run on any thread.
 
-        It computes with the weights as they are now.
-
-        None: this model, or this context, goes layer by layer; call `forward`.
+        Returns:
+            the forward, with the weights as they are now; None: this model, or this context, goes layer by layer.
         """
         with exclusive(self._configs):
             self.refresh()
-            if self._whole is None or not isinstance(context, StepContext) or context.kv is None or context.prefills:
+            if self._fused is None or not isinstance(context, StepContext) or context.kv is None or context.prefills:
                 return None
             with torch.inference_mode():
-                return self._whole.start(input_ids, position_ids, context, logit_rows)
+                return self._fused.prepare_forward(input_ids, position_ids, context, logit_rows)
 
 
 def check_supported(model: PreTrainedModel) -> Any:
-    """The text config of a model that can be decoded as a tree; raises for one that cannot."""
+    """Checks that a model can be decoded as a tree, and returns its text config.
+
+    Raises:
+        TypeError: it is no model of Transformers.
+        ValueError: it cannot be decoded as a tree (the message says why).
+    """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a transformers.PreTrainedModel, got {type(model).__name__}")
     name = type(model).__name__
@@ -351,10 +340,10 @@ def check_supported(model: PreTrainedModel) -> Any:
     if model.get_output_embeddings() is None:
         raise ValueError(f"model: {name} has no language model head; load it with AutoModelForCausalLM")
     config = model.config.get_text_config(decoder=True)
-    other = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
-    if other:
+    unsupported = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
+    if unsupported:
         supported = ", ".join(sorted(_LAYER_TYPES))
-        raise ValueError(f"model: {name} has layers of type {', '.join(other)}; supported are {supported}")
+        raise ValueError(f"model: {name} has layers of type {', '.join(unsupported)}; supported are {supported}")
     if getattr(config, "use_bidirectional_attention", None) or getattr(config, "is_causal", True) is False:
         raise ValueError(f"model: {name} attends in both directions; only causal models are supported")
     if model.training:
@@ -363,7 +352,7 @@ def check_supported(model: PreTrainedModel) -> Any:
 
 
 def configs_of(model: PreTrainedModel) -> list[Any]:
-    """Every config object the model's modules read their attention implementation from, parents first."""
+    """Returns the configs from which the model's modules read their attention implementation, parents first."""
     configs: dict[int, Any] = {id(model.config): model.config}
     for module in model.modules():
         config = getattr(module, "config", None)

@@ -1,4 +1,4 @@
-"""A value head: how likely a completion from here succeeds, read off the model's last hidden state."""
+"""ValueHead: estimates from the model's last hidden state how likely a completion succeeds."""
 
 import os
 from collections.abc import Callable
@@ -8,11 +8,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from treedecode.models.fast_modules import Projection, Unfit
+from treedecode.common.validation import positive_int
+from treedecode.models.fast_modules import FastLinear, UnsupportedModule
 
 
 class ValueHead(nn.Module):
-    """Layer norm and a two-layer perceptron on the hidden state of a state's last token.
+    """A layer norm and a perceptron of two hidden layers on the hidden state of a state's last token.
 
     The estimate V(state) of search guided by values (Tree of Thoughts, 2305.10601; process rewards by Monte Carlo
     rollouts, 2312.08935): the probability that a solution sampled on from the state is right. The hidden state is the
@@ -29,20 +30,18 @@ class ValueHead(nn.Module):
 
     def __init__(self, hidden_size: int, width: int = 256) -> None:
         super().__init__()
-        for name, value in (("hidden_size", hidden_size), ("width", width)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
-        self.hidden_size = hidden_size
+        self.hidden_size = positive_int("hidden_size", hidden_size)
+        positive_int("width", width)
         self.norm = nn.LayerNorm(hidden_size)
         self.up = nn.Linear(hidden_size, width)
         self.middle = nn.Linear(width, width)
         self.out = nn.Linear(width, 1)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[n]` float32 log-odds of success, from `[n, hidden_size]` of any floating dtype.
+        """Computes `[n]` float32 log-odds of success from `[n, hidden_size]` of any floating dtype.
 
         Raises:
-            ValueError: another shape.
+            ValueError: `hidden` has another shape.
         """
         return self._logits(hidden, self.up, self.middle, self.out)
 
@@ -54,31 +53,32 @@ class ValueHead(nn.Module):
         return out(nn.functional.silu(middle(x))).squeeze(1)
 
     def fast(self) -> Callable[[Tensor], Tensor]:
-        """`forward` for the weights as they are now, without gradients.
+        """Returns `forward` for the weights as they are now, without gradients.
 
-        On the CPU a row's value does not depend on the other rows then, not even in the last bit. Layers that cannot be
-        packed (of odd sizes, or replaced by others) and other devices leave it as it is.
+        On the CPU a row's value then does not depend on the other rows, not even in the last bit. With layers that
+        cannot be packed (of odd sizes, or replaced by others), and on other devices, it is the head itself.
         """
         try:
-            packed = [Projection(layer) for layer in (self.up, self.middle, self.out)]
-        except Unfit:
+            packed = [FastLinear(layer) for layer in (self.up, self.middle, self.out)]
+        except UnsupportedModule:
             return self
         return lambda hidden: self._logits(hidden, *packed).sigmoid()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """`[n]` float32 probabilities of success, from `[n, hidden_size]`."""
+        """Computes `[n]` float32 probabilities of success from `[n, hidden_size]`."""
         return self.logits(hidden).sigmoid()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, in float32."""
+        """Writes the weights to a safetensors file, in float32."""
         save_file({name: tensor.detach().float().contiguous() for name, tensor in self.state_dict().items()}, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> "ValueHead":
-        """The head that `save` wrote, in evaluation mode.
+        """Loads a head that `save` wrote, in evaluation mode.
 
         Raises:
-            FileNotFoundError: no such file. ValueError: it does not hold a value head.
+            FileNotFoundError: there is no such file.
+            ValueError: it does not hold a value head.
         """
         try:
             tensors = load_file(path)
