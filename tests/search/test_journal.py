@@ -13,7 +13,7 @@ from torch import nn
 
 import treedecode as td
 from treedecode.accounting import energy
-from treedecode.accounting.ledger import Spent
+from treedecode.accounting.ledger import RunSpending
 from treedecode.accounting.meter import Spending
 from treedecode.search import solve as solving
 from treedecode.search.journal import Journal, num_solutions
@@ -218,7 +218,7 @@ def test_a_budget_goes_on_from_what_was_spent(make, tmp_path):
 
 @pytest.mark.parametrize("limit", ["seconds", "joules"])
 def test_time_and_energy_of_earlier_processes_count(make, tmp_path, monkeypatch, limit):
-    monkeypatch.setattr(energy, "_reader", lambda device: (itertools.count(0, 0.001).__next__, "a meter"))
+    monkeypatch.setattr(energy, "_open_counter", lambda device: (itertools.count(0, 0.001).__next__, "a meter"))
     journal, budget = tmp_path / "journal", td.Budget(**{limit: 900})
     killed(make(), journal, 1, budget=budget)
     lines = journal.read_text().splitlines()
@@ -237,12 +237,12 @@ def test_time_and_energy_of_earlier_processes_count(make, tmp_path, monkeypatch,
 
 
 def test_energy_that_is_known_in_part_is_not_known():
-    measured, other = Spent(Spending(), 1.0, 0.5, 3.0, "rapl"), Spent(Spending(), 1.0, 0.5, 4.0, "nvml")
-    unknown = Spent(Spending(), 2.0, 0.25, None, "not measured (no RAPL counters)")
-    assert measured + measured == Spent(Spending(), 2.0, 1.0, 6.0, "rapl")
-    assert measured + other == Spent(Spending(), 2.0, 1.0, 7.0, "rapl, nvml")
+    measured, other = RunSpending(Spending(), 1.0, 0.5, 3.0, "rapl"), RunSpending(Spending(), 1.0, 0.5, 4.0, "nvml")
+    unknown = RunSpending(Spending(), 2.0, 0.25, None, "not measured (no RAPL counters)")
+    assert measured + measured == RunSpending(Spending(), 2.0, 1.0, 6.0, "rapl")
+    assert measured + other == RunSpending(Spending(), 2.0, 1.0, 7.0, "rapl, nvml")
     for both in (measured + unknown, unknown + measured):
-        assert both == Spent(Spending(), 3.0, 0.75, None, "not measured (no RAPL counters)")
+        assert both == RunSpending(Spending(), 3.0, 0.75, None, "not measured (no RAPL counters)")
 
 
 def test_a_journal_that_does_not_say_what_was_spent_is_refused(run, tmp_path):

@@ -1,4 +1,4 @@
-"""Budget: what a run, and each problem of it, may spend."""
+"""Budget: limits on what a run, and each problem of it, may spend."""
 
 import time
 from collections.abc import Callable
@@ -7,39 +7,45 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from treedecode.accounting.meter import BudgetExhausted, Meter
+from treedecode.common.validation import number
 
-# When the problem of this context has to end, by `time.monotonic`; None = no limit in seconds.
-UNTIL: ContextVar[float | None] = ContextVar("UNTIL", default=None)
+# The time, by `time.monotonic`, at which the problem of this context has to end; None = no limit in seconds.
+DEADLINE: ContextVar[float | None] = ContextVar("DEADLINE", default=None)
 
 
-def require_time() -> None:
-    """Raises BudgetExhausted if the time is up: what blocks the event loop is to be called after this."""
-    until = UNTIL.get()
-    if until is not None and time.monotonic() >= until:
+def require_time_left() -> None:
+    """Checks that the problem's time is not up; to be called before anything that blocks the event loop.
+
+    Raises:
+        BudgetExhausted: the time is up.
+    """
+    deadline = DEADLINE.get()
+    if deadline is not None and time.monotonic() >= deadline:
         raise BudgetExhausted("the time is up")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Hard limits; a run never goes on by more than the forward that reached one. None = no limit.
+    """Hard limits; a run ends with the forward that reaches one. None = no limit.
 
-    Time passes outside of forwards too. When it is up, scorers that are waited for are given up (of those in threads,
-    `TextScorer(workers=...)` for instance, calls under way go on to their ends); a function that blocks is not called
-    again, and how long one call takes is how far a limit in seconds can be exceeded. The time of a problem begins when
-    the run has branches for it, and goes on while `DynamicAllocation` waits for others.
+    Time passes outside of forwards too. When it is up, scorers that are waited for are cancelled (calls in threads, as
+    of `TextScorer(workers=...)`, run to their ends), and a function that blocks is not called again: one such call is
+    all by which a limit in seconds can be exceeded. The time of a problem begins when the run has branches for it, and
+    passes while `DynamicAllocation` waits for others.
 
-    A run that goes on from a journal has what is left of its limits, time and energy too.
+    A run that is resumed from a journal has the rest of its limits, time and energy included.
 
     Args:
         tokens: generated tokens, those of judges and dropped branches too.
         flops: floating-point operations, as `Spending.flops` counts them.
         kv_bytes: bytes of keys and values read, shared ones once a forward.
-        joules: energy, where it can be measured (`energy.source()`).
+        joules: energy, where it can be measured (`EnergyCounter.is_available`).
         seconds: wall time.
-        per_problem: the same for every problem alone.
+        per_problem: limits of every single problem.
 
     Raises:
-        TypeError, ValueError: a limit is not a positive number (named).
+        TypeError: a limit is not a number (named).
+        ValueError: a limit is not positive (named), or `per_problem` has limits that one problem cannot have.
     """
 
     tokens: float | None = None
@@ -62,9 +68,7 @@ class Budget:
                 if value.joules is not None:
                     raise ValueError("per_problem: energy is measured of a whole run, not of a problem in it")
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{field.name}: expected a number, got {value!r}")
-            if not value > 0:
+            if not number(field.name, value) > 0:
                 raise ValueError(f"{field.name}: expected more than 0, got {value}")
 
     def open(
@@ -76,26 +80,26 @@ class Budget:
         seconds: float = 0.0,
         joules: float = 0.0,
     ) -> int:
-        """An account with these limits, whose time begins now.
+        """Opens an account with these limits, whose time begins now.
 
         Args:
-            energy: joules since the account was opened; needed for a limit on them.
-            seconds, joules: spent before, of what the limits allow.
+            energy: returns the joules since the account was opened; needed for a limit on them.
+            seconds, joules: already spent of what the limits allow.
 
         Raises:
             ValueError: there is a limit on joules and no `energy`.
         """
-        named = {"generated_tokens": self.tokens, "flops": self.flops, "kv_bytes": self.kv_bytes}
-        limits: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+        by_field = {"generated_tokens": self.tokens, "flops": self.flops, "kv_bytes": self.kv_bytes}
+        limits: dict[str, Any] = {name: value for name, value in by_field.items() if value is not None}
         if self.seconds is None and self.joules is None:
             return meter.open(parent, **limits)
         if self.joules is not None and energy is None:
             raise ValueError("joules: energy cannot be measured on this machine, so no limit on it can be kept")
-        begin, until, most = time.monotonic() - seconds, self.seconds, self.joules
+        begin, max_seconds, max_joules = time.monotonic() - seconds, self.seconds, self.joules
 
-        def ended() -> bool:
-            if until is not None and time.monotonic() - begin >= until:
+        def is_expired() -> bool:
+            if max_seconds is not None and time.monotonic() - begin >= max_seconds:
                 return True
-            return most is not None and energy is not None and joules + energy() >= most
+            return max_joules is not None and energy is not None and joules + energy() >= max_joules
 
-        return meter.open(parent, ended=ended, **limits)
+        return meter.open(parent, is_expired=is_expired, **limits)

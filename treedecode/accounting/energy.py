@@ -1,4 +1,4 @@
-"""Energy counters of the machine: NVML on NVIDIA GPUs, RAPL on CPUs that let it be read."""
+"""EnergyCounter: reads the machine's energy counters, NVML on NVIDIA GPUs and RAPL on CPUs that allow it."""
 
 import importlib
 from collections.abc import Callable
@@ -8,33 +8,37 @@ from typing import Any
 _RAPL = Path("/sys/class/powercap")
 
 
-class Counter:
-    """Joules since it was made.
+class EnergyCounter:
+    """Counts the joules that a device takes from the moment this is made.
+
+    Args:
+        device: a torch device; "cpu" counts all packages of the machine.
 
     Attributes:
-        source: what is counted: "nvml", "rapl", or why nothing is.
+        source: "nvml", "rapl", or the reason why energy is not measured.
     """
 
     def __init__(self, device: Any = "cpu") -> None:
-        """Args:
-        device: a torch device, whose energy counts; on the CPU that of all packages.
-        """
-        self._read, self.source = _reader(str(device))
+        self._read, self.source = _open_counter(str(device))
         self._begin = self._read() if self._read is not None else 0.0
 
     @property
     def is_available(self) -> bool:
-        """Whether energy is measured here."""
+        """True where energy is measured."""
         return self._read is not None
 
     def joules(self) -> float:
-        """Raises RuntimeError where energy is not measured."""
+        """Returns the energy since the counter was made.
+
+        Raises:
+            RuntimeError: energy is not measured here.
+        """
         if self._read is None:
             raise RuntimeError(f"energy is not measured: {self.source}")
         return self._read() - self._begin
 
 
-def _reader(device: str) -> tuple[Callable[[], float] | None, str]:
+def _open_counter(device: str) -> tuple[Callable[[], float] | None, str]:
     if device.startswith("cuda"):
         try:
             nvml: Any = importlib.import_module("pynvml")

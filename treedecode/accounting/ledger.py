@@ -1,4 +1,4 @@
-"""Ledger: what a run has spent, beside what it would have without sharing."""
+"""Ledger: what a run has spent, and what it would have spent without sharing."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,8 +10,8 @@ SCHEMA = "treedecode.ledger/1"
 
 
 @dataclass(frozen=True)
-class Spent:
-    """What a run has spent as a whole, up to some moment; adds up over the processes that worked on it.
+class RunSpending:
+    """The work, time and energy of a whole run up to some moment; adds up over the processes that worked on it.
 
     Attributes:
         spending: of all searches; what they share in one forward counts once.
@@ -24,37 +24,37 @@ class Spent:
     joules: float | None
     energy_source: str
 
-    def __add__(self, other: "Spent") -> "Spent":
-        """Both processes; energy is known where both measured it, else the source says what is missing."""
-        known = self.joules is not None and other.joules is not None
-        sources = [one.energy_source for one in (self, other) if known or one.joules is None]
-        return Spent(
+    def __add__(self, other: "RunSpending") -> "RunSpending":
+        """Adds two processes. Energy needs both measurements; without, the source says which one is missing."""
+        joules = None if self.joules is None or other.joules is None else self.joules + other.joules
+        sources = [part.energy_source for part in (self, other) if joules is not None or part.joules is None]
+        return RunSpending(
             self.spending + other.spending,
             self.seconds + other.seconds,
             self.busy_seconds + other.busy_seconds,
-            self.joules + other.joules if self.joules is not None and other.joules is not None else None,
+            joules,
             ", ".join(dict.fromkeys(sources)),
         )
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Spent":
-        """What `asdict` described."""
+    def from_json(cls, data: Mapping[str, Any]) -> "RunSpending":
+        """Restores an object from the dictionary that `asdict` made of it."""
         return cls(**{**data, "spending": Spending(**data["spending"])})
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """What a run has spent, in all processes that worked on it.
+    """The work, time and energy of a run, in all processes that worked on it.
 
     Attributes:
         problems: by problem id. Pages that problems share (worked examples) count for each of them.
-        total: of all problems, and of searches that were under way when the run was interrupted, which were begun anew;
-            what they share in one forward counts once.
+        total: of all problems, and of searches that an interruption cut off and that were begun anew; what they share
+            in one forward counts once.
         seconds: wall time, by problem id; problems run side by side, so these overlap.
         total_seconds: wall time of the run.
-        busy_seconds: of which the decoder was in a forward or its book-keeping.
+        busy_seconds: the part of it in which the decoder ran forwards or kept its books.
         joules: energy; None = not measured.
-        energy_source: the counter it is from, or why there is none.
+        energy_source: "nvml", "rapl", or the reason why energy is not measured.
     """
 
     problems: dict[str, Spending]
@@ -67,22 +67,22 @@ class Ledger:
 
     @property
     def occupancy(self) -> float:
-        """Share of the run's wall time in which the decoder worked."""
+        """The share of the run's wall time in which the decoder was busy."""
         return self.busy_seconds / self.total_seconds if self.total_seconds else 0.0
 
     @property
     def lost_tokens(self) -> int:
-        """Generated tokens of searches that were under way when the run was interrupted: in the total alone."""
+        """Generated tokens of searches that an interruption cut off; only the total counts them."""
         return self.total.generated_tokens - sum(spent.generated_tokens for spent in self.problems.values())
 
     def to_json(self) -> dict[str, Any]:
-        """`{"schema", "problems": {id: {..., "seconds", "without_sharing"}}, "total", ...}`; all of `Spending`."""
+        """Converts to `{"schema", "problems": {id: {..., "seconds", "without_sharing"}}, "total", ...}`."""
         return {
             "schema": SCHEMA,
             "problems": {
-                key: {**_described(spent), "seconds": self.seconds[key]} for key, spent in self.problems.items()
+                key: {**_to_json(spending), "seconds": self.seconds[key]} for key, spending in self.problems.items()
             },
-            "total": _described(self.total),
+            "total": _to_json(self.total),
             "total_seconds": self.total_seconds,
             "busy_seconds": self.busy_seconds,
             "joules": self.joules,
@@ -90,11 +90,11 @@ class Ledger:
         }
 
 
-def _described(spent: Spending) -> dict[str, Any]:
-    values = asdict(spent)
-    apart = {
+def _to_json(spending: Spending) -> dict[str, Any]:
+    values = asdict(spending)
+    without_sharing = {
         "kv_bytes": values.pop("kv_bytes_copied"),
         "forwards": values.pop("branch_forwards"),
         "peak_pages": values.pop("peak_pages_copied"),
     }
-    return {**values, "without_sharing": apart}
+    return {**values, "without_sharing": without_sharing}

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from treedecode.accounting.meter import Meter, Shares
+from treedecode.accounting.meter import AccountRows, Meter
 from treedecode.common.arrays import IntArray
 from treedecode.engine.branch_table import BranchTable, Work
 
@@ -41,7 +41,7 @@ class Batch:
     wanted: IntArray  # [n] indices of rows whose last token's logits are wanted
     sampled: IntArray  # [s] indices into wanted of rows that sample
     draw: Draw  # of the rows that sample
-    shares: list[Shares]  # of the accounts that pay for rows
+    shares: list[AccountRows]  # of the accounts that pay for rows
 
 
 class Scheduler:
@@ -197,7 +197,7 @@ class Scheduler:
             wanted=wanted,
             sampled=sampled,
             draw=self.draw(out[sampled]),
-            shares=self.meter.shares(table.account[rows], pages[order], used[order], table.num_cached[rows]),
+            shares=self.meter.group_rows(table.account[rows], pages[order], used[order], table.num_cached[rows]),
         )
 
     def draw(self, rows: IntArray) -> Draw:

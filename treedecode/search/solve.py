@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from treedecode.accounting.budget import UNTIL, Budget
-from treedecode.accounting.energy import Counter
-from treedecode.accounting.ledger import Ledger, Spent
+from treedecode.accounting.budget import DEADLINE, Budget
+from treedecode.accounting.energy import EnergyCounter
+from treedecode.accounting.ledger import Ledger, RunSpending
 from treedecode.accounting.meter import BudgetExhausted, Spending
 from treedecode.decoding.decoder import Decoder, Prompt
 from treedecode.engine.sampling import Sampling
@@ -167,11 +167,11 @@ class _Run:
         alone = (self.budget.per_problem or Budget()).tokens
         warn_of_little_room(decoder, min(task.max_new_tokens, alone or math.inf), self._prompts)
         self._places = Places(decoder.pool.max_branches - decoder.num_branches)
-        self._energy = Counter(decoder.pool.device)
+        self._energy = EnergyCounter(decoder.pool.device)
         if self.budget.joules is not None and not self._energy.is_available:
             raise ValueError(f"budget: joules are limited, and energy is {self._energy.source}")
         self._account = -1
-        self._earlier: Spent | None = None
+        self._earlier: RunSpending | None = None
         self._begin = self._busy = 0.0
         self._shared: Any = None
 
@@ -204,7 +204,7 @@ class _Run:
             with journal.reading():
                 known = journal.solutions
                 done = {p.id: Solution.from_json(known[p.id], p) for p in self.problems if p.id in known}
-                earlier = None if journal.spent is None else Spent.from_json(journal.spent)
+                earlier = None if journal.spent is None else RunSpending.from_json(journal.spent)
         notes = {name: solution.notes for name, solution in done.items()}
         self._shared = self.strategy.share([problem.id for problem in self.problems], notes)
         self._open(earlier)
@@ -244,7 +244,7 @@ class _Run:
         )
         return Result(solutions, ledger)
 
-    def _open(self, earlier: Spent | None) -> None:
+    def _open(self, earlier: RunSpending | None) -> None:
         """Opens the run's account with what earlier processes have spent; this one begins now."""
         meter = self.decoder.meter
         energy = self._energy.joules if self._energy.is_available else None
@@ -258,9 +258,9 @@ class _Run:
             meter.add(self._account, earlier.spending)
         self._earlier, self._begin, self._busy = earlier, time.perf_counter(), self.decoder.stats.busy_seconds
 
-    def _spent(self) -> Spent:
+    def _spent(self) -> RunSpending:
         """By all processes of the run up to now."""
-        here = Spent(
+        here = RunSpending(
             Spending(),
             time.perf_counter() - self._begin,
             self.decoder.stats.busy_seconds - self._busy,
@@ -272,7 +272,7 @@ class _Run:
 
     def _until(self, alone: Budget) -> float | None:
         """When a problem that begins now has to end, by `time.monotonic`; None = no limit in seconds."""
-        now, found = time.monotonic(), [UNTIL.get()]  # of a run whose verifier this one is part of
+        now, found = time.monotonic(), [DEADLINE.get()]  # of a run whose verifier this one is part of
         if self.budget.seconds is not None:
             earlier = 0.0 if self._earlier is None else self._earlier.seconds
             found.append(now + self.budget.seconds - earlier - (time.perf_counter() - self._begin))
@@ -285,7 +285,7 @@ class _Run:
         await self._places.take(self._num_places)
         begin, is_cut = time.perf_counter(), False
         until = self._until(alone)
-        limit, outer = asyncio.timeout(None if until is None else until - time.monotonic()), UNTIL.set(until)
+        limit, outer = asyncio.timeout(None if until is None else until - time.monotonic()), DEADLINE.set(until)
         account = alone.open(self.decoder.meter, self._account)
         search = Search(
             self.decoder,
@@ -310,7 +310,7 @@ class _Run:
                 raise
             outcome, is_cut = search.best_so_far(), True
         finally:
-            UNTIL.reset(outer)
+            DEADLINE.reset(outer)
             self.decoder.recorder.stop(account)
             spending = self.decoder.meter.close(account)
             search.give_places()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from treedecode.accounting.budget import require_time
+from treedecode.accounting.budget import require_time_left
 
 if TYPE_CHECKING:
     from treedecode.decoding.frontier import Frontier
@@ -72,7 +72,7 @@ class TextScorer:
         async def value(text: str) -> float:
             found: Any
             if pool is None:
-                require_time()
+                require_time_left()
                 found = self.fn(problem, text)
             else:
                 found = await loop.run_in_executor(pool, self.fn, problem, text)
