@@ -9,6 +9,7 @@ from support.paths import ROOT
 MAX_COLUMNS = 100
 PAGES = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"])
 DECISIONS = sorted({*ROOT.glob("docs/decisions/*.md")} - {ROOT / "docs/decisions/README.md"})
+NO_FILES = {"bench/results/local/gpu", "treedecode/generate.py"}  # made by a script; one that a record argues against
 FENCE = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
 
 
@@ -40,7 +41,19 @@ def test_links_lead_somewhere(page):
     assert [target for target in links(page.read_text()) if not (page.parent / target).exists()] == []
 
 
-def test_the_walk_sees_wide_lines_and_links():
+def paths(text: str) -> set[str]:
+    """Paths in the repository that a text names in backquotes, without patterns such as `tests/<room>/`."""
+    named = re.findall(r"`((?:\w+)/[\w./]+)`", text)
+    return {path for path in named if (ROOT / path.split("/")[0]).is_dir()}
+
+
+@pytest.mark.parametrize("page", sorted({*PAGES, ROOT / "README.md"} - {ROOT / "docs/structures.md"}), ids=name)
+def test_paths_exist(page):
+    assert [path for path in paths(page.read_text()) - NO_FILES if not (ROOT / path).exists()] == []
+
+
+def test_the_walk_sees_wide_lines_links_and_paths():
+    assert paths("`tests/a.py` `tests/<room>/` `csrc/b/` `int/float` bench/c.py") == {"tests/a.py", "csrc/b/"}
     wide = "x" * (MAX_COLUMNS + 1)
     text = f"{wide}\n| {wide} |\n```\n{wide}\n```\nhttps://{wide}\n[a](b) {wide}"
     assert wide_lines(text) == [wide, f"[a](b) {wide}"]
