@@ -66,7 +66,7 @@ def test_columns_are_resampled_together():
     means = intervals.resampled_means(values, num_resamples=50, seed=3)
     np.testing.assert_allclose(means[:, 2], means[:, 0] + means[:, 1])
     np.testing.assert_allclose(means[:, 0], intervals.resampled_means(values[:, 0], num_resamples=50, seed=3))
-    assert (intervals.draws(20, 50, 3).sum(axis=1) == 20).all()
+    assert (intervals.resample_counts(20, 50, 3).sum(axis=1) == 20).all()
 
 
 @given(st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=1, max_size=40))

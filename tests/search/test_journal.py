@@ -46,10 +46,10 @@ def length():
 def run(make_decoder, tmp_path):
     def run(name=None, weight=1.0, answer=None, prompt=None, verifier=None, **options):
         decoder = make_decoder(**options)
-        decoder.model.model = nn.Linear(20, 10)
-        decoder.model.model.name_or_path = name
-        nn.init.constant_(decoder.model.model.weight, weight)
-        nn.init.zeros_(decoder.model.model.bias)
+        decoder.model.module = nn.Linear(20, 10)
+        decoder.model.module.name_or_path = name
+        nn.init.constant_(decoder.model.module.weight, weight)
+        nn.init.zeros_(decoder.model.module.bias)
         work = solve_async(
             decoder,
             [Problem("one", "make one", answer), Problem("two", "make two")],

@@ -1,4 +1,4 @@
-"""What forwards do, counted by hand from the page table."""
+"""Counts the work of forwards by hand from the page table, to check the meter."""
 
 import numpy as np
 
@@ -11,7 +11,12 @@ MEASURED += ("peak_pages", "peak_pages_copied")
 
 
 class Count:
-    """Counts what every forward reads and samples, from the page table, by account and for all (None)."""
+    """Counts what every forward reads and samples, by account and, under None, for all.
+
+    Attributes:
+        spent: account -> `Spending`, of which the fields `MEASURED` are counted.
+        sampled: account -> tokens sampled in each forward.
+    """
 
     def __init__(self, dec, monkeypatch):
         self.spent, self.sampled = {}, {}
@@ -24,21 +29,22 @@ class Count:
             lens = table.num_cached[batch.rows] + q_lens
             accounts = table.account[batch.rows]
             for account in [None, *set(accounts.tolist())]:
-                fill, mine = {}, [i for i in range(len(lens)) if account is None or accounts[i] == account]
-                for i in mine:
-                    for at, page in enumerate(pool.page_table[batch.rows[i]][: -(-lens[i] // pool.page_size)].tolist()):
-                        fill[page] = max(fill.get(page, 0), min(lens[i] - at * pool.page_size, pool.page_size))
-                pages = sum(-(-int(lens[i]) // pool.page_size) for i in mine)
-                here = Spending(
-                    computed_tokens=int(q_lens[mine].sum()),
+                rows = [i for i in range(len(lens)) if account is None or accounts[i] == account]
+                fill = {}  # page -> tokens read of it
+                for i in rows:
+                    pages = pool.page_table[batch.rows[i]][: -(-lens[i] // pool.page_size)].tolist()
+                    for column, page in enumerate(pages):
+                        fill[page] = max(fill.get(page, 0), min(lens[i] - column * pool.page_size, pool.page_size))
+                spending = Spending(
+                    computed_tokens=int(q_lens[rows].sum()),
                     kv_bytes=int(sum(fill.values())) * token_bytes,
-                    kv_bytes_copied=int(lens[mine].sum()) * token_bytes,
+                    kv_bytes_copied=int(lens[rows].sum()) * token_bytes,
                     forwards=1,
-                    branch_forwards=len(mine),
+                    branch_forwards=len(rows),
                     peak_pages=len(fill),
-                    peak_pages_copied=pages,
+                    peak_pages_copied=sum(-(-int(lens[i]) // pool.page_size) for i in rows),
                 )
-                self.spent[account] = self.spent.get(account, Spending()) + here
+                self.spent[account] = self.spent.get(account, Spending()) + spending
             return forward(model, pool_, table, batch, slots, **options)
 
         def counted_choose(table, matcher, eos, draw, logits):

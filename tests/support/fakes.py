@@ -1,7 +1,7 @@
-"""A language model that is a hash of the token history it finds in the pages, and a tokenizer of a few bytes.
+"""A language model that hashes the token history it reads from the pages, and a tokenizer of a few bytes.
 
-A wrong page, a stale page, a missing copy-on-write or a row mixed up with another changes the text; as the hash is
-exact, texts can be compared for equality whatever the batch looked like.
+A wrong page, a stale page, a missing copy-on-write or a row mixed up with another changes the text. The hash is exact,
+so texts are equal whatever the batch was.
 """
 
 import numpy as np
@@ -31,7 +31,7 @@ VOCAB = len(_PIECES)
 
 
 class FakeTokenizer:
-    """Byte pieces joined, as byte-level BPE does it; token 1 is special. Bytes it does not know are left out."""
+    """Joins byte pieces as byte-level BPE does; token 1 is special. Unknown bytes are left out."""
 
     bos_token = None
 
@@ -50,15 +50,15 @@ class FakeTokenizer:
     def encode(self, text, add_special_tokens=True):
         data, ids = text.encode(), []
         while data:
-            fitting = [i for i, piece in enumerate(_PIECES) if piece and data.startswith(piece)]
-            best = max(fitting, key=lambda i: len(_PIECES[i]), default=None)
+            prefixes = [i for i, piece in enumerate(_PIECES) if piece and data.startswith(piece)]
+            best = max(prefixes, key=lambda i: len(_PIECES[i]), default=None)
             ids += [] if best is None else [best]
             data = data[1 if best is None else len(_PIECES[best]) :]
         return ids
 
 
 def history_hash(tokens):
-    """A 64-bit word of a token history."""
+    """Returns a 64-bit word that depends on every token of a history."""
     state = np.uint64(0x243F6A8885A308D3)
     with np.errstate(over="ignore"):
         for token in tokens:
@@ -68,7 +68,7 @@ def history_hash(tokens):
 
 
 def next_logits(tokens, vocab_size=VOCAB, eos_logit=-1.0, scale=4.0):
-    """`[vocab_size]` float32, exact in every environment."""
+    """Returns the logits `[vocab_size]` float32 after a history, the same in every environment."""
     with np.errstate(over="ignore"):
         words = (history_hash(tokens) + np.arange(vocab_size, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
         words ^= words >> np.uint64(31)
@@ -79,17 +79,22 @@ def next_logits(tokens, vocab_size=VOCAB, eos_logit=-1.0, scale=4.0):
 
 
 class FakeModel(ModelAdapter):
-    """The adapter's interface over `next_logits`; K of a token is (token id, position)."""
+    """Adapts `next_logits` to the decoder; K of a token holds its id and position.
+
+    Args:
+        free: skip all computation, to time what is around the model.
+    """
 
     num_layers, num_kv_heads, num_qo_heads, head_dim = 2, 1, 2, 16
     vocab_size = VOCAB
     dtype, device = torch.float32, torch.device("cpu")
     eos_token_ids = (EOS,)
+    module = None
 
     def __init__(self, max_position=512, eos_logit=-1.0, free=False):
         self.max_position = max_position
         self.eos_logit = eos_logit
-        self.free = free  # costs nothing and says nothing: to time what is around it
+        self.free = free
         self.forwards = []  # q_lens of every forward
         self.fail_at = None  # number of the forward that raises
 
@@ -116,9 +121,9 @@ class FakeModel(ModelAdapter):
             k_pages[page, offset, 0, 1] = position_ids.float()
             v_pages[page, offset, 0, 0] = input_ids.float()
         logits = np.zeros((len(logit_rows), self.vocab_size), np.float32)
-        for i, at in enumerate(logit_rows[logit_rows < count].tolist()):
-            row = int(np.searchsorted(q_indptr, at, side="right")) - 1
-            length = int(context.seq_lens[row]) - (int(q_indptr[row + 1]) - 1 - at)
+        for i, token in enumerate(logit_rows[logit_rows < count].tolist()):
+            row = int(np.searchsorted(q_indptr, token, side="right")) - 1
+            length = int(context.seq_lens[row]) - (int(q_indptr[row + 1]) - 1 - token)
             pages = context.page_table[row, : -(-length // page_size)].long()
             seen = k_pages[pages].reshape(-1, self.head_dim)[:length]
             assert seen[:, 1].tolist() == list(range(length)), "a page holds another position"
@@ -127,7 +132,7 @@ class FakeModel(ModelAdapter):
 
 
 def fake_decoder(model=None, *, captured=False, num_pages=200, tokenizer=True, page_size=4, **options):
-    """A decoder on a fake model.
+    """Makes a decoder on a fake model.
 
     A captured one takes decode steps as on a GPU, one step behind and with idle rows; only the graph is missing.
     """

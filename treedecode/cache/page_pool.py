@@ -1,4 +1,4 @@
-"""PagePool: the memory of the paged cache and the branches that share it."""
+"""PagePool: the paged memory of keys and values, and the page table of the branches that share it."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -20,13 +20,15 @@ from treedecode.ops.pages import (
 
 Int32Array = NDArray[np.int32]
 _INT32, _LIMITS = np.dtype(np.int32), np.iinfo(np.int32)
-IntArrayLike = Tensor | Int32Array | Sequence[int]
+IntArrayLike = Tensor | Int32Array | Sequence[int]  # integers that a caller may give in any form
 
 
 class OutOfPages(RuntimeError):
     """The pool has too few free pages for the call; nothing was changed.
 
-    num_needed: pages the call needs. num_free: pages there are.
+    Attributes:
+        num_needed: pages that the call needs.
+        num_free: pages that are free.
     """
 
     def __init__(self, num_needed: int, num_free: int) -> None:
@@ -40,11 +42,11 @@ class OutOfBranches(RuntimeError):
 
 
 class PagePool:
-    """Keys and values of many branches in shared pages, with the page table that says which page is whose.
+    """Keeps keys and values of many branches in shared pages, and the page table of all branches.
 
-    A branch is a row of the page table. Rows are handed out by `allocate_rows` and come back by `release`; in between a
-    row may be empty. Forking shares pages; a shared page is copied when a branch writes to it, which only ever
-    happens to a partial last page. Not thread-safe. Calls that raise have changed nothing.
+    A branch is a row of the page table. `allocate_rows` hands rows out and `release` takes them back; in between a row
+    may be empty. Forking shares pages; a shared page is copied when a branch writes to it, which only ever happens to a
+    partial last page. Not thread-safe. Calls that raise have changed nothing.
 
     Args:
         num_layers, num_kv_heads, head_dim, dtype: of the model; K and V alike.
@@ -132,7 +134,7 @@ class PagePool:
     # -- branches --
 
     def fork(self, src_rows: IntArrayLike, dst_rows: IntArrayLike, lens: IntArrayLike | None = None) -> None:
-        """Rows `dst_rows` become copies of `src_rows`, all at once; what they held is dropped and no KV is copied.
+        """Makes rows `dst_rows` copies of `src_rows`, all at once; their old pages are dropped, and no KV is copied.
 
         src and dst may overlap in any way, which makes a beam reorder one call: `fork(parents, rows)`.
 
@@ -198,10 +200,10 @@ class PagePool:
         self._drop_all(ids)
         self._allocated[ids] = False
 
-    # -- pages known outside of the page table --
+    # -- pages referred to from outside of the page table --
 
     def adopt(self, row: int, pages: IntArrayLike, num_tokens: int) -> None:
-        """An empty row starts on existing pages, e.g. those a prefix index found.
+        """Starts an empty row on existing pages, such as those that a prefix index found.
 
         Args:
             row: row id.
@@ -232,14 +234,17 @@ class PagePool:
         ops.hold_pages(self.state, self._tensor(_int32(pages)), False)
 
     def pages(self, row: int) -> Int32Array:
-        """The page ids of a row in order, `[ceil(seq_len / page_size)]`, copied."""
+        """Returns a copy of a row's page ids in order, `[ceil(seq_len / page_size)]`."""
         num_pages = -(-int(self.seq_lens[row]) // self.page_size)
         return self.page_table[row, :num_pages].numpy(force=True).copy()
 
     # -- memory --
 
     def layer(self, i: int) -> tuple[Tensor, Tensor]:
-        """`(k_pages, v_pages)` of layer `i`: `[num_pages, page_size, num_kv_heads, head_dim]` views (of HND memory)."""
+        """Returns `(k_pages, v_pages)` of a layer.
+
+        Both are `[num_pages, page_size, num_kv_heads, head_dim]` views of HND memory.
+        """
         return self._layers[i]
 
     @property
@@ -249,7 +254,7 @@ class PagePool:
 
     @property
     def num_free_pages(self) -> int:
-        """Pages that nobody refers to."""
+        """Pages without references."""
         return self._read_status(STATUS_NUM_FREE)
 
     @property
@@ -274,7 +279,7 @@ class PagePool:
             held: page ids retained outside of the page table, once per reference.
 
         Raises:
-            AssertionError: names the broken invariant. (Not an assert statement: it holds under `python -O` too.)
+            AssertionError: names the broken invariant. (No assert statement, so `python -O` checks too.)
         """
 
         def require(ok: bool, message: str) -> None:
@@ -308,7 +313,7 @@ class PagePool:
     # -- helpers: the per-step path, where each tensor or numpy call saved is a microsecond --
 
     def _rows(self, rows: IntArrayLike, name: str) -> Int32Array:
-        """`[n]` row ids, all of them allocated; ids out of range are left to the op to refuse."""
+        """Converts to `[n]` row ids, and refuses those that are not allocated; the op refuses ids out of range."""
         ids = _int32(rows)
         allocated = self._allocated.take(ids, mode="clip")
         if not allocated.all():
@@ -335,7 +340,7 @@ class PagePool:
 
 
 def _int32(values: IntArrayLike) -> Int32Array:
-    """`values` as a contiguous writable int32 array, without a copy where it is one already."""
+    """Converts to a contiguous writable int32 array, without a copy where it is one already."""
     if type(values) is np.ndarray and values.dtype == _INT32 and values.flags.forc and values.flags.writeable:
         return values
     if isinstance(values, Tensor):

@@ -1,1 +1,1 @@
-"""Settings from the environment, and statistics: what every room may use."""
+"""Modules that every room may use: settings from the environment, checks of arguments, statistics."""

@@ -1,4 +1,4 @@
-"""Every environment variable treedecode reads, and nothing else reads any."""
+"""Reads the environment variables of treedecode; no other module reads any."""
 
 import os
 import re
@@ -8,7 +8,11 @@ CPU_ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 
 
 def cpu_isa() -> str | None:
-    """`TREEDECODE_CPU_ISA`: one of CPU_ISAS; unset means the best one the machine has."""
+    """Reads `TREEDECODE_CPU_ISA`, one of CPU_ISAS; unset means the best one that the machine has.
+
+    Raises:
+        ValueError: it is another value.
+    """
     value = os.environ.get("TREEDECODE_CPU_ISA")
     if value is not None and value not in CPU_ISAS:
         raise ValueError(f"TREEDECODE_CPU_ISA: expected one of {', '.join(CPU_ISAS)}, got {value!r}")
@@ -16,10 +20,13 @@ def cpu_isa() -> str | None:
 
 
 def backend() -> str | None:
-    """`TREEDECODE_BACKEND`: `reference` sends every op to the float64 reference, for debugging; unset means native.
+    """Reads `TREEDECODE_BACKEND`: `reference` sends every op to the float64 reference; unset means native.
 
     The reference refuses values that would write to the wrong place, such as a slot out of range, but does not check
     dtypes, shapes and strides as the native ops do.
+
+    Raises:
+        ValueError: it is another value.
     """
     value = os.environ.get("TREEDECODE_BACKEND")
     if value not in (None, "reference"):
@@ -28,12 +35,12 @@ def backend() -> str | None:
 
 
 def settings() -> dict[str, str]:
-    """The variables that are set of those that matter here, for bug reports."""
+    """Returns the variables that are set and matter here, for bug reports."""
     return {name: os.environ[name] for name in sorted(os.environ) if re.match(r"TREEDECODE_|OMP_NUM_THREADS$", name)}
 
 
 def cache_dir() -> Path:
-    """`TREEDECODE_CACHE`: where converted models are kept; default `$XDG_CACHE_HOME/treedecode`."""
+    """Reads `TREEDECODE_CACHE`, the folder of converted models; default `$XDG_CACHE_HOME/treedecode`."""
     if value := os.environ.get("TREEDECODE_CACHE"):
         return Path(value)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "treedecode"

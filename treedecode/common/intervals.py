@@ -1,9 +1,9 @@
-"""Intervals of accuracies and of their differences, over problems.
+"""Confidence intervals of accuracies and of their differences, over problems.
 
-Problems are the sample: a strategy's correctness on each of them is one draw, and two strategies, or two policies of
-allocation, are compared on the same ones. Intervals are BCa bootstrap intervals (Efron, 1987, "Better Bootstrap
-Confidence Intervals"), as accuracies lie near 0 or 1 often enough for the percentile method to be off on the skewed
-side. Where a bootstrap has nothing to resample, because all problems went alike, the interval is Wilson's (1927),
+Problems are the sample: a strategy's correctness on one problem is one observation, and two strategies, or two
+allocation policies, are compared on the same problems. Intervals are BCa bootstrap intervals (Efron, 1987, "Better
+Bootstrap Confidence Intervals"), because accuracies often lie so near 0 or 1 that the percentile method is off on the
+skewed side. Where all problems went alike a bootstrap has nothing to resample, and the interval is Wilson's (1927),
 which does not collapse to a point.
 """
 
@@ -34,35 +34,37 @@ class Difference(NamedTuple):
 
 
 def wilson(num_right: float, num_trials: int, *, level: float = 0.95) -> Interval:
-    """The score interval of a proportion.
+    """Computes the score interval of a proportion.
 
     Raises:
-        ValueError: no trials, or more right than there are trials.
+        ValueError: there are no trials, or more right ones than trials.
     """
     if num_trials < 1:
         raise ValueError(f"num_trials: expected at least 1, got {num_trials}")
     if not 0 <= num_right <= num_trials:
         raise ValueError(f"num_right: expected from 0 to {num_trials}, got {num_right}")
-    z, share = _quantile(_level(level)), num_right / num_trials
+    z, share = _z_score(level), num_right / num_trials
     scale = 1 + z * z / num_trials
     middle = (share + z * z / (2 * num_trials)) / scale
     half = z * math.sqrt(share * (1 - share) / num_trials + (z / (2 * num_trials)) ** 2) / scale
-    # at the ends middle and half are equal, but for rounding
+    # for no right ones, and for all, middle and half are equal up to rounding
     return Interval(0.0 if num_right == 0 else middle - half, 1.0 if num_right == num_trials else middle + half)
 
 
 def resampled_means(values: FloatArray, *, num_resamples: int, seed: int) -> FloatArray:
-    """Means over problems drawn again with replacement, `[num_resamples, ...]` of values `[problems, ...]`.
+    """Computes means over problems drawn with replacement, `[num_resamples, ...]` of values `[problems, ...]`.
 
-    The same problems are drawn for the same seed and number of problems, so that the columns, and other calls, are
-    paired.
+    Calls with the same seed and number of problems draw the same problems, so columns and calls are paired.
     """
-    return draws(len(values), num_resamples, seed) @ values / len(values)
+    return resample_counts(len(values), num_resamples, seed) @ values / len(values)
 
 
 @lru_cache(maxsize=4)  # the rows of a study are all over the same problems
-def draws(num_problems: int, num_resamples: int, seed: int) -> FloatArray:
-    """How often each problem is drawn, `[num_resamples, num_problems]`, read-only; rows sum to `num_problems`."""
+def resample_counts(num_problems: int, num_resamples: int, seed: int) -> FloatArray:
+    """Draws problems with replacement, and counts each: `[num_resamples, num_problems]`, read-only.
+
+    A row sums to `num_problems`.
+    """
     rng = np.random.default_rng([seed, num_problems])
     share = np.full(num_problems, 1 / num_problems)
     counts = rng.multinomial(num_problems, share, num_resamples).astype(np.float64)
@@ -73,13 +75,13 @@ def draws(num_problems: int, num_resamples: int, seed: int) -> FloatArray:
 def mean_interval(
     values: Sequence[float] | FloatArray, *, level: float = 0.95, num_resamples: int = 4000, seed: int = 0
 ) -> Interval:
-    """The BCa interval of the mean of an accuracy per problem.
+    """Computes the BCa interval of the mean accuracy over problems.
 
     Args:
         values: `[problems]` in [0, 1]: right or wrong, or a share of right chains.
 
     Raises:
-        ValueError: no values, or one outside of [0, 1].
+        ValueError: there are no values, or one is outside of [0, 1].
     """
     values = _checked(values, "values", 0.0)
     if (values == values[0]).all():  # of shares, no wider than of as many wholes right and wrong
@@ -95,10 +97,10 @@ def paired_difference(
     num_resamples: int = 4000,
     seed: int = 0,
 ) -> Difference:
-    """The mean of `first - second` over the same problems, with its BCa interval.
+    """Computes the mean of `first - second` over the same problems, with its BCa interval.
 
-    Where the two agree on every problem, the share of problems on which they do not is known to be below Wilson's upper
-    bound for none, and the interval is that wide to both sides.
+    Where the two agree on every problem, the share on which they differ is below Wilson's upper bound for none, and the
+    interval is that wide to both sides.
 
     Raises:
         ValueError: the lengths differ, there are no values, or one is outside of [0, 1].
@@ -112,7 +114,7 @@ def paired_difference(
 def difference_of(
     differences: FloatArray, *, level: float = 0.95, num_resamples: int = 4000, seed: int = 0
 ) -> Difference:
-    """`paired_difference`, of differences `[problems]` in [-1, 1] that have been taken already.
+    """Computes `paired_difference` from the differences `[problems]`, in [-1, 1].
 
     Raises:
         ValueError: there are none, or one is outside of [-1, 1].
@@ -126,16 +128,16 @@ def difference_of(
 
 
 def bca_interval(values: FloatArray, level: float = 0.95, num_resamples: int = 4000, seed: int = 0) -> Interval:
-    """The bias-corrected and accelerated bootstrap interval of the mean of values `[problems]`, not all equal."""
+    """Computes the bias-corrected, accelerated bootstrap interval of the mean of values `[problems]`, not all equal."""
     mean, centred = values.mean(), values - values.mean()
     means = np.sort(resampled_means(values, num_resamples=num_resamples, seed=seed))
-    # Means of 0 and 1 are often equal to the estimate: ties count half, or the correction would be for them.
+    # Resampled means of zeros and ones often equal the estimate: ties count half, or they would count as bias.
     ulps = 8 * np.finfo(np.float64).eps
     below = np.count_nonzero(means < mean - ulps) + np.count_nonzero(np.abs(means - mean) <= ulps) / 2
-    bias = _quantile_at(min(max(below, 0.5), num_resamples - 0.5) / num_resamples)
-    # of the jackknife, which for a mean has a closed form
+    bias = NormalDist().inv_cdf(min(max(below, 0.5), num_resamples - 0.5) / num_resamples)
+    # the jackknife's, which has a closed form for a mean
     acceleration = float((centred**3).sum() / (6 * (centred**2).sum() ** 1.5))
-    z = _quantile(_level(level))
+    z = _z_score(level)
     ends = []
     for shift in (bias - z, bias + z):
         share = NormalDist().cdf(bias + shift / (1 - acceleration * shift))
@@ -153,15 +155,8 @@ def _checked(values: Sequence[float] | FloatArray, name: str, low: float) -> Flo
     return array.clip(low, 1.0)
 
 
-def _level(level: float) -> float:
+def _z_score(level: float) -> float:
+    """Returns the number of standard deviations around the mean that hold `level` of a normal distribution."""
     if not 0 < level < 1:
         raise ValueError(f"level: expected a number between 0 and 1, got {level}")
-    return level
-
-
-def _quantile(level: float) -> float:
-    return _quantile_at((1 + level) / 2)
-
-
-def _quantile_at(share: float) -> float:
-    return NormalDist().inv_cdf(share)
+    return NormalDist().inv_cdf((1 + level) / 2)

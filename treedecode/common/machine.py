@@ -1,4 +1,4 @@
-"""The machine's hardware and packages, for reports."""
+"""Describes the machine's hardware and packages, for reports."""
 
 import importlib.metadata
 import platform
@@ -9,7 +9,7 @@ ISA_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl
 
 
 def attempt(function: Callable[[], Any]) -> Any:
-    """The function's result, or its error as text."""
+    """Returns the function's result, or its error as text."""
     try:
         return function()
     except BaseException as error:  # a broken native library can raise anything, SystemExit included
@@ -19,7 +19,7 @@ def attempt(function: Callable[[], Any]) -> Any:
 
 
 def version(package: str) -> str:
-    """The version of an installed package, or "not installed"."""
+    """Returns the version of an installed package, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -27,7 +27,7 @@ def version(package: str) -> str:
 
 
 def cpu() -> dict[str, Any]:
-    """The CPU's model name and those of its instruction sets that matter here."""
+    """Returns the CPU's model name and those of its instruction sets that kernels use."""
     fields: dict[str, str] = {}
     try:
         with open("/proc/cpuinfo") as file:
@@ -44,7 +44,7 @@ def cpu() -> dict[str, Any]:
 
 
 def memory() -> str:
-    """Installed and available memory."""
+    """Describes installed and available memory."""
     sizes = {}
     with open("/proc/meminfo") as file:
         for entry in file:
@@ -54,7 +54,7 @@ def memory() -> str:
 
 
 def gpus() -> str:
-    """The GPUs that torch can use; imports torch."""
+    """Describes the GPUs that torch can use; imports torch."""
     import torch
 
     if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Checks of arguments. Every error names the argument, what was expected and what came."""
+"""Checks arguments. Every error names the argument, what was expected and what was given."""
 
 from collections.abc import Collection
 from typing import Any
@@ -10,7 +10,7 @@ def integer(name: str, value: Any) -> int:
     """Checks that `value` is an int; NumPy's integers count, booleans do not.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it is not an int.
     """
     if not _is_int(value):
         raise TypeError(f"{name}: expected an int, got {value!r}")
@@ -21,7 +21,7 @@ def number(name: str, value: Any) -> float:
     """Checks that `value` is an int or a float; booleans are neither.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: it is no number.
     """
     if not _is_number(value):
         raise TypeError(f"{name}: expected a number, got {value!r}")
@@ -72,14 +72,14 @@ def number_in(name: str, value: Any, low: float, high: float = float("inf")) -> 
     return value
 
 
-def one_of(name: str, value: Any, known: Collection[Any]) -> None:
-    """Checks that `value` is one of `known`.
+def one_of(name: str, value: Any, allowed: Collection[Any]) -> None:
+    """Checks that `value` is one of the allowed values.
 
     Raises:
         ValueError: it is none of them.
     """
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def token_ids(name: str, ids: Any, vocab_size: int) -> np.ndarray:
@@ -87,7 +87,7 @@ def token_ids(name: str, ids: Any, vocab_size: int) -> np.ndarray:
 
     Raises:
         TypeError: it is no row of integers.
-        ValueError: an id lies outside of the vocabulary.
+        ValueError: an id is outside of the vocabulary.
     """
     try:
         array = np.asarray(ids)
@@ -107,8 +107,8 @@ def ints_per_branch(name: str, value: Any, count: int) -> np.ndarray:
     """Converts an int for all branches, or a list with one for each, to `[count]` int64.
 
     Raises:
-        TypeError: it holds something else than integers.
-        ValueError: it holds another number of them.
+        TypeError: it has something else than integers.
+        ValueError: it has another number of them.
     """
     array = np.asarray(value)
     if array.dtype.kind not in "iu" and array.size:
@@ -119,7 +119,7 @@ def ints_per_branch(name: str, value: Any, count: int) -> np.ndarray:
 
 
 def shown(value: Any) -> str:
-    """The type and the value, cut to 80 characters."""
+    """Describes a value by its type and repr, cut to 80 characters."""
     return f"{type(value).__name__} {value!r}"[:80]
 
 

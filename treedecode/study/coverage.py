@@ -12,7 +12,7 @@ from scipy.optimize import minimize
 from scipy.special import betaln, psi
 
 from treedecode.common.arrays import FloatArray
-from treedecode.common.intervals import Interval, draws
+from treedecode.common.intervals import Interval, resample_counts
 from treedecode.study.laws import CannotFit
 
 _LOG_STRENGTH = (np.log(1e-3), np.log(1e4))  # of alpha + beta; beyond, rates are 0 and 1, or all the same
@@ -95,7 +95,7 @@ def fit_beta_binomial(
         raise CannotFit(
             "counts of right chains differ no more than chance makes them, so all problems are equally hard"
         )
-    every = draws(len(num_right), num_resamples, seed)
+    every = resample_counts(len(num_right), num_resamples, seed)
     histograms = every @ (num_right[:, None] == counts)
     fits = [_parameters(*_maximise(counts, one)[0]) for one in histograms if one[1:-1].any()]
     alpha, beta = _parameters(logit, log_strength)

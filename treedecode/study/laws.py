@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from treedecode.common.arrays import FloatArray
-from treedecode.common.intervals import Difference, Interval, bca_interval, draws, wilson
+from treedecode.common.intervals import Difference, Interval, bca_interval, resample_counts, wilson
 
 _MAX_STEPS = 300
 
@@ -239,7 +239,7 @@ def fit(law: Law, curve: Curve, *, num_resamples: int = 300, level: float = 0.95
     if law in (POWER, COVERAGE) and law.is_flat(fitted):
         raise CannotFit("accuracy does not rise with compute, so nothing tells what it would rise to, or how fast")
     num_problems = len(curve.accuracy)
-    means = draws(num_problems, num_resamples, seed) @ curve.accuracy / num_problems
+    means = resample_counts(num_problems, num_resamples, seed) @ curve.accuracy / num_problems
     resampled, _ = _maximise(law, curve.costs, means, (tuple(fitted), *law.starts))
     shares = [(1 - level) / 2, (1 + level) / 2]
     low, high = np.quantile(law.report(resampled, ends), shares, axis=0)
