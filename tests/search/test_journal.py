@@ -15,7 +15,7 @@ import treedecode as td
 from treedecode.accounting import energy
 from treedecode.accounting.ledger import RunSpending
 from treedecode.accounting.meter import Spending
-from treedecode.search import solve as solving
+from treedecode.search import run as search_run
 from treedecode.search.journal import Journal, num_solutions
 from treedecode.search.solve import solve_async
 from treedecode.strategies import BestOfN, SelfConsistency
@@ -169,7 +169,7 @@ def test_a_resumed_ledger_is_what_both_processes_did(tmp_path, monkeypatch, afte
 
 
 def test_of_a_process_that_died_at_once_what_its_last_line_says_counts(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(solving, "_SPENT_SECONDS", 0.0)  # it notes what it has spent at every turn
+    monkeypatch.setattr(search_run, "_SPENT_SECONDS", 0.0)  # it notes what it has spent at every turn
     journal, copies = tmp_path / "journal", []
 
     def rating(problem, text):

@@ -47,6 +47,16 @@ def test_solve_and_solve_async_have_the_same_arguments():
     assert [one.correct for one in seen] == [None] * 4
 
 
+def test_solve_shows_its_arguments_and_refuses_others():
+    parameters = inspect.signature(td.solve).parameters
+    assert list(parameters)[:3] == ["decoder", "problems", "strategy"]
+    assert (parameters["strategy"].default, parameters["seed"].default) == (inspect.Parameter.empty, 0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'verifer'"):
+        solve(verifer=None)
+    with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'strategy'"):
+        td.solve(talkative_decoder(), TASK.problems(1))
+
+
 def test_the_task_is_that_of_the_problems():
     given = solve(LINES.problems(3), task=LINES)
     found = solve(LINES.problems(3), task=None)

@@ -113,14 +113,14 @@ class Meeting:
     async def decide(self, search: Search, bid: Bid) -> Grant:
         """What a problem gets next. It has to have released its branches."""
         member = self._members[search.problem.id]
-        search.give_places()
+        search.release_quota()
         member.offer(bid)
         member.waiting = asyncio.get_running_loop().create_future()
         self._at_work.discard(search.problem.id)
         self._proceed()
         grant = await member.waiting
         if not grant.ends:
-            await search.take_places()
+            await search.acquire_quota()
         return grant
 
     def leave(self, problem: str, spent: float) -> None:

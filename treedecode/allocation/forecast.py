@@ -12,10 +12,11 @@ from treedecode.allocation.cost_samples import CostDraws
 from treedecode.allocation.features import Prefill, prefill
 from treedecode.allocation.gate import Gate
 from treedecode.common.arrays import IntArray
+from treedecode.common.validation import one_of
 from treedecode.decoding.decoder import Decoder, Prompt
 from treedecode.decoding.roots import roots
 from treedecode.engine.sampling import Sampling
-from treedecode.search.strategy import Strategy, require_one_of
+from treedecode.search.strategy import Strategy
 
 _SIDE_BY_SIDE = 64  # prompts computed at a time
 
@@ -104,7 +105,7 @@ def forecasts(
     if not isinstance(gate, Gate):
         raise ValueError(f"gate: {strategy.name} has none of its own, so expected a Gate, got {gate!r}")
     for unit in units:
-        require_one_of("unit", unit, tuple(UNITS))
+        one_of("unit", unit, tuple(UNITS))
     if num_draws < 1:
         raise ValueError(f"num_draws: expected at least 1, got {num_draws}")
     gate.check_model(decoder.model)

@@ -1,37 +1,40 @@
-"""Places: how many branches all problems of a run may hold together."""
+"""Limits how many branches the problems of a run hold together."""
 
 import asyncio
 from collections import deque
 
 
-class Places:
-    """A counting semaphore whose takers want several at once; first come, first served, so nobody starves."""
+class BranchQuota:
+    """A counting semaphore whose users acquire several branches at once.
 
-    def __init__(self, count: int) -> None:
-        self._free = count
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+    It serves them in the order of their requests, so that a large request does not starve behind small ones.
+    """
 
-    async def take(self, count: int) -> None:
-        """Waits until `count` places are free, and takes them."""
-        if not self._waiting and count <= self._free:
-            self._free -= count
+    def __init__(self, num_branches: int) -> None:
+        self._num_free = num_branches
+        self._requests: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    async def acquire(self, count: int) -> None:
+        """Waits until `count` branches are free, and takes them."""
+        if not self._requests and count <= self._num_free:
+            self._num_free -= count
             return
-        future = asyncio.get_running_loop().create_future()
-        self._waiting.append((count, future))
+        granted = asyncio.get_running_loop().create_future()
+        self._requests.append((count, granted))
         try:
-            await future
+            await granted
         except asyncio.CancelledError:
-            if not future.cancelled():  # it had got them already
-                self.give(count)
+            if not granted.cancelled():  # the branches came before the cancellation
+                self.release(count)
             else:
-                self.give(0)  # who stood behind it may fit
+                self.release(0)  # the next request may fit without this one
             raise
 
-    def give(self, count: int) -> None:
-        """Gives `count` places back."""
-        self._free += count
-        while self._waiting and (self._waiting[0][1].cancelled() or self._waiting[0][0] <= self._free):
-            wanted, future = self._waiting.popleft()
-            if not future.cancelled():
-                self._free -= wanted
-                future.set_result(None)
+    def release(self, count: int) -> None:
+        """Gives `count` branches back, and serves the requests that fit now."""
+        self._num_free += count
+        while self._requests and (self._requests[0][1].cancelled() or self._requests[0][0] <= self._num_free):
+            num_requested, granted = self._requests.popleft()
+            if not granted.cancelled():
+                self._num_free -= num_requested
+                granted.set_result(None)

@@ -1,4 +1,4 @@
-"""Journal: the solutions of a run as they come, so that a run that was killed goes on where it was."""
+"""Journal: a file of the solutions of a run, from which a later process goes on."""
 
 import json
 import os
@@ -11,28 +11,29 @@ from typing import Any
 SCHEMA = "treedecode.journal/3"
 _SYNC_SECONDS = 1.0
 _SOLUTION = b'{"id": '  # how its line begins
-_SHOWN = 8  # entries of lists that a message shows
+_MAX_LISTED = 8  # entries of lists that a message shows
 
 
 class Journal:
-    """A file of JSON lines: what the run is, then one solution after another, and now and then what the run has spent.
+    """Writes a file of JSON lines: a description of the run, then its solutions, and now and then its spending.
 
-    Each line after the first says under "spent" what all processes of the run have spent by then; a solution's line has
-    the solution besides, and begins with its "id".
+    Each line after the first has under "spent" what all processes of the run have spent by then. A solution's line
+    begins with its "id".
 
-    A process that is killed loses none of them, a machine that loses its power those of the last second: a line is the
-    system's at once, and waiting for the disk after each would cost as much as many a small model's forward.
+    A process that is killed loses no line, and a machine that loses its power loses those of the last second: the
+    operating system has a line at once, but the file is synchronised once a second, since waiting for the disk after
+    each line would cost as much time as a forward of a small model.
 
     Attributes:
-        solutions: by problem id, those that an earlier process wrote.
-        spent: by earlier processes, as of their last line; None = there is none.
+        solutions: those that earlier processes wrote, by problem id.
+        spent: the spending of earlier processes, as of their last line; None = there is none.
     """
 
     def __init__(self, path: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
-        """Opens a journal, a new one or that of an earlier process with the same run.
+        """Opens a new journal, or that of an earlier process with the same run.
 
         Args:
-            run: all that the solutions depend on, as JSON.
+            run: everything that the solutions depend on, as JSON.
 
         Raises:
             ValueError: the file is another run's, or no journal.
@@ -42,16 +43,16 @@ class Journal:
         self.solutions: dict[str, dict[str, Any]] = {}
         self.spent: dict[str, Any] | None = None
         lines = self._path.read_bytes().split(b"\n") if self._path.exists() else [b""]
-        whole, rest = lines[:-1], lines[-1]
-        if whole:
-            self._read(whole, header)
-        elif rest and not (json.dumps(header) + "\n").encode().startswith(rest):
+        complete, torn = lines[:-1], lines[-1]  # a line is torn when its process ends while it writes it
+        if complete:
+            self._read(complete, header)
+        elif torn and not (json.dumps(header) + "\n").encode().startswith(torn):
             raise ValueError(f"journal: {self._path} is not a journal of treedecode")
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self._path, "ab")  # noqa: SIM115 (closed by close)
-        if rest or not whole:  # the last line was cut off by the end of its process
-            self._file.truncate(sum(len(line) + 1 for line in whole))
-        if not whole:
+        if torn or not complete:
+            self._file.truncate(sum(len(line) + 1 for line in complete))
+        if not complete:
             self._write(header)
 
     def _read(self, lines: list[bytes], header: dict[str, Any]) -> None:
@@ -61,13 +62,13 @@ class Journal:
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"journal: {self._path} is not a journal of treedecode") from None
         if schema != SCHEMA:
-            was = f"has the schema {schema!r}, not {SCHEMA!r}: another version of treedecode wrote it"
-            raise ValueError(f"journal: {self._path} {was}")
-        mine, other = header["run"], first["run"]
-        differ = sorted(key for key in mine.keys() | other.keys() if mine.get(key) != other.get(key))
-        if differ:
-            was = ", ".join(f"{key} {_change(other.get(key), mine.get(key))}" for key in differ)
-            raise ValueError(f"journal: {self._path} is of another run: {was}")
+            reason = f"has the schema {schema!r}, not {SCHEMA!r}: another version of treedecode wrote it"
+            raise ValueError(f"journal: {self._path} {reason}")
+        old, new = first["run"], header["run"]
+        changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+        if changed:
+            changes = ", ".join(f"{key} {_change(old.get(key), new.get(key))}" for key in changed)
+            raise ValueError(f"journal: {self._path} is of another run: {changes}")
         for number, text in enumerate(lines[1:], 2):
             try:
                 line = json.loads(text)
@@ -79,18 +80,18 @@ class Journal:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Errors in what is made of the lines inside are the journal's: ValueError."""
+        """Turns errors of a block that reads the journal's lines into a ValueError that names the journal."""
         try:
             yield
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"journal: {self._path} has a line that cannot be read: {error!r}") from None
 
     def add(self, solution: Mapping[str, Any], spent: Mapping[str, Any]) -> None:
-        """Writes a solution, `{"id", ...}`, and what the run has spent when it comes."""
+        """Writes a solution, `{"id", ...}`, and what the run has spent by now."""
         self._write({"id": solution["id"], **solution, "spent": spent})
 
     def add_spent(self, spent: Mapping[str, Any]) -> None:
-        """Writes what the run has spent while no solution came."""
+        """Writes what the run has spent by now, between two solutions."""
         self._write({"spent": spent})
 
     def _write(self, line: Mapping[str, Any]) -> None:
@@ -101,13 +102,13 @@ class Journal:
             self._next_sync = time.monotonic() + _SYNC_SECONDS
 
     def close(self) -> None:
-        """Closes the file, all of which is on the disk then."""
+        """Writes everything to the disk, and closes the file."""
         os.fsync(self._file.fileno())
         self._file.close()
 
 
 def num_solutions(path: str | os.PathLike[str]) -> int:
-    """How many solutions a journal holds, whichever run it is of; 0 where there is no file."""
+    """Counts the solutions of a journal, whichever run it is of; 0 where there is no file."""
     if not os.path.exists(path):
         return 0
     with open(path, "rb") as file:
@@ -115,6 +116,6 @@ def num_solutions(path: str | os.PathLike[str]) -> int:
 
 
 def _change(old: Any, new: Any) -> str:
-    if isinstance(old, list) and isinstance(new, list) and len(old) + len(new) > _SHOWN:
+    if isinstance(old, list) and isinstance(new, list) and len(old) + len(new) > _MAX_LISTED:
         return f"had {len(old)} entries and has {len(new)}" if len(old) != len(new) else "has other entries"
     return f"was {old!r} and is {new!r}"

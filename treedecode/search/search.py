@@ -1,4 +1,4 @@
-"""Search: one problem under way. What a strategy knows of it, and how its branches go a step or to their end."""
+"""Search: the interface through which a strategy works on one problem."""
 
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence
@@ -17,18 +17,18 @@ from treedecode.tasks.base import Problem, Task, answer_classes
 if TYPE_CHECKING:
     from treedecode.decoding.decoder import Decoder, Prompt
     from treedecode.decoding.frontier import Frontier
-    from treedecode.search.branch_quota import Places
+    from treedecode.search.branch_quota import BranchQuota
 
 ScoreFunction = Callable[["Frontier", Problem], Awaitable[np.ndarray]]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a strategy has found.
+    """A solution that a strategy has come to.
 
     Attributes:
         answer: as the task extracts it; None = none.
-        text: the solution it is from.
+        text: the solution that the answer is from.
         score: how good the strategy thinks it is, on the strategy's own scale; None where it does not say.
         node: the solution's last step in the search tree; -1 = none.
     """
@@ -40,21 +40,22 @@ class Outcome:
 
 
 class Search:
-    """One problem under way.
+    """Grows, scores and compares the branches of one problem.
 
-    Branches end in two ways: `step` lets each go on by one step, `complete` to the end of its solution. Branches whose
-    solution is complete stay as they are in both.
+    `step` lets every branch generate one step, and `complete` the rest of its solution. Both leave branches alone whose
+    solution is complete.
 
     Attributes:
-        decoder, task, problem: what is searched, with what.
+        decoder, task, problem: the model, the task and the problem of the search.
         prompt: `[n]` token ids of all that the model reads before the solution.
         sampling: how branches sample, where a strategy does not say otherwise. The seed is this problem's own.
         tree: the record of the search.
-        shared: what the strategy has for all problems of the run together (`Strategy.share`).
-        notes: what the strategy wants kept with the solution, as JSON.
+        shared: the object that `Strategy.share` made for all problems of the run.
+        notes: values that the strategy keeps with the solution, as JSON.
 
     Args:
-        places: the run's, of which `num_places` have been taken for this search.
+        account: pays for the branches.
+        quota: the run's, of which the search holds `num_branches` when it begins; None = there is no limit.
     """
 
     def __init__(
@@ -67,8 +68,8 @@ class Search:
         sampling: Sampling,
         seed: int,
         account: int,
-        places: "Places | None" = None,
-        num_places: int = 0,
+        quota: "BranchQuota | None" = None,
+        num_branches: int = 0,
         score: ScoreFunction | None = None,
         shared: Any = None,
     ) -> None:
@@ -77,7 +78,7 @@ class Search:
         self.sampling = replace(sampling, seed=problem_seed(seed, problem.id))
         self.tree = SearchTree()
         self._account = account
-        self._places, self._num_places, self._holds_places = places, num_places, places is not None
+        self._quota, self._num_branches, self._holds_quota = quota, num_branches, quota is not None
         self._score = score
         self._num_roots = 0
         self._texts: dict[bytes, str] = {}
@@ -88,16 +89,16 @@ class Search:
 
     @property
     def spending(self) -> Spending:
-        """What this problem has cost so far."""
+        """The cost of this problem so far."""
         return self.decoder.meter.spending(self._account)
 
     @property
     def has_scorer(self) -> bool:
-        """Whether `score` can say anything."""
+        """True if the run has a verifier, which `score` needs."""
         return self._score is not None
 
     async def root(self, prompt: "Prompt | None" = None) -> "Frontier":
-        """A branch on the problem's prompt, or on another one for it; each call's branches sample anew."""
+        """Starts a branch on a prompt, by default the problem's; the branches of each call sample differently."""
         assert self.sampling.seed is not None
         seed = child_seeds(np.array(self.sampling.seed), np.array(-1), np.array(self._num_roots))[0]
         self._num_roots += 1
@@ -111,65 +112,67 @@ class Search:
     # -- growing --
 
     def final(self, frontier: "Frontier") -> np.ndarray:
-        """`[n]` bool: the branch's solution is complete."""
+        """`[n]` bool, True where the branch's solution is complete."""
         return frontier.finished | np.array([self.is_final(text) for text in self.texts(frontier)], bool)
 
     def is_final(self, text: str) -> bool:
-        """Whether the text alone shows that its solution is complete; an end of sequence is not in the text."""
+        """Returns whether the text alone shows that its solution is complete; it does not show an end of sequence."""
         if text not in self._final:
             self._final[text] = text.endswith(self.task.end) or self.task.is_final(text)
         return self._final[text]
 
     def texts(self, frontier: "Frontier") -> list[str]:
-        """Text of each branch after its prompt; what was read once is remembered."""
-        known = self._texts
-        found = []
+        """Returns the text of each branch after its prompt; a text is decoded once."""
+        texts = []
         for tokens in frontier.new_tokens():
             key = tokens.tobytes()
-            if key not in known:
-                known[key] = self.decoder.decode(tokens)  # type: ignore[arg-type]
-            found.append(known[key])
-        return found
+            if key not in self._texts:
+                self._texts[key] = self.decoder.decode(tokens)  # type: ignore[arg-type]
+            texts.append(self._texts[key])
+        return texts
 
     def is_complete(self, node: int) -> bool:
-        """Whether the solution that ends with a node of `tree` is complete."""
+        """Returns whether the solution that ends with a node of `tree` is complete."""
         return self.tree.nodes[node].ended or self.is_final(self.tree.text(node))
 
     def unfinished(self, frontier: "Frontier") -> np.ndarray:
-        """`[n]` bool: `step` and `complete` go on with the branch, its solution being neither complete nor too long."""
-        return ~self.final(frontier) & (self.left(frontier) > 0)
+        """`[n]` bool, True where the solution is neither complete nor too long: `step` and `complete` grow it."""
+        return ~self.final(frontier) & (self.remaining_tokens(frontier) > 0)
 
-    def left(self, frontier: "Frontier") -> IntArray:
+    def remaining_tokens(self, frontier: "Frontier") -> IntArray:
         """`[n]` tokens that each solution may still have."""
-        left = self.task.max_new_tokens - (frontier.num_tokens - frontier.num_prompt_tokens)
-        return np.minimum(left, self.room(frontier))
+        num_new_tokens = frontier.num_tokens - frontier.num_prompt_tokens
+        return np.minimum(self.task.max_new_tokens - num_new_tokens, self.room(frontier))
 
     def room(self, frontier: "Frontier") -> IntArray:
-        """`[n]` tokens that model and pages have room for after those of each branch."""
+        """`[n]` tokens that model and pages have room for, after those of each branch."""
         return self.decoder.max_tokens - frontier.num_tokens
 
     async def step(self, frontier: "Frontier", sampling: Sampling | None = None) -> None:
-        """Lets every branch generate one step, up to and with the task's stop."""
+        """Lets every branch generate one step, which ends with the task's stop."""
         await self._extend(frontier, (self.task.stop, *self.task.end), self.task.max_step_tokens, sampling)
 
     async def complete(self, frontier: "Frontier", sampling: Sampling | None = None) -> None:
-        """Lets every branch generate to the end of its solution, or to the most tokens one may have."""
+        """Lets every branch generate the rest of its solution, as far as the task's length limit."""
         await self._extend(frontier, self.task.end, self.task.max_new_tokens, sampling)
 
     async def _extend(self, frontier: "Frontier", stop: tuple[str, ...], limit: int, sampling: Sampling | None) -> None:
-        going = np.flatnonzero(self.unfinished(frontier))
-        if len(going):
-            limits = np.minimum(limit, self.left(frontier)[going])
-            with frontier.select(going) as live:
+        unfinished = np.flatnonzero(self.unfinished(frontier))
+        if len(unfinished):
+            limits = np.minimum(limit, self.remaining_tokens(frontier)[unfinished])
+            with frontier.select(unfinished) as live:
                 await live.extend(stop=list(stop) or None, max_new_tokens=limits, sampling=sampling)
 
     # -- judging --
 
     async def score(self, frontier: "Frontier", which: np.ndarray | None = None) -> np.ndarray:
-        """Scores of the branches by the run's verifier, `[n]`; they are the frontier's scores from here on.
+        """Scores branches by the run's verifier.
 
         Args:
-            which: `[n]` bool, those to score (None: all); the others keep the scores they have.
+            which: `[n]` bool, the branches to score; the others keep the scores they have. None = all.
+
+        Returns:
+            `[n]` scores, which are `frontier.scores` from here on.
 
         Raises:
             ValueError: the run has no verifier, or it gives nan or an infinite score.
@@ -189,9 +192,9 @@ class Search:
         return frontier.scores
 
     def answers(self, frontier: "Frontier") -> list[str | None]:
-        """The answer of every branch whose solution is complete."""
-        texts = self.texts(frontier)
-        return [self._extract(t) if done else None for t, done in zip(texts, self.final(frontier), strict=True)]
+        """Returns the answer of every branch; None where the solution is not complete, or has none."""
+        solutions = zip(self.texts(frontier), self.final(frontier), strict=True)
+        return [self._extract(text) if is_final else None for text, is_final in solutions]
 
     def _extract(self, text: str) -> str | None:
         if text not in self._answers:
@@ -203,37 +206,37 @@ class Search:
         return answer_classes(self.task, answers)
 
     def outcome(self, frontier: "Frontier", which: int, score: float | None = None) -> Outcome:
-        """The solution of one branch."""
-        with frontier.select(np.array([which])) as one:
-            return Outcome(self.answers(one)[0], self.texts(one)[0], score, int(one.nodes[0]))
+        """Returns the solution of the branch with index `which`."""
+        with frontier.select(np.array([which])) as branch:
+            return Outcome(self.answers(branch)[0], self.texts(branch)[0], score, int(branch.nodes[0]))
 
     def best(self, frontier: "Frontier") -> Outcome:
-        """The best scored complete solution that comes to an answer; failing that, the best scored branch."""
-        answered = np.array([answer is not None for answer in self.answers(frontier)])
-        first = np.lexsort((np.arange(len(frontier)), -frontier.scores, ~answered))[0]
-        return self.outcome(frontier, int(first), float(frontier.scores[first]))
+        """Returns the best scored complete solution that comes to an answer; failing that, the best scored branch."""
+        is_answered = np.array([answer is not None for answer in self.answers(frontier)])
+        best = np.lexsort((np.arange(len(frontier)), -frontier.scores, ~is_answered))[0]
+        return self.outcome(frontier, int(best), float(frontier.scores[best]))
 
     def outcomes(self, frontier: "Frontier") -> list[Outcome]:
-        """The solution of every branch, with its score where it has one. They stay when the branches are released."""
+        """Returns the solution of every branch, with its score where it has one."""
         scores = [None if np.isnan(score) else float(score) for score in frontier.scores]
         rows = zip(self.answers(frontier), self.texts(frontier), scores, frontier.nodes.tolist(), strict=True)
         return [Outcome(*row) for row in rows]
 
     def majority(self, frontier: "Frontier", weights: np.ndarray | None = None) -> Outcome:
-        """`vote` of branches; without weights each counts as often as it was drawn (`Frontier.counts`)."""
+        """Lets branches vote; without weights each counts as often as it was drawn (`Frontier.counts`)."""
         return self.vote(self.outcomes(frontier), frontier.counts if weights is None else weights)
 
     def vote(self, solutions: Sequence[Outcome], weights: np.ndarray) -> Outcome:
-        """The answer with the greatest sum of weights; of equals the one given first. Solutions without one abstain.
+        """Finds the answer with the greatest sum of weights; of equals the one given first.
 
-        Shown is the heaviest solution that comes to it. Where none comes to an answer it is the best scored one,
-        without scores the first.
+        Solutions without an answer abstain.
 
         Args:
             weights: `[len(solutions)]` >= 0.
 
         Returns:
-            the solution; its score is the answer's share of all votes, 0 where there are none.
+            the heaviest solution with that answer, whose score is the answer's share of all votes. Where no solution
+            comes to an answer: the best scored one, or the first where there are no scores, with a score of 0.
         """
         classes = self.classes([solution.answer for solution in solutions])
         votes = np.bincount(classes[classes >= 0], weights[classes >= 0])
@@ -246,44 +249,45 @@ class Search:
         return replace(shown, score=float(votes[winner] / votes.sum()) if votes.sum() else 0.0)
 
     def best_so_far(self) -> Outcome:
-        """What the record of a search that was cut short has to offer.
+        """Returns the best solution in the record, for a search that was cut short.
 
-        Of complete solutions the best scored one, without scores the one with the most votes; else the likeliest text.
+        Of complete solutions it is the best scored one, or without scores the one with the most votes. Where there is
+        none it is the likeliest text.
         """
         nodes = self.tree.nodes
         leaves = [i for i in self.tree.leaves() if nodes[i].kind != "prompt"]
         # a scored solution need not be a leaf: a search that refines it goes on from it
         scored = (i for i, node in enumerate(nodes) if node.kind != "prompt" and node.score is not None)
-        shown = sorted({*leaves, *scored})
-        texts = {i: self.tree.text(i) for i in shown}
-        found = [
-            (i, answer) for i in shown if self.is_complete(i) and (answer := self.task.extract(texts[i])) is not None
+        texts = {i: self.tree.text(i) for i in sorted({*leaves, *scored})}
+        solutions = [
+            Outcome(answer, text, nodes[i].score, i)
+            for i, text in texts.items()
+            if self.is_complete(i) and (answer := self.task.extract(text)) is not None
         ]
-        if not found:
-            best = max(leaves, key=lambda i: sum(nodes[j].logprob for j in self.tree.path(i)), default=-1)
-            return Outcome(None, texts.get(best, ""), node=best)
-        scores = [nodes[i].score for i, _ in found]
-        if any(score is not None for score in scores):
-            at = int(np.argmax([-np.inf if score is None else score for score in scores]))
-            return Outcome(found[at][1], texts[found[at][0]], scores[at], found[at][0])
-        classes = self.classes([answer for _, answer in found])
-        at = int(np.flatnonzero(classes == np.bincount(classes).argmax())[0])
-        return Outcome(found[at][1], texts[found[at][0]], node=found[at][0])
+        if not solutions:
+            likeliest = max(leaves, key=lambda i: sum(nodes[j].logprob for j in self.tree.path(i)), default=-1)
+            return Outcome(None, texts.get(likeliest, ""), node=likeliest)
+        if any(solution.score is not None for solution in solutions):
+            return max(solutions, key=lambda solution: -np.inf if solution.score is None else solution.score)
+        classes = self.classes([solution.answer for solution in solutions])
+        return solutions[int(np.flatnonzero(classes == np.bincount(classes).argmax())[0])]
 
-    async def take_places(self) -> None:
+    # -- sharing the decoder's branches with other problems --
+
+    async def acquire_quota(self) -> None:
         """Waits until the run has branches for this problem again."""
-        if self._places is not None and not self._holds_places:
-            await self._places.take(self._num_places)
-            self._holds_places = True
+        if self._quota is not None and not self._holds_quota:
+            await self._quota.acquire(self._num_branches)
+            self._holds_quota = True
 
-    def give_places(self) -> None:
-        """Lets other problems of the run have this one's branches."""
-        if self._places is not None and self._holds_places:
-            self._places.give(self._num_places)
-            self._holds_places = False
+    def release_quota(self) -> None:
+        """Lets other problems of the run have the branches of this one, which has released its frontiers."""
+        if self._quota is not None and self._holds_quota:
+            self._quota.release(self._num_branches)
+            self._holds_quota = False
 
 
 def problem_seed(seed: int, problem_id: str) -> int:
-    """The seed of a problem's tree: of the run's seed and the problem alone, not of its place among others."""
+    """Derives the seed of a problem's branches from the run's seed and the problem's id alone."""
     digest = hashlib.blake2b(f"{seed}/{problem_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)

@@ -1,4 +1,4 @@
-"""Solutions: what a run has to say of each problem, and of all together."""
+"""Solution and Result: the outcome of one problem, and of all problems of a run."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -8,20 +8,20 @@ from treedecode.accounting.meter import Spending
 from treedecode.decoding.search_tree import SearchTree
 from treedecode.tasks.base import Problem
 
-# fields of a solution that are JSON as they are
+# fields of a Solution whose values are JSON
 _PLAIN = ("answer", "text", "score", "is_cut", "correct", "seconds", "notes")
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What a run has to say of one problem.
+    """The outcome of one problem.
 
     Attributes:
         problem: the problem.
         answer, text, score: as in `Outcome`.
         is_cut: the budget ended the search; this is the best it had.
         correct: the task's verdict on the text, False without an answer; None where it was not asked.
-        spending: what the problem cost.
+        spending: the cost of the problem.
         seconds: from the moment its search began; other problems ran meanwhile.
         tree: the record of the search; the answer's last step has the status "answer".
         notes: of the strategy (`Search.notes`).
@@ -39,13 +39,13 @@ class Solution:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """`{"id", "answer", "text", "score", "is_cut", "correct", "seconds", "notes", "spending", "tree"}`."""
+        """Returns `{"id", "answer", "text", "score", "is_cut", "correct", "seconds", "notes", "spending", "tree"}`."""
         values = {name: getattr(self, name) for name in _PLAIN}
         return {"id": self.problem.id, **values, "spending": asdict(self.spending), "tree": self.tree.to_json()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any], problem: Problem) -> "Solution":
-        """The solution of `problem` that `to_json` described."""
+        """Reads the solution of `problem` that `to_json` wrote."""
         tree = SearchTree.from_json(data["tree"])
         spending = Spending(**data["spending"])
         return cls(problem=problem, spending=spending, tree=tree, **{name: data[name] for name in _PLAIN})
@@ -53,7 +53,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class Result:
-    """Solutions in the order of the problems, and what they cost together."""
+    """The solutions of a run in the order of its problems, and the ledger of their cost."""
 
     solutions: list[Solution]
     ledger: Ledger

@@ -1,4 +1,4 @@
-"""What a strategy is."""
+"""Strategy: the base class of all strategies."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class Strategy:
 
     Attributes:
         name: as on the command line.
-        needs_verifier: whether it scores branches, and so needs a verifier.
+        needs_verifier: True if it scores branches.
     """
 
     name: ClassVar[str]
@@ -63,7 +63,7 @@ class Strategy:
         raise NotImplementedError
 
     def share(self, problems: Sequence[str], notes: Mapping[str, Mapping[str, Any]]) -> Any:
-        """What the problems of a run have in common, made once for it: `Search.shared`. None = nothing.
+        """Makes the object that all problems of a run share as `Search.shared`; None = they share none.
 
         Args:
             problems: ids of all problems, in order.
@@ -86,13 +86,13 @@ class Strategy:
         )
 
     def check(self, decoder: "Decoder", task: "Task", scorer: Any) -> None:
-        """Looks at what a run has, before it begins.
+        """Checks that the strategy can run with a decoder, a task and a verifier; called before the run begins.
 
         Args:
             scorer: the run's verifier; None = it has none.
 
         Raises:
-            ValueError: the strategy cannot run with it (named): scores that it adds up may be negative, say.
+            ValueError: one of them does not fit (named): a verifier may give negative scores where scores are added up.
         """
         if getattr(self, "answer", None) == "weighted" and may_be_negative(scorer):
             raise ValueError(
@@ -101,48 +101,25 @@ class Strategy:
             )
 
     async def solve(self, search: Search) -> Outcome:
-        """The strategy's answer to one problem.
+        """Solves one problem.
 
-        What it still holds when it ends, or is ended (by an error, a spent budget, a cancelled call), is released.
+        Frontiers that it holds when it ends (by an error, a spent budget, a cancelled call) are released.
         """
         raise NotImplementedError
 
 
 def may_be_negative(scorer: Any) -> bool:
-    """Whether a scorer, by its kind, gives any numbers; of a user's function only its scores will tell."""
+    """Returns whether a scorer of this kind gives negative scores; for a user's function only the scores will tell."""
     return scorer is not None and not (scorer.probability or isinstance(scorer, (TextScorer, Judge)))
 
 
-def require(name: str, value: Any, kind: type, low: float, high: float = float("inf")) -> None:
-    """Checks a setting.
-
-    Raises:
-        TypeError: not a number of the kind. ValueError: outside of [low, high].
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and isinstance(value, float)):
-        raise TypeError(f"{name}: expected {'a number' if kind is float else 'an int'}, got {value!r}")
-    if not low <= value <= high:
-        bounds = f" >= {low:g}" if high == float("inf") else f" from {low:g} to {high:g}"
-        raise ValueError(f"{name}: expected a number{'' if low == -float('inf') else bounds}, got {value}")
-
-
-def require_one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    """Checks a setting that is one of several words.
-
-    Raises:
-        ValueError: it is none of them.
-    """
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
-
-
 def choose(search: Search, solutions: Sequence[Outcome], answer: str) -> Outcome:
-    """The outcome of scored solutions; of equals the one given first.
+    """Chooses among scored solutions; of equals the one given first.
 
     Args:
         answer: "best": the best scored solution; "weighted": the answer with the highest sum of scores, equal answers
-            being one (2206.02336); "majority": that of most solutions. Where no solution comes to an answer, the best
-            scored one.
+            being one (2206.02336); "majority": the answer of most solutions. Where no solution comes to an answer, all
+            choose the best scored one.
 
     Raises:
         ValueError: scores that are to be summed are negative; a sum of log-probabilities would favour rare answers.
@@ -160,6 +137,6 @@ def choose(search: Search, solutions: Sequence[Outcome], answer: str) -> Outcome
 
 
 def rank(outcome: Outcome) -> tuple[bool, float]:
-    """Orders scored outcomes: those that come to an answer above those that do not, then by score."""
+    """Returns a key that orders scored outcomes: those with an answer above those without, then by score."""
     assert outcome.score is not None
     return outcome.answer is not None, outcome.score

@@ -5,9 +5,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from treedecode.common.validation import int_in, one_of
 from treedecode.engine.sampling import Sampling
 from treedecode.search.search import Outcome, Search
-from treedecode.search.strategy import CostSamples, Strategy, choose, require, require_one_of
+from treedecode.search.strategy import CostSamples, Strategy, choose
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class BestOfN(Strategy):
     sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
-        require("num_samples", self.num_samples, int, 1)
-        require_one_of("answer", self.answer, ("best", "weighted"))
+        int_in("num_samples", self.num_samples, 1)
+        one_of("answer", self.answer, ("best", "weighted"))
 
     @property
     def num_branches(self) -> int:

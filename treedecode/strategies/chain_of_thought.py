@@ -5,10 +5,11 @@ from typing import ClassVar
 
 import numpy as np
 
+from treedecode.common.validation import int_in
 from treedecode.decoding.frontier import Frontier
 from treedecode.engine.sampling import Sampling
 from treedecode.search.search import Outcome, Search
-from treedecode.search.strategy import CostSamples, Strategy, require
+from treedecode.search.strategy import CostSamples, Strategy
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class ChainOfThought(Strategy):
     sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
-        require("min_tokens", self.min_tokens, int, 0)
-        require("max_waits", self.max_waits, int, 0)
-        require("answer_tokens", self.answer_tokens, int, 1)
+        int_in("min_tokens", self.min_tokens, 0)
+        int_in("max_waits", self.max_waits, 0)
+        int_in("answer_tokens", self.answer_tokens, 1)
         if self.max_tokens is not None:
-            require("max_tokens", self.max_tokens, int, max(1, self.min_tokens))
+            int_in("max_tokens", self.max_tokens, max(1, self.min_tokens))
 
     @property
     def num_branches(self) -> int:

@@ -13,9 +13,10 @@ from treedecode.allocation.chain_costs import UNITS, chain_costs, kv_sizes
 from treedecode.allocation.chains import Chain, chains_of, selected
 from treedecode.allocation.features import Prefill, prefill, vector
 from treedecode.allocation.gate import Gate
+from treedecode.common.validation import int_in, number_in, one_of
 from treedecode.engine.sampling import Sampling
 from treedecode.search.search import Outcome, Search
-from treedecode.search.strategy import CostSamples, Strategy, rank, require, require_one_of
+from treedecode.search.strategy import CostSamples, Strategy, rank
 from treedecode.strategies.tree_of_thoughts import TreeOfThoughts
 
 
@@ -58,17 +59,17 @@ class DynamicAllocation(Strategy):
         if not isinstance(self.gate, Gate):
             object.__setattr__(self, "gate", Gate.load(self.gate))
         config = self._gate.config
-        require("wave", self.wave, int, 1)
-        require("lag", self.lag, int, 1)
-        require("probes", self.probes, int, config.min_chains, config.max_chains)
+        int_in("wave", self.wave, 1)
+        int_in("lag", self.lag, 1)
+        int_in("probes", self.probes, config.min_chains, config.max_chains)
         if self.max_chains is not None:
-            require("max_chains", self.max_chains, int, self.probes, config.max_chains + self.wave)
-        require("floor", self.floor, int, 0, self._most)
-        require("budget", self.budget, float, max(self.probes, self.floor))
-        require("price", 1 if self.price is None else self.price, float, 1e-4, 1)
-        require("step", self.step, float, 0)
-        require_one_of("mode", self.mode, ("offline", "online"))
-        require_one_of("unit", self.unit, tuple(UNITS))
+            int_in("max_chains", self.max_chains, self.probes, config.max_chains + self.wave)
+        int_in("floor", self.floor, 0, self._most)
+        number_in("budget", self.budget, max(self.probes, self.floor))
+        number_in("price", 1 if self.price is None else self.price, 1e-4, 1)
+        number_in("step", self.step, 0)
+        one_of("mode", self.mode, ("offline", "online"))
+        one_of("unit", self.unit, tuple(UNITS))
 
     @property
     def num_branches(self) -> int:

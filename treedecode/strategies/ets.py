@@ -7,9 +7,9 @@ from typing import ClassVar
 import numpy as np
 
 from treedecode.common.arrays import IntArray
+from treedecode.common.validation import number_in
 from treedecode.decoding.frontier import Frontier
 from treedecode.search.search import Search
-from treedecode.search.strategy import require
 from treedecode.strategies.rebase import REBASE, share_out, softmax
 
 
@@ -35,7 +35,7 @@ class ETS(REBASE):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require("kv_weight", self.kv_weight, float, 0)
+        number_in("kv_weight", self.kv_weight, 0)
 
     def _widths(self, search: Search, live: Frontier, budget: int) -> IntArray:
         rewards = live.scores / self.temperature

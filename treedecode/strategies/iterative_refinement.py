@@ -6,10 +6,11 @@ from typing import ClassVar
 
 import numpy as np
 
+from treedecode.common.validation import int_in, number_in
 from treedecode.decoding.frontier import Frontier
 from treedecode.engine.sampling import Sampling
 from treedecode.search.search import Outcome, Search
-from treedecode.search.strategy import Strategy, rank, require
+from treedecode.search.strategy import Strategy, rank
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,12 @@ class IterativeRefinement(Strategy):
     sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
-        require("max_passes", self.max_passes, int, 0)
-        require("critique_tokens", self.critique_tokens, int, 1)
-        require("max_repeats", self.max_repeats, int, 1)
+        int_in("max_passes", self.max_passes, 0)
+        int_in("critique_tokens", self.critique_tokens, 1)
+        int_in("max_repeats", self.max_repeats, 1)
         for name in ("good", "doubt"):
             if getattr(self, name) is not None:
-                require(name, getattr(self, name), float, -float("inf"))
+                number_in(name, getattr(self, name), -float("inf"))
         if isinstance(self.critique_stop, str):
             raise TypeError(f"critique_stop: expected a tuple of strings, got {self.critique_stop!r}")
         if self.critique_prompt and not self.revise_prompt:

@@ -5,10 +5,11 @@ from typing import ClassVar
 
 import numpy as np
 
+from treedecode.common.validation import int_in, number_in, one_of
 from treedecode.decoding.frontier import Frontier
 from treedecode.engine.sampling import Sampling
 from treedecode.search.search import Outcome, Search
-from treedecode.search.strategy import Strategy, rank, require, require_one_of
+from treedecode.search.strategy import Strategy, rank
 from treedecode.strategies.puct import Node, exploration
 
 
@@ -45,11 +46,11 @@ class MCTS(Strategy):
 
     def __post_init__(self) -> None:
         for name in ("num_simulations", "width", "parallel"):
-            require(name, getattr(self, name), int, 1)
-        require("c_init", self.c_init, float, 0)
-        require("c_base", self.c_base, float, 1)
-        require_one_of("evaluate", self.evaluate, ("verifier", "rollout"))
-        require_one_of("answer", self.answer, ("value", "visits"))
+            int_in(name, getattr(self, name), 1)
+        number_in("c_init", self.c_init, 0)
+        number_in("c_base", self.c_base, 1)
+        one_of("evaluate", self.evaluate, ("verifier", "rollout"))
+        one_of("answer", self.answer, ("value", "visits"))
 
     @property
     def num_branches(self) -> int:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from treedecode.common.arrays import IntArray
+from treedecode.common.validation import int_in, number_in, one_of
 from treedecode.engine.sampling import Sampling
 from treedecode.search.search import Outcome, Search
-from treedecode.search.strategy import ANSWERS, Strategy, choose, may_be_negative, require, require_one_of
+from treedecode.search.strategy import ANSWERS, Strategy, choose, may_be_negative
 from treedecode.strategies.rebase import softmax
 
 if TYPE_CHECKING:
@@ -47,10 +48,10 @@ class ParticleFilter(Strategy):
     sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
-        require("num_particles", self.num_particles, int, 1)
-        require("ess_threshold", self.ess_threshold, float, 0, 1)
-        require("temperature", self.temperature, float, 1e-6)
-        require_one_of("answer", self.answer, ANSWERS)
+        int_in("num_particles", self.num_particles, 1)
+        number_in("ess_threshold", self.ess_threshold, 0, 1)
+        number_in("temperature", self.temperature, 1e-6)
+        one_of("answer", self.answer, ANSWERS)
 
     @property
     def num_branches(self) -> int:

@@ -34,12 +34,13 @@ async def propose(
             begins, most = side.num_tokens, min(max_new_tokens, room)
             await side.extend(stop=stop, max_new_tokens=most, sampling=sampling)
             answers, is_cut = side.step_texts(), (side.num_tokens - begins == most) & ~side.finished
-        for state, answer, cut, left in zip(asked, answers, is_cut, search.left(states)[asked], strict=True):
+        remaining = search.remaining_tokens(states)[asked]
+        for state, answer, cut, limit in zip(asked, answers, is_cut, remaining, strict=True):
             lines = answer.splitlines()[: -1 if cut and not answer.endswith("\n") else None]  # half a step is none
             steps = [_BULLET.sub("", line).strip() for line in lines if _NO_TEXT not in line]
             texts = list(dict.fromkeys(step + search.task.stop for step in steps if step))
             tokens = [search.decoder.encode(text, special=False) for text in texts]
-            listed[state] = [ids for ids in tokens if 0 < len(ids) <= left][:width]
+            listed[state] = [ids for ids in tokens if 0 < len(ids) <= limit][:width]
     counts = np.array([len(steps) for steps in listed])
     if not counts.any():
         return states.fork(1)

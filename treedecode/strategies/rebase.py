@@ -6,10 +6,11 @@ from typing import ClassVar
 import numpy as np
 
 from treedecode.common.arrays import IntArray
+from treedecode.common.validation import int_in, number_in, one_of
 from treedecode.decoding.frontier import Frontier
 from treedecode.engine.sampling import Sampling
 from treedecode.search.search import Outcome, Search
-from treedecode.search.strategy import ANSWERS, Strategy, choose, require, require_one_of
+from treedecode.search.strategy import ANSWERS, Strategy, choose
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class REBASE(Strategy):
     sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
-        require("width", self.width, int, 1)
-        require("temperature", self.temperature, float, 1e-6)
-        require_one_of("answer", self.answer, ANSWERS)
+        int_in("width", self.width, 1)
+        number_in("temperature", self.temperature, 1e-6)
+        one_of("answer", self.answer, ANSWERS)
 
     @property
     def num_branches(self) -> int:

@@ -6,10 +6,11 @@ from typing import ClassVar
 
 import numpy as np
 
+from treedecode.common.validation import int_in, number_in
 from treedecode.decoding.frontier import Frontier
 from treedecode.engine.sampling import Sampling
 from treedecode.search.search import Outcome, Search
-from treedecode.search.strategy import CostSamples, Strategy, require
+from treedecode.search.strategy import CostSamples, Strategy
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ class SelfConsistency(Strategy):
     sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
-        require("num_samples", self.num_samples, int, 1)
-        require("window", self.window, int, 1)
-        require("confidence", self.confidence, float, 0, 1)
+        int_in("num_samples", self.num_samples, 1)
+        int_in("window", self.window, 1)
+        number_in("confidence", self.confidence, 0, 1)
         if self.stop not in ("never", "beta", "window"):
             raise ValueError(f"stop: expected 'never', 'beta' or 'window', got {self.stop!r}")
 

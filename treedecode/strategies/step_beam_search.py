@@ -6,10 +6,11 @@ from typing import ClassVar
 import numpy as np
 
 from treedecode.common.arrays import IntArray
+from treedecode.common.validation import int_in, one_of
 from treedecode.decoding.frontier import Frontier
 from treedecode.engine.sampling import Sampling
 from treedecode.search.search import Outcome, Search
-from treedecode.search.strategy import ANSWERS, Strategy, choose, require, require_one_of
+from treedecode.search.strategy import ANSWERS, Strategy, choose
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class StepBeamSearch(Strategy):
 
     def __post_init__(self) -> None:
         for name in ("num_beams", "width", "max_steps"):
-            require(name, getattr(self, name), int, 1)
-        require("lookahead", self.lookahead, int, 0)
-        require_one_of("answer", self.answer, ANSWERS)
+            int_in(name, getattr(self, name), 1)
+        int_in("lookahead", self.lookahead, 0)
+        one_of("answer", self.answer, ANSWERS)
         if self.num_beams % self.width:
             raise ValueError(f"num_beams: expected a multiple of the width {self.width}, got {self.num_beams}")
 

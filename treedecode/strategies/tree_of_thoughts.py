@@ -5,10 +5,11 @@ from typing import ClassVar
 
 import numpy as np
 
+from treedecode.common.validation import int_in, number_in, one_of
 from treedecode.decoding.frontier import Frontier
 from treedecode.engine.sampling import Sampling
 from treedecode.search.search import Outcome, Search
-from treedecode.search.strategy import CostSamples, Strategy, rank, require, require_one_of
+from treedecode.search.strategy import CostSamples, Strategy, rank
 from treedecode.strategies.propose import propose
 
 
@@ -49,14 +50,14 @@ class TreeOfThoughts(Strategy):
 
     def __post_init__(self) -> None:
         for name in ("depth", "width", "keep", "max_visits", "propose_tokens"):
-            require(name, getattr(self, name), int, 1)
-        require_one_of("order", self.order, ("bfs", "dfs"))
-        require_one_of("generate", self.generate, ("sample", "propose"))
+            int_in(name, getattr(self, name), 1)
+        one_of("order", self.order, ("bfs", "dfs"))
+        one_of("generate", self.generate, ("sample", "propose"))
         if not self.propose_prompt:
             raise ValueError("propose_prompt: is empty; the model has to be asked")
         for name in ("dead", "good"):
             if getattr(self, name) is not None:
-                require(name, getattr(self, name), float, -float("inf"))
+                number_in(name, getattr(self, name), -float("inf"))
 
     @property
     def num_branches(self) -> int:

@@ -7,10 +7,11 @@ from typing import ClassVar
 import numpy as np
 
 from treedecode.common.arrays import FloatArray
+from treedecode.common.validation import int_in
 from treedecode.decoding.search_tree import SearchTree
 from treedecode.engine.sampling import Sampling
 from treedecode.search.search import Outcome, Search
-from treedecode.search.strategy import Strategy, require
+from treedecode.search.strategy import Strategy
 from treedecode.tasks.base import Problem, Task, answer_classes
 
 
@@ -27,7 +28,7 @@ class ChainPool(Strategy):
     sampling: Sampling | None = None
 
     def __post_init__(self) -> None:
-        require("num_samples", self.num_samples, int, 1)
+        int_in("num_samples", self.num_samples, 1)
 
     @property
     def num_branches(self) -> int:
