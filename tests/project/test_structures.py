@@ -1,4 +1,4 @@
-"""`docs/structures.md` has one row for every file, and no row for a file that is gone."""
+"""`docs/structures.md` has one row for every file, and the picture of the architecture shows every room."""
 
 import re
 from pathlib import Path
@@ -44,3 +44,9 @@ def test_every_file_has_one_row():
         for path in covered(*row) & rows_of.keys():
             rows_of[path].append(row)
     assert {str(path.relative_to(ROOT)): found for path, found in rows_of.items() if len(found) != 1} == {}
+
+
+def test_the_picture_shows_every_room():
+    picture = (ROOT / "docs" / "rooms.svg").read_text()
+    rooms = {path.parent.name for path in (ROOT / "treedecode").glob("*/__init__.py")} | {"triton_kernels", "csrc"}
+    assert rooms == set(re.findall(r'class="(?:name|label)"[^>]*>(\w+)<', picture)) - {"commands"}
