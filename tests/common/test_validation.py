@@ -56,6 +56,12 @@ def test_lower_bounds_of_integers():
     refused(ValueError, "size: expected an int >= 4, got 3", validation.int_at_least, 3, 4)
 
 
+def test_ranges_of_integers():
+    assert validation.int_from_to("size", 3, 1, 3) == 3
+    for value in (0, 4, 1.5, True, "2"):
+        refused(ValueError, f"size: expected an int from 1 to 3, got {value!r}", validation.int_from_to, value, 1, 3)
+
+
 def test_ranges():
     for value in (2, 5):
         assert validation.int_in("size", value, 2, 5) == value

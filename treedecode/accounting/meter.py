@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from treedecode.common.arrays import IntArray
-from treedecode.models.adapter import ModelAdapter
+
+if TYPE_CHECKING:  # importing it imports torch
+    from treedecode.models.adapter import ModelAdapter
 
 _NO_LIMIT = np.inf
 
@@ -75,7 +78,7 @@ class Meter:
         token_bytes: bytes of one token's keys and values, all layers.
     """
 
-    def __init__(self, model: ModelAdapter, page_size: int) -> None:
+    def __init__(self, model: "ModelAdapter", page_size: int) -> None:
         self._page_size = page_size
         self.token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * model.dtype.itemsize
         self._flops_per_token = model.flops_per_token

@@ -48,6 +48,17 @@ def int_at_least(name: str, value: Any, low: int) -> int:
     return int(value)
 
 
+def int_from_to(name: str, value: Any, low: int, high: int) -> int:
+    """Checks that `value` is an int from `low` to `high`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not _is_int(value) or not low <= value <= high:
+        raise ValueError(f"{name}: expected an int from {low} to {high}, got {value!r}")
+    return int(value)
+
+
 def int_in(name: str, value: Any, low: float, high: float = float("inf")) -> int:
     """Checks that `value` is an int in [low, high].
 

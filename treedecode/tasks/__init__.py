@@ -1,4 +1,4 @@
-"""Problems to solve: where they come from, how an answer is read, and when it is right."""
+"""Tasks: problems to solve, and checks of their answers."""
 
 import importlib
 import os
@@ -16,13 +16,15 @@ _EXPECTED = (
 
 
 def load(name_or_path: str | os.PathLike[str], **options: Any) -> Task:
-    """A task by name, or the problems of a JSONL file.
+    """Loads a task by its name, or from a JSONL file of problems.
 
     Args:
         options: arguments of the task's class.
 
     Raises:
-        ValueError: no such task. FileNotFoundError: no such file. ModuleNotFoundError: what it needs is not installed.
+        ValueError: there is no such task.
+        FileNotFoundError: there is no such file.
+        ModuleNotFoundError: a package that the task needs is not installed.
     """
     name = os.fspath(name_or_path)
     if name.endswith(".jsonl"):

@@ -1,4 +1,4 @@
-"""Answers: finding them in a text, and telling which are the same.
+"""Finds answers in texts, and tells which answers are the same.
 
 Equivalence is exact after `normalize`, then by `math-verify` (extra `math`), which parses both answers and compares
 them as mathematics; `equivalence_backend` says whether it is in use.
@@ -35,13 +35,13 @@ _TIMEOUT = 5  # seconds
 
 
 def after_hashes(text: str) -> str | None:
-    """What follows the last `####` on its line, as GSM8K marks an answer (2110.14168); None without one."""
-    found = re.findall(r"####[ \t]*([^\n]*)", text)
-    return next((line.strip() for line in reversed(found) if line.strip()), None)
+    """Returns the rest of the line after the last `####`, as GSM8K marks an answer (2110.14168); None without one."""
+    marked = re.findall(r"####[ \t]*([^\n]*)", text)
+    return next((line.strip() for line in reversed(marked) if line.strip()), None)
 
 
 def boxed(text: str) -> str | None:
-    r"""The content of the last complete `\boxed{...}` (or `\fbox`), as MATH marks an answer (2103.03874); else None."""
+    r"""Returns the content of the last complete `\boxed{}` or `\fbox{}`, as MATH marks an answer (2103.03874)."""
     for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)(?![a-zA-Z])", text))):
         content = _group(text, match.end())
         if content is not None and content.strip():
@@ -50,65 +50,65 @@ def boxed(text: str) -> str | None:
 
 
 def stated(text: str) -> str | None:
-    """What the last "the answer is ..." of a chain of thought states (2201.11903), to the end of its sentence.
+    """Returns the rest of the sentence after the last "the answer is" of a chain of thought (2201.11903), else None.
 
-    Of a number with words behind it ("5 apples") the number is taken.
+    Of a number with words behind it ("5 apples") it returns the number.
     """
-    found = _STATED.findall(text)
-    if not found:
+    statements = _STATED.findall(text)
+    if not statements:
         return None
-    phrase = found[-1].strip().strip("*").strip()
+    phrase = statements[-1].strip().strip("*").strip()
     counted = re.match(rf"(-?{_NUMBER})\s+[^\W\d_]", phrase)
     return (counted.group(1) if counted else phrase) or None
 
 
 def last_number(text: str) -> str | None:
-    """The last number of a text as it is written there, sign, separators and `$` or `%` included; None without one."""
-    found = _SIGNED.findall(text)
-    return found[-1] if found else None
+    """Returns the last number of a text as it is written, with sign, separators and `$` or `%`; None without one."""
+    numbers = _SIGNED.findall(text)
+    return numbers[-1] if numbers else None
 
 
 def is_heading(marked: str) -> bool:
-    """Whether what follows `####` reads like a Markdown heading ("Step 2: add them up"), not like an answer."""
+    """Returns whether the text after `####` reads like a Markdown heading ("Step 2: add them up"), not an answer."""
     return _is_words(marked)
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The answer a text comes to: after `####`, else in `\boxed{}`, else what is stated, else the last number.
+    r"""Returns the answer of a text: after `####`, else in `\boxed{}`, else stated, else the last number; else None.
 
     Chat models write headings with `####`: words there give way to a `\boxed{}`.
     """
     marked, box = after_hashes(text), boxed(text)
     if marked is not None and (box is None or not is_heading(marked)):
         return marked
-    return next((found for found in (box, stated(text), last_number(text)) if found is not None), None)
+    return next((answer for answer in (box, stated(text), last_number(text)) if answer is not None), None)
 
 
-def _group(text: str, at: int) -> str | None:
-    """The braced group that begins at `at`, or the word there; None for a group that does not end."""
-    while at < len(text) and text[at] == " ":
-        at += 1
-    if at == len(text) or text[at] != "{":
-        return re.compile(r"[^\s$]*").match(text, at).group()  # type: ignore[union-attr]
-    depth, i = 0, at
+def _group(text: str, begin: int) -> str | None:
+    """Returns the braced group that begins at `begin`, or the word there; None for a group that does not end."""
+    while begin < len(text) and text[begin] == " ":
+        begin += 1
+    if begin == len(text) or text[begin] != "{":
+        return re.compile(r"[^\s$]*").match(text, begin).group()  # type: ignore[union-attr]
+    depth, i = 0, begin
     while i < len(text):
         if text[i] == "\\":  # an escaped brace is not one
             i += 1
         elif text[i] in "{}":
             depth += 1 if text[i] == "{" else -1
             if depth == 0:
-                return text[at + 1 : i]
+                return text[begin + 1 : i]
         i += 1
     return None
 
 
 @lru_cache(maxsize=65536)
 def normalize(answer: str) -> str:
-    r"""The form under which equal answers are equal strings; idempotent.
+    r"""Returns the form in which equal answers are equal strings; idempotent.
 
-    Math delimiters, `\text{}`, `\left`, spacing commands and a trailing period go. A number loses thousands separators,
-    a currency or percent sign (a unit here: "50%" is 50, not 0.5) and zeros that carry nothing: "$1,234.00" is
-    "1234". Words ("Yes") are compared without case.
+    It removes math delimiters, `\text{}`, `\left`, spacing commands and a trailing period. A number loses thousands
+    separators, a currency or percent sign (a unit here: "50%" is 50, not 0.5) and zeros that carry nothing:
+    "$1,234.00" is "1234". Words ("Yes") are compared without case.
     """
     text, before = answer.strip(), None
     while text != before:
@@ -136,7 +136,7 @@ def _unwrapped(text: str) -> str:
 
 
 def _plain_number(text: str) -> str | None:
-    """The shortest way to write the decimal number that `text` is; None if it is not one."""
+    """Returns the shortest form of the decimal number `text`; None if it is no number."""
     match = _PLAIN.fullmatch(text)
     if match is None or not (match[2] or match[3]):
         return None
@@ -147,7 +147,7 @@ def _plain_number(text: str) -> str | None:
 
 
 def _is_words(text: str) -> bool:
-    """Whether letters in `text` spell words; as mathematics they would be products of variables, "no" equal to "on"."""
+    """Returns whether letters spell words; as mathematics they would be products of variables, "no" equal to "on"."""
     if re.fullmatch(r"[^\W\d_]{2,}(?:[\s'-]+[^\W\d_]+)*", text):
         return True
     runs = re.findall(r"(?<!\\)\b[^\W\d_]{4,}", re.sub(r"\\[a-zA-Z]+", " ", text))
@@ -156,30 +156,30 @@ def _is_words(text: str) -> bool:
 
 @lru_cache(maxsize=1)
 def _math_verify() -> tuple[Any, str]:
-    """The module `math_verify` or None, and which it is or why there is none."""
+    """Returns the module `math_verify` or None, and its version or why there is none."""
     try:
         import math_verify
     except ModuleNotFoundError as error:
         if error.name == "math_verify":
             return None, "math-verify is not installed; pip install 'treedecode[math]'"
         return None, f"math-verify cannot be imported: {error}"
-    except Exception as error:  # the parser's runtime raises what it likes when its version is another
+    except Exception as error:  # the parser's runtime raises various errors when its version is another
         return None, f"math-verify cannot be imported: {type(error).__name__}: {error}"
     return math_verify, f"math-verify {importlib.metadata.version('math-verify')}"
 
 
 def equivalence_backend() -> str:
-    """How `equivalent` compares: "math-verify <version>", or "exact" and why."""
-    module, why = _math_verify()
-    return why if module is not None else f"exact ({why})"
+    """Names the method by which `equivalent` compares: "math-verify <version>", or "exact" and why."""
+    module, version_or_reason = _math_verify()
+    return version_or_reason if module is not None else f"exact ({version_or_reason})"
 
 
 def equivalent(first: str, second: str) -> bool:
-    r"""Whether two answers are the same: as normalised text, or as mathematics ("1/2", "0.5" and "\frac12").
+    r"""Returns whether two answers are the same: as normalised text, or as mathematics ("1/2", "0.5" and "\frac12").
 
-    Symmetric. Two decimal numbers are compared exactly. Prose, and expressions whose evaluation has no bound that can
-    be seen (towers of powers, factorials, sums), are compared as text alone. Comparing in the main thread is ended
-    after 5 seconds, by SIGALRM; elsewhere signals do not work and the bounds on expressions have to do.
+    Symmetric. Two decimal numbers are compared exactly. Prose, and expressions whose evaluation has no visible bound
+    (towers of powers, factorials, sums), are compared as text alone. In the main thread SIGALRM ends a comparison after
+    5 seconds; in other threads, where signals do not work, the bounds on expressions limit it.
     """
     a, b = sorted((normalize(first), normalize(second)))
     if a == b:
@@ -226,14 +226,14 @@ def _equal_as_math(a: str, b: str) -> bool:
 
 
 def classes(answers: Sequence[str | None], same: Callable[[str, str], bool] = equivalent) -> np.ndarray:
-    """Class ids of answers by equivalence.
+    """Groups answers into classes of equivalent ones.
 
-    Each different answer is compared with one of each class, in an order that does not depend on that of `answers`, so
-    neither do the classes.
+    Each different answer is compared with one answer of each class. The order of the comparisons does not depend on
+    that of `answers`, so neither do the classes.
 
     Args:
         answers: None belongs to no class.
-        same: whether two answers are the same.
+        same: tells whether two answers are the same.
 
     Returns:
         `[n]` int64, numbered by first appearance; -1 for None.
@@ -241,10 +241,10 @@ def classes(answers: Sequence[str | None], same: Callable[[str, str], bool] = eq
     representatives: list[str] = []
     class_of: dict[str, int] = {}
     for answer in sorted({answer for answer in answers if answer is not None}):
-        found = next((i for i, one in enumerate(representatives) if same(one, answer)), len(representatives))
-        if found == len(representatives):
+        matches = (i for i, other in enumerate(representatives) if same(other, answer))
+        class_of[answer] = next(matches, len(representatives))
+        if class_of[answer] == len(representatives):
             representatives.append(answer)
-        class_of[answer] = found
     numbers: dict[int, int] = {}
-    ids = [-1 if one is None else numbers.setdefault(class_of[one], len(numbers)) for one in answers]
+    ids = [-1 if answer is None else numbers.setdefault(class_of[answer], len(numbers)) for answer in answers]
     return np.array(ids, np.int64)

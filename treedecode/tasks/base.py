@@ -1,4 +1,4 @@
-"""What a task is: problems, how to read an answer out of a text, and when an answer is right."""
+"""Problem and Task: a question for the model, and the interface through which its answers are read and checked."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +13,11 @@ class Problem:
 
     Attributes:
         id: unique within a run; random numbers and the journal go by it.
-        prompt: what the model reads, worked examples and chat template not included.
-        answer: the reference answer; None where only checking can tell (many solutions, or none known).
+        prompt: the text that the model reads, without worked examples and chat template.
+        answer: the reference answer; None where there are many solutions or no known one, and only `Task.verify` tells.
         group: of the user's choosing, for audits.
-        data: what the task needs to check an answer.
-        task: the `Task` it is of, for runs that are not told another; None = it does not say.
+        data: values by which the task checks an answer.
+        task: the `Task` that the problem is of, for runs that are given none; None = not known.
     """
 
     id: str
@@ -28,18 +28,18 @@ class Problem:
     task: Any = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For other processes, which get a problem without all the others of its task."""
+        """Leaves the task out, so that another process gets this problem without all the others of its task."""
         return {**self.__dict__, "task": None}
 
 
 class Task(Protocol):
-    """Where problems come from, and how texts about them are read.
+    """Gives problems, and reads the texts that solve them.
 
     Attributes:
         name: as on the command line.
         stop: the string that ends a step of reasoning; a solution is a sequence of steps.
         end: strings that end a whole solution, beside the model's end of sequence.
-        max_step_tokens: a step that has not ended by then is cut.
+        max_step_tokens: a step that has not ended after so many tokens is cut.
         max_new_tokens: the same for a whole solution.
     """
 
@@ -50,32 +50,36 @@ class Task(Protocol):
     max_new_tokens: int
 
     def problems(self, num_problems: int, *, split: str = "test", seed: int = 0) -> list[Problem]:
-        """So many problems of a split ("train", "validation" or "test"); the same ones for the same seed."""
+        """Returns problems of a split ("train", "validation" or "test"); the same ones for the same seed."""
         ...
 
     def examples(self, count: int) -> Sequence[tuple[str, str]]:
-        """Worked examples for a few-shot prompt: (prompt, solution)."""
+        """Returns worked examples for a few-shot prompt: (prompt, solution)."""
         ...
 
     def extract(self, text: str) -> str | None:
-        """The answer a solution comes to, in a form that can be compared; None where it has none (yet)."""
+        """Returns the answer of a solution, in a form that can be compared; None where it has none (yet)."""
         ...
 
     def equivalent(self, first: str, second: str) -> bool:
-        """Whether two extracted answers are the same answer."""
+        """Returns whether two extracted answers are the same answer."""
         ...
 
     def is_final(self, text: str) -> bool:
-        """Whether the solution has come to its answer, so that no further step is wanted."""
+        """Returns whether the solution has come to its answer, so that no further step is wanted."""
         ...
 
     def verify(self, problem: Problem, text: str) -> bool:
-        """Whether a solution is right: the grade, which no strategy sees unless its verifier is this."""
+        """Returns whether a solution is right. No strategy sees this grade unless it is given as its verifier."""
         ...
 
 
 def unicode(text: str, name: str) -> str:
-    """`text`; raises ValueError if it has half a character (a lone surrogate), which no file or tokenizer takes."""
+    """Returns `text` after a check that it can be encoded.
+
+    Raises:
+        ValueError: it has half a character (a lone surrogate), which no file or tokenizer takes.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -84,14 +88,18 @@ def unicode(text: str, name: str) -> str:
 
 
 def answer_classes(task: Task, answers: Sequence[str | None]) -> np.ndarray:
-    """`[n]` int64, equal where a task takes two answers for the same one, counted in order; -1 = no answer."""
-    found: list[str] = []
+    """Groups answers that a task takes for the same one.
+
+    Returns:
+        `[n]` int64 class ids, numbered by first appearance; -1 = no answer.
+    """
+    representatives: list[str] = []
     classes = np.full(len(answers), -1, np.int64)
     for i, answer in enumerate(answers):
         if answer is None:
             continue
-        known = (j for j, other in enumerate(found) if other == answer or task.equivalent(other, answer))
-        classes[i] = next(known, len(found))
-        if classes[i] == len(found):
-            found.append(answer)
+        matches = (j for j, other in enumerate(representatives) if other == answer or task.equivalent(other, answer))
+        classes[i] = next(matches, len(representatives))
+        if classes[i] == len(representatives):
+            representatives.append(answer)
     return classes

@@ -1,4 +1,4 @@
-"""Problems from JSONL files in the manner of GSM8K (2110.14168) and MATH (2103.03874)."""
+"""Reads problems from JSONL files in the format of GSM8K (2110.14168) and MATH (2103.03874)."""
 
 import json
 import math
@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from treedecode.common.validation import positive_int
 from treedecode.tasks.answers import after_hashes, boxed, equivalent, extract_answer, is_heading
 from treedecode.tasks.base import Problem, unicode
 
@@ -18,18 +19,19 @@ _NEXT_QUESTION = "\nQuestion:"  # a base model goes on with a problem of its own
 
 
 class Jsonl:
-    r"""One problem a line: `{"question": ..., "answer": ...}`, and maybe `"id"` and `"group"`.
+    r"""The problems of JSONL files, one a line: `{"question": ..., "answer": ...}`, and maybe `"id"` and `"group"`.
 
     The answer is a worked solution that marks its result with `####` or `\boxed{}`, or, on one line and without a mark,
     the result itself.
 
     Args:
-        path: the problems of the split "test".
+        path: the file of the split "test".
         train, validation: files of the other splits. Worked examples come from `train`.
         max_step_tokens, max_new_tokens: as in `Task`.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: a line is not a problem; names file and line.
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not a problem; names file and line.
     """
 
     stop = "\n"
@@ -44,12 +46,9 @@ class Jsonl:
         max_step_tokens: int = 128,
         max_new_tokens: int = 512,
     ) -> None:
-        for name, value in (("max_step_tokens", max_step_tokens), ("max_new_tokens", max_new_tokens)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
         self.name = os.fspath(path)
-        self.max_step_tokens = max_step_tokens
-        self.max_new_tokens = max_new_tokens
+        self.max_step_tokens = positive_int("max_step_tokens", max_step_tokens)
+        self.max_new_tokens = positive_int("max_new_tokens", max_new_tokens)
         files = {"test": path, "train": train, "validation": validation}
         self._files = {split: Path(file) for split, file in files.items() if file is not None}
         self._splits = {
@@ -58,45 +57,45 @@ class Jsonl:
         }
 
     def problems(self, num_problems: int, *, split: str = "test", seed: int = 0) -> list[Problem]:
-        """So many problems of a file, drawn by `seed` and in the file's order.
+        """Draws problems of a file by `seed`, and returns them in the file's order.
 
         Raises:
             ValueError: the split has no file, or its file has fewer problems.
         """
-        found = self._split(split)
-        if not 0 <= num_problems <= len(found):
-            raise ValueError(f"num_problems: {self._files[split]} has {len(found)}, got {num_problems}")
-        return [found[i] for i in sorted(random.Random(seed).sample(range(len(found)), num_problems))]
+        problems = self._split(split)
+        if not 0 <= num_problems <= len(problems):
+            raise ValueError(f"num_problems: {self._files[split]} has {len(problems)}, got {num_problems}")
+        return [problems[i] for i in sorted(random.Random(seed).sample(range(len(problems)), num_problems))]
 
     def examples(self, count: int) -> Sequence[tuple[str, str]]:
-        """The first `count` problems of the training file with their solutions.
+        """Returns the first `count` problems of the training file with their solutions.
 
         Raises:
             ValueError: there is no training file, or it has fewer.
         """
-        found = self._split("train")
-        if count > len(found):
-            raise ValueError(f"count: {self._files['train']} has {len(found)} problems, got {count}")
-        return [(problem.prompt, " " + problem.data["solution"]) for problem in found[:count]]
+        problems = self._split("train")
+        if count > len(problems):
+            raise ValueError(f"count: {self._files['train']} has {len(problems)} problems, got {count}")
+        return [(problem.prompt, " " + problem.data["solution"]) for problem in problems[:count]]
 
     def extract(self, text: str) -> str | None:
-        """The answer of a solution, as `extract_answer` finds it before the model begins another question."""
+        """Returns the answer that `extract_answer` finds before the model begins another question."""
         return extract_answer(text.partition(_NEXT_QUESTION)[0])
 
     def equivalent(self, first: str, second: str) -> bool:
-        """`verify.answers.equivalent`."""
+        """Compares answers as `treedecode.verify.equivalent` does."""
         return equivalent(first, second)
 
     def is_final(self, text: str) -> bool:
-        """Whether a line that marks the answer is complete, or the model has begun another question."""
+        """Returns whether a line that marks the answer is complete, or the model has begun another question."""
         if _NEXT_QUESTION in text:
             return True
-        lines = text.rpartition("\n")[0]
-        marked = after_hashes(lines)
-        return (marked is not None and not is_heading(marked)) or boxed(lines) is not None
+        complete_lines = text.rpartition("\n")[0]
+        marked = after_hashes(complete_lines)
+        return (marked is not None and not is_heading(marked)) or boxed(complete_lines) is not None
 
     def verify(self, problem: Problem, text: str) -> bool:
-        """Whether the answer of a solution is that of the file."""
+        """Returns whether the answer of a solution is that of the file."""
         answer = self.extract(text)
         return answer is not None and problem.answer is not None and equivalent(answer, problem.answer)
 
@@ -104,17 +103,17 @@ class Jsonl:
         if split not in ("train", "validation", "test"):
             raise ValueError(f"split: expected 'train', 'validation' or 'test', got {split!r}")
         if split not in self._splits:
-            has = " and ".join(map(repr, self._splits))
-            raise ValueError(f"split: {self.name} is {has} alone; Jsonl({self.name!r}, {split}=FILE) adds {split!r}")
+            splits = " and ".join(map(repr, self._splits))
+            raise ValueError(f"split: {self.name} is {splits} alone; Jsonl({self.name!r}, {split}=FILE) adds {split!r}")
         return self._splits[split]
 
 
 def read_problems(path: Path) -> list[Problem]:
-    """The problems of a JSONL file; blank lines are passed over.
+    """Reads the problems of a JSONL file; blank lines are passed over.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: a line is not a problem, or an id appears twice; names file and
-            line.
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not a problem, or an id appears twice; names file and line.
     """
     problems: list[Problem] = []
     line_of: dict[str, int] = {}
@@ -126,7 +125,7 @@ def read_problems(path: Path) -> list[Problem]:
                 problem = _problem(json.loads(line), f"{path.stem}-{number}")
                 if problem.id in line_of:
                     raise ValueError(f"id: {problem.id!r} is that of line {line_of[problem.id]}")
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are too
+            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
                 raise ValueError(f"{path}, line {number}: {error}") from None
             line_of[problem.id] = number
             problems.append(problem)

@@ -1,9 +1,10 @@
-"""Prompts: worked examples before every problem, and the chat template."""
+"""Builds prompts: worked examples before every problem, and the chat template."""
 
 import os
 from collections.abc import Sequence
 from typing import Any
 
+from treedecode.common.validation import int_in
 from treedecode.tasks.base import Problem, Task
 from treedecode.tasks.jsonl import Jsonl
 
@@ -11,16 +12,13 @@ Examples = Sequence[tuple[str, str]]
 
 
 def few_shot(source: Task | str | os.PathLike[str], shots: int) -> list[tuple[str, str]]:
-    """So many worked examples, (prompt, solution): a task's, or the first rows of a JSONL file.
+    """Returns `shots` worked examples (prompt, solution) of a task, or the first rows of a JSONL file.
 
     Raises:
-        TypeError, ValueError: `shots` is no count, or the source has fewer (named).
+        TypeError: `shots` is no int.
+        ValueError: `shots` is negative, or the source has fewer examples (named).
     """
-    if isinstance(shots, bool) or not isinstance(shots, int):
-        raise TypeError(f"shots: expected an int, got {shots!r}")
-    if shots < 0:
-        raise ValueError(f"shots: expected a number >= 0, got {shots}")
-    if shots == 0:
+    if int_in("shots", shots, 0) == 0:
         return []
     if isinstance(source, (str, os.PathLike)):
         source = Jsonl(source, train=source)
@@ -28,17 +26,17 @@ def few_shot(source: Task | str | os.PathLike[str], shots: int) -> list[tuple[st
 
 
 def prefix(examples: Examples) -> str:
-    """What stands before every problem: the same text for all, so its pages are computed, held and read once."""
+    """Joins worked examples into the text before every problem, whose pages are computed, held and read once."""
     return "".join(f"{prompt}{solution.rstrip()}\n\n" for prompt, solution in examples)
 
 
 def format_prompts(
     problems: Sequence[Problem], examples: Examples = (), *, tokenizer: Any = None, chat: bool = False
 ) -> list[str] | list[list[int]]:
-    """What a decoder reads for every problem.
+    """Builds the prompt of every problem.
 
     Args:
-        chat: put into the tokenizer's chat template, examples as earlier turns of the conversation.
+        chat: uses the tokenizer's chat template, with the examples as earlier turns of the conversation.
 
     Returns:
         `[len(problems)]` texts; with `chat` token ids, since a template spells special tokens out and another tokenizer

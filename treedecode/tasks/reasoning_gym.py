@@ -1,18 +1,19 @@
-"""Any dataset of reasoning-gym (2505.24760; extra `tasks`), by name."""
+"""ReasoningGym: any dataset of reasoning-gym (2505.24760; extra `tasks`), by name."""
 
 import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+from treedecode.common.validation import positive_int
 from treedecode.tasks.answers import normalize
 from treedecode.tasks.base import Problem
 
 PROMPT = "{question}\n\nThink step by step, and give the final answer between <answer> and </answer>.\n"
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _SPLITS = ("train", "validation", "test")
-# A dataset seeds its i-th problem with seed + i, and some hand that to NumPy, which takes 32 bits: so every seed of
-# every split gets a range of its own, and no problem of one is generated as a problem of another.
+# A dataset seeds its i-th problem with seed + i, and some hand that to NumPy, which takes 32 bits. Every seed of every
+# split gets a range of its own, so that no two generate the same problem.
 _MAX_PROBLEMS = 1 << 16
 _MAX_SEEDS = 1 << 14
 
@@ -28,31 +29,29 @@ class ReasoningGym:
         config: settings of the dataset, as its own configuration names them.
 
     Raises:
-        ModuleNotFoundError: reasoning-gym is not installed. ValueError: no such dataset, or settings it refuses.
+        ModuleNotFoundError: reasoning-gym is not installed.
+        ValueError: there is no such dataset, or it refuses the settings.
     """
 
     stop = "\n"
     end: tuple[str, ...] = ()
 
     def __init__(self, dataset: str, *, max_step_tokens: int = 128, max_new_tokens: int = 512, **config: Any) -> None:
-        known = dataset_names()
-        if dataset not in known:
-            raise ValueError(f"dataset: expected one of reasoning-gym's {', '.join(known)}; got {dataset!r}")
-        for name, value in (("max_step_tokens", max_step_tokens), ("max_new_tokens", max_new_tokens)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
+        datasets = dataset_names()
+        if dataset not in datasets:
+            raise ValueError(f"dataset: expected one of reasoning-gym's {', '.join(datasets)}; got {dataset!r}")
+        self.max_step_tokens = positive_int("max_step_tokens", max_step_tokens)
+        self.max_new_tokens = positive_int("max_new_tokens", max_new_tokens)
         if reserved := {"seed", "size"} & config.keys():
             raise ValueError(
                 f"config: {' and '.join(sorted(reserved))} follow from the split and the number of problems"
             )
         self.name = f"reasoning_gym:{dataset}"
-        self.max_step_tokens = max_step_tokens
-        self.max_new_tokens = max_new_tokens
         self._dataset = dataset
         self._config = config
 
     def problems(self, num_problems: int, *, split: str = "test", seed: int = 0) -> list[Problem]:
-        """So many problems of a split.
+        """Generates problems of a split.
 
         Raises:
             ValueError: no such split; `seed` is not within 0 .. 16383, or `num_problems` not within 0 .. 65536.
@@ -74,7 +73,7 @@ class ReasoningGym:
 
         try:
             return create_dataset(self._dataset, seed=seed, size=size, **self._config)
-        except (TypeError, AssertionError) as error:  # how its configurations refuse a name and a value
+        except (TypeError, AssertionError) as error:  # a wrong name, a wrong value
             raise ValueError(f"config: {self._dataset} refuses {self._config}: {error}") from error
 
     @cached_property
@@ -91,7 +90,7 @@ class ReasoningGym:
         )
 
     def examples(self, count: int) -> Sequence[tuple[str, str]]:
-        """Problems of the training split (of its last seed) with their answers; the datasets give no reasoning.
+        """Returns problems of the training split's last seed with their answers; the datasets have no reasoning.
 
         Raises:
             ValueError: the dataset can only check answers.
@@ -102,33 +101,33 @@ class ReasoningGym:
         return [(problem.prompt, f"<answer>{problem.answer}</answer>\n") for problem in problems]
 
     def extract(self, text: str) -> str | None:
-        """What stands in the last complete `<answer>` of a solution."""
-        found = [answer.strip() for answer in _ANSWER.findall(text)]
-        return found[-1] if found and found[-1] else None
+        """Returns the content of the last complete `<answer>` of a solution; None where there is none."""
+        answers = [answer.strip() for answer in _ANSWER.findall(text)]
+        return answers[-1] if answers and answers[-1] else None
 
     def equivalent(self, first: str, second: str) -> bool:
-        """Whether answers are the same number or the same text, whatever its white space.
+        """Returns whether answers are the same number or the same text, whatever its white space.
 
-        Not as mathematics: answers are also moves, grids and words.
+        They are not compared as mathematics: answers are also moves, grids and words.
         """
         return normalize(" ".join(first.split())) == normalize(" ".join(second.split()))
 
     def is_final(self, text: str) -> bool:
-        """Whether an answer is complete."""
+        """Returns whether an answer is complete."""
         return self.extract(text) is not None
 
     def score(self, problem: Problem, text: str) -> float:
-        """The dataset's score of a solution, with its credit for parts; 0 without an answer."""
+        """Returns the dataset's score of a solution, which may give credit for a part; 0 without an answer."""
         answer = self.extract(text)
         return 0.0 if answer is None else float(self._scorer.score_answer(answer, dict(problem.data)))
 
     def verify(self, problem: Problem, text: str) -> bool:
-        """Whether the dataset gives a solution its full score."""
+        """Returns whether the dataset gives a solution its full score."""
         return self.score(problem, text) >= 1
 
 
 def dataset_names() -> list[str]:
-    """Names of all datasets, sorted.
+    """Returns the names of all datasets, sorted.
 
     Raises:
         ModuleNotFoundError: reasoning-gym is not installed.
