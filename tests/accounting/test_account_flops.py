@@ -1,4 +1,4 @@
-"""FLOPs of an account: what the model's weights and lengths say against operations counted as they run."""
+"""The FLOPs of an account, from weights and lengths, are those that torch counts as they run."""
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,7 +12,7 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embed
 
 
 def count(run, model):
-    """Operations of products while `run` runs; the angles of rotations, an outer product, are none of them."""
+    """Counts the operations of products in `run`, without the outer products for angles of rotations."""
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         run()
     counts = counter.get_flop_counts()
@@ -22,18 +22,18 @@ def count(run, model):
 
 
 def chain_flops(model, num_prompt, num_new):
-    """A prompt, and so many new tokens, each token on its own: logits where one is sampled."""
+    """Counts the operations of decoding token by token, with logits where a token is sampled."""
     cache, body, total = DynamicCache(config=model.config), model.get_decoder(), 0
-    for at in range(num_prompt + num_new - 1):
-        found = []
-        token = torch.tensor([[at % 50]])
-        total += count(lambda token=token, found=found: found.append(body(token, past_key_values=cache)), model)
-        if at >= num_prompt - 1:
-            total += count(lambda found=found: model.lm_head(found[0].last_hidden_state), model)
+    for position in range(num_prompt + num_new - 1):
+        outputs = []
+        token = torch.tensor([[position % 50]])
+        total += count(lambda token=token, outputs=outputs: outputs.append(body(token, past_key_values=cache)), model)
+        if position >= num_prompt - 1:
+            total += count(lambda outputs=outputs: model.lm_head(outputs[0].last_hidden_state), model)
     return total
 
 
-def test_flops_are_those_counted_as_they_run():
+def test_flops_of_an_account_are_those_that_run():
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS, attn_implementation="eager")).eval()
     want = chain_flops(model, 7, 6)
@@ -50,7 +50,7 @@ def test_flops_are_those_counted_as_they_run():
         assert decoder.engine.meter.close(account).flops == want
 
 
-def test_of_a_layer_of_experts_those_count_that_a_token_goes_through():
+def test_only_the_experts_of_a_token_count():
     config = MixtralConfig(**SIZES, **HEADS, num_local_experts=6, num_experts_per_tok=2)
     model = MixtralForCausalLM(config)
     attention, expert, router = 32 * 32 + 2 * 32 * 16 + 32 * 32, 3 * 32 * 48, 32 * 6

@@ -1,4 +1,4 @@
-"""Limits in seconds, on a clock that forwards and verifiers move on."""
+"""Limits in seconds, tested with a clock that forwards and verifiers advance."""
 
 import asyncio
 import time
@@ -13,7 +13,7 @@ TASK = FakeTask(end=("nothing",), max_new_tokens=10)  # chains of ten tokens, or
 
 
 class Clock:
-    """The machine's, and what has been added to it."""
+    """The machine's clock plus `ahead` seconds."""
 
     def __init__(self):
         self.ahead, self._machine = 0.0, time.monotonic
@@ -30,7 +30,7 @@ def clock(monkeypatch):
 
 
 def decoder(clock, **options):
-    """A decoder whose forwards take 10 seconds."""
+    """Makes a decoder whose forwards take 10 seconds."""
     dec = talkative_decoder(**options)
     forward = dec.model.forward
 
@@ -44,25 +44,25 @@ def decoder(clock, **options):
 
 def solve(dec, count, verifier=None, **settings):
     strategy = td.SelfConsistency(2) if verifier is None else td.BestOfN(2)
-    solutions = td.solve(dec, TASK.problems(count), strategy=strategy, task=TASK, verifier=verifier, **settings)
+    result = td.solve(dec, TASK.problems(count), strategy=strategy, task=TASK, verifier=verifier, **settings)
     assert dec.num_branches == 0
     dec.check_integrity()
-    return solutions.solutions
+    return result.solutions
 
 
-def test_the_time_of_a_problem_is_not_that_of_those_before_it(clock):
+def test_the_time_of_a_problem_begins_with_its_branches(clock):
     enough, little = (td.Budget(per_problem=td.Budget(seconds=seconds)) for seconds in (150, 45))
     before = clock.ahead
-    found = solve(decoder(clock, max_branches=3), 8, budget=enough)
+    solutions = solve(decoder(clock, max_branches=3), 8, budget=enough)
     assert clock.ahead - before > 400, "they come one after another"
-    assert not any(one.is_cut for one in found)
-    found = solve(decoder(clock, max_branches=3), 8, budget=little)
-    assert sum(one.is_cut for one in found) > 4
-    assert all(one.spending.generated_tokens for one in found)
+    assert not any(solution.is_cut for solution in solutions)
+    solutions = solve(decoder(clock, max_branches=3), 8, budget=little)
+    assert sum(solution.is_cut for solution in solutions) > 4
+    assert all(solution.spending.generated_tokens for solution in solutions)
 
 
 @pytest.mark.parametrize("per_problem", [False, True])
-def test_a_scorer_that_is_waited_for_is_given_up(clock, per_problem):
+def test_a_scorer_is_cancelled_when_time_is_up(clock, per_problem):
     begun = []
 
     async def scorer(problem, text):
@@ -71,12 +71,12 @@ def test_a_scorer_that_is_waited_for_is_given_up(clock, per_problem):
         await asyncio.Event().wait()
 
     limit = td.Budget(seconds=400)
-    found = solve(decoder(clock), 3, scorer, budget=td.Budget(per_problem=limit) if per_problem else limit)
+    solutions = solve(decoder(clock), 3, scorer, budget=td.Budget(per_problem=limit) if per_problem else limit)
     assert begun
-    assert all(one.is_cut and one.text for one in found)
+    assert all(solution.is_cut and solution.text for solution in solutions)
 
 
-def test_a_function_that_takes_its_time_is_not_called_again(clock):
+def test_a_blocking_scorer_is_not_called_again_after_the_time(clock):
     asked = []
 
     def slow(problem, text):
@@ -85,13 +85,13 @@ def test_a_function_that_takes_its_time_is_not_called_again(clock):
         return rate(problem, text)
 
     same_length = td.Sampling(ignore_eos=True)  # so that all want to be scored after the same forward
-    found = solve(decoder(clock), 4, slow, budget=td.Budget(seconds=250), sampling=same_length)
+    solutions = solve(decoder(clock), 4, slow, budget=td.Budget(seconds=250), sampling=same_length)
     assert asked == ["test/0"] * 2
-    assert {one.problem.id for one in found if not one.is_cut} <= set(asked)
-    assert all(one.text for one in found)
+    assert {solution.problem.id for solution in solutions if not solution.is_cut} <= set(asked)
+    assert all(solution.text for solution in solutions)
 
 
-def test_a_verifier_that_runs_out_of_its_own_time_has_failed(clock):
+def test_a_timeout_of_the_verifier_is_an_error(clock):
     async def scorer(problem, text):
         raise TimeoutError("no answer from the judge")
 
@@ -100,8 +100,8 @@ def test_a_verifier_that_runs_out_of_its_own_time_has_failed(clock):
     assert any("while solving the problem" in note for note in error.value.__notes__)
 
 
-def test_what_follows_a_cut_problem_has_time(clock):
-    """A callback that scores on another decoder, when the problem before it has run out of time."""
+def test_a_callback_after_a_cut_problem_has_time(clock):
+    """The callback scores on another decoder after the time of its problem is up."""
     scored = []
 
     def later(solution):
@@ -112,7 +112,7 @@ def test_what_follows_a_cut_problem_has_time(clock):
     assert scored == [(True, 0.5)] * 2
 
 
-def test_a_run_within_a_verifier_has_the_time_of_the_outer_one(clock):
+def test_a_run_within_a_verifier_ends_with_the_outer_one(clock):
     asked = []
 
     def inner(problem, text):
@@ -130,12 +130,12 @@ def test_a_run_within_a_verifier_has_the_time_of_the_outer_one(clock):
 
 @pytest.mark.parametrize("mode", ["offline", "online"])
 def test_dynamic_allocation_waits_no_longer_than_the_time_it_has(clock, mode):
-    """A problem that waits for what the others do is cut; its chain stays."""
+    """A problem that waits for the others is cut, and keeps its chain."""
     strategy = td.DynamicAllocation(budget=3, gate=gate(None, TASK), mode=mode, lag=1)
     dec = decoder(clock)
     limit = td.Budget(per_problem=td.Budget(seconds=200))
-    found = td.solve(dec, TASK.problems(6), strategy=strategy, task=TASK, budget=limit).solutions
-    assert all(one.text and one.spending.generated_tokens for one in found)
-    assert any(one.is_cut for one in found)
+    solutions = td.solve(dec, TASK.problems(6), strategy=strategy, task=TASK, budget=limit).solutions
+    assert all(solution.text and solution.spending.generated_tokens for solution in solutions)
+    assert any(solution.is_cut for solution in solutions)
     assert dec.num_branches == 0
     dec.check_integrity()

@@ -1,4 +1,4 @@
-"""The GPU benchmarks without a GPU: every line of them that can run here does, on tiny shapes."""
+"""The GPU benchmarks on the CPU: every line that can run without a GPU does, on tiny shapes."""
 
 import json
 import os
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What the parts write down, by name; `folder` is where."""
+    """The result files of all parts by name, and their `folder`."""
     folder = tmp_path_factory.mktemp("gpu")
     for part in PARTS.values():
         assert part.main(["--smoke", "--out", str(folder), "--commit", "abc"]) == 0
@@ -31,12 +31,12 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_rows(results, part):
-    """Ours is there, checked, and nothing is left out without a reason."""
-    found = results[part]
-    assert found["environment"]["commit"] == "abc"
-    assert not found["not_reached"]
-    assert min(found["peaks"]["copy_gbs"], *found["peaks"]["gemm_gflops"].values()) > 0
-    for row in found["rows"]:
+    """Every row has a checked entry of ours, and a reason for everything left out."""
+    result = results[part]
+    assert result["environment"]["commit"] == "abc"
+    assert not result["not_reached"]
+    assert min(result["peaks"]["copy_gbs"], *result["peaks"]["gemm_gflops"].values()) > 0
+    for row in result["rows"]:
         assert row["floor_seconds"] > 0
         ours = [entry for entry in row["entries"] if entry["ours"]]
         assert ours
@@ -100,22 +100,22 @@ def test_a_result_that_changes_is_a_failure(tmp_path):
     assert made.failed
 
 
-def test_what_time_did_not_allow_is_listed(tmp_path):
+def test_cases_that_time_did_not_allow_are_listed(tmp_path):
     made, written = session(tmp_path, "--seconds", "-1", "--only", "b")
     assert list(made.cases({"a": 1, "b": 2, "bc": 3})) == []
     assert written()["not_reached"] == ["b", "bc"]
 
 
-def test_a_run_goes_on_where_the_last_one_ended(tmp_path):
+def test_a_run_resumes_where_the_last_one_ended(tmp_path):
     made, written = session(tmp_path, "--commit", "abc")
     measure(made, {"ours": contestant()})
-    for argv, left in (
+    for argv, remaining in (
         (["--resume", "--commit", "abc"], ["other"]),
         (["--resume", "--commit", "abd"], ["case", "other"]),
         (["--commit", "abc"], ["case", "other"]),
     ):
         made, _ = session(tmp_path, *argv)
-        assert [name for name, _ in made.cases({"case": 1, "other": 2})] == left
+        assert [name for name, _ in made.cases({"case": 1, "other": 2})] == remaining
         measure(made, {"ours": contestant()})
         assert [row["case"] for row in written()["rows"]] == ["case"]
 
@@ -132,13 +132,13 @@ for case, _ in made.cases({"case": 1}):
 """
 
 
-def test_what_hangs_ends_its_process_and_not_the_next(tmp_path):
-    found = []
+def test_a_hanging_contestant_ends_its_process_and_not_the_next(tmp_path):
+    outcomes = []
     for _ in range(2):
         command = [sys.executable, "-c", HANGS, str(tmp_path)]
         code = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).returncode
-        found.append((code, json.loads((tmp_path / "part.json").read_text())))
-    (first, hung), (second, done) = found
+        outcomes.append((code, json.loads((tmp_path / "part.json").read_text())))
+    (first, hung), (second, done) = outcomes
     assert (first, hung["hung"], hung["finished"], hung["rows"]) == (3, [["case", "stuck"]], False, [])
     assert (second, done["finished"]) == (0, True)
     good, stuck = done["rows"][0]["entries"]
@@ -162,8 +162,8 @@ def test_sanitizer_calls_every_op(capsys):
 
 
 @pytest.mark.parametrize("page_size", [16, 64])
-def test_forests_are_what_they_say(page_size):
-    """Shared pages are shared, their ids are used once, and a level that ends within a page is cut back to it."""
+def test_forests_have_the_pages_and_lengths_of_their_names(page_size):
+    """Branches share whole pages, page ids are used once, and a level that ends within a page is cut back to it."""
     made = forests.tree((1, 8, 64), (2041, 251, 35), page_size)
     shared, middle = 2041 // page_size, (2041 + 251) // page_size
     assert made.path_tokens == 64 * (2041 + 251 + 35)
@@ -179,7 +179,7 @@ def test_forests_are_what_they_say(page_size):
 
 
 def test_every_case_can_be_made():
-    """The full tables, whose names and forests are made without a GPU."""
+    """Names and forests of the full tables are made without a GPU."""
     cases = attention.all_cases(False)
     assert len(cases) == 2 * (len(attention.TREES) + len(attention.LOSING)) + 4 * len(attention.WITH_OTHER_HEADS)
     assert len(logits_cases.all_cases(False)) > 80
@@ -193,7 +193,7 @@ def run(*parts, **env):
     )
 
 
-def test_the_script(results, tmp_path):
+def test_the_script_runs_its_parts(results, tmp_path):
     done = run("nonsense")
     assert done.returncode == 2
     assert "bench/gpu/run.sh [part[:seconds] ...]" in done.stderr

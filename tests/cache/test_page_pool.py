@@ -1,4 +1,4 @@
-"""PagePool's own part, beside the page ops: rows, sizes, integers of any kind and the integrity check."""
+"""PagePool: rows, sizes, integers of any kind, and the integrity check."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from support.page_cases import make_pool
 from treedecode.cache.page_pool import OutOfBranches
 
 
-def test_page_order_is_the_documented_one():
+def test_pages_come_in_the_documented_order():
     pool = make_pool(page_size=1)
     rows = pool.allocate_rows(3)
     pool.append(rows, [2, 1, 3])
@@ -52,7 +52,7 @@ def test_integrity_check_names_what_is_broken():
     broken(lambda pool: pool.retain([0]), "page 0 has refcount 2 but 1 references")
 
 
-def test_integers_of_any_kind_and_nothing_else():
+def test_arguments_are_integers_of_any_kind():
     pool = make_pool()
     pool.allocate_rows(2)
     pool.append(torch.tensor([1, 0]), (2, 3))

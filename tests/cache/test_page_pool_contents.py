@@ -1,4 +1,4 @@
-"""PagePool against a shadow model that keeps every branch's tokens and KV by value."""
+"""Branches of a PagePool hold the values written to them after forks, reorders, truncation and failed calls."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_reorder_of_a_permutation():
 
 
 def test_reorder_with_duplicates_and_dropped_rows():
-    """A row that is a parent and is overwritten itself; a row nobody continues; a page whose last reference moves."""
+    """A parent is overwritten itself, a row has no children, and the last reference of a page moves."""
     pool = make_pool()
     writer = Writer(pool)
     rows = pool.allocate_rows(4)

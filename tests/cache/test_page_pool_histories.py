@@ -1,4 +1,4 @@
-"""A pool under every sequence of calls hypothesis can think of, against a shadow copy of what its branches hold."""
+"""Random histories of a PagePool, compared with a shadow copy of its branches after every call."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from treedecode.cache.page_pool import OutOfBranches, OutOfPages
 
 
 class PagesMachine(RuleBasedStateMachine):
-    """Every way to use a pool, in any order; `shadow` is what each branch must hold."""
+    """Calls a pool in any order; `shadow` has the values that each branch must hold."""
 
     @initialize(page_size=st.sampled_from([1, 2, 16]))
     def start(self, page_size):
@@ -89,7 +89,7 @@ class PagesMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.shadow)
     @rule(data=st.data())
     def step(self, data):
-        """A beam step: every live row gets a random parent, then one token."""
+        """Takes a beam step: every live row gets a random parent, then one token."""
         rows = sorted(self.shadow)
         parents = data.draw(st.lists(st.sampled_from(rows), min_size=len(rows), max_size=len(rows)), label="parents")
         self.do("fork", parents, rows)
@@ -117,7 +117,7 @@ class PagesMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.shadow)
     @rule(data=st.data())
     def retain(self, data):
-        """What a prefix index does with a row's whole pages."""
+        """Retains whole pages of a row, as a prefix index does."""
         (row,) = self.rows(data, min_size=1, max_size=1)
         num_whole = len(self.shadow[row]) // self.pool.page_size
         pages = self.pool.pages(row)[: data.draw(st.integers(0, num_whole))].tolist()
@@ -142,7 +142,7 @@ class PagesMachine(RuleBasedStateMachine):
 
     @rule()
     def replay(self):
-        """The same calls on a new pool give the same page ids."""
+        """Repeats all calls on a new pool, which must give the same page ids."""
         fresh = make_pool(
             num_pages=self.pool.num_pages,
             page_size=self.pool.page_size,

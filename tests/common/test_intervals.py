@@ -1,4 +1,4 @@
-"""Intervals: their coverage on data whose truth is known, closed forms, and data that leave nothing to resample."""
+"""Intervals: coverage on data with a known truth, closed forms, and data that leave nothing to resample."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def test_wilson_solves_the_score_equation():
     assert intervals.wilson(25, 25).high == 1.0
 
 
-def test_all_alike_is_wilson_and_no_point():
+def test_equal_values_give_wilsons_interval():
     assert intervals.mean_interval(np.ones(40)) == intervals.wilson(40, 40)
     assert intervals.mean_interval(np.zeros(40)) == intervals.wilson(0, 40)
     assert intervals.mean_interval([0.5] * 10) == intervals.wilson(5, 10)
@@ -26,7 +26,7 @@ def test_all_alike_is_wilson_and_no_point():
 
 
 @pytest.mark.parametrize(("share", "problems"), [(0.08, 100), (0.5, 60), (0.97, 200)])
-def test_intervals_hold_the_truth_as_often_as_they_say(share, problems):
+def test_intervals_hold_the_truth_as_often_as_their_level(share, problems):
     rng = np.random.default_rng(1)
     samples = (rng.random((400, problems)) < share).astype(float)
     held = [low <= share <= high for low, high in (intervals.mean_interval(s, num_resamples=600) for s in samples)]
@@ -34,7 +34,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(share, problems):
 
 
 def test_a_pair_is_compared_on_the_same_problems():
-    """What two strategies have in common, easy and hard problems, is not in the interval of their difference."""
+    """Easy and hard problems, which two strategies have in common, do not widen the interval of the difference."""
     rng = np.random.default_rng(2)
     easy = (rng.random(300) < 0.5).astype(float)
     better = np.where(rng.random(300) < 0.1, 1.0, easy)
@@ -46,7 +46,7 @@ def test_a_pair_is_compared_on_the_same_problems():
     assert intervals.paired_difference(easy, better).high == pytest.approx(-difference.low, abs=2e-3)
 
 
-def test_pairs_that_agree_leave_what_none_of_n_leaves():
+def test_pairs_that_agree_give_wilsons_bound_for_none():
     same = [1.0, 0.0, 1.0, 1.0] * 25
     difference = intervals.paired_difference(same, same)
     assert difference == (0.0, -intervals.wilson(0, 100).high, intervals.wilson(0, 100).high)

@@ -75,7 +75,7 @@ def test_a_chained_plan_is_for_the_cpu():
 
 
 def on_gpu(case, num_workers=None):
-    """out and lse by the GPU's ops, on the CPU; twice, as they must be the same to the last bit."""
+    """Returns out and lse of the GPU's ops, on the CPU, after a check that a second call gives the same bits."""
     q, k_pages, v_pages, page_table, seq_lens = map(to_gpu, case.args[:5])
     q_lens = case.plan.q_indptr.diff()
     plan = ops.plan_tree(
@@ -102,7 +102,7 @@ def on_gpu(case, num_workers=None):
     [(shape, dtype) for *shape, dtypes in SHAPES for dtype in dtypes],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, list) else str(value),
 )
-def test_decode(through, shape, dtype):
+def test_decode_steps(through, shape, dtype):
     through("tree_attention")
     num_qo_heads, num_kv_heads, head_dim, page_size = shape
     case = make_case(
@@ -152,7 +152,7 @@ def test_prefill_beside_decode(through, dtype):
 @settings(max_examples=40, **FEW)
 @given(forests(max_rows=8, max_tokens=700, page_sizes=(8,)), st.sampled_from([-1, 50]))
 def test_any_forest(through, forest, window_left):
-    """Of one page size and number of heads: Triton compiles the kernel for each, and for some numbers of queries."""
+    """Forests have one page size and number of heads, because Triton compiles the kernel for each."""
     through("tree_attention")
     page_table, seq_lens, q_lens, page_size = forest
     case = make_case(
@@ -207,7 +207,7 @@ def test_without_keys(through):
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="captures a graph")
 def test_a_captured_step_follows_its_inputs(through):
-    """Plan and attention replayed on other lengths and another tree than they were captured with."""
+    """A captured plan and attention are replayed on other lengths and another tree."""
     through("plan_tree", "tree_attention")
     shape = {"num_qo_heads": 8, "num_kv_heads": 2, "head_dim": 64, "dtype": torch.bfloat16}
     rows = tree_rows([2, 3], [9, 4, 3])
@@ -256,7 +256,7 @@ def test_a_captured_step_follows_its_inputs(through):
 @pytest.mark.parametrize(("q_len", "seq_len"), [(300, 300), (257, 700)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dense_prefill(dtype, q_len, seq_len, window):
-    """By whatever torch or flash-attn takes here; queries are the last ones of the sequence."""
+    """torch or flash-attn, whichever is taken, gives the reference's result; queries are the last of the sequence."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(q_len, 8, 64, generator=generator).to(dtype)
     k, v = torch.randn(2, seq_len, 2, 64, generator=generator).to(dtype)

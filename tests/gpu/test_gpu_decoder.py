@@ -1,4 +1,4 @@
-"""Decoding on a GPU: CUDA graphs, no waiting for the device, and the texts of the CPU in fp32."""
+"""Decoding on a GPU: CUDA graphs, steps that do not wait for the device, and the texts of the CPU in fp32."""
 
 import asyncio
 
@@ -21,7 +21,7 @@ LONG = {"max_position_embeddings": 2048}
 
 @pytest.fixture
 def decoder():
-    """Makes decoders of a tiny model in fp32; at the end each is whole and has leaked nothing."""
+    """Makes decoders of a tiny model in fp32, and checks at the end that none has leaked branches or pages."""
     made = []
 
     def make(name="llama", device=DEVICE, captured=True, overrides=(), **options):
@@ -39,7 +39,7 @@ def decoder():
 
 @pytest.fixture(autouse=True)
 def replays(monkeypatch):
-    """The kinds of steps replayed; a replay that waits for the device is an error."""
+    """Records the class of each step replayed; a replay that waits for the device is an error."""
     seen, replay = [], Captured.replay
 
     def watched(step, number):
@@ -57,7 +57,7 @@ def replays(monkeypatch):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """How many steps were in flight after each launch of a sampling step."""
+    """Records the number of steps in flight after each launch of a sampling step."""
     seen, launch = [], Run.launch
     monkeypatch.setattr(Run, "launch", lambda run: (launch(run), seen.append(run.num_in_flight)))
     return seen
@@ -85,7 +85,7 @@ def test_captured_steps_give_the_texts_of_steps_op_by_op(decoder, launches, samp
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2"])
-def test_texts_are_the_cpus(decoder, name):
+def test_texts_are_those_of_the_cpu(decoder, name):
     settings = {"num_branches": 3, "sampling": SAMPLED, "max_new_tokens": 20}
     want = decoder(name, "cpu").generate(PROMPTS, **settings)
     assert tokens(decoder(name).generate(PROMPTS, **settings)) == tokens(want)
@@ -101,7 +101,7 @@ def test_a_thousand_steps_without_waiting(decoder, launches, replays):
 
 @pytest.mark.parametrize("num_pages", [30, 50])
 def test_out_of_pages_within_a_run(decoder, launches, num_pages):
-    """The device refuses, the host learns of it a step later, and the text is the same."""
+    """The device refuses a step, the host learns of it a step later, and the text is the same."""
     settings = {"num_branches": 4, "sampling": SAMPLED, "max_new_tokens": 30}
     want = tokens(decoder().generate(PROMPTS, **settings))
     model = make_model("llama")
@@ -113,7 +113,7 @@ def test_out_of_pages_within_a_run(decoder, launches, num_pages):
 
 
 def test_a_stop_and_forks_leave_no_trace(decoder, launches):
-    """A stop is seen when the next step is on its way already."""
+    """The host sees a stop when the next step is in flight already."""
     plain, dec = decoder(captured=False), decoder()
     stop = plain.generate([PROMPTS[1]], sampling=SAMPLED, max_new_tokens=30)[0][0].token_ids[10]
 
@@ -122,9 +122,9 @@ def test_a_stop_and_forks_leave_no_trace(decoder, launches):
             await frontier.extend(max_new_tokens=30, stop=[stop])
             with frontier.fork(3) as forks:
                 await forks.extend(max_new_tokens=30)
-                found = forks.token_ids()
+                forked = forks.token_ids()
             await frontier.extend(max_new_tokens=10)
-            return found, frontier.token_ids()
+            return forked, frontier.token_ids()
 
     want = asyncio.run(search(plain))
     assert asyncio.run(search(dec)) == want
@@ -132,7 +132,7 @@ def test_a_stop_and_forks_leave_no_trace(decoder, launches):
 
 
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
-def test_beam_search_finds_the_cpus_beams(decoder, replays, early_stopping):
+def test_beam_search_finds_the_beams_of_the_cpu(decoder, replays, early_stopping):
     settings = {"num_beams": 4, "max_new_tokens": 12, "length_penalty": 0.7, "early_stopping": early_stopping}
     want = decoder(device="cpu", captured=False).beam_search(PROMPTS, **settings)
     plain = decoder(captured=False).beam_search(PROMPTS, **settings)
@@ -145,8 +145,8 @@ def test_beam_search_finds_the_cpus_beams(decoder, replays, early_stopping):
             assert ours.cum_logprob == pytest.approx(theirs.cum_logprob, abs=1e-3)
 
 
-def test_bf16_decodes_as_it_did_before(decoder):
-    """No reference to compare with, but the same call on a fresh decoder gives the same bits."""
+def test_bf16_gives_the_same_tokens_again(decoder):
+    """In bf16 there is no reference, but the same call on a fresh decoder gives the same tokens."""
     texts = []
     for _ in range(2):
         model = make_model("llama", torch.bfloat16).to(DEVICE)
@@ -157,7 +157,7 @@ def test_bf16_decodes_as_it_did_before(decoder):
 
 
 def test_a_forward_that_waits_is_not_captured(decoder):
-    """The error says what to do, and the device is as it was: the same model decodes op by op."""
+    """The error names the argument to change, and the device still works: the same model decodes op by op."""
     model = make_model("llama").to(DEVICE)
     model.get_output_embeddings().register_forward_hook(lambda module, args, output: output.sum().item())
     settings = {"num_branches": 3, "sampling": SAMPLED, "max_new_tokens": 10}

@@ -16,7 +16,7 @@ pytestmark = GPU
 
 
 def prune(logits, cum, groups, k, token_mask=None, **options):
-    """`ops.beam_prune` on the GPU; twice, as it must be the same to the last bit."""
+    """Runs `ops.beam_prune` on the GPU, and checks that a second call gives the same bits."""
     args = to_gpu(logits), to_gpu(cum), to_gpu(groups), k
     first, second = (to_cpu(ops.beam_prune(*args, token_mask=to_gpu(token_mask), **options)) for _ in range(2))
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True))
@@ -24,7 +24,7 @@ def prune(logits, cum, groups, k, token_mask=None, **options):
 
 
 def draw(logits, settings, token_mask=None):
-    """`ops.sample` on the GPU."""
+    """Runs `ops.sample` on the GPU."""
     on_gpu = {name: value.to(DEVICE) for name, value in settings.items()}
     return to_cpu(ops.sample(to_gpu(logits), **on_gpu, token_mask=to_gpu(token_mask)))
 
@@ -127,7 +127,7 @@ def test_prune_marks_a_bad_row(through, column, bad):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("filters", FILTERS, ids=lambda f: "-".join(f"{k}{v}" for k, v in f.items()) or "plain")
 def test_sample(through, filters, kind):
-    """What the reference and so the CPU's op draws, up to roundings of the borders."""
+    """Tokens are those of the reference, and so of the CPU's op, up to roundings of the borders."""
     through("sample")
     for dtype in DTYPES:
         logits = make_logits(kind, 7, 5003).to(dtype)
@@ -170,8 +170,8 @@ def test_sample_masks(through, filters):
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.9, "top_k": 300, "temperature": 0.8}], ids=str)
-def test_draws_equal_the_cpus(through, filters):
-    """1,000 rows: where a border falls between the roundings of two sums is about one draw in a million."""
+def test_draws_are_those_of_the_cpu(through, filters):
+    """Of 1,000 rows none differs: a border falls between the roundings of two sums about once in a million draws."""
     through("sample")
     logits = make_logits("normal", 1000, 2003)
     settings = per_row(1000, **filters, seed=torch.arange(1000) * 7919, position=torch.arange(1000))
@@ -218,7 +218,7 @@ def test_sample_marks_a_bad_row(through, bad):
 
 
 def test_numbers_for_all_rows():
-    """One number stands for all rows, and goes to the device once."""
+    """A number for all rows goes to the device once."""
     logits = make_logits("normal", 4, 500).to(DEVICE)
     settings = OFF | {"temperature": 0.8, "top_k": 30, "top_p": 0.9, "min_p": 0.01, "seed": 2**40, "position": 12}
     by_row = {name: value.to(DEVICE) for name, value in per_row(4, **settings).items()}
@@ -232,7 +232,7 @@ def test_numbers_for_all_rows():
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
 @pytest.mark.parametrize("seed", range(6))
 def test_beam_update(through, seed, early_stopping):
-    """Several steps of several searches beside the reference, with ties, stops and searches that end."""
+    """Several steps of several searches equal the reference, with ties, stops and searches that end."""
     through("beam_update")
     generator = torch.Generator().manual_seed(seed)
 

@@ -1,4 +1,4 @@
-"""The small ops on CUDA tensors by every backend, with the CPU tests' inputs and budgets; which backend is taken."""
+"""The small ops on CUDA tensors by every backend, with the CPU tests' inputs and budgets; and the backend taken."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ CPU_ONLY = {"decoder_forward", "packed_linear"}  # weights in an order that is f
 
 
 @pytest.mark.parametrize("op", ops.names())
-def test_the_backend_taken(op):
-    """C++ where there is a kernel of it, else Triton; with a reason for what was not taken."""
+def test_backend_taken(op):
+    """C++ is taken where it has a kernel, else Triton, with a reason for each backend that was not."""
     choice = ops.explain(op, "cuda")
     expected = "triton" if op in triton_kernels.OPS else "none"
     if hasattr(torch.ops, "treedecode_cuda") and hasattr(torch.ops.treedecode_cuda, op):

@@ -1,4 +1,4 @@
-"""The page ops on CUDA tensors: after every call of a random history the state is the CPU's, page by page."""
+"""The page ops on CUDA tensors: after every call of a random history the state equals that of the CPU."""
 
 import random
 
@@ -17,7 +17,7 @@ PAGE_OPS = ("fork_branches", "append_slots", "hold_pages", "adopt_pages", "appen
 
 
 def defined(pool):
-    """What is defined of a pool's state, on the CPU."""
+    """Returns the defined parts of a pool's state, on the CPU."""
     num_free, lens = int(pool.status[STATUS_NUM_FREE]), pool.seq_lens.cpu()
     used = torch.arange(pool.page_table.shape[1]) * pool.page_size < lens[:, None]
     return {
@@ -31,7 +31,7 @@ def defined(pool):
 
 
 class Pair:
-    """The same calls on a pool of the CPU and one of the GPU."""
+    """Makes the same calls on a pool of the CPU and one of the GPU."""
 
     def __init__(self, page_size, num_pages, max_branches=7):
         sizes = {"page_size": page_size, "num_pages": num_pages, "max_branches": max_branches}
@@ -42,7 +42,7 @@ class Pair:
             pool.allocate_rows(max_branches)
 
     def do(self, name, *args):
-        """The result on the CPU, or OutOfPages; both pools must agree, also on that."""
+        """Returns the result, or the numbers of OutOfPages, on which both pools must agree."""
         results = []
         for pool in (self.cpu, self.gpu):
             try:
@@ -59,7 +59,7 @@ class Pair:
         return results[0]
 
     def _write(self, slots):
-        """A value of its own into each new slot."""
+        """Writes a value of its own into each new slot."""
         for pool in (self.cpu, self.gpu):
             values = torch.arange(len(slots), dtype=torch.float32) + self.num_written
             k = values.to(pool.device)[:, None, None].expand(-1, pool.kv.shape[3], pool.kv.shape[5]).contiguous()
@@ -112,7 +112,7 @@ def test_random_histories(through, page_size, seed):
 
 
 def test_more_branches_than_threads_of_a_block(through):
-    """Scans over rows and over pages go on beyond what one pass holds."""
+    """Scans over rows and pages take more than one pass."""
     through(*PAGE_OPS)
     pair = Pair(2, 9000, max_branches=2500)
     rng = random.Random(0)
@@ -128,11 +128,11 @@ def test_more_branches_than_threads_of_a_block(through):
 
 @pytest.fixture
 def pool():
-    made = make_pool(device=DEVICE)
-    made.allocate_rows(8)
-    made.append([0, 1], [7, 3])
-    made.fork([0, 0], [2, 3])
-    return made
+    pool = make_pool(device=DEVICE)
+    pool.allocate_rows(8)
+    pool.append([0, 1], [7, 3])
+    pool.fork([0, 0], [2, 3])
+    return pool
 
 
 def everything(pool):

@@ -1,4 +1,4 @@
-"""A model that changes under its decoder: neither repacked weights nor keys and values from before are used."""
+"""A decoder follows changes of its model: it packs weights again, and drops keys and values from before."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ GREEDY = treedecode.Sampling(temperature=0, ignore_eos=True)
 
 
 class Adapter(nn.Module):
-    """Adds a product to a linear layer's, and can be switched off."""
+    """Adds a product to that of a linear layer; the addition can be switched off."""
 
     def __init__(self, base):
         super().__init__()
@@ -89,7 +89,7 @@ def replace_forward(model):
     mlp.forward = lambda x: -2 * own(x)
 
 
-SEEN = [
+VISIBLE_CHANGES = [
     add_adapters,
     scale_in_place,
     change_embedding,
@@ -120,9 +120,9 @@ def text(decoder):
     return decoder.generate(PROMPT, max_new_tokens=8, sampling=GREEDY)[0][0].token_ids
 
 
-@pytest.mark.parametrize("change", SEEN)
-def test_is_seen(change):
-    """By later calls, by branches that were at rest, and by treedecode.generate."""
+@pytest.mark.parametrize("change", VISIBLE_CHANGES)
+def test_a_visible_change_is_followed(change):
+    """Later calls, branches that were at rest and treedecode.generate give the changed model's text."""
     model = make_model()
     decoder = treedecode.Decoder(model)
     before = plain(model)
@@ -140,7 +140,7 @@ def test_is_seen(change):
 
 
 @pytest.mark.parametrize("change", [switch_off, hide_in_embedding, hide_in_head])
-def test_reset_sees_the_rest(change):
+def test_reset_follows_changes_that_cannot_be_seen(change):
     model = make_model()
     add_adapters(model)
     decoder = treedecode.Decoder(model)
@@ -152,7 +152,7 @@ def test_reset_sees_the_rest(change):
     decoder.check_integrity()
 
 
-def test_generate_sees_switches():
+def test_generate_follows_changes_that_cannot_be_seen():
     model = make_model()
     add_adapters(model)
     before = plain(model)
@@ -161,7 +161,7 @@ def test_generate_sees_switches():
     assert plain(model, custom_generate=treedecode.generate) == plain(model) != before
 
 
-def test_nothing_changed_keeps_everything():
+def test_an_unchanged_model_keeps_its_prefixes():
     model = make_model()
     decoder = treedecode.Decoder(model)
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Fingerprints of weights: what changes them, and what they can be taken of."""
+"""Fingerprints of weights depend on names, shapes, types and entries, and can be taken of any tensor."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ class Holder(nn.Module):
         self.register_buffer("values", values, persistent=persistent)
 
 
-def test_it_is_the_same_for_the_same_weights():
+def test_equal_weights_have_equal_fingerprints():
     first, second = nn.Linear(40, 30), nn.Linear(40, 30)
     second.load_state_dict(first.state_dict())
     assert fingerprint(first) == fingerprint(second)
@@ -24,26 +24,26 @@ def test_it_is_the_same_for_the_same_weights():
     assert fingerprint(first) != fingerprint(second)
 
 
-@pytest.mark.parametrize("at", [0, 999, 500_500])
-def test_a_change_of_some_entries_in_a_row_is_seen_wherever_it_is(at):
-    """Of a million entries 64 are looked at: a sixty-third of them in a row holds one."""
+@pytest.mark.parametrize("begin", [0, 999, 500_500])
+def test_a_change_of_consecutive_entries_is_seen_wherever_it_is(begin):
+    """Of a million entries 64 are looked at, so a sixty-third of them in a row has one of those."""
     values = torch.zeros(1001, 1000)
     before = fingerprint(Holder(values))
     changed = values.clone()
-    changed.view(-1)[at : at + 1001 * 1000 // 63 + 1] = 1
+    changed.view(-1)[begin : begin + 1001 * 1000 // 63 + 1] = 1
     assert fingerprint(Holder(changed)) != before
 
 
 def test_names_shapes_and_types_count():
     values = torch.zeros(6, 4)
-    found = {fingerprint(Holder(v)) for v in (values, values.half(), values.view(4, 6), values.view(24))}
-    assert len(found) == 4
-    assert fingerprint(nn.Sequential(Holder(values))) not in found
+    fingerprints = {fingerprint(Holder(v)) for v in (values, values.half(), values.view(4, 6), values.view(24))}
+    assert len(fingerprints) == 4
+    assert fingerprint(nn.Sequential(Holder(values))) not in fingerprints
 
 
 def test_buffers_that_are_not_saved_count_too():
-    found = [fingerprint(Holder(torch.full((3,), x), persistent=False)) for x in (1.0, 2.0)]
-    assert found[0] != found[1]
+    first, second = (fingerprint(Holder(torch.full((3,), x), persistent=False)) for x in (1.0, 2.0))
+    assert first != second
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,6 @@ def test_all_types_of_entries(values, other):
     ],
     ids=["empty", "meta", "sparse"],
 )
-def test_what_has_no_entries_to_look_at_counts_by_its_shape(values):
+def test_tensors_without_readable_entries_count_by_their_shape(values):
     assert fingerprint(Holder(values)) == fingerprint(Holder(values))
     assert fingerprint(Holder(values)) != fingerprint(Holder(torch.zeros(7)))

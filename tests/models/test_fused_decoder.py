@@ -56,7 +56,7 @@ def test_same_bits_as_layer_by_layer(isa, calls, name, dtype):
         ("qwen3", {"num_key_value_heads": 1, "vocab_size": 130, "attention_bias": True}),
     ],
 )
-def test_other_sizes(name, config):
+def test_same_bits_for_other_sizes(name, config):
     adapter = TransformersModel(make_model(name, torch.bfloat16, **config))
     assert adapter.optimizations[-1] == ONE_OP
     for (_, a), (_, b) in zip(search(adapter), search(adapter, by_layer=True), strict=True):
@@ -77,7 +77,7 @@ def first_tokens(adapter, by_layer=False):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_hidden_states_keys_and_values_too(name):
+def test_same_hidden_states_keys_and_values_as_layer_by_layer(name):
     adapter = TransformersModel(make_model(name, torch.bfloat16))
     (fused, pages), (layers, same_pages) = (first_tokens(adapter, by_layer) for by_layer in (False, True))
     for a, b in zip(adapter.forward_hidden(*fused), adapter.forward_hidden(*layers), strict=True):
@@ -132,7 +132,7 @@ def test_pages_may_be_inference_tensors():
 
 
 @pytest.mark.parametrize("by_layer", [False, True])
-def test_no_tokens(by_layer):
+def test_a_forward_without_tokens(by_layer):
     adapter = TransformersModel(make_model("llama"))
     (_, _, context, _), pages = first_tokens(adapter)
     table, lens = context.page_table[:0], context.seq_lens[:0]
@@ -311,7 +311,7 @@ def test_hooks_run_and_the_op_comes_back_without_them(calls, path):
 @pytest.mark.parametrize("part", ["model.embed_tokens", "model.layers.1.input_layernorm", "model.layers.0.mlp.up_proj",
                                   "model.layers.2.self_attn.k_norm", "model.norm", "lm_head"])  # fmt: skip
 @pytest.mark.parametrize("change", ["in place", "replaced"])
-def test_follows_changed_weights(calls, part, change):
+def test_changed_weights_are_followed(calls, part, change):
     model = make_model("qwen3")
     adapter = TransformersModel(model)
     before = list(search(adapter))[-1][1]

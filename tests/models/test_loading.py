@@ -1,3 +1,5 @@
+"""Loading: GGUF files are converted once per content and dtype, and missing files are named."""
+
 import gguf
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ HIDDEN, INTERMEDIATE, VOCAB = 32, 64, 40
 
 @pytest.fixture
 def gguf_path(tmp_path, monkeypatch):
-    """A Llama of one layer as GGUF: fp16 weights, byte-level BPE tokenizer."""
+    """Writes a Llama of one layer as GGUF, with fp16 weights and a byte-level BPE tokenizer."""
     monkeypatch.setenv("TREEDECODE_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "tiny.gguf"
     rng = np.random.default_rng(0)

@@ -1,3 +1,5 @@
+"""Dense attention of long prefills against the reference, and decoding after it."""
+
 import pytest
 import torch
 from support.transformers_models import make_model
@@ -28,7 +30,7 @@ def test_attend_matches_the_reference(q_len, seq_len, window):
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
 @pytest.mark.parametrize("prefill_tokens", [512, 24])
 def test_decoding_after_dense_prefills(name, prefill_tokens, monkeypatch):
-    """Whole prompts, later pieces of prompts, beside short prompts and decoding rows: the text is that of the tree."""
+    """The text is that of paged prefills, for whole prompts and pieces, beside short prompts and decoding rows."""
     adapter = TransformersModel(make_model(name))
     assert adapter.min_prefill is None  # on the CPU
     calls = []
@@ -39,18 +41,18 @@ def test_decoding_after_dense_prefills(name, prefill_tokens, monkeypatch):
         return attend(q, k, v, **options)
 
     monkeypatch.setattr(prefill, "attend", recorded)
-    outs = []
+    tokens = []
     for adapter.min_prefill in (None, 8):
         dec = td.Decoder(adapter, kv_memory="16MiB", prefill_tokens=prefill_tokens)
-        outs.append(dec.generate(PROMPTS, num_branches=2, sampling=GREEDY, max_new_tokens=12))
+        outs = dec.generate(PROMPTS, num_branches=2, sampling=GREEDY, max_new_tokens=12)
+        tokens.append([[out.token_ids for out in branches] for branches in outs])
         dec.check_integrity()
-    tokens = [[[out.token_ids for out in branches] for branches in out] for out in outs]
     assert tokens[0] == tokens[1]
     assert calls
     assert any(q_len < seq_len for q_len, seq_len in calls) == (prefill_tokens == 24)
 
 
-def test_what_it_supports(monkeypatch):
+def test_supported_layers(monkeypatch):
     supports = prefill.supports
     half, plain = {"head_dim": 64, "dtype": torch.float16}, {"softcap": False, "sinks": False}
     monkeypatch.setattr(prefill, "flash_attention", lambda: None)

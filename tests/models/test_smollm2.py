@@ -1,4 +1,4 @@
-"""The real model: SmolLM2-135M-Instruct, from its GGUF."""
+"""SmolLM2-135M-Instruct from its GGUF: the tokens of Transformers, and bits that do not depend on the batch."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ PROMPTS = ["The capital of France is", "Janet has 3 apples and buys 5 more. How 
 
 
 def load(dtype):
-    """Model and tokenizer, fetched and converted on first use."""
+    """Loads model and tokenizer, which are fetched and converted on first use."""
     from examples.smollm2 import gguf_path
 
     try:
@@ -47,7 +47,7 @@ def test_generate_gives_the_tokens_of_transformers(smollm2, options):
 
 @pytest.mark.slow
 def test_branches_are_what_separate_runs_give(smollm2):
-    """Log-probabilities of sampled branches against one plain forward over each branch's text."""
+    """Log-probabilities of sampled branches are those of a plain forward over each branch's text."""
     model, tokenizer = smollm2
     sampling = td.Sampling(temperature=0.8, top_p=0.95, seed=7, ignore_eos=True)
     with td.Decoder(model, tokenizer, kv_memory="64MiB") as dec:
@@ -70,7 +70,7 @@ def test_branches_are_what_separate_runs_give(smollm2):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_branch_does_not_depend_on_the_batch(dtype):
-    """Alone, beside others, prefilled in pieces, from the prefix index, preempted and computed again: the same bits."""
+    """Bits are equal alone, beside others, prefilled in pieces, from the prefix index, and computed again."""
     model, tokenizer = load(dtype)
     prompts = [" ".join(PROMPTS * n) for n in (2, 1, 6)]
     page_bytes = 8 * 2 * 30 * 3 * 64 * dtype.itemsize

@@ -1,4 +1,4 @@
-"""The Transformers adapter: packed branches over shared pages give the logits of separate plain forwards."""
+"""TransformersModel: packed branches over shared pages give the logits of separate plain forwards."""
 
 import copy
 from types import SimpleNamespace
@@ -54,7 +54,7 @@ def test_bf16_error_is_that_of_a_plain_bf16_forward(name, optimize):
     assert ours.pow(2).mean().sqrt() <= 1.25 * theirs.pow(2).mean().sqrt()
 
 
-def test_sizes_and_logit_rows():
+def test_sizes_of_the_adapter():
     model = make_model("qwen3")
     adapter = TransformersModel(model)
     sizes = (adapter.num_layers, adapter.num_qo_heads, adapter.num_kv_heads, adapter.head_dim, adapter.vocab_size)
@@ -63,7 +63,7 @@ def test_sizes_and_logit_rows():
     assert adapter.eos_token_ids == (2,)
 
 
-def test_model_is_left_as_it_was():
+def test_the_model_is_unchanged_between_forwards():
     model = make_model("gemma3_text")
     before = plain(model, [5, 6, 7])
     attributes = {name: dict(module.__dict__) for name, module in model.named_modules()}

@@ -1,4 +1,4 @@
-"""The value head: shapes, dtypes, files, and the figures its training reports, against definitions."""
+"""ValueHead: shapes, dtypes and files; and the figures that its training reports, against their definitions."""
 
 from itertools import combinations
 
@@ -46,7 +46,7 @@ def test_it_can_learn_a_rule(head):
     assert auc(head(hidden).detach().numpy(), success.bool().numpy()) > 0.95
 
 
-def test_what_was_saved_is_loaded(head, tmp_path):
+def test_a_saved_head_is_loaded(head, tmp_path):
     path = tmp_path / "head.safetensors"
     head.save(path)
     loaded = ValueHead.load(path)
@@ -55,7 +55,7 @@ def test_what_was_saved_is_loaded(head, tmp_path):
     assert not loaded.training
 
 
-def test_wrong_input_is_named(head, tmp_path):
+def test_errors_name_the_argument(head, tmp_path):
     for shape in ((32,), (2, 31), (1, 2, 32)):
         with pytest.raises(ValueError, match="hidden: expected"):
             head(torch.zeros(shape))

@@ -1,4 +1,4 @@
-"""Page tables of random forests, for the tests of the ops that read them."""
+"""Makes page tables of random forests, for tests of the ops that read them."""
 
 import itertools
 import random
@@ -10,7 +10,7 @@ UNUSED = 2**31 - 1  # a page id nobody may look at
 
 
 def as_tables(rows, page_size, last_page_tokens, max_pages=None):
-    """(page_table, seq_lens) of rows of page ids whose last pages hold so many tokens."""
+    """Returns (page_table, seq_lens) from rows of page ids and the number of tokens in the last page of each."""
     max_pages = max([1, *map(len, rows)]) if max_pages is None else max_pages
     page_table = torch.full((len(rows), max_pages), UNUSED, dtype=torch.int32)
     for table_row, row in zip(page_table, rows, strict=True):
@@ -22,7 +22,7 @@ def as_tables(rows, page_size, last_page_tokens, max_pages=None):
 
 
 def tree_rows(children, pages):
-    """Rows of page ids in depth-first order: a node at depth d has pages[d] pages and children[d] children."""
+    """Returns rows of page ids in depth-first order; a node at depth d has pages[d] pages and children[d] children."""
     counter = itertools.count()
 
     def grow(depth, path):
@@ -36,7 +36,7 @@ def tree_rows(children, pages):
 
 @st.composite
 def forests(draw, max_rows=10, max_tokens=3000, page_sizes=(1, 8, 16, 32, 64)):
-    """(page_table, seq_lens, q_lens or None, page_size): forks anywhere, roots, empty rows, equal rows, any order."""
+    """Draws (page_table, seq_lens, q_lens or None, page_size), with forks anywhere and empty and equal rows."""
     page_size = draw(st.sampled_from(page_sizes))
     max_pages = max(1, draw(st.sampled_from([page_size, 300, max_tokens])) // page_size)
     rng = random.Random(draw(st.integers(0, 2**32)))

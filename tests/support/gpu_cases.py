@@ -1,4 +1,4 @@
-"""What the tests on a GPU share: the device, moving things there, and which backend the ops' front doors take."""
+"""Helpers of the tests on a GPU: marks, moving tensors there, and choosing the backend of the ops' front doors."""
 
 import sys
 
@@ -15,14 +15,14 @@ GPU = [
 
 
 def on_gpu(test):
-    """Marks one test as `pytestmark = GPU` marks those of a file."""
+    """Marks a single test as `pytestmark = GPU` marks all tests of a file."""
     for mark in GPU:
         test = mark(test)
     return test
 
 
 def to_gpu(x):
-    """`x` on the GPU with the strides it has; `.to` alone makes a slice contiguous."""
+    """Copies `x` to the GPU with its strides; `.to` alone makes a slice contiguous."""
     if x is None or x._base is None:
         return x if x is None else x.to(DEVICE)
     return x._base.to(DEVICE).as_strided(x.shape, x.stride(), x.storage_offset())
@@ -33,15 +33,15 @@ def to_cpu(tensors):
 
 
 def send(monkeypatch, backend, *names):
-    """The front doors of these ops call this backend's kernels from here on; skips the test where one has none."""
+    """Lets the front doors of these ops call a backend's kernels; skips the test where an op has none."""
     from bench.gpu.backends import kernels  # not where `make sanitize` runs, which takes the marks alone
 
     chosen = {}
     for name in names:
-        found = kernels(name, DEVICE)
-        if backend not in found:
+        functions = kernels(name, DEVICE)
+        if backend not in functions:
             pytest.skip(f"{name} has no {backend} kernel")
-        chosen[name] = found[backend]
+        chosen[name] = functions[backend]
 
     def call(op, *args):
         name = op._schema.name.removeprefix("treedecode::")

@@ -1,4 +1,4 @@
-"""Pools and pages for the page tests, and a writer that knows what every branch must hold."""
+"""Makes pools and pages for the page tests, and writes and checks the values of branches."""
 
 import torch
 
@@ -29,14 +29,14 @@ def assert_unchanged(pool, before):
 
 
 class Writer:
-    """Writes a value of its own into each new slot of each layer, K and V, and reads branches back."""
+    """Writes a different value into each new slot, and checks the values of branches, K and V of all layers."""
 
     def __init__(self, pool):
         self.pool = pool
         self.count = 0
 
     def append(self, rows, q_lens):
-        """Returns the new tokens' values, one list per row."""
+        """Appends tokens, and returns their values, a list per row."""
         slots = self.pool.append(rows, q_lens)
         num_heads, head_dim = self.pool.kv.shape[3], self.pool.kv.shape[5]
         values = torch.arange(self.count, self.count + len(slots), dtype=torch.float32) + 1
@@ -60,7 +60,7 @@ class Writer:
 
 
 def make_pages(num_pages, page_size, num_kv_heads, head_dim, dtype, layout):
-    """Pages full of 7 as `[num_pages, page_size, num_kv_heads, head_dim]`, in memory of either layout."""
+    """Makes pages full of 7, `[num_pages, page_size, num_kv_heads, head_dim]`, in memory of either layout."""
     if layout == "NHD":
         return torch.full((num_pages, page_size, num_kv_heads, head_dim), 7.0, dtype=dtype)
     return torch.full((num_pages, num_kv_heads, page_size, head_dim), 7.0, dtype=dtype).transpose(1, 2)

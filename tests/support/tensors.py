@@ -1,8 +1,8 @@
-"""Small tensors."""
+"""Makes small tensors."""
 
 import torch
 
 
 def int32(*values):
-    """A vector of int32."""
+    """Makes a vector of int32."""
     return torch.tensor(values, dtype=torch.int32)
