@@ -1,4 +1,4 @@
-"""Times N sampled continuations of one prompt by SmolLM2-135M, beside `transformers.generate`."""
+"""The main job: N sampled continuations of one prompt by SmolLM2-135M, against `transformers.generate`."""
 
 import statistics
 import time
@@ -24,17 +24,17 @@ def decoder():
 
 @pytest.fixture(scope="module")
 def peer_model():
-    """The same weights in a model of their own."""
+    """The same weights, untouched by us."""
     return load_pretrained(gguf_path(), dtype=torch.bfloat16)[0].eval()
 
 
 def fresh_prompt() -> list[int]:
-    """Draws a prompt that no earlier round has left in the cache."""
+    """Never seen before, so that no prefix of an earlier round is in the cache."""
     return torch.randint(1000, 40000, (PROMPT_LEN,)).tolist()
 
 
 def ours(decoder, num_branches: int, new_tokens: int = NEW_TOKENS) -> float:
-    """Returns the seconds from the prompt to all continuations by treedecode."""
+    """Seconds from the prompt to all continuations."""
     prompt = fresh_prompt()
     begin = time.perf_counter()
     (outs,) = decoder.generate([prompt], num_branches=num_branches, sampling=SAMPLING, max_new_tokens=new_tokens)
@@ -44,7 +44,6 @@ def ours(decoder, num_branches: int, new_tokens: int = NEW_TOKENS) -> float:
 
 
 def theirs(model, num_branches: int, new_tokens: int = NEW_TOKENS) -> float:
-    """Returns the seconds from the prompt to all continuations by `transformers.generate`."""
     ids = torch.tensor([fresh_prompt()])
     begin = time.perf_counter()
     with torch.inference_mode():

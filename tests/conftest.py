@@ -75,7 +75,7 @@ def make_decoder(request):
         decoder.check_integrity()
         assert decoder.num_branches == 0, "branches leaked"
         pool = decoder.engine.pool
-        assert pool.num_free_pages + len(decoder.engine.index.pages()) == pool.num_pages, "pages leaked"
+        assert pool.num_free_pages + len(decoder.engine.store.index.pages()) == pool.num_pages, "pages leaked"
 
 
 @pytest.fixture(params=["dispatched", "cuda", "triton"])

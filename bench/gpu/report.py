@@ -1,4 +1,4 @@
-"""Writes a folder's results as one JSON file and as Markdown tables: `python -m bench.gpu.report --out DIR`."""
+"""`python -m bench.gpu.report --out DIR`: that folder's results as one JSON file, and as Markdown tables."""
 
 import argparse
 import json
@@ -13,23 +13,22 @@ PARTS = ("attention", "select", "pages", "decode")
 
 
 def machine(results: dict[str, Any]) -> str:
-    """Writes the device, the versions of the software and the clocks as a sentence or two."""
-    environment = results["environment"]
+    found = results["environment"]
     named = {
-        "driver": environment.get("driver"),
-        "torch": environment["torch"],
-        "CUDA": environment["cuda"],
-        **{name: environment.get(name) for name in ("triton", "transformers", "flashinfer-python", "flash-attn")},
-        "commit": environment["commit"],
+        "driver": found.get("driver"),
+        "torch": found["torch"],
+        "CUDA": found["cuda"],
+        **{name: found.get(name) for name in ("triton", "transformers", "flashinfer-python", "flash-attn")},
+        "commit": found["commit"],
     }
     versions = ", ".join(f"{name} {value}" for name, value in named.items() if value)
     clocks = ""
-    if "sm_clock_mhz" in environment:
+    if "sm_clock_mhz" in found:
         clocks = (
-            f" Clocks as found: {environment['sm_clock_mhz']} of {environment['sm_clock_max_mhz']} MHz, memory "
-            f"{environment['memory_clock_mhz']} MHz."
+            f" Clocks as found: {found['sm_clock_mhz']} of {found['sm_clock_max_mhz']} MHz, memory "
+            f"{found['memory_clock_mhz']} MHz."
         )
-    return f"{environment['device']}: {versions}.{clocks}"
+    return f"{found['device']}: {versions}.{clocks}"
 
 
 def _spread(timing: dict[str, Any]) -> str:
@@ -71,10 +70,10 @@ def _cells(entry: dict[str, Any], best: float | None) -> Iterator[str]:
     yield "; ".join(extra).replace("|", "/")
 
 
-def markdown(results_by_part: dict[str, dict[str, Any]], sanitizer: str | None) -> str:
-    """Makes a table per part; times are medians of a call, ± half the distance of the extremes."""
+def markdown(found: dict[str, dict[str, Any]], sanitizer: str | None) -> str:
+    """One table per part; times are medians of a call, ± half the distance of the extremes."""
     lines = ["# Results on a GPU", ""]
-    for part, results in results_by_part.items():
+    for part, results in found.items():
         lines += [f"## {part}", "", machine(results), "", peaks_line(results["peaks"]), "", *_lines(results), ""]
         if results["not_reached"]:
             lines += [f"Not reached in the time given: {'; '.join(results['not_reached'])}.", ""]
@@ -87,14 +86,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="bench/results/local/gpu", help="folder of the results")
     folder = Path(parser.parse_args(argv).out)
-    paths = {part: folder / f"{part}.json" for part in PARTS}
-    results = {part: json.loads(path.read_text()) for part, path in paths.items() if path.exists()}
+    found = {part: json.loads(path.read_text()) for part in PARTS if (path := folder / f"{part}.json").exists()}
     summary = folder / "sanitizer.txt"
-    text = markdown(results, summary.read_text() if summary.exists() else None)
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    text = markdown(found, summary.read_text() if summary.exists() else None)
+    (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     (folder / "results.md").write_text(text)
     print(text)
-    return int(not results)
+    return int(not found)
 
 
 if __name__ == "__main__":

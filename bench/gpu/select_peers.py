@@ -1,4 +1,4 @@
-"""Peers of beam_prune and sample. Where a peer does not do all of the work, its row says what it leaves out."""
+"""What else picks beams and draws tokens. Where a peer does not do all of the job, its row says what it leaves out."""
 
 import functools
 from collections.abc import Callable
@@ -24,11 +24,11 @@ def log_softmax_topk(logits: Tensor, cum: Tensor, num_groups: int, k: int) -> tu
 
 
 def lse_topk(logits: Tensor, cum: Tensor, num_groups: int, k: int) -> tuple[Tensor, Tensor]:
-    """Takes the top-k of the raw logits row by row, then the best of a group, and never writes the log-softmax."""
+    """top-k of the raw logits row by row, and of those the best of a group: the log-softmax is never written."""
     value, token = logits.topk(min(k, logits.shape[1]), dim=-1)
     score = value.float() - logits.float().logsumexp(-1, keepdim=True) + cum[:, None]
-    best, index = score.view(num_groups, -1).topk(k)
-    return best, token.view(num_groups, -1).gather(1, index)
+    best, at = score.view(num_groups, -1).topk(k)
+    return best, token.view(num_groups, -1).gather(1, at)
 
 
 def prune_peers(logits: list[Tensor], cum: Tensor, case: PruneCase, check: Check, limit: float) -> Builders:
@@ -64,7 +64,7 @@ def prune_peers(logits: list[Tensor], cum: Tensor, case: PruneCase, check: Check
 
 
 def filtered_multinomial(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Filters and draws as `generate` does."""
+    """As `generate` filters and draws."""
     x = logits.float()
     if temperature == 0:
         return x.argmax(-1)

@@ -359,21 +359,21 @@ def test_logits_and_reorder_are_beam_searchs_step(make_decoder):
     prompt = np.arange(2, 12)
 
     async def beams():
-        rows = engine.open([prompt] * 3, np.arange(3))
+        rows = engine.store.open([prompt] * 3, np.arange(3))
         try:
             first = await engine.logits(rows[:1])
             assert np.array_equal(first[0], next_logits(prompt))
-            engine.reorder(rows[1:], rows[[0, 0]])
+            engine.store.reorder(rows[1:], rows[[0, 0]])
             tokens, history = np.array([4, 5, 6]), [[4], [5], [6]]
             for parents in ([1, 0, 1], [2, 2, 2], [0, 2, 1]):
                 logits = await engine.logits(rows, tokens)
                 for got, new in zip(logits, history, strict=True):
                     assert np.array_equal(got, next_logits([*prompt, *new]))
-                engine.reorder(rows, rows[parents])
+                engine.store.reorder(rows, rows[parents])
                 tokens = tokens + 7
                 history = [[*history[parent], int(token)] for parent, token in zip(parents, tokens, strict=True)]
         finally:
-            engine.release(rows)
+            engine.store.release(rows)
 
     async def both():
         before = len(dec.model.forwards)

@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from treedecode.cache.page_pool import PagePool
-from treedecode.decoding.beam_graph import CapturedBeamStep
+from treedecode.decoding.beam_graph_step import BeamGraphStep
 from treedecode.decoding.beams import BeamSearch
-from treedecode.engine import forward as step
-from treedecode.engine.graph_steps import CapturedStep
+from treedecode.engine.forward import forward
+from treedecode.engine.graph_runner import DecodeStep
 from treedecode.models import TransformersModel, prefill
 
 DEVICE = torch.device("cuda:0")
@@ -95,7 +95,7 @@ def make_pool(adapter):
 
 def make_steps(adapter):
     pool, settings = make_pool(adapter), BeamSearch(num_beams=4, max_new_tokens=1, eos_token_ids=(2, 7))
-    return CapturedStep(adapter, pool, 5), CapturedBeamStep(adapter, pool, settings, (3, 2))
+    return DecodeStep(adapter, pool, 5), BeamGraphStep(adapter, pool, settings, (3, 2))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -126,7 +126,7 @@ def test_forwards_op_by_op(monkeypatch, name, min_prefill):
         q_lens_tensor=torch.zeros(4, dtype=torch.int32, device=DEVICE),
     )  # fmt: skip
     slots = torch.zeros(count, dtype=torch.int64, device=DEVICE)
-    logits, hidden = step.forward(adapter, pool, table, batch, slots, wants_hidden=True)
+    logits, hidden = forward(adapter, pool, table, batch, slots, wants_hidden=True)
     assert (logits.shape, logits.device) == ((4, adapter.vocab_size), DEVICE)
     assert (hidden.shape, hidden.device) == ((4, adapter.hidden_size), DEVICE)
 

@@ -13,9 +13,9 @@ from support.transformers_models import make_model
 
 import treedecode as td
 from treedecode import ops
-from treedecode.decoding.beam_graph import CapturedBeamStep
-from treedecode.engine import graph_steps as captured
-from treedecode.engine.graph_steps import CapturedSteps, Run
+from treedecode.decoding.beam_graph_step import BeamGraphStep
+from treedecode.engine import graph_step
+from treedecode.engine.graph_runner import GraphRunner, ReplayedBatch
 from treedecode.models import TransformersModel
 
 ANY = td.Sampling(seed=3, ignore_eos=True)
@@ -30,7 +30,7 @@ def decoder():
         model = model or FakeModel()
         kv_memory = num_pages * 4 * 2 * model.num_layers * model.num_kv_heads * model.head_dim * 4
         dec = td.Decoder(model, FakeTokenizer(), kv_memory=kv_memory, page_size=4, **options)
-        dec.engine.captured = CapturedSteps(model, dec.engine.pool, sizes)
+        dec.engine.runner.graphs = GraphRunner(model, dec.engine.pool, sizes)
         return dec
 
     return make
@@ -40,8 +40,8 @@ def decoder():
 def launches(monkeypatch):
     """How many steps were in flight after each launch."""
     seen = []
-    launch = Run.launch
-    monkeypatch.setattr(Run, "launch", lambda run: (launch(run), seen.append(run.num_in_flight)))
+    launch = ReplayedBatch.launch
+    monkeypatch.setattr(ReplayedBatch, "launch", lambda run: (launch(run), seen.append(run.num_in_flight)))
     return seen
 
 
@@ -102,7 +102,7 @@ def test_a_row_whose_logits_are_bad_fails_alone(decoder, monkeypatch):
             return logits
 
     ops_sample = ops.sample
-    monkeypatch.setattr(captured.ops, "sample", marking_sample)
+    monkeypatch.setattr(graph_step.ops, "sample", marking_sample)
     dec = decoder(Poisoned())
 
     async def both():
@@ -158,17 +158,17 @@ def test_a_changed_model_is_captured_anew(decoder):
 
     dec = decoder(Changing())
     dec.generate([[2, 3, 4]], sampling=ANY, max_new_tokens=6)
-    before = dict(dec.engine.captured._steps)
+    before = dict(dec.engine.runner.graphs._steps)
     assert before
     dec.model.num_changes += 1
     dec.generate([[2, 3, 4]], sampling=ANY, max_new_tokens=6)
-    assert not set(map(id, before.values())) & set(map(id, dec.engine.captured._steps.values()))
+    assert not set(map(id, before.values())) & set(map(id, dec.engine.runner.graphs._steps.values()))
 
 
 def test_sizes_are_those_of_the_pool_at_most(decoder):
     dec = decoder(sizes=(64,), max_branches=5)
     dec.generate([[2, 3, 4]], num_branches=5, sampling=ANY, max_new_tokens=6)
-    assert [step.size for step in dec.engine.captured._steps.values()] == [5]
+    assert [step.size for step in dec.engine.runner.graphs._steps.values()] == [5]
     dec.check_integrity()
 
 
@@ -180,7 +180,7 @@ def test_a_real_model(name):
     for sizes in (None, (8, 16)):
         dec = td.Decoder(model, kv_memory="16MiB")
         if sizes is not None:
-            dec.engine.captured = CapturedSteps(model, dec.engine.pool, sizes)
+            dec.engine.runner.graphs = GraphRunner(model, dec.engine.pool, sizes)
         outs.append(dec.generate(prompts, num_branches=3, sampling=ANY, max_new_tokens=20))
         dec.check_integrity()
     assert outs[0] == outs[1]
@@ -191,8 +191,8 @@ def test_a_real_model(name):
 def beam_steps(monkeypatch):
     """Number of every replay of a beam step."""
     seen = []
-    replay = CapturedBeamStep.replay
-    monkeypatch.setattr(CapturedBeamStep, "replay", lambda step, i: (seen.append(i), replay(step, i))[1])
+    replay = BeamGraphStep.replay
+    monkeypatch.setattr(BeamGraphStep, "replay", lambda step, i: (seen.append(i), replay(step, i))[1])
     return seen
 
 
@@ -218,7 +218,7 @@ def test_beam_searches_of_other_lengths_share_a_step(decoder):
     for length in (9, 14):
         settings = {"num_beams": 3, "max_new_tokens": length}
         assert dec.beam_search([[2, 3, 4]], **settings) == plain.beam_search([[2, 3, 4]], **settings)
-    assert len(dec.engine.captured._steps) == 1
+    assert len(dec.engine.runner.graphs._steps) == 1
 
 
 def test_beam_search_with_a_minimum_length(decoder, beam_steps):
@@ -266,7 +266,7 @@ def test_beam_search_says_that_logits_are_bad(decoder, monkeypatch):
             return logits
 
     ops_prune = ops.beam_prune
-    monkeypatch.setattr(captured.ops, "beam_prune", marking_prune)
+    monkeypatch.setattr(graph_step.ops, "beam_prune", marking_prune)
     dec = decoder(Poisoned(eos_logit=-50.0))
     with pytest.raises(ValueError, match="NaN"):
         dec.beam_search([[2, 3, 4], [5, 6]], num_beams=3, max_new_tokens=20)
@@ -281,7 +281,7 @@ def test_beam_search_of_a_real_model(beam_steps):
     for sizes in (None, ()):
         dec = td.Decoder(model, kv_memory="16MiB")
         if sizes is not None:
-            dec.engine.captured = CapturedSteps(model, dec.engine.pool, sizes)
+            dec.engine.runner.graphs = GraphRunner(model, dec.engine.pool, sizes)
         outs.append(dec.beam_search(prompts, num_beams=4, max_new_tokens=20))
         dec.check_integrity()
     assert outs[0] == outs[1]

@@ -25,7 +25,7 @@ def test_the_prefix_index_goes_first(make_decoder):
     for first in range(2, 40, 5):
         dec.generate([[first] * 20], sampling=td.Sampling(temperature=0, ignore_eos=True), max_new_tokens=40)
     assert dec.stats.num_preemptions == 0
-    assert len(dec.engine.index.pages()) > 0
+    assert len(dec.engine.store.index.pages()) > 0
 
 
 def test_branches_at_rest_go_before_those_that_decode(make_decoder):

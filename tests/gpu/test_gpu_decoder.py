@@ -8,8 +8,9 @@ from support.gpu_cases import DEVICE, GPU
 from support.transformers_models import make_model
 
 import treedecode as td
-from treedecode.decoding.beam_graph import CapturedBeamStep
-from treedecode.engine.graph_steps import Captured, Run
+from treedecode.decoding.beam_graph_step import BeamGraphStep
+from treedecode.engine.graph_runner import ReplayedBatch
+from treedecode.engine.graph_step import GraphStep
 from treedecode.models import TransformersModel
 
 pytestmark = GPU
@@ -40,7 +41,7 @@ def decoder():
 @pytest.fixture(autouse=True)
 def replays(monkeypatch):
     """Records the class of each step replayed; a replay that waits for the device is an error."""
-    seen, replay = [], Captured.replay
+    seen, replay = [], GraphStep.replay
 
     def watched(step, number):
         before = torch.cuda.get_sync_debug_mode()
@@ -51,15 +52,15 @@ def replays(monkeypatch):
             torch.cuda.set_sync_debug_mode(before)
             seen.append(type(step))
 
-    monkeypatch.setattr(Captured, "replay", watched)
+    monkeypatch.setattr(GraphStep, "replay", watched)
     return seen
 
 
 @pytest.fixture
 def launches(monkeypatch):
     """Records the number of steps in flight after each launch of a sampling step."""
-    seen, launch = [], Run.launch
-    monkeypatch.setattr(Run, "launch", lambda run: (launch(run), seen.append(run.num_in_flight)))
+    seen, launch = [], ReplayedBatch.launch
+    monkeypatch.setattr(ReplayedBatch, "launch", lambda run: (launch(run), seen.append(run.num_in_flight)))
     return seen
 
 
@@ -138,7 +139,7 @@ def test_beam_search_finds_the_beams_of_the_cpu(decoder, replays, early_stopping
     plain = decoder(captured=False).beam_search(PROMPTS, **settings)
     assert replays == []
     captured = decoder().beam_search(PROMPTS, **settings)
-    assert replays.count(CapturedBeamStep) >= 10
+    assert replays.count(BeamGraphStep) >= 10
     for got in (plain, captured):
         assert tokens(got) == tokens(want)
         for ours, theirs in zip(flat(got), flat(want), strict=True):

@@ -39,7 +39,7 @@ def test_a_decoder_is_read_when_it_is_scraped(make_decoder, registry):
     assert value("tokens_total", kind="prefix_hit") == stats.num_prefix_tokens > 0
     assert value("preemptions_total") == stats.num_preemptions
     assert value("busy_seconds_total") == stats.busy_seconds > 0
-    assert value("pages_used") == len(decoder.engine.index.pages()) > 0
+    assert value("pages_used") == len(decoder.engine.store.index.pages()) > 0
 
     async def hold():
         with await decoder.roots(["x"]) as root, root.fork(4):

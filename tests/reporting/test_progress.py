@@ -29,7 +29,7 @@ def test_the_load_is_what_the_pool_holds(make_decoder):
     # all six share the prompt's full pages
     assert 0 < load.num_pages < 6 * len("one two three four") // pool.page_size
     assert monitor.read().num_branches == 0
-    assert monitor.read().num_pages == len(decoder.engine.index.pages())
+    assert monitor.read().num_pages == len(decoder.engine.store.index.pages())
 
 
 def test_a_bar_over_problems(make_decoder):

@@ -61,7 +61,7 @@ def everything_is_back(dec):
     dec.check_integrity()
     pool = dec.engine.pool
     assert dec.num_branches == 0
-    assert pool.num_free_pages + len(dec.engine.index.pages()) == pool.num_pages
+    assert pool.num_free_pages + len(dec.engine.store.index.pages()) == pool.num_pages
     assert dec.recorder.num_accounts == 0
 
 
@@ -102,7 +102,7 @@ def test_it_holds_no_more_branches_than_it_says(strategy, monkeypatch):
         return call
 
     for name in ("open", "fork"):
-        monkeypatch.setattr(dec.engine, name, counted(getattr(dec.engine, name)))
+        monkeypatch.setattr(dec.engine.store, name, counted(getattr(dec.engine.store, name)))
     for seed in range(3):
         solve(dec, strategy, TASK.problems(1), seed=seed)
     assert max(held) <= strategy.num_branches

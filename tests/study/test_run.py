@@ -88,7 +88,7 @@ def test_rows_are_what_the_strategies_did(study, conditions):
     settings = {"task": conditions.task, "verifier": Length(), "seed": 3}
     base, answers = None, {}
     for key, strategy in strategies.items():
-        conditions.decoder.engine.forget()
+        conditions.decoder.forget()
         result = td.solve(conditions.decoder, conditions.problems, strategy=strategy, **settings)
         spent = result.ledger.problems.values()
         tokens = sum(s.generated_tokens for s in spent)

@@ -8,7 +8,7 @@ from support.study_cases import Digits, Length
 
 import treedecode as td
 from treedecode.strategies import ChainOfThought, SelfConsistency, TreeOfThoughts
-from treedecode.study.unshared_baseline import CopyingPool, one_after_another
+from treedecode.study.unshared_baseline import CopyingPool, UnsharedDecoder
 
 STRATEGIES = [ChainOfThought(), SelfConsistency(6), TreeOfThoughts(depth=3, width=3, keep=2)]
 
@@ -21,7 +21,7 @@ def make_decoder(model):
 def test_the_same_texts_a_branch_at_a_time(strategy, monkeypatch):
     model, task = FakeModel(), Digits()
     ours = make_decoder(model)
-    serial = one_after_another(ours)
+    serial = UnsharedDecoder.like(ours)
     most_shared = 0
     fork = CopyingPool.fork
 
@@ -47,12 +47,12 @@ def test_the_same_texts_a_branch_at_a_time(strategy, monkeypatch):
     for decoder in (ours, serial):
         decoder.check_integrity()
         assert decoder.num_branches == 0
-    assert serial.engine.pool.num_free_pages == serial.engine.pool.num_pages
+    assert serial.pool.num_free_pages == serial.pool.num_pages
 
 
 def test_a_branch_goes_to_its_stop_before_the_next_one_begins():
     model = FakeModel()
-    serial = one_after_another(make_decoder(model))
+    serial = UnsharedDecoder.like(make_decoder(model))
     order = []
 
     async def work():
@@ -66,7 +66,7 @@ def test_a_branch_goes_to_its_stop_before_the_next_one_begins():
 
 def test_a_prompt_is_computed_again_each_time():
     model = FakeModel()
-    serial = one_after_another(make_decoder(model))
+    serial = UnsharedDecoder.like(make_decoder(model))
     for _ in range(2):
         begin = len(model.forwards)
         serial.generate(["the quick brown fox"], max_new_tokens=1)

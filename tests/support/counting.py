@@ -3,7 +3,7 @@
 import numpy as np
 
 from treedecode.accounting.meter import Spending
-from treedecode.engine import forward as step
+from treedecode.engine import runner
 
 # fields of `Spending` that are counted
 MEASURED = ("computed_tokens", "kv_bytes", "kv_bytes_copied", "forwards", "branch_forwards")
@@ -20,7 +20,7 @@ class Count:
 
     def __init__(self, dec, monkeypatch):
         self.spent, self.sampled = {}, {}
-        forward, choose = step.forward, step.choose
+        forward, sample_tokens = runner.forward, runner.sample_tokens
         pool, model = dec.engine.pool, dec.model
         token_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * 4
 
@@ -47,12 +47,12 @@ class Count:
                 self.spent[account] = self.spent.get(account, Spending()) + spending
             return forward(model, pool_, table, batch, slots, **options)
 
-        def counted_choose(table, matcher, eos, draw, logits):
-            accounts = table.account[draw.rows]
+        def counted_sample_tokens(table, matcher, eos, sample, logits):
+            accounts = table.account[sample.rows]
             for account in [None, *set(accounts.tolist())]:
                 count = len(accounts) if account is None else int((accounts == account).sum())
                 self.sampled.setdefault(account, []).append(count)
-            return choose(table, matcher, eos, draw, logits)
+            return sample_tokens(table, matcher, eos, sample, logits)
 
-        monkeypatch.setattr(step, "forward", counted_forward)
-        monkeypatch.setattr(step, "choose", counted_choose)
+        monkeypatch.setattr(runner, "forward", counted_forward)
+        monkeypatch.setattr(runner, "sample_tokens", counted_sample_tokens)

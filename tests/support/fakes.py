@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import treedecode as td
-from treedecode.engine.graph_steps import SIZES, CapturedSteps
+from treedecode.engine.graph_runner import SIZES, GraphRunner
 from treedecode.models import ModelAdapter
 
 EOS = 1
@@ -142,5 +142,5 @@ def fake_decoder(model=None, *, captured=False, num_pages=200, tokenizer=True, p
     tokenizer = FakeTokenizer() if tokenizer is True else tokenizer or None
     decoder = td.Decoder(model, tokenizer, **options)
     if captured:
-        decoder.engine.captured = CapturedSteps(model, decoder.engine.pool, SIZES[::2])
+        decoder.engine.runner.graphs = GraphRunner(model, decoder.pool, SIZES[::2])
     return decoder

@@ -14,8 +14,6 @@ from treedecode.allocation.gate import Gate
 from treedecode.common.arrays import IntArray
 from treedecode.common.validation import one_of
 from treedecode.decoding.decoder import Decoder, Prompt
-from treedecode.decoding.roots import roots
-from treedecode.engine.sampling import Sampling
 from treedecode.search.strategy import Strategy
 
 _SIDE_BY_SIDE = 64  # prompts computed at a time
@@ -130,6 +128,6 @@ async def _prefills(decoder: Decoder, prompts: Sequence[IntArray], *, wants_hidd
     found: list[Prefill] = []
     for begin in range(0, len(prompts), _SIDE_BY_SIDE):
         some = list(prompts[begin : begin + _SIDE_BY_SIDE])
-        with await roots(decoder, some, Sampling(), account=-1) as root:
+        with await decoder.roots(some) as root:
             found += await prefill(root, wants_hidden=wants_hidden)
     return found

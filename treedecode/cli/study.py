@@ -126,7 +126,7 @@ def conditions_of(arguments: argparse.Namespace, task: "Task", model: str) -> "C
     from treedecode.decoding.decoder import Prompt
     from treedecode.engine.sampling import Sampling
     from treedecode.study.rows import Conditions
-    from treedecode.study.unshared_baseline import one_after_another
+    from treedecode.study.unshared_baseline import UnsharedDecoder
     from treedecode.verify.value import Value
 
     count = num_lines(arguments.data) if arguments.data.endswith(".jsonl") else _PROBLEMS
@@ -150,7 +150,7 @@ def conditions_of(arguments: argparse.Namespace, task: "Task", model: str) -> "C
     by_id: dict[str, Prompt] = dict(zip([problem.id for problem in problems], prompts, strict=True))
     return Conditions(
         decoder=decoder,
-        serial=one_after_another(decoder),
+        serial=UnsharedDecoder.like(decoder),
         task=task,
         problems=problems,
         verifier=verifier,

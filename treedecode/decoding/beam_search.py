@@ -3,26 +3,24 @@
 import asyncio
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from treedecode.decoding import beam_graph as captured_beams
+from treedecode.decoding.beam_graph_step import run_graph_steps
 from treedecode.decoding.beams import Beams, BeamSearch, Hypothesis
-from treedecode.decoding.generate import Completion
+from treedecode.decoding.completion import Completion
+from treedecode.engine.engine import Engine
 from treedecode.engine.stops import StopMatcher, StopSet
-
-if TYPE_CHECKING:
-    from treedecode.engine.engine import Engine
 
 # (prompt [n] int64, tokens [n, length] int32) -> [n] bool: whether generated tokens, the new one last, are at an end
 Stop = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 async def complete(
-    engine: "Engine",
+    engine: Engine,
     prompts: Sequence[np.ndarray],
     stops: StopSet,
     *,
@@ -74,7 +72,7 @@ def _stop_string(matcher: StopMatcher, stop_id: int, min_new_tokens: int) -> Sto
 
 
 async def search(
-    engine: "Engine",
+    engine: Engine,
     prompts: Sequence[np.ndarray],
     settings: BeamSearch,
     *,
@@ -118,22 +116,22 @@ async def search(
 
 
 async def _search(
-    engine: "Engine",
+    engine: Engine,
     prompts: Sequence[np.ndarray],
     settings: BeamSearch,
     repetition_penalty: float,
     stop: Stop | None,
 ) -> list[list[Hypothesis]]:
     beams = Beams(settings, len(prompts), device=engine.pool.device)
-    rows = engine.open(prompts, np.zeros(len(prompts), np.int64))
-    engine.num_searches += 1
+    rows = engine.store.open(prompts, np.zeros(len(prompts), np.int64))
+    engine.num_beam_searches += 1
     try:
         tokens = None
-        may_run_ahead = engine.captured is not None and stop is None and repetition_penalty == 1.0
+        may_run_ahead = engine.runner.graphs is not None and stop is None and repetition_penalty == 1.0
         while True:
             step = None
             if may_run_ahead and tokens is not None and beams.is_steady:
-                step = captured_beams.run(engine, beams, rows, tokens)
+                step = run_graph_steps(engine, beams, rows, tokens)
                 await asyncio.sleep(0)
             if step is None:
                 logits = await engine.logits(rows, tokens)
@@ -149,11 +147,11 @@ async def _search(
             if beams.num_rows == 0:
                 return [beams.results(group) for group in range(len(prompts))]
     finally:
-        engine.num_searches -= 1
-        engine.release(rows)
+        engine.num_beam_searches -= 1
+        engine.store.release(rows)
 
 
-def _move(engine: "Engine", rows: np.ndarray, parent: np.ndarray, place: np.ndarray) -> np.ndarray:
+def _move(engine: Engine, rows: np.ndarray, parent: np.ndarray, place: np.ndarray) -> np.ndarray:
     """The branches of the next beams: they take the places of old ones, and those nobody takes are released.
 
     On an error `rows` is what the caller still has to release.
@@ -161,18 +159,18 @@ def _move(engine: "Engine", rows: np.ndarray, parent: np.ndarray, place: np.ndar
     fresh = place < 0
     new = np.where(fresh, -1, rows[place])
     if fresh.any():  # the first step: all parents are prompts, which stay where they are
-        new[fresh] = engine.fork(rows[parent[fresh]])
+        new[fresh] = engine.store.fork(rows[parent[fresh]])
     try:
         moved = ~fresh & (new != rows[parent])
-        engine.reorder(new[moved], rows[parent[moved]])
-        engine.release(np.setdiff1d(rows, new))
+        engine.store.reorder(new[moved], rows[parent[moved]])
+        engine.store.release(np.setdiff1d(rows, new))
     except BaseException:
-        engine.release(new[fresh])
+        engine.store.release(new[fresh])
         raise
     return new
 
 
-def _penalise(logits: Tensor, engine: "Engine", rows: np.ndarray, penalty: float) -> Tensor:
+def _penalise(logits: Tensor, engine: Engine, rows: np.ndarray, penalty: float) -> Tensor:
     """Log-probs in fp32, those of tokens already in each row times `penalty` (1909.05858, applied to log-probs)."""
     lens = engine.table.num_tokens[rows]
     seen = engine.table.tokens[rows, : int(lens.max())].astype(np.int64)
@@ -183,7 +181,7 @@ def _penalise(logits: Tensor, engine: "Engine", rows: np.ndarray, penalty: float
     return logprobs.scatter(1, at, logprobs.gather(1, at) * penalty)
 
 
-def _asks(engine: "Engine", rows: np.ndarray, beams: Beams, stop: Stop) -> Callable[[Tensor, Tensor], Tensor]:
+def _asks(engine: Engine, rows: np.ndarray, beams: Beams, stop: Stop) -> Callable[[Tensor, Tensor], Tensor]:
     def ask(parent: Tensor, token: Tensor) -> Tensor:
         parents, tokens, table = parent.numpy(force=True), token.numpy(force=True), engine.table
         hits = np.zeros(parents.shape, bool)

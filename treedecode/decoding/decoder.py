@@ -1,12 +1,9 @@
 """Decoder: a model, its pages, and everything that decodes on them."""
 
-import asyncio
 import contextlib
-import contextvars
 import os
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -15,20 +12,26 @@ from treedecode.accounting.meter import Meter
 from treedecode.cache.memory import kv_memory_bytes, out_of_memory_named
 from treedecode.cache.page_pool import PagePool
 from treedecode.common.arrays import IntArray
+from treedecode.common.validation import positive_int
 from treedecode.decoding import beam_search
-from treedecode.decoding import generate as completions
-from treedecode.decoding.arguments import sampling_or, token_ids, whole_numbers
+from treedecode.decoding.codec import Codec, Prompt
+from treedecode.decoding.completion import Completion
 from treedecode.decoding.frontier import Frontier
-from treedecode.decoding.generate import Completion
+from treedecode.decoding.generate import generate
 from treedecode.decoding.recorder import Recorder
-from treedecode.decoding.roots import roots
-from treedecode.engine.engine import OUTER_LOOPS, Engine
-from treedecode.engine.graph_steps import CapturedSteps
-from treedecode.engine.jobs import Stats
-from treedecode.engine.sampling import Sampling
-from treedecode.engine.stops import StopLike, StopMatcher, StopSet, parse_stop
+from treedecode.decoding.roots import open_roots
+from treedecode.engine.engine import Engine
+from treedecode.engine.futures import run_blocking
+from treedecode.engine.graph_runner import GraphRunner
+from treedecode.engine.sampling import Sampling, sampling_or
+from treedecode.engine.scheduler import Scheduler
+from treedecode.engine.stats import Stats
+from treedecode.engine.stops import StopLike
+from treedecode.models import ModelAdapter, as_adapter
 
-Prompt = str | Sequence[int] | np.ndarray
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 T = TypeVar("T")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,7 +41,7 @@ class Decoder:
     """Decodes many branches of many prompts at once; what they share is computed, kept and read once.
 
     Args:
-        model: a Transformers causal language model, or an adapter with the interface of `TransformersModel`.
+        model: a Transformers causal language model, or a `treedecode.models.ModelAdapter`.
         tokenizer: turns text into tokens and back; without one, prompts are token ids and completions have no text.
         kv_memory: bytes for keys and values, an int or a string like "2GiB". By default an eighth of the machine's
             memory (a GPU: 80% of what is free), and no more than `max_branches` branches of full length could use.
@@ -53,9 +56,12 @@ class Decoder:
         MemoryError: there is not as much memory as `kv_memory` and `max_branches` take.
     """
 
+    _pool_type: ClassVar[type[PagePool]] = PagePool
+    _scheduler_type: ClassVar[type[Scheduler]] = Scheduler
+
     def __init__(
         self,
-        model: Any,
+        model: "PreTrainedModel | ModelAdapter",
         tokenizer: Any = None,
         *,
         kv_memory: int | str | None = None,
@@ -64,17 +70,10 @@ class Decoder:
         prefill_tokens: int = 512,
         cuda_graphs: bool = True,
     ) -> None:
-        for name, value in (
-            ("page_size", page_size),
-            ("max_branches", max_branches),
-            ("prefill_tokens", prefill_tokens),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
-        if not hasattr(model, "num_kv_heads"):
-            from treedecode.models import TransformersModel
-
-            model = TransformersModel(model)
+        sizes = {"page_size": page_size, "max_branches": max_branches, "prefill_tokens": prefill_tokens}
+        for name, value in sizes.items():
+            positive_int(name, value)
+        model = as_adapter(model)
         if model.dtype not in _DTYPES:
             raise ValueError(f"model: expected float32, bfloat16 or float16, got {model.dtype}")
         columns = -(-model.max_position // page_size)
@@ -85,7 +84,7 @@ class Decoder:
         self.model = model
         self.tokenizer = tokenizer
         with out_of_memory_named(kv_memory, max_branches):
-            pool = PagePool(
+            pool = self._pool_type(
                 num_layers=model.num_layers,
                 num_kv_heads=model.num_kv_heads,
                 head_dim=model.head_dim,
@@ -96,14 +95,18 @@ class Decoder:
                 dtype=model.dtype,
                 device=model.device,
             )
-        # The last token of a full branch is never computed, so a prompt may fill the pages and one token more come out.
-        self._capacity = num_pages * page_size
-        self._max_tokens = min(model.max_position, self._capacity)
-        matcher = StopMatcher(tokenizer, model.vocab_size)
-        captured = CapturedSteps(model, pool) if cuda_graphs and pool.device.type == "cuda" else None
+        self._codec = Codec(
+            tokenizer, vocab_size=model.vocab_size, max_position=model.max_position, capacity=num_pages * page_size
+        )
         with out_of_memory_named(kv_memory, max_branches):
             self.engine = Engine(
-                model, pool, matcher, max_tokens=self._max_tokens, prefill_tokens=prefill_tokens, captured=captured
+                model,
+                pool,
+                self._codec.matcher,
+                max_tokens=self._codec.max_tokens,
+                prefill_tokens=prefill_tokens,
+                graphs=GraphRunner(model, pool) if cuda_graphs and pool.device.type == "cuda" else None,
+                scheduler_type=self._scheduler_type,
             )
         self.recorder = Recorder(self.engine)
 
@@ -135,74 +138,25 @@ class Decoder:
     # -- text --
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of `text`; `special`: with the tokens a text begins with, unless it spells them out itself.
+        """Converts text to token ids; `special`: with the tokens a text begins with, unless it spells them out itself.
 
         Raises:
             ValueError: the decoder has no tokenizer.
         """
-        if self.tokenizer is None:
-            raise ValueError("this decoder has no tokenizer; give token ids instead of text")
-        bos = getattr(self.tokenizer, "bos_token", None)
-        return list(self.tokenizer.encode(text, add_special_tokens=special and not (bos and text.startswith(bos))))
+        return self._codec.encode(text, special=special)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, without special tokens; empty without a tokenizer."""
-        return self.engine.matcher.decode(np.asarray(token_ids))
+    def decode(self, token_ids: Sequence[int] | IntArray) -> str:
+        """Converts token ids to text without special tokens; empty without a tokenizer."""
+        return self._codec.decode(token_ids)
 
     def prompt_ids(self, prompts: Prompt | Sequence[Prompt]) -> list[IntArray]:
-        """Token ids `[n]` of every prompt.
+        """Converts prompts to token ids, `[n]` int32 each.
 
         Raises:
-            TypeError: not strings or lists of token ids. ValueError: one is empty, has an id outside the vocabulary, or
-                leaves no room for a new token (named).
+            TypeError: they are not strings or lists of token ids.
+            ValueError: one is empty, has an id outside of the vocabulary, or leaves no room for a new token (named).
         """
-        if isinstance(prompts, str):
-            return [self._prompt(prompts, "prompts")]
-        if isinstance(prompts, (bytes, dict)) or not (hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__")):
-            raise TypeError(f"prompts: expected strings or lists of token ids, got {type(prompts).__name__}")
-        if len(prompts) == 0:
-            raise ValueError("prompts: is empty; expected at least one prompt with at least one token")
-        if isinstance(prompts[0], int) or getattr(prompts[0], "ndim", None) == 0:
-            return [self._prompt(cast(Prompt, prompts), "prompts")]
-        return [self._prompt(cast(Prompt, prompt), f"prompts[{i}]") for i, prompt in enumerate(prompts)]
-
-    def _prompt(self, prompt: Prompt, name: str) -> IntArray:
-        tokens = token_ids(self.encode(prompt) if isinstance(prompt, str) else prompt, name, self.model.vocab_size)
-        if len(tokens) == 0:
-            raise ValueError(f"{name}: is empty")
-        if len(tokens) >= self.model.max_position:
-            raise ValueError(
-                f"{name}: {len(tokens)} tokens leave no room for a new one in the model's {self.model.max_position}"
-            )
-        if len(tokens) >= self._capacity:
-            raise ValueError(
-                f"{name}: {len(tokens)} tokens and a new one do not fit the {self._capacity} tokens of kv_memory"
-            )
-        return tokens.astype(np.int32)
-
-    def parse_stop(self, stop: StopLike) -> StopSet:
-        """What a `stop` argument means; raises TypeError or ValueError for what is none."""
-        has_tokenizer, special = self.tokenizer is not None, self.engine.matcher.special
-        return parse_stop(stop, vocab_size=self.model.vocab_size, has_tokenizer=has_tokenizer, special=special)
-
-    def check_length(self, num_tokens: int, max_new_tokens: int | None) -> int:
-        """The limit an extend of a branch runs to; without one given, what the model and the pages hold."""
-        return int(self.check_lengths(np.array([num_tokens]), max_new_tokens)[0])
-
-    def check_lengths(self, num_tokens: IntArray, max_new_tokens: int | Sequence[int] | IntArray | None) -> IntArray:
-        """The same for branches of `[n]` tokens, with one limit for all or one for each."""
-        if max_new_tokens is None:
-            return np.full(len(num_tokens), self._max_tokens)
-        limits = whole_numbers(max_new_tokens, len(num_tokens), "max_new_tokens")
-        if (limits < 1).any():
-            raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-        too_long = np.flatnonzero(np.minimum(num_tokens + limits, self.model.max_position) > self._capacity)
-        if len(too_long):
-            raise ValueError(
-                f"max_new_tokens: {num_tokens[too_long[0]]} tokens and {limits[too_long[0]]} new ones do not fit the "
-                f"{self._capacity} tokens of kv_memory"
-            )
-        return limits
+        return self._codec.prompt_ids(prompts)
 
     # -- decoding --
 
@@ -260,13 +214,17 @@ class Decoder:
         callback: Callable[[int, int, str], None] | None = None,
     ) -> list[list[Completion]]:
         """`generate` for coroutines: decodes together with whatever else runs on this decoder."""
-        return await completions.generate(
-            self,
-            self.prompt_ids(prompts),
+        ids = self.prompt_ids(prompts)
+        sampling, stops = sampling_or(sampling, Sampling()), self._codec.parse_stop(stop)
+        positive_int("num_branches", num_branches)
+        longest = np.array([max(map(len, ids))])
+        return await generate(
+            self.engine,
+            ids,
             num_branches=num_branches,
-            sampling=sampling_or(sampling, Sampling()),
-            max_new_tokens=max_new_tokens,
-            stops=self.parse_stop(stop),
+            sampling=sampling,
+            max_new_tokens=int(self._codec.new_token_limits(longest, max_new_tokens)[0]),
+            stops=stops,
             callback=callback,
         )
 
@@ -318,7 +276,7 @@ class Decoder:
 
     async def beam_search_async(self, prompts: Prompt | Sequence[Prompt], **settings: Any) -> list[list[Completion]]:
         """`beam_search` for coroutines: decodes together with whatever else runs on this decoder."""
-        stops = self.parse_stop(settings.pop("stop", None))
+        stops = self._codec.parse_stop(settings.pop("stop", None))
         return await beam_search.complete(self.engine, self.prompt_ids(prompts), stops, **settings)
 
     async def roots(
@@ -334,36 +292,26 @@ class Decoder:
         Raises:
             TypeError, ValueError: a prompt is wrong (named). OutOfBranches: more prompts than free branches.
         """
-        return await roots(self, self.prompt_ids(prompts), sampling_or(sampling, Sampling()), account)
+        ids, sampling = self.prompt_ids(prompts), sampling_or(sampling, Sampling())
+        return await open_roots(self.engine, self._codec, self.recorder, ids, sampling, account)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Runs a coroutine to its end from code that is not one; inside a running event loop (Jupyter) in a thread.
+        """Runs a coroutine to its end, from code that is no coroutine.
 
         Raises:
             RuntimeError: called from a callback, within a step; the decoder is closed.
         """
-        if self.engine.in_callback:
+        if self.engine.jobs.in_callback:
             work.close()
             raise RuntimeError("called from a callback, which the decoder waits for; let the callback return first")
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            return asyncio.run(work)
-        context = contextvars.copy_context()
-        context.run(OUTER_LOOPS.set, (*OUTER_LOOPS.get(), loop))
-        # a thread of its own: this may be the thread of an outer run, whose coroutine calls what is not one
-        worker = ThreadPoolExecutor(1, thread_name_prefix="treedecode")
-        try:
-            return worker.submit(context.run, asyncio.run, work).result()
-        finally:
-            worker.shutdown(wait=False)
+        return run_blocking(work)
 
     # -- state --
 
     @property
     def stats(self) -> Stats:
         """What this decoder has computed, reused and preempted so far."""
-        return self.engine.stats
+        return self.engine.runner.stats
 
     @property
     def pool(self) -> PagePool:
@@ -376,32 +324,42 @@ class Decoder:
         return self.engine.meter
 
     @property
+    def prefill_tokens(self) -> int:
+        """Prompt tokens computed per forward, beside the tokens being decoded."""
+        return self.engine.scheduler.prefill_tokens
+
+    @property
+    def uses_graphs(self) -> bool:
+        """True if decode steps are captured in CUDA graphs."""
+        return self.engine.runner.graphs is not None
+
+    @property
     def max_tokens(self) -> int:
         """Tokens that a branch may have, prompt included, by the model's context and `kv_memory`."""
-        return self.engine.table.max_tokens
+        return self._codec.max_tokens
 
     @property
     def num_branches(self) -> int:
         """Branches alive."""
-        return self.pool.max_branches - self.engine.num_free_rows
+        return self.pool.max_branches - self.engine.store.num_free_rows
 
     def collect(self) -> None:
         """Takes back the branches of frontiers that are garbage, which otherwise happens with the next call."""
-        self.engine.collect()
+        self.engine.store.collect()
 
     @contextlib.contextmanager
     def paused(self, timeout: float) -> Iterator[bool]:
         """Keeps forwards from starting within the block; yields False if one took longer than `timeout` seconds."""
-        is_paused = self.engine.lock.acquire(timeout=timeout)
+        is_paused = self.engine.store.lock.acquire(timeout=timeout)
         try:
             yield is_paused
         finally:
             if is_paused:
-                self.engine.lock.release()
+                self.engine.store.lock.release()
 
     def forget(self) -> None:
         """Drops all keys and values, those of prompts seen before included; branches keep their tokens."""
-        self.engine.forget()
+        self.engine.runner.forget()
 
     def check_integrity(self) -> None:
         """Checks that pages, prefix index and branches agree.
@@ -417,8 +375,7 @@ class Decoder:
         Changed weights, modules and hooks are noticed without it. Call it after what cannot be noticed: a write through
         `.data`, or a switch that a forward reads, such as that of an adapter.
         """
-        if hasattr(self.model, "refresh"):
-            self.model.refresh(force=True)
+        self.model.refresh(force=True)
         self.forget()
 
     def close(self) -> None:

@@ -1,39 +1,47 @@
 """Frontier: a handle on branches of many trees, as arrays."""
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
 from treedecode.common.arrays import IntArray
-from treedecode.decoding.arguments import Scores, numbers_of, sampling_or, whole_numbers
-from treedecode.decoding.forced_text import Given, given_tokens
-from treedecode.decoding.generate import Completion, completions_of
+from treedecode.common.validation import ints_per_branch, positive_int
+from treedecode.decoding.codec import Codec, ForcedText
+from treedecode.decoding.completion import Completion, completions_of
+from treedecode.decoding.recorder import Recorder
+from treedecode.decoding.selection import Scores, best_of_each, copies_per_branch, first_equal, indices_of, numbers_of
 from treedecode.engine.branch_table import Finish, child_seeds
-from treedecode.engine.sampling import Sampling
+from treedecode.engine.engine import Engine
+from treedecode.engine.sampling import Sampling, sampling_or
 from treedecode.engine.stops import StopLike
-
-if TYPE_CHECKING:
-    from treedecode.decoding.decoder import Decoder
 
 
 class Frontier:
     """Branches of one search over many prompts: `[n]` arrays, one entry per branch, children beside their siblings.
 
-    `fork`, `fork_at` and `select` leave this frontier as it is; `prune`, `spread`, `merge` and `join` hand its branches
-    on to the frontier they return. Branches nobody holds any more give their pages back: on `release()`, at the end of
-    a `with` block, or when the frontier is garbage.
+    `fork`, `fork_at` and `select` leave this frontier as it is. `prune`, `spread`, `merge` and `join` hand its branches
+    on to the frontier they return. A branch that no frontier holds any more gives its pages back: on `release()`, at
+    the end of a `with` block, or when the frontier is garbage.
 
     Attributes:
         tree: `[n]` int64, the prompt each branch grew from.
         counts: `[n]` int64, how many branches `merge` has put into each.
     """
 
-    def __init__(self, decoder: "Decoder", rows: IntArray, tree: IntArray, num_trees: int, sampling: Sampling) -> None:
-        self._decoder = decoder
-        self._engine, self._recorder = decoder.engine, decoder.recorder
-        self._engine.keep(rows)
+    def __init__(
+        self,
+        engine: Engine,
+        codec: Codec,
+        recorder: Recorder,
+        rows: IntArray,
+        tree: IntArray,
+        num_trees: int,
+        sampling: Sampling,
+    ) -> None:
+        self._engine, self._codec, self._recorder = engine, codec, recorder
+        self._store = engine.store
+        self._store.keep(rows)
         self._rows: IntArray | None = rows
         self._num_trees = num_trees
         self._sampling = sampling
@@ -53,7 +61,7 @@ class Frontier:
     @property
     def branches(self) -> IntArray:
         """`[n]` int64 branch ids."""
-        if self._engine.closed:
+        if self._store.closed:
             raise RuntimeError("the decoder is closed")
         if self._rows is None:
             raise RuntimeError("this frontier was released, pruned or merged; use the one that came back")
@@ -76,22 +84,22 @@ class Frontier:
     @property
     def num_tokens(self) -> IntArray:
         """`[n]` int64 tokens of each branch, prompt included."""
-        return self._engine.table.num_tokens[self.branches]
+        return self._store.table.num_tokens[self.branches]
 
     @property
     def num_prompt_tokens(self) -> IntArray:
         """`[n]` int64 tokens of each branch's prompt."""
-        return self._engine.table.prompt_len[self.branches]
+        return self._store.table.prompt_len[self.branches]
 
     @property
     def cum_logprobs(self) -> np.ndarray:
         """`[n]` float64 sums of the generated tokens' log-probabilities; given text counts as 0."""
-        return self._engine.table.cum_logprob[self.branches]
+        return self._store.table.cum_logprob[self.branches]
 
     @property
     def finished(self) -> np.ndarray:
         """`[n]` bool: the branch has reached its end of sequence; it will not be extended further."""
-        return self._engine.table.finish[self.branches] == Finish.EOS
+        return self._store.table.finish[self.branches] == Finish.EOS
 
     def token_ids(self) -> list[list[int]]:
         """Tokens of each branch after its prompt."""
@@ -99,12 +107,12 @@ class Frontier:
 
     def new_tokens(self) -> list[IntArray]:
         """`[num_new]` int32 tokens of each branch after its prompt, as views: valid until the branch goes on."""
-        table = self._engine.table
+        table = self._store.table
         return [table.tokens[row, table.prompt_len[row] : table.num_tokens[row]] for row in self.branches]
 
     def logprobs(self) -> list[np.ndarray]:
         """`[num_new]` float32 log-probabilities of those tokens, as views; 0 for given text."""
-        table = self._engine.table
+        table = self._store.table
         return [table.logprobs[row, table.prompt_len[row] : table.num_tokens[row]] for row in self.branches]
 
     def texts(self) -> list[str]:
@@ -113,30 +121,30 @@ class Frontier:
 
     def step_texts(self) -> list[str]:
         """Text of each branch's latest `extend`, without the stop string that ended it."""
-        begins = self._engine.table.step_begin
+        begins = self._store.table.step_begin
         return [self._engine.text(int(row), cut=True, begin=int(begins[row])) for row in self.branches]
 
     # -- growing --
 
     def fork(self, width: int | Sequence[int] | IntArray) -> "Frontier":
-        """`width` children of every branch (an array: of each its own number, 0 too), sharing all of its pages.
+        """Returns `width` children of every branch (an array: a number for each, 0 too), which share all of its pages.
 
         Raises:
-            TypeError: not integers. ValueError: a width is negative, or none is left. OutOfBranches: the decoder's
-                `max_branches` are in use.
+            TypeError: not integers.
+            ValueError: a width is negative, or all are 0.
+            OutOfBranches: the decoder's `max_branches` are in use.
         """
-        counts = whole_numbers(width, len(self), "width")
-        if (counts < 0).any() or counts.sum() == 0:
-            raise ValueError(f"width: expected numbers >= 0, not all of them 0, got {width}")
+        counts = copies_per_branch("width", width, len(self))
         return self._children(np.repeat(np.arange(len(self)), counts))
 
     def fork_at(self, position: int | Sequence[int] | IntArray) -> "Frontier":
-        """One child of every branch that keeps its first `position` tokens, prompt included, to take another way there.
+        """Returns one child of every branch that keeps its first `position` tokens, prompt included.
 
         Raises:
-            TypeError: not integers. ValueError: a position lies in the prompt or beyond the branch.
+            TypeError: not integers.
+            ValueError: a position lies in the prompt or beyond the branch.
         """
-        lens = whole_numbers(position, len(self), "position")
+        lens = ints_per_branch("position", position, len(self))
         if (lens < self.num_prompt_tokens).any() or (lens > self.num_tokens).any():
             raise ValueError(f"position: expected from {self.num_prompt_tokens} to {self.num_tokens}, got {position}")
         children = self._children(np.arange(len(self)), lens)
@@ -144,7 +152,7 @@ class Frontier:
         return children
 
     def _children(self, parents: IntArray, lens: IntArray | None = None) -> "Frontier":
-        return self._view(self._engine.fork(self.branches[parents], lens), parents)
+        return self._view(self._store.fork(self.branches[parents], lens), parents)
 
     async def extend(
         self,
@@ -154,7 +162,7 @@ class Frontier:
         sampling: Sampling | None = None,
         callback: Callable[[int, int, str], None] | None = None,
     ) -> "Frontier":
-        """Lets every unfinished branch generate until a stop, together with all else that decodes on this decoder.
+        """Generates on every unfinished branch until a stop, in the forwards of all else that decodes on this decoder.
 
         Args:
             stop: strings or token ids; they stay in the branch, and a later `extend` goes on after them.
@@ -169,9 +177,9 @@ class Frontier:
             BudgetExhausted: the account that pays for the branches has spent what it may; they keep what they have.
         """
         rows = self.branches
-        stops = self._decoder.parse_stop(stop)
+        stops = self._codec.parse_stop(stop)
         chosen = sampling_or(sampling, self._sampling)
-        limit = self._decoder.check_lengths(self.num_tokens, max_new_tokens)
+        limit = self._codec.new_token_limits(self.num_tokens, max_new_tokens)
         seeds = None
         if sampling is not None and sampling.seed is not None:
             within = np.array([np.count_nonzero(self.tree[:i] == self.tree[i]) for i in range(len(rows))])
@@ -184,34 +192,34 @@ class Frontier:
                 self._recorder.add_steps(rows, begins, "generated")
         return self
 
-    def append(self, text: Given) -> "Frontier":
-        """Adds text or token ids to every branch: the same to all, or a list with one for each. Computed when needed.
+    def append(self, text: ForcedText) -> "Frontier":
+        """Appends text or token ids to every branch (a list: one to each), and returns this frontier.
 
-        Returns:
-            this frontier.
+        The tokens are computed with the next work on the branches.
 
         Raises:
             ValueError: the list's length is not the number of branches, or a branch would be too long.
             RuntimeError: a branch is being extended.
         """
-        tokens = given_tokens(self._decoder, text, self.num_tokens)
+        tokens = self._codec.forced_ids(text, self.num_tokens)
         begins = self.num_tokens
-        self._engine.append(self.branches, tokens)
+        self._store.append(self.branches, tokens)
         self._recorder.add_steps(self.branches, begins, "given")
         return self
 
     async def hidden(self) -> Tensor:
-        """Final hidden states `[n, hidden_size]` at the branches' last tokens, of the model's dtype.
+        """Computes the final hidden states `[n, hidden_size]` at the branches' last tokens, of the model's dtype.
 
         Of a finished branch it is the one before its end of sequence.
 
         Raises:
-            ValueError: the model's adapter gives none. BudgetExhausted: as `extend`.
+            ValueError: the model's adapter gives none.
+            BudgetExhausted: as `extend`.
         """
         return await self._engine.hidden(self.branches)
 
     async def logits(self) -> Tensor:
-        """Logits `[n, vocab_size]` of the token after each branch, of the model's dtype.
+        """Computes the logits `[n, vocab_size]` of the token after each branch, of the model's dtype.
 
         Raises:
             BudgetExhausted: as `extend`.
@@ -221,30 +229,23 @@ class Frontier:
     # -- choosing --
 
     def select(self, mask: Sequence[bool] | IntArray) -> "Frontier":
-        """The branches of a mask or of indices (each once), held by the new frontier as well as by this one.
+        """Returns the branches of a mask, or of indices (each once), held by the new frontier as well as by this one.
 
         Raises:
-            TypeError: neither booleans nor integers. ValueError: not one entry per branch; an index that is none of
-                `0 .. n - 1`, or appears twice.
+            TypeError: neither booleans nor integers.
+            ValueError: not one entry per branch; an index that is none of `0 .. n - 1`, or appears twice.
         """
-        which = np.asarray(mask)
-        if which.ndim != 1 or (which.dtype.kind not in "biu" and which.size):
-            raise TypeError(f"mask: expected [n] booleans or indices, got {mask!r}")
-        if which.dtype == bool:
-            if len(which) != len(self):
-                raise ValueError(f"mask: expected {len(self)} entries, got {len(which)}")
-            which = np.flatnonzero(which)
-        which = which.astype(np.int64)
-        if ((which < 0) | (which >= len(self))).any():
-            raise ValueError(f"mask: expected indices from 0 to {len(self) - 1}, got {mask!r}")
-        if len({*which.tolist()}) < len(which):
-            raise ValueError("mask: an index appears twice; use fork for copies")
+        which = indices_of(mask, len(self))
         rows = self.branches[which]
-        self._engine.retain(rows)
+        self._store.retain(rows)
         return self._view(rows, which)
 
+    def _with_rows(self, rows: IntArray, tree: IntArray, num_trees: int | None = None) -> "Frontier":
+        trees = self._num_trees if num_trees is None else num_trees
+        return Frontier(self._engine, self._codec, self._recorder, rows, tree, trees, self._sampling)
+
     def _view(self, rows: IntArray, parents: IntArray) -> "Frontier":
-        child = Frontier(self._decoder, rows, self.tree[parents], self._num_trees, self._sampling)
+        child = self._with_rows(rows, self.tree[parents])
         child._scores, child.counts = self._scores[parents], self.counts[parents]
         return child
 
@@ -258,7 +259,7 @@ class Frontier:
         stop: StopLike = None,
         sampling: Sampling | None = None,
     ) -> np.ndarray:
-        """Sets `scores` from texts: those of the branches, or what a judge prompt makes the model say about them.
+        """Sets `scores` from texts: those of the branches, or the model's answers to a judge prompt about them.
 
         Args:
             fn: gets a list of texts, returns (or is a coroutine that returns) one number for each.
@@ -268,8 +269,7 @@ class Frontier:
         Returns:
             `[n]` float64, the new `scores`.
         """
-        if isinstance(num_samples, bool) or not isinstance(num_samples, (int, np.integer)) or num_samples < 1:
-            raise ValueError(f"num_samples: expected an int >= 1, got {num_samples!r}")
+        positive_int("num_samples", num_samples)
         if judge is None:
             values = await numbers_of(fn, self.texts(), len(self))
         else:
@@ -283,50 +283,45 @@ class Frontier:
         return self.scores
 
     def prune(self, keep: int, per: str = "tree") -> "Frontier":
-        """The `keep` best-scored branches, of every tree or of all; the others are released, and so is this handle.
+        """Returns the `keep` best-scored branches, of every tree or of all, and releases the others and this handle.
 
-        Equal scores: the earlier branch is kept. An unscored branch (nan) is below all others. Order stays.
+        Of equal scores the earlier branch is kept. An unscored branch (nan) is below all others. Order stays.
         """
-        if isinstance(keep, bool) or not isinstance(keep, (int, np.integer)) or keep < 1:
-            raise ValueError(f"keep: expected an int >= 1, got {keep!r}")
+        positive_int("keep", keep)
         if per not in ("tree", "all"):
             raise ValueError(f"per: expected 'tree' or 'all', got {per!r}")
         group = self.tree if per == "tree" else np.zeros_like(self.tree)
-        badness = np.where(np.isnan(self.scores), np.inf, -self.scores)
-        order = np.lexsort((badness, group))  # stable
-        rank = np.arange(len(order)) - np.searchsorted(group[order], group[order])
-        return self._hand_on(np.sort(order[rank < keep]), "pruned")
+        return self._hand_on(best_of_each(self.scores, group, keep), "pruned")
 
     def spread(self, counts: int | Sequence[int] | IntArray) -> "Frontier":
-        """`counts` branches in place of each, itself the first of them and copies of it; with 0 it is pruned.
+        """Returns `counts` branches in place of each: the branch itself, and copies of it; with 0 it is pruned.
 
-        Releases this handle. Unlike `fork` and a release of the parents, never holds more branches than come of it.
+        Releases this handle. Unlike `fork` and a release of the parents, it never holds more branches than result.
 
         Raises:
-            TypeError: not integers. ValueError: a number is negative, or none is left. OutOfBranches: as `fork`; all
-                branches are given up then.
+            TypeError: not integers.
+            ValueError: a number is negative, or all are 0.
+            OutOfBranches: as `fork`; all branches are given up then.
         """
-        counts = whole_numbers(counts, len(self), "counts")
-        if (counts < 0).any() or counts.sum() == 0:
-            raise ValueError(f"counts: expected numbers >= 0, not all of them 0, got {counts}")
+        counts = copies_per_branch("counts", counts, len(self))
         with self._hand_on(np.flatnonzero(counts), "pruned") as kept:
             counts = counts[counts > 0]
             parents = np.repeat(np.arange(len(kept)), counts)
             rows, is_copy = kept.branches[parents], np.ones(len(parents), bool)
             is_copy[np.cumsum(counts) - counts] = False
             if is_copy.any():
-                rows[is_copy] = self._engine.fork(rows[is_copy])
-            self._engine.retain(kept.branches)
+                rows[is_copy] = self._store.fork(rows[is_copy])
+            self._store.retain(kept.branches)
             return kept._view(rows, parents)
 
     def merge(self) -> "Frontier":
-        """The first of each set of branches of a tree with the same tokens; `counts` add up. Releases this handle."""
-        table = self._engine.table
-        first: dict[tuple[int, bytes], int] = {}
-        into = np.empty(len(self), np.int64)
-        for i, row in enumerate(self.branches):
-            key = (int(self.tree[i]), table.tokens[row, : table.num_tokens[row]].tobytes())
-            into[i] = first.setdefault(key, i)
+        """Merges branches of a tree with the same tokens into the first; `counts` add up. Releases this handle."""
+        table = self._store.table
+        keys = [
+            (int(tree), table.tokens[row, : table.num_tokens[row]].tobytes())
+            for tree, row in zip(self.tree, self.branches, strict=True)
+        ]
+        into = first_equal(keys)
         kept = np.flatnonzero(into == np.arange(len(self)))
         counts = np.bincount(into, weights=self.counts, minlength=len(self))[kept].astype(np.int64)
         merged = self._hand_on(kept, "merged")
@@ -334,28 +329,28 @@ class Frontier:
         return merged
 
     def join(self, *others: "Frontier") -> "Frontier":
-        """The branches of this frontier and of others of the same search, one after another; releases their handles.
+        """Joins this frontier and others of the same search, one after another; releases their handles.
 
         Raises:
-            ValueError: a frontier of another decoder.
+            ValueError: a frontier is of another decoder.
         """
         parts = (self, *others)
         if any(part._engine is not self._engine for part in parts):
             raise ValueError("others: expected frontiers of the same decoder")
         rows = np.concatenate([part.branches for part in parts])
-        self._engine.retain(rows)
+        self._store.retain(rows)
         tree, num_trees = np.concatenate([part.tree for part in parts]), max(part._num_trees for part in parts)
-        joined = Frontier(self._decoder, rows, tree, num_trees, self._sampling)
+        joined = self._with_rows(rows, tree, num_trees)
         joined._scores = np.concatenate([part._scores for part in parts])
         joined.counts = np.concatenate([part.counts for part in parts])
         for part in parts:
             part.release()
         return joined
 
-    def _hand_on(self, which: IntArray, fate: str) -> "Frontier":
+    def _hand_on(self, which: IntArray, status: str) -> "Frontier":
         chosen = self.select(which)
         if len(chosen) < len(self):
-            self._recorder.mark(self.branches, chosen.branches, fate)
+            self._recorder.mark(self.branches, chosen.branches, status)
         self.release()
         return chosen
 
@@ -364,16 +359,16 @@ class Frontier:
     @property
     def nodes(self) -> IntArray:
         """`[n]` int64, the latest step of every branch in the record of its search; -1 = none."""
-        return self._engine.table.node[self.branches]
+        return self._store.table.node[self.branches]
 
     def leave_record(self) -> None:
-        """What these branches and their children do from here on is not recorded: a judge's words, say."""
+        """Keeps what these branches and their children do from here on out of the record (a judge's words, say)."""
         self._recorder.leave(self.branches)
 
     # -- ending --
 
     async def finish(self) -> list[list[Completion]]:
-        """The completions of every tree, in order of trees, and of branches within; releases the frontier.
+        """Returns the completions of every tree, in order of trees, and releases the frontier.
 
         A tree whose branches are all gone has an empty list.
         """
@@ -385,10 +380,10 @@ class Frontier:
         return trees
 
     def release(self) -> None:
-        """Gives up the branches; those no other frontier holds give their pages back. Twice is as good as once."""
+        """Gives up the branches; those no other frontier holds give their pages back. May be called again."""
         rows, self._rows = self._rows, None
         if rows is not None:
-            self._engine.release(rows)
+            self._store.release(rows)
 
     def __enter__(self) -> "Frontier":
         return self
@@ -399,4 +394,4 @@ class Frontier:
     def __del__(self) -> None:
         rows = getattr(self, "_rows", None)
         if rows is not None:
-            self._engine.abandon(rows)
+            self._store.abandon(rows)

@@ -70,7 +70,7 @@ class Recorder:
     def add_steps(self, rows: IntArray, begins: IntArray, kind: str) -> None:
         """Adds a step, "generated" or "given", of what each branch has beyond `begins` tokens."""
         engine, table = self._engine, self._engine.table
-        if not self._trees or engine.closed:
+        if not self._trees or engine.store.closed:
             return
         for row, begin in zip(rows, begins, strict=True):
             tree, end = self._trees.get(int(table.account[row])), int(table.num_tokens[row])

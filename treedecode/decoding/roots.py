@@ -1,40 +1,39 @@
-"""The branches that searches begin with."""
-
-from typing import TYPE_CHECKING
+"""Opening the branches that searches begin with."""
 
 import numpy as np
 
 from treedecode.common.arrays import IntArray
+from treedecode.decoding.codec import Codec
 from treedecode.decoding.frontier import Frontier
-from treedecode.decoding.generate import root_seed
+from treedecode.decoding.recorder import Recorder
 from treedecode.engine.branch_table import child_seeds
-from treedecode.engine.sampling import Sampling
-
-if TYPE_CHECKING:
-    from treedecode.decoding.decoder import Decoder
+from treedecode.engine.engine import Engine
+from treedecode.engine.sampling import Sampling, root_seed
 
 
-async def roots(decoder: "Decoder", prompts: list[IntArray], sampling: Sampling, account: int) -> Frontier:
-    """`Decoder.roots` on checked prompts."""
-    engine = decoder.engine
-    seen: dict[bytes, int] = {}
-    first = np.array([seen.setdefault(prompt.tobytes(), i) for i, prompt in enumerate(prompts)])
+async def open_roots(
+    engine: Engine, codec: Codec, recorder: Recorder, prompts: list[IntArray], sampling: Sampling, account: int
+) -> Frontier:
+    """Runs `Decoder.roots` on checked prompts. Equal prompts are computed once and forked."""
+    store = engine.store
+    by_prompt: dict[bytes, int] = {}
+    first = np.array([by_prompt.setdefault(prompt.tobytes(), i) for i, prompt in enumerate(prompts)])
     repeats = np.array([int((first[:i] == first[i]).sum()) for i in range(len(first))])
     seeds = np.array([root_seed(sampling) for _ in prompts])
     seeds = np.where(repeats > 0, child_seeds(seeds, np.array(-1), repeats), seeds)
     unique = np.unique(first)
     rows = np.full(len(prompts), -1, np.int64)
-    rows[unique] = engine.open([prompts[i] for i in unique], seeds[unique], account)
+    rows[unique] = store.open([prompts[i] for i in unique], seeds[unique], account)
     try:
         if account >= 0:
             engine.meter.charge_prompt(account, sum(map(len, prompts)))
-        if decoder.recorder.is_recorded(account):
-            decoder.recorder.add_prompts(account, rows[unique], [decoder.decode(prompts[i]) for i in unique])
+        if recorder.is_recorded(account):
+            recorder.add_prompts(account, rows[unique], [codec.decode(prompts[i]) for i in unique])
         await engine.prefill(rows[unique])
-        again = np.flatnonzero(rows < 0)
-        if len(again):
-            rows[again] = engine.fork(rows[first[again]], seeds=seeds[again])
+        repeated = np.flatnonzero(rows < 0)
+        if len(repeated):
+            rows[repeated] = store.fork(rows[first[repeated]], seeds=seeds[repeated])
     except BaseException:
-        engine.release(rows[rows >= 0])
+        store.release(rows[rows >= 0])
         raise
-    return Frontier(decoder, rows, np.arange(len(prompts)), len(prompts), sampling)
+    return Frontier(engine, codec, recorder, rows, np.arange(len(prompts)), len(prompts), sampling)

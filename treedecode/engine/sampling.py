@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+
+from treedecode.common.validation import integer, number, shown
+
 # Settings are used in fp32: what becomes infinite or 0 there would fail every row of a step, whoever asked for it.
 _FP32_MIN, _FP32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
@@ -37,13 +42,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name}: expected a number, got {value!r}")
+            number(name, getattr(self, name))
         for name in ("top_k", "min_new_tokens", *(() if self.seed is None else ("seed",))):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}: expected an int, got {value!r}")
+            integer(name, getattr(self, name))
         if not isinstance(self.ignore_eos, bool):
             raise TypeError(f"ignore_eos: expected a bool, got {self.ignore_eos!r}")
         if not 0 <= self.temperature <= _FP32_MAX:
@@ -62,3 +63,21 @@ class Sampling:
             )
         if self.min_new_tokens < 0:
             raise ValueError(f"min_new_tokens: expected >= 0, got {self.min_new_tokens}")
+
+
+def sampling_or(sampling: Sampling | None, default: Sampling) -> Sampling:
+    """Returns `sampling`, or `default` where it is None.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if sampling is not None and not isinstance(sampling, Sampling):
+        raise TypeError(f"sampling: expected a treedecode.Sampling, got {shown(sampling)}")
+    return default if sampling is None else sampling
+
+
+def root_seed(sampling: Sampling) -> np.ndarray:
+    """Returns the seed that was asked for, or draws a fresh one."""
+    if sampling.seed is not None:
+        return np.array(sampling.seed, np.int64)
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64).numpy()

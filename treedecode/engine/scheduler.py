@@ -1,4 +1,4 @@
-"""Scheduler: which tokens of which branches go into the next forward, and who gives way when pages run out."""
+"""Scheduler: chooses the tokens of the next forward, and the branches to preempt when pages run out."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from treedecode.engine.branch_table import BranchTable, Work
 
 
 @dataclass(frozen=True)
-class Draw:
+class SampleBatch:
     """Rows that get a token sampled, with the arguments of `ops.sample` for them, each `[s]` on the model's device."""
 
     rows: IntArray  # [s] int64
@@ -40,7 +40,7 @@ class Batch:
     q_lens_tensor: Tensor | None  # [B] int32, None = 1 each
     wanted: IntArray  # [n] indices of rows whose last token's logits are wanted
     sampled: IntArray  # [s] indices into wanted of rows that sample
-    draw: Draw  # of the rows that sample
+    sample: SampleBatch  # the rows that sample
     shares: list[AccountRows]  # of the accounts that pay for rows
 
 
@@ -196,15 +196,15 @@ class Scheduler:
             q_lens_tensor=None if decode_only else torch.from_numpy(lens).to(device),
             wanted=wanted,
             sampled=sampled,
-            draw=self.draw(out[sampled]),
+            sample=self.sample_batch(out[sampled]),
             shares=self.meter.group_rows(table.account[rows], pages[order], used[order], table.num_cached[rows]),
         )
 
-    def draw(self, rows: IntArray) -> Draw:
-        """How `rows` sample."""
+    def sample_batch(self, rows: IntArray) -> SampleBatch:
+        """Gathers the sampling settings of `rows`."""
         table = self.table
         arrays = (table.temperature, table.top_k, table.top_p, table.min_p, table.seed)
-        return Draw(
+        return SampleBatch(
             rows,
             bool((table.penalty[rows] != 1).any()),
             [int(stop) for stop in np.unique(table.stop[rows]) if stop],

@@ -1,6 +1,6 @@
 """ModelAdapter: the interface between a decoder and the model that it runs."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ class ModelAdapter(Protocol):
         num_changes: changes of the model seen by `refresh`; K and V from before the last one are stale.
         flops_per_token, flops_per_logits: floating-point operations of the products with weights, for one token and for
             one row of logits; 0 = not known, and then left out of the accounts.
+        module: the PyTorch module behind the adapter, whose weights identify the model; None = there is none.
     """
 
     num_layers: int
@@ -43,6 +44,7 @@ class ModelAdapter(Protocol):
     num_changes: int = 0
     flops_per_token: int = 0
     flops_per_logits: int = 0
+    module: nn.Module | None = None
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, context: StepContext, logit_rows: Tensor) -> Tensor:
         """Runs the packed query tokens of all branches; their K and V are in the cache afterwards.
@@ -77,32 +79,6 @@ class ModelAdapter(Protocol):
             `num_changes`.
         """
         return self.num_changes
-
-    @property
-    def module(self) -> nn.Module | None:
-        """The PyTorch module behind the adapter, whose weights identify the model; None = there is none."""
-        return None
-
-
-def as_adapter(model: Any) -> ModelAdapter:
-    """Adapts a model of Transformers; an adapter is returned as it is.
-
-    Raises:
-        TypeError: it is neither, or an adapter that lacks members.
-        ValueError: the model is not supported (the message says why).
-    """
-    if isinstance(model, ModelAdapter):
-        return model
-    if hasattr(model, "num_kv_heads"):
-        members = (*ModelAdapter.__annotations__, "forward", "forward_hidden", "refresh", "module")
-        missing = [name for name in members if not hasattr(model, name)]
-        raise TypeError(
-            f"model: {type(model).__name__} lacks {', '.join(missing)}; inherit from treedecode.models.ModelAdapter, "
-            "which has defaults"
-        )
-    from treedecode.models.transformers import TransformersModel  # takes seconds to import
-
-    return TransformersModel(model)
 
 
 def require_hidden_states(model: ModelAdapter) -> None:

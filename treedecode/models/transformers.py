@@ -128,7 +128,7 @@ class TransformersModel(ModelAdapter):
                 is in training mode, or does anything else that the message names.
         """
         config = self._config = check_supported(model)
-        self.model = model
+        self.model = self.module = model
         self._configs = configs_of(model)
         self._optimize = optimize
         self.dtype: torch.dtype = model.dtype
@@ -146,11 +146,6 @@ class TransformersModel(ModelAdapter):
         self.flops_per_token, self.flops_per_logits = product_flops(model, config)
         # Others, like the -1 of some checkpoints, are never generated.
         self.eos_token_ids: tuple[int, ...] = tuple(i for i in _eos_token_ids(model) if 0 <= i < self.vocab_size)
-
-    @property
-    def module(self) -> PreTrainedModel:
-        """The user's model."""
-        return self.model
 
     @property
     def optimizations(self) -> list[str]:

@@ -127,7 +127,7 @@ class Search:
         for tokens in frontier.new_tokens():
             key = tokens.tobytes()
             if key not in self._texts:
-                self._texts[key] = self.decoder.decode(tokens)  # type: ignore[arg-type]
+                self._texts[key] = self.decoder.decode(tokens)
             texts.append(self._texts[key])
         return texts
 

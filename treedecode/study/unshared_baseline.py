@@ -11,7 +11,6 @@ import numpy as np
 from treedecode.cache.page_pool import IntArrayLike, PagePool
 from treedecode.common.arrays import IntArray
 from treedecode.decoding.decoder import Decoder
-from treedecode.engine.graph_steps import CapturedSteps
 from treedecode.engine.scheduler import Scheduler
 from treedecode.ops import copy_pages
 
@@ -52,35 +51,22 @@ class OneAtATime(Scheduler):
         return super()._admit(np.intersect1d(first, waiting), np.intersect1d(first, decoding))
 
 
-def one_after_another(decoder: Decoder) -> Decoder:
-    """A decoder like `decoder`, on the same model, that takes branches one after another over copied caches."""
-    engine, pool = decoder.engine, decoder.engine.pool
-    memory = pool.num_pages * pool.page_bytes
-    other = Decoder(
-        decoder.model,
-        decoder.tokenizer,
-        kv_memory=memory,
-        page_size=pool.page_size,
-        max_branches=pool.max_branches,
-        prefill_tokens=engine.scheduler.prefill_tokens,
-        cuda_graphs=False,
-    )
-    copying = CopyingPool(
-        num_layers=pool.num_layers,
-        num_kv_heads=decoder.model.num_kv_heads,
-        head_dim=decoder.model.head_dim,
-        num_pages=pool.num_pages,
-        page_size=pool.page_size,
-        max_branches=pool.max_branches,
-        max_pages_per_branch=pool.page_table.shape[1],
-        dtype=pool.kv.dtype,
-        device=pool.device,
-    )
-    serial = other.engine
-    serial.pool = copying
-    serial.scheduler = OneAtATime(
-        serial.table, copying, serial.index, serial.meter, prefill_tokens=engine.scheduler.prefill_tokens
-    )
-    if engine.captured is not None:
-        serial.captured = CapturedSteps(decoder.model, copying)
-    return other
+class UnsharedDecoder(Decoder):
+    """A decoder that takes branches one after another over copied caches."""
+
+    _pool_type = CopyingPool
+    _scheduler_type = OneAtATime
+
+    @classmethod
+    def like(cls, decoder: Decoder) -> "UnsharedDecoder":
+        """Makes one on the model of `decoder`, of the same sizes."""
+        pool = decoder.pool
+        return cls(
+            decoder.model,
+            decoder.tokenizer,
+            kv_memory=pool.num_pages * pool.page_bytes,
+            page_size=pool.page_size,
+            max_branches=pool.max_branches,
+            prefill_tokens=decoder.prefill_tokens,
+            cuda_graphs=decoder.uses_graphs,
+        )

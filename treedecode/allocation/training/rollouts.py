@@ -207,7 +207,7 @@ def collect(
         ValueError: tree searches without a verifier, or one that there cannot be.
     """
     searches = tree_searches_of(menu, tree_search, verifier)
-    wants_hidden = hasattr(decoder.model, "forward_hidden")
+    wants_hidden = decoder.model.hidden_size > 0
     strategy = Collect(num_chains, tuple(menu), wants_hidden, tuple(searches))
     result = solve(
         decoder,

@@ -1,10 +1,9 @@
-"""Captured beam steps: append, plan, forward, prune, update and the forks that follow, as one CUDA graph.
+"""BeamGraphStep: append, plan, forward, prune, update and the forks that follow, as one CUDA graph.
 
-As in `captured`, the host is one step behind. It takes a few steps at a time and then lets other work have its turn.
+As with every `GraphStep` the host is one step behind. It takes a few steps at a time and then lets other work run.
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,22 +12,21 @@ from treedecode import ops
 from treedecode.cache.page_pool import PagePool
 from treedecode.common.arrays import IntArray
 from treedecode.decoding.beams import Beams, BeamSearch, BeamStep
-from treedecode.engine.graph_steps import Captured, Flight
+from treedecode.engine.engine import Engine
+from treedecode.engine.graph_step import GraphStep, InFlight
+from treedecode.models.adapter import ModelAdapter
 from treedecode.ops.pages import OK, OUT_OF_PAGES, STATUS_ERROR
-
-if TYPE_CHECKING:
-    from treedecode.engine.engine import Engine
 
 _STEPS = 16  # taken before others get a turn
 
 
-class CapturedBeamStep(Captured):
+class BeamGraphStep(GraphStep):
     """A step of several searches: one row per running beam, in the order of the searches.
 
     A search that is done keeps its rows, whose new token is cut off again, and changes nothing else.
     """
 
-    def __init__(self, model: Any, pool: PagePool, settings: BeamSearch, num_beams: tuple[int, ...]) -> None:
+    def __init__(self, model: ModelAdapter, pool: PagePool, settings: BeamSearch, num_beams: tuple[int, ...]) -> None:
         size, groups = sum(num_beams), len(num_beams)
         super().__init__(model, pool, size, 3 * size + groups + 1)
         self.settings = settings
@@ -105,7 +103,7 @@ class CapturedBeamStep(Captured):
         return parents, tokens, scores.view(np.float32), done, bool(result[3 * size + groups]), int(status)
 
 
-def run(engine: "Engine", beams: Beams, rows: IntArray, tokens: IntArray) -> BeamStep | None:
+def run_graph_steps(engine: Engine, beams: Beams, rows: IntArray, tokens: IntArray) -> BeamStep | None:
     """Takes some steps of searches that are past their first one.
 
     Args:
@@ -119,33 +117,37 @@ def run(engine: "Engine", beams: Beams, rows: IntArray, tokens: IntArray) -> Bea
     Raises:
         ValueError: logits are NaN or +inf.
     """
-    with engine.lock, torch.inference_mode():
-        table, captured = engine.table, engine.captured
-        if captured is None or not engine.is_alone or (table.num_cached[rows] != table.num_tokens[rows]).any():
+    with engine.store.lock, torch.inference_mode():
+        table, graphs = engine.table, engine.runner.graphs
+        if (
+            graphs is None
+            or not engine.only_a_beam_search_runs
+            or (table.num_cached[rows] != table.num_tokens[rows]).any()
+        ):
             return None
         settings, num_beams = beams.settings, beams.num_beams
         kind = replace(settings, max_new_tokens=1, min_new_tokens=0)  # limits are loaded, not captured
-        step = captured.get((kind, num_beams), lambda: CapturedBeamStep(engine.model, engine.pool, kind, num_beams))
+        step = graphs.get((kind, num_beams), lambda: BeamGraphStep(engine.model, engine.pool, kind, num_beams))
         step.load(beams, rows, tokens)
-        flight = Flight(step)
+        in_flight = InFlight(step)
         history: list[tuple[IntArray, IntArray, np.ndarray]] = []
         most = min(_STEPS, settings.max_new_tokens - beams.num_steps)
         launched, stop = 0, False
         while True:
-            while not stop and launched < most and not flight.is_full:
-                flight.launch()
+            while not stop and launched < most and not in_flight.is_full:
+                in_flight.launch()
                 launched += 1
-            if not flight:
+            if not in_flight:
                 break
-            parents, new_tokens, scores, done, bad, status = step.unpack(flight.take())
+            parents, new_tokens, scores, done, bad, status = step.unpack(in_flight.take())
             if status != OK or bad:
-                engine.pool.reset_status()  # on the device after what is in flight, which is void
+                engine.pool.reset_status()  # on the device after what is in in_flight, which is void
                 if bad:
                     raise ValueError("the model gave logits that are NaN or +inf for a beam")
                 if status != OUT_OF_PAGES:
                     raise RuntimeError(f"the page ops refused a captured step: status {status}")
                 break
-            engine.count_decoded(len(rows))
+            engine.runner.count_decoded(len(rows))
             table.append(rows, np.ones(len(rows), np.int64), tokens)
             table.copy(rows[parents], rows)
             table.num_cached[rows] = table.num_tokens[rows]
