@@ -22,7 +22,7 @@ from treedecode.study import analysis, machine, plan, plots, report, rows, run
 from treedecode.study.laws import Curve
 from treedecode.study.pool import ChainPool
 from treedecode.study.rows import Conditions, Entry
-from treedecode.study.unshared_baseline import one_after_another
+from treedecode.study.unshared_baseline import UnsharedDecoder
 
 PLAN = [
     Entry("chain", "One chain", "chain_of_thought"),
@@ -60,7 +60,7 @@ def conditions():
     decoder = td.Decoder(model, FakeTokenizer(), kv_memory=800 * 4 * 2 * 2 * 16 * 4, page_size=4, max_branches=64)
     task = Digits()
     yield Conditions(
-        decoder, one_after_another(decoder), task, task.problems(6), verifier=Length(), seed=3, latency_problems=2
+        decoder, UnsharedDecoder.like(decoder), task, task.problems(6), verifier=Length(), seed=3, latency_problems=2
     )
     assert decoder.num_branches == 0
 
