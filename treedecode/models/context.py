@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ class StepContext:
     layer: Callable[[int], tuple[Tensor, Tensor]]
     page_table: Tensor
     seq_lens: Tensor
-    plan: Any
+    plan: ops.TreePlan
     slots: Tensor
     prefills: tuple[prefill.Prefill, ...] = ()
     tree_tokens: Tensor | None = None

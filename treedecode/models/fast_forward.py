@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from treedecode.models.fast_modules import FastLayer, FastLinear, FastNorm, UnsupportedModule, fast_mlp
 
@@ -26,7 +27,7 @@ class FastForward:
         report: one line per kind of module and outcome: what was replaced by what, and what was not and why.
     """
 
-    def __init__(self, model: Any, attention_args: Callable[[], dict[int, dict[str, Any]]]) -> None:
+    def __init__(self, model: PreTrainedModel, attention_args: Callable[[], dict[int, dict[str, Any]]]) -> None:
         """Makes and checks the replacements.
 
         Args:

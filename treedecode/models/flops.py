@@ -3,13 +3,14 @@
 from typing import Any
 
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 # Names in configs for the number of experts that a token goes through, and of all experts of a layer.
 _ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk")
 _ALL_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
-def product_flops(model: Any, config: Any) -> tuple[int, int]:
+def product_flops(model: PreTrainedModel, config: PretrainedConfig) -> tuple[int, int]:
     """Counts the operations of products with weights, without attention, as (per token, per row of logits).
 
     A multiply-add is two. Of a layer of experts, those a token goes through count. Embeddings are looked up and norms
@@ -37,5 +38,5 @@ def _num_weights(module: Any) -> int:
     return sum(weight.numel() for weight in module.parameters(recurse=False) if weight.dim() >= 2)
 
 
-def _setting(config: Any, names: tuple[str, ...]) -> int | None:
+def _setting(config: PretrainedConfig, names: tuple[str, ...]) -> int | None:
     return next((value for name in names if isinstance(value := getattr(config, name, None), int) and value), None)

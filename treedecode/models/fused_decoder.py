@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from treedecode import ops
 from treedecode.models.adapter import ModelAdapter
@@ -25,7 +26,7 @@ PreparedForward = Callable[[], tuple[Tensor, Tensor]]  # computes `(logits, hidd
 class FusedDecoder:
     """Runs a model whose layers all have a faster forward in one op."""
 
-    def __init__(self, model: Any, fast: FastForward) -> None:
+    def __init__(self, model: PreTrainedModel, fast: FastForward) -> None:
         """Copies the weights, so that a forward under way does not see half of a change.
 
         Raises:

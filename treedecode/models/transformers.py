@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from treedecode.models import prefill
 from treedecode.models.adapter import ModelAdapter
@@ -202,7 +202,7 @@ class TransformersModel(ModelAdapter):
         self.hidden_size: int = hidden.shape[-1]
         return probe
 
-    def _check_layers(self, config: Any, probe: AttentionProbe) -> None:
+    def _check_layers(self, config: PretrainedConfig, probe: AttentionProbe) -> None:
         name = type(self.model).__name__
         layers = [index for index, _ in probe.calls]
         if layers != list(range(config.num_hidden_layers)):
