@@ -1,4 +1,4 @@
-"""Judging what was decoded: equivalence of answers, and scores of live branches."""
+"""Scores branches and compares answers."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

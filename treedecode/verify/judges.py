@@ -1,4 +1,4 @@
-"""Judges: the model's own opinion of a branch, on side branches that reuse its pages and are gone afterwards."""
+"""Judges: scorers that ask the model itself about branches, on side branches that share their pages."""
 
 import re
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from treedecode.common.validation import positive_int
 from treedecode.engine.sampling import Sampling
 from treedecode.engine.stops import StopLike
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from treedecode.decoding.frontier import Frontier
     from treedecode.tasks.base import Problem
 
-# Tree of Thoughts (2305.10601): the words its value prompt of the game of 24 asks for, and their weights.
+# The words that the value prompt of Tree of Thoughts (2305.10601) for the game of 24 asks for, and their weights.
 VALUES = {"sure": 20.0, "likely": 1.0, "impossible": 0.001}
 VALUE_PROMPT = "\n\nCan this still lead to the right answer? Say sure, likely or impossible, in one word.\nEvaluation:"
 VOTE_PROMPT = (
@@ -26,16 +27,16 @@ CHOICE = "Choice {number}:\n{text}"
 
 @dataclass(frozen=True)
 class Judge:
-    """Asks the model about each branch, several times, and takes the mean of what it answers.
+    """Asks the model about each branch, several times, and takes the mean of its answers.
 
     Args:
-        prompt: appended to the side branches, or a function of the problem that gives it.
+        prompt: the text of the question, or a function of the problem that gives it.
         parse: reads a number out of an answer.
         num_samples: answers per branch.
-        max_new_tokens: of an answer.
+        max_new_tokens: limits an answer.
         stop: ends an answer.
         sampling: of answers; None takes the search's own.
-        probability: whether `parse` returns probabilities.
+        probability: True if `parse` returns probabilities.
 
     Raises:
         TypeError: `prompt` or `parse` is something else.
@@ -56,7 +57,7 @@ class Judge:
             raise TypeError(f"parse: expected a function of an answer, got {self.parse!r}")
 
     async def __call__(self, frontier: "Frontier", problem: "Problem") -> np.ndarray:
-        """`[n]` float64.
+        """Scores the branches: `[n]` float64.
 
         Raises:
             OutOfBranches: no room for `num_samples` side branches of every branch.
@@ -72,9 +73,9 @@ class Judge:
 
 
 def parse_value(answer: str) -> float:
-    """The weight of the last of sure (20), likely (1) and impossible (0.001) in an answer; 0 if it says none."""
-    found = re.findall(rf"\b({'|'.join(VALUES)})\b", answer.lower())
-    return VALUES[found[-1]] if found else 0.0
+    """Returns the weight of the last "sure" (20), "likely" (1) or "impossible" (0.001) of an answer; 0 without one."""
+    words = re.findall(rf"\b({'|'.join(VALUES)})\b", answer.lower())
+    return VALUES[words[-1]] if words else 0.0
 
 
 def value_judge(
@@ -85,27 +86,27 @@ def value_judge(
     stop: StopLike = "\n",
     sampling: Sampling | None = None,
 ) -> Judge:
-    """Tree of Thoughts' value: each answer is sure, likely or impossible, and counts 20, 1 or 0.001 (2305.10601).
+    """Makes the judge of Tree of Thoughts (2305.10601): answers are sure, likely or impossible, worth 20, 1 or 0.001.
 
-    The paper adds the answers up and this takes their mean, which ranks alike.
+    The paper adds the answers up; this judge takes their mean, which ranks alike.
     """
     return Judge(prompt, parse_value, num_samples, max_new_tokens, stop, sampling)
 
 
 def parse_vote(answer: str) -> int | None:
-    """The number after the last "best choice is" of an answer, else its first number; None without any."""
-    found = (
+    """Returns the number after the last "best choice is" of an answer, else its first number; None without any."""
+    numbers = (
         re.findall(r"best choice is[^0-9]*([0-9]{1,9})", answer, re.IGNORECASE) or re.findall(r"[0-9]{1,9}", answer)[:1]
     )
-    return int(found[-1]) if found else None
+    return int(numbers[-1]) if numbers else None
 
 
 @dataclass(frozen=True)
 class Vote:
-    """Tree of Thoughts' vote: the model reads all candidates of a tree and names the best, several times (2305.10601).
+    """The vote of Tree of Thoughts (2305.10601): the model reads all candidates of a tree and names the best.
 
-    One side branch per vote, from the end of the tree's prompt. A branch's score is its share of the votes; votes that
-    name no candidate count for none, so a tree's scores may add up to less than 1.
+    A vote is one side branch, from the end of the tree's prompt. A branch's score is its share of the votes. Votes that
+    name no candidate count for none, so the scores of a tree may add up to less than 1.
 
     Args:
         prompt: with `{choices}` for the list of candidates; a longer one may let the model reason first and conclude
@@ -114,7 +115,7 @@ class Vote:
         max_new_tokens, stop, sampling: as for `Judge`.
 
     Raises:
-        ValueError: `prompt` has no place for the candidates.
+        ValueError: `prompt` has no `{choices}`, or `num_samples` is no int >= 1.
     """
 
     prompt: str = VOTE_PROMPT
@@ -127,21 +128,20 @@ class Vote:
     def __post_init__(self) -> None:
         if "{choices}" not in self.prompt:
             raise ValueError(f"prompt: expected a text with {{choices}} in it, got {self.prompt!r}")
-        if isinstance(self.num_samples, bool) or not isinstance(self.num_samples, int) or self.num_samples < 1:
-            raise ValueError(f"num_samples: expected an int >= 1, got {self.num_samples!r}")
+        positive_int("num_samples", self.num_samples)
 
     async def __call__(self, frontier: "Frontier", problem: "Problem") -> np.ndarray:
-        """`[n]` float64 in [0, 1]."""
+        """Scores the branches: `[n]` float64 in [0, 1]."""
         _, first, tree_of = np.unique(frontier.tree, return_index=True, return_inverse=True)
         members = [np.flatnonzero(tree_of == tree) for tree in range(len(first))]
         texts = frontier.texts()
-        asked = []
+        questions = []
         for branches in members:
-            listed = [CHOICE.format(number=k, text=texts[i].strip()) for k, i in enumerate(branches, 1)]
-            asked.append(self.prompt.replace("{choices}", "\n\n".join(listed)))
-        with frontier.select(first) as ones, ones.fork_at(ones.num_prompt_tokens) as roots:
+            choices = [CHOICE.format(number=k, text=texts[i].strip()) for k, i in enumerate(branches, 1)]
+            questions.append(self.prompt.replace("{choices}", "\n\n".join(choices)))
+        with frontier.select(first) as selected, selected.fork_at(selected.num_prompt_tokens) as roots:
             roots.leave_record()
-            voters = roots.append(asked).fork(self.num_samples)
+            voters = roots.append(questions).fork(self.num_samples)
         with voters:
             await voters.extend(stop=self.stop, max_new_tokens=self.max_new_tokens, sampling=self.sampling)
             votes = [parse_vote(answer) for answer in voters.step_texts()]

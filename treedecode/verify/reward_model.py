@@ -1,4 +1,4 @@
-"""Reward models: Transformers classification heads that grade a solution, or each of its steps."""
+"""RewardModel: a Transformers classification model that grades a solution, or each of its steps."""
 
 import asyncio
 import os
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from treedecode.common.validation import positive_int
+
 if TYPE_CHECKING:
     from treedecode.decoding.frontier import Frontier
     from treedecode.tasks.base import Problem
@@ -18,35 +20,36 @@ _AGGREGATES: dict[str, Callable[[np.ndarray], float]] = {
     "min": lambda steps: float(steps.min()),
     "prod": lambda steps: float(steps.prod()),
 }
-_Solution = tuple[tuple[int, ...], tuple[int, ...]]  # token ids, and where steps end
-_HEADS = {"ForSequenceClassification": False, "ForTokenClassification": True}  # whether it grades steps
+_Solution = tuple[tuple[int, ...], tuple[int, ...]]  # token ids, and the indices at which steps end
+_HEADS = {"ForSequenceClassification": False, "ForTokenClassification": True}  # name of a head -> it grades steps
 
 
 class RewardModel:
     """Scores branches by a reward model: one grade for the text, or one for each of its steps.
 
-    A sequence classification head gives a text the probability of `positive_label`, or, with one label, its output as
-    it is. A token classification head is a process reward model, read as TRL trains one: the prompt, then each step's
-    tokens followed by the step token's, whose last one carries the probability that the step is right (one label: its
-    sigmoid). A branch without a step yet is graded behind its prompt.
+    A sequence classification head gives a text the probability of `positive_label`, or, with one label, its raw output.
+    A token classification head is a process reward model in TRL's format: it reads the prompt, then the tokens of each
+    step and those of the step token. The last of these carries the probability that the step is right (with one label,
+    its sigmoid). A branch without a step yet is graded behind its prompt.
 
-    Each different text of a call is computed once, in batches of similar length. Batches hold texts of one call alone:
-    what else is being decoded must not change a score. The model runs in a thread of its own.
+    Each different text of a call is computed once, in batches of similar length. A batch holds texts of one call alone,
+    so that a score does not depend on other calls. The model runs in a thread of its own.
 
     Args:
         path_or_model: a folder or hub id, or a Transformers model in evaluation mode.
         tokenizer: the model's; None loads the one at the path.
-        aggregate: the branch's score from those of its steps: "last", "min" or "prod".
+        aggregate: makes the branch's score from those of its steps: "last", "min" or "prod".
         batch_size: texts per forward.
         step_separator: ends a step in a branch's text.
-        step_token: what the model reads behind each step; None is `step_separator`.
-        positive_label: index or name of the label that means good; None is the only one, or 1 of two.
-        chat: whether prompt and text go into the tokenizer's chat template.
-        device: where a model given by its path is put.
+        step_token: the text that the model reads behind each step; None = `step_separator`.
+        positive_label: index or name of the label that means good; None = the only one, or 1 of two.
+        chat: puts prompt and text into the tokenizer's chat template.
+        device: of a model given by its path.
 
     Raises:
-        TypeError, ValueError: an argument is wrong or does not fit the model (named); or, when called, a text is too
-            long for the model.
+        TypeError: there is no tokenizer, or the model has no classification head.
+        ValueError: an argument is wrong or does not fit the model (named); or, when called, a text is too long for the
+            model.
     """
 
     def __init__(
@@ -64,8 +67,7 @@ class RewardModel:
     ) -> None:
         if aggregate not in _AGGREGATES:
             raise ValueError(f"aggregate: expected one of {', '.join(_AGGREGATES)}, got {aggregate!r}")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size: expected an int >= 1, got {batch_size!r}")
+        positive_int("batch_size", batch_size)
         if not step_separator or step_token == "":
             raise ValueError("step_separator, step_token: expected texts, got an empty one")
         model = path_or_model
@@ -95,7 +97,7 @@ class RewardModel:
             raise ValueError(f"step_token: {step_token!r} is no token of the tokenizer")
         self._pad = model.config.pad_token_id
         if self._pad is None and not self.grades_steps and batch_size > 1:
-            # Transformers finds a padded text's last token by it
+            # Transformers finds the last token of a padded text by it
             raise ValueError("batch_size: expected 1 for a model whose config has no pad_token_id")
         self._chat = chat
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="treedecode-reward")
@@ -104,7 +106,7 @@ class RewardModel:
         return f"RewardModel({self.model.name_or_path!r})"
 
     async def __call__(self, frontier: "Frontier", problem: "Problem") -> np.ndarray:
-        """`[n]` float64; in [0, 1] where `probability`."""
+        """Scores the branches: `[n]` float64, in [0, 1] where `probability`."""
 
         async def grades(texts: list[str]) -> np.ndarray:
             return await asyncio.get_running_loop().run_in_executor(self._thread, self.grade, problem.prompt, texts)
@@ -112,7 +114,7 @@ class RewardModel:
         return await frontier.score(grades)
 
     def grade(self, prompt: str, texts: Sequence[str]) -> np.ndarray:
-        """`[len(texts)]` float64 scores of solutions of one prompt; computed in the calling thread."""
+        """Scores solutions of one prompt in the calling thread: `[len(texts)]` float64."""
         built = [self._build(prompt, text) for text in texts]
         unique = sorted(dict.fromkeys(built), key=lambda solution: len(solution[0]))
         scores: dict[_Solution, float] = {}
@@ -156,7 +158,7 @@ class RewardModel:
 
     @torch.no_grad()
     def _forward(self, batch: list[tuple[int, ...]]) -> np.ndarray:
-        """`[batch]`, or `[batch, tokens]` where steps are graded: float64 scores of texts sorted by length."""
+        """Scores texts sorted by length: `[batch]` float64, or `[batch, tokens]` where steps are graded."""
         width = len(batch[-1])
         ids = torch.full((len(batch), width), 0 if self._pad is None else self._pad)
         mask = torch.zeros_like(ids)
@@ -180,8 +182,8 @@ def _load(path: str | os.PathLike[str], device: torch.device | str) -> tuple[Any
         AutoTokenizer,
     )
 
-    named = AutoConfig.from_pretrained(path).architectures or [""]
-    loader = AutoModelForTokenClassification if _grades_steps(named[0]) else AutoModelForSequenceClassification
+    architectures = AutoConfig.from_pretrained(path).architectures or [""]
+    loader = AutoModelForTokenClassification if _grades_steps(architectures[0]) else AutoModelForSequenceClassification
     model = loader.from_pretrained(path, dtype="auto").to(device).eval()
     return model, AutoTokenizer.from_pretrained(path)
 
@@ -194,14 +196,14 @@ def _grades_steps(architecture: str) -> bool:
 
 
 def _label(config: Any, positive: int | str | None) -> int | None:
-    """The index of the good label; None where the only output is no label."""
+    """Returns the index of the good label; None where the only output is no label."""
     count = config.num_labels
     if positive is None:
         if count > 2:
             raise ValueError(f"positive_label: expected one of the model's {count} labels, got None")
         return 1 if count == 2 else None
-    found = config.label2id.get(positive) if isinstance(positive, str) else positive
-    if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < count or count == 1:
-        known = ", ".join(config.label2id) if count > 1 else "none, as the model has a single output"
-        raise ValueError(f"positive_label: expected one of {known}; got {positive!r}")
-    return found
+    label = config.label2id.get(positive) if isinstance(positive, str) else positive
+    if type(label) is not int or not 0 <= label < count or count == 1:
+        labels = ", ".join(config.label2id) if count > 1 else "none, as the model has a single output"
+        raise ValueError(f"positive_label: expected one of {labels}; got {positive!r}")
+    return label

@@ -1,4 +1,4 @@
-"""Scorers: what a search thinks of its live branches."""
+"""Scorers: give every live branch of a search a number."""
 
 import asyncio
 import functools
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 
 from treedecode.accounting.budget import require_time_left
+from treedecode.common.validation import integer
 
 if TYPE_CHECKING:
     from treedecode.decoding.frontier import Frontier
@@ -24,32 +25,36 @@ TextValue = Callable[["Problem", str], float | Awaitable[float]]
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Scores the branches of a frontier, sets its `scores`, and returns them."""
+    """Scores the branches of a frontier.
+
+    Attributes:
+        probability: True if scores are probabilities, in [0, 1]. Functions of texts have no such attribute.
+    """
 
     @property
     def probability(self) -> bool:
-        """Whether scores are probabilities, in [0, 1]. It also tells a scorer from a function of texts."""
+        """True if scores are probabilities, in [0, 1]."""
         ...
 
     async def __call__(self, frontier: "Frontier", problem: "Problem") -> np.ndarray:
-        """`[n]` float64, higher is better."""
+        """Sets and returns `frontier.scores`, `[n]` float64; higher is better."""
         ...
 
 
 @dataclass(frozen=True)
 class TextScorer:
-    """Scores each branch by what a function makes of its text.
+    """Scores each branch by a function of its text.
 
     Args:
         fn: `fn(problem, text) -> float`, or a coroutine function; text is what follows the prompt. Coroutines of one
             call run side by side.
-        probability: whether `fn` returns probabilities; they are checked.
-        workers: threads that call `fn` for the texts of one call; 0 calls it in the event loop, where everything that
-            decodes waits for it.
+        probability: True if `fn` returns probabilities; they are checked.
+        workers: threads that call `fn` for the texts of one call; 0 calls it in the event loop, and all decoding waits
+            for it.
 
     Raises:
-        TypeError, ValueError: an argument is wrong (named); or, when called, `fn` returned no number, nan, or no
-            probability.
+        TypeError: an argument has the wrong type (named); or, when called, `fn` returned no number.
+        ValueError: `workers` is negative; or, when called, `fn` returned nan, or no probability.
     """
 
     fn: TextValue
@@ -59,10 +64,11 @@ class TextScorer:
     def __post_init__(self) -> None:
         if not callable(self.fn):
             raise TypeError(f"fn: expected a callable (problem, text), got {self.fn!r}")
-        _check_count("workers", self.workers, 0)
+        if integer("workers", self.workers) < 0:
+            raise ValueError(f"workers: expected at least 0, got {self.workers}")
 
     async def __call__(self, frontier: "Frontier", problem: "Problem") -> np.ndarray:
-        """`[n]` float64."""
+        """Scores the branches: `[n]` float64."""
         return await frontier.score(functools.partial(self._values, problem))
 
     async def _values(self, problem: "Problem", texts: list[str]) -> np.ndarray:
@@ -70,17 +76,18 @@ class TextScorer:
         loop = asyncio.get_running_loop()
 
         async def value(text: str) -> float:
-            found: Any
+            result: Any
             if pool is None:
                 require_time_left()
-                found = self.fn(problem, text)
+                result = self.fn(problem, text)
             else:
-                found = await loop.run_in_executor(pool, self.fn, problem, text)
-            found = await found if inspect.isawaitable(found) else found
+                result = await loop.run_in_executor(pool, self.fn, problem, text)
+            if inspect.isawaitable(result):
+                result = await result
             try:
-                return float(found)
+                return float(result)
             except (TypeError, ValueError):
-                raise TypeError(f"fn: expected a number for each text, got {found!r}") from None
+                raise TypeError(f"fn: expected a number for each text, got {result!r}") from None
 
         try:
             values = np.array(await _together(value(text) for text in texts), np.float64)
@@ -95,8 +102,8 @@ class TextScorer:
 
 
 async def _together(work: Iterable[Coroutine[Any, Any, float]]) -> list[float]:
-    """The results of all; the first error ends the others and is raised."""
-    tasks = [asyncio.ensure_future(one) for one in work]
+    """Runs coroutines side by side; the first error ends the others and is raised."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in work]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -110,14 +117,14 @@ class Likelihood:
     """Scores a branch by the log-probability of what it has generated, in nats, under the model's own distribution.
 
     Args:
-        normalize: per token behind the prompt, given ones included (they count as 0), so that length is no handicap.
+        normalize: divides by the tokens behind the prompt, so that length is no handicap; forced text counts as 0.
     """
 
     normalize: bool = True
     probability = False
 
     async def __call__(self, frontier: "Frontier", problem: "Problem") -> np.ndarray:
-        """`[n]` float64, at most 0; 0 for a branch that is its prompt."""
+        """Scores the branches: `[n]` float64, at most 0; 0 for a branch that is its prompt."""
         scores = frontier.cum_logprobs.copy()
         if self.normalize:
             scores /= np.maximum(frontier.num_tokens - frontier.num_prompt_tokens, 1)
@@ -126,10 +133,10 @@ class Likelihood:
 
 
 def as_scorer(scorer: "Scorer | TextValue | None") -> Scorer:
-    """A scorer from what users give: a scorer itself, a function (problem, text), or None for `Likelihood()`.
+    """Returns a scorer as it is, a `TextScorer` of a function (problem, text), or `Likelihood()` for None.
 
     Raises:
-        TypeError: none of these.
+        TypeError: `scorer` is none of these.
     """
     if scorer is None:
         return Likelihood()
@@ -148,17 +155,14 @@ def as_scorer(scorer: "Scorer | TextValue | None") -> Scorer:
 
 
 def scorer_of(verifier: Any) -> Scorer | None:
-    """The scorer of a run's verifier; None: the run has none. Raises as `as_scorer`."""
+    """Returns the scorer of a run's verifier; None where the run has none.
+
+    Raises:
+        TypeError: `verifier` is neither a scorer nor a function (problem, text).
+    """
     return None if verifier is None else as_scorer(verifier)
 
 
 def scorer_name(scorer: Scorer | None) -> str:
     """Returns the name that a scorer has in every process: its repr without addresses; "" for None."""
     return "" if scorer is None else _ADDRESS.sub("", repr(scorer))
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")

@@ -1,4 +1,4 @@
-"""A value head on the decoder's own hidden states: scores of branches at the price of no forward."""
+"""Value: scores branches by a value head on the decoder's own hidden states, without a further forward."""
 
 import asyncio
 import hashlib
@@ -18,16 +18,18 @@ _Waiting = list[tuple[Tensor, asyncio.Future[np.ndarray]]]
 
 
 class Value:
-    """P(a solution sampled on from here is right), read off the hidden state of each branch's last token.
+    """Scores a branch by P(a solution sampled on from here is right), from the hidden state of its last token.
 
-    The forward that gives the hidden states gives the logits of the next tokens too, so a branch, or its children, that
-    go on from here need one forward less. Whoever waits for the same forward is scored in one evaluation of the head.
+    The forward that gives the hidden states also gives the logits of the next tokens, so that a branch and its children
+    need one forward less when they go on. Frontiers that wait for the same forward are scored in one evaluation of the
+    head.
 
     Args:
-        head: a `ValueHead` for the decoder's model, or the file one was saved in.
+        head: a `ValueHead` for the decoder's model, or the file of one.
 
     Raises:
-        FileNotFoundError, ValueError: the file is missing, or holds no value head.
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds no value head.
     """
 
     probability = True
@@ -38,17 +40,17 @@ class Value:
         self._fast: tuple[list[int], Callable[[Tensor], Tensor]] | None = None  # of these versions of the weights
 
     def __repr__(self) -> str:
-        """Tells heads apart by their weights, wherever they are kept: journals ask whether a run is the same."""
+        """Names the head by its weights, wherever they are kept, since journals compare runs by it."""
         weights = hashlib.blake2b(digest_size=8)
         for tensor in self.head.state_dict().values():
             weights.update(tensor.float().numpy(force=True).tobytes())
         return f"Value({weights.hexdigest()})"
 
     def check(self, model: ModelAdapter) -> None:
-        """Looks at a decoder's model, before a run begins.
+        """Checks that a model fits the head; called before a run begins.
 
         Raises:
-            ValueError: it gives no hidden states, or the head was trained for those of another size.
+            ValueError: the model gives no hidden states, or the head was trained for those of another size.
         """
         require_hidden_states(model)
         if model.hidden_size != self.head.hidden_size:
@@ -58,7 +60,7 @@ class Value:
             )
 
     async def __call__(self, frontier: Frontier, problem: Problem) -> np.ndarray:
-        """Sets and returns the scores of a frontier's branches, `[n]` float64 in [0, 1].
+        """Scores the branches: `[n]` float64 in [0, 1].
 
         Raises:
             ValueError: the head was trained for another hidden size.
@@ -74,7 +76,7 @@ class Value:
         return frontier.scores
 
     def _evaluate(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Scores all that wait in a loop."""
+        """Scores all frontiers that wait in an event loop."""
         waiting = [(hidden, future) for hidden, future in self._waiting.pop(loop) if not future.done()]
         if not waiting:
             return
