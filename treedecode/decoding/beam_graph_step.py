@@ -21,7 +21,7 @@ _STEPS = 16  # taken before others get a turn
 
 
 class BeamGraphStep(GraphStep):
-    """A step of several searches: one row per running beam, in the order of the searches.
+    """A step of several beam searches: one row per running beam, in the order of the searches.
 
     A search that is done keeps its rows, whose new token is cut off again, and changes nothing else.
     """
@@ -42,15 +42,15 @@ class BeamGraphStep(GraphStep):
         self.finished = (self.buffer(torch.float32), *(self.buffer(torch.int32) for _ in range(3)))
 
     def load(self, beams: Beams, rows: IntArray, tokens: IntArray) -> None:
-        """The next replay appends `tokens` to the running beams' `rows` and goes on from there."""
+        """Prepares the next replay, which appends `tokens` to the running beams' `rows`."""
         self.idle(rows)
         self.q_lens.fill_(1)
         self.ids.copy_(torch.from_numpy(np.asarray(tokens, np.int64)))
         self.gen_lens.fill_(beams.num_steps)
         self.max_new_tokens.fill_(beams.settings.max_new_tokens)
         self.done.zero_()
-        for mine, theirs in zip((self.scores, *self.finished), beams.state, strict=True):
-            mine.copy_(theirs)
+        for buffer, values in zip((self.scores, *self.finished), beams.state, strict=True):
+            buffer.copy_(values)
 
     def _step(self) -> None:
         state, settings = self.pool.state, self.settings
@@ -95,7 +95,7 @@ class BeamGraphStep(GraphStep):
         self.done.copy_(torch.where(refused, self.done, done))
 
     def unpack(self, result: np.ndarray) -> tuple[IntArray, IntArray, np.ndarray, np.ndarray, bool, int]:
-        """(parents, tokens, scores, done, whether logits were bad, status) of a result."""
+        """Splits a result into parents, tokens, scores, done, whether logits were bad, and status."""
         size, groups = self.size, len(self.done)
         parents, tokens, scores = result[: 3 * size].reshape(3, size)
         done = result[3 * size : 3 * size + groups] != 0
@@ -131,10 +131,10 @@ def run_graph_steps(engine: Engine, beams: Beams, rows: IntArray, tokens: IntArr
         step.load(beams, rows, tokens)
         in_flight = InFlight(step)
         history: list[tuple[IntArray, IntArray, np.ndarray]] = []
-        most = min(_STEPS, settings.max_new_tokens - beams.num_steps)
+        max_steps = min(_STEPS, settings.max_new_tokens - beams.num_steps)
         launched, stop = 0, False
         while True:
-            while not stop and launched < most and not in_flight.is_full:
+            while not stop and launched < max_steps and not in_flight.is_full:
                 in_flight.launch()
                 launched += 1
             if not in_flight:

@@ -1,4 +1,4 @@
-"""Beam search on a decoder's pages: the loop between `Beams` and the engine's shared forward."""
+"""Beam search on a decoder's pages: runs `Beams` on the logits of the engine's shared forwards."""
 
 import asyncio
 import math
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from treedecode.common.validation import integer
 from treedecode.decoding.beam_graph_step import run_graph_steps
 from treedecode.decoding.beams import Beams, BeamSearch, Hypothesis
 from treedecode.decoding.completion import Completion
@@ -29,13 +30,12 @@ async def complete(
     ignore_eos: bool = False,
     **options: Any,
 ) -> list[list[Completion]]:
-    """`Decoder.beam_search` on checked prompts and stops; `options` are those of `BeamSearch`."""
+    """Runs `Decoder.beam_search` on checked prompts and stops; `options` are those of `BeamSearch`."""
     ends = (*(() if ignore_eos else engine.model.eos_token_ids), *stops.token_ids)
     options = {"num_beams": 4, "max_new_tokens": 256} | options
     settings = BeamSearch(eos_token_ids=tuple(dict.fromkeys(ends)), **options)
     count = settings.num_beams if num_return_sequences is None else num_return_sequences
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise TypeError(f"num_return_sequences: expected an int, got {count!r}")
+    integer("num_return_sequences", count)
     if not 1 <= count <= settings.num_beams:
         raise ValueError(f"num_return_sequences: expected 1 to num_beams = {settings.num_beams}, got {count}")
     if not (isinstance(repetition_penalty, (int, float)) and 0 < repetition_penalty < math.inf):
@@ -43,7 +43,7 @@ async def complete(
     matcher = engine.matcher
     stop_id = matcher.register(stops)
     asked = _stop_string(matcher, stop_id, settings.min_new_tokens) if stops.strings else None
-    found = await search(engine, prompts, settings, repetition_penalty=repetition_penalty, stop=asked)
+    results = await search(engine, prompts, settings, repetition_penalty=repetition_penalty, stop=asked)
 
     def completion(hypothesis: Hypothesis) -> Completion:
         tokens = hypothesis.token_ids
@@ -56,7 +56,7 @@ async def complete(
             finish_reason="stop" if at_string or int(tokens[-1]) in settings.eos_token_ids else "length",
         )
 
-    return [[completion(hypothesis) for hypothesis in hypotheses[:count]] for hypotheses in found]
+    return [[completion(hypothesis) for hypothesis in hypotheses[:count]] for hypotheses in results]
 
 
 def _stop_string(matcher: StopMatcher, stop_id: int, min_new_tokens: int) -> Stop:
@@ -108,9 +108,9 @@ async def search(
             f"but model and pages hold {engine.table.max_tokens + 1}"
         )
     results: list[list[Hypothesis]] = []
-    for at in range(0, len(prompts), size):
-        part = prompts[at : at + size]
-        asked = None if stop is None else lambda prompt, tokens, at=at: stop(prompt + at, tokens)
+    for begin in range(0, len(prompts), size):
+        part = prompts[begin : begin + size]
+        asked = None if stop is None else lambda prompt, tokens, begin=begin: stop(prompt + begin, tokens)
         results += await _search(engine, part, settings, repetition_penalty, asked)
     return results
 
@@ -152,7 +152,7 @@ async def _search(
 
 
 def _move(engine: Engine, rows: np.ndarray, parent: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """The branches of the next beams: they take the places of old ones, and those nobody takes are released.
+    """Moves branches to the rows of the next beams, and releases rows that no beam takes.
 
     On an error `rows` is what the caller still has to release.
     """
@@ -171,14 +171,14 @@ def _move(engine: Engine, rows: np.ndarray, parent: np.ndarray, place: np.ndarra
 
 
 def _penalise(logits: Tensor, engine: Engine, rows: np.ndarray, penalty: float) -> Tensor:
-    """Log-probs in fp32, those of tokens already in each row times `penalty` (1909.05858, applied to log-probs)."""
+    """Returns log-probs in fp32, those of tokens already in each row times `penalty` (1909.05858, on log-probs)."""
     lens = engine.table.num_tokens[rows]
     seen = engine.table.tokens[rows, : int(lens.max())].astype(np.int64)
     seen = np.where(np.arange(seen.shape[1]) < lens[:, None], seen, seen[:, :1])  # padded with a token that is there
-    at = torch.from_numpy(seen).to(logits.device)
+    seen_ids = torch.from_numpy(seen).to(logits.device)
     logprobs = logits.float().log_softmax(dim=-1)
     # log-probs are never positive, so there is nothing to divide
-    return logprobs.scatter(1, at, logprobs.gather(1, at) * penalty)
+    return logprobs.scatter(1, seen_ids, logprobs.gather(1, seen_ids) * penalty)
 
 
 def _asks(engine: Engine, rows: np.ndarray, beams: Beams, stop: Stop) -> Callable[[Tensor, Tensor], Tensor]:

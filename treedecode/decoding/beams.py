@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from treedecode import ops
+from treedecode.common.validation import int_at_least
 
 _FREE_SCORE = -1e9  # what the pool holds where nothing has finished yet
 
@@ -44,9 +45,7 @@ class BeamSearch:
 
     def __post_init__(self) -> None:
         for name, least in (("num_beams", 1), ("max_new_tokens", 1), ("min_new_tokens", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: expected an int >= {least}, got {value!r}")
+            int_at_least(name, getattr(self, name), least)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ValueError(f"early_stopping: expected False, True or 'never', got {self.early_stopping!r}")
         if not isinstance(self.length_penalty, (int, float)) or not math.isfinite(self.length_penalty):
@@ -100,10 +99,13 @@ class Beams:
         num_beams: Sequence[int] = (),
         device: torch.device | str = "cpu",
     ) -> None:
-        """`num_beams`: beams of each group where they differ; empty = `settings.num_beams` for all.
+        """Starts a search for every group.
+
+        Args:
+            num_beams: beams of each group where they differ; empty = `settings.num_beams` for all.
 
         Raises:
-            ValueError: no groups, or a wrong number of `num_beams`.
+            ValueError: there are no groups, or another number of `num_beams`.
         """
         if num_groups < 1:
             raise ValueError(f"num_groups: expected at least 1, got {num_groups}")
@@ -205,7 +207,7 @@ class Beams:
 
     @property
     def is_steady(self) -> bool:
-        """Whether all steps from here on are alike: a row of logits per beam, and any token allowed."""
+        """True if all steps from here on are alike: a row of logits per beam, and any token allowed."""
         settings = self.settings
         return self.num_steps > 0 and (self.num_steps >= settings.min_new_tokens or not settings.eos_token_ids)
 
@@ -217,7 +219,7 @@ class Beams:
     def resume(
         self, history: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], state: tuple[Tensor, ...], done: Tensor
     ) -> BeamStep:
-        """Goes on after steps that were taken elsewhere, from `state` on.
+        """Continues after steps that were taken elsewhere, from `state` on.
 
         Args:
             history: of each step (parent, token, score) of the running beams, `[num_rows]`; parents are rows.
@@ -290,14 +292,14 @@ class Beams:
         self._pool_parents, self._pool_tokens = self._pool_parents[keep], self._pool_tokens[keep]
         self._done = torch.zeros(len(self.groups), dtype=torch.bool, device=self._device)
         self._lay_out(self._num_beams[self.groups])
-        here = keep.to(step.parent.device)
-        return BeamStep(step.parent[here], step.token[here], step.row[here], finished)
+        kept = keep.to(step.parent.device)
+        return BeamStep(step.parent[kept], step.token[kept], step.row[kept], finished)
 
     def _trace(self, group: int) -> list[Hypothesis]:
         """Follows the back-pointers of the group's pool; its columns are `_slots` of the history."""
         first, end = self._first_slot[group : group + 2].tolist()
-        here = int(torch.searchsorted(self._slots, first))
-        pool = slice(here, here + end - first)
+        begin = int(torch.searchsorted(self._slots, first))
+        pool = slice(begin, begin + end - first)
         scores, lens, parents, tokens = (
             column[pool].cpu().numpy()
             for column in (self._pool_scores, self._pool_lens, self._pool_parents, self._pool_tokens)
@@ -326,7 +328,7 @@ class Beams:
 
 
 def _without(token_mask: Tensor | None, tokens: Tensor, logits: Tensor) -> Tensor:
-    """The mask with the bits of `tokens` cleared in every row."""
+    """Clears the bits of `tokens` in every row of a mask."""
     if token_mask is None:
         token_mask = logits.new_full((logits.shape[0], -(-logits.shape[1] // 32)), -1, dtype=torch.int32)
     mask = token_mask.clone()

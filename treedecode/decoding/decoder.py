@@ -1,4 +1,4 @@
-"""Decoder: a model, its pages, and everything that decodes on them."""
+"""Decoder: a model, its pages, and the calls that decode on them."""
 
 import contextlib
 import os
@@ -120,7 +120,7 @@ class Decoder:
         gguf_file: str | None = None,
         **options: Any,
     ) -> "Decoder":
-        """A decoder on a model from the hub, a folder, or a GGUF file.
+        """Loads a model from the hub, a folder, or a GGUF file, and makes a decoder on it.
 
         Args:
             dtype: of weights and cache: float32, bfloat16 or float16, also by name; None takes the checkpoint's.
@@ -213,7 +213,7 @@ class Decoder:
         stop: StopLike = None,
         callback: Callable[[int, int, str], None] | None = None,
     ) -> list[list[Completion]]:
-        """`generate` for coroutines: decodes together with whatever else runs on this decoder."""
+        """Runs `generate` in a coroutine, in the same forwards as all else that runs on this decoder."""
         ids = self.prompt_ids(prompts)
         sampling, stops = sampling_or(sampling, Sampling()), self._codec.parse_stop(stop)
         positive_int("num_branches", num_branches)
@@ -242,7 +242,7 @@ class Decoder:
         stop: StopLike = None,
         ignore_eos: bool = False,
     ) -> list[list[Completion]]:
-        """The most likely completions of every prompt that a search with `num_beams` beams finds, best first.
+        """Searches the most likely completions of every prompt with `num_beams` beams; returns them best first.
 
         Token for token what `generate(num_beams=...)` of Transformers finds; `treedecode.decoding.beams.BeamSearch`
         says what the settings mean. Finished beams are ranked by cum_logprob / len(token_ids) ** length_penalty.
@@ -275,14 +275,14 @@ class Decoder:
         return self.run(work)
 
     async def beam_search_async(self, prompts: Prompt | Sequence[Prompt], **settings: Any) -> list[list[Completion]]:
-        """`beam_search` for coroutines: decodes together with whatever else runs on this decoder."""
+        """Runs `beam_search` in a coroutine, in the same forwards as all else that runs on this decoder."""
         stops = self._codec.parse_stop(settings.pop("stop", None))
         return await beam_search.complete(self.engine, self.prompt_ids(prompts), stops, **settings)
 
     async def roots(
         self, prompts: Prompt | Sequence[Prompt], *, sampling: Sampling | None = None, account: int = -1
     ) -> Frontier:
-        """One branch per prompt, computed up to its last token: where a search begins.
+        """Opens one branch per prompt, computed up to its last token: the beginning of a search.
 
         Args:
             prompts: strings or lists of token ids.
@@ -290,7 +290,8 @@ class Decoder:
             account: of `engine.meter`, to which all that grows from here is charged; -1 = none.
 
         Raises:
-            TypeError, ValueError: a prompt is wrong (named). OutOfBranches: more prompts than free branches.
+            TypeError, ValueError: a prompt is wrong (named).
+            OutOfBranches: there are more prompts than free branches.
         """
         ids, sampling = self.prompt_ids(prompts), sampling_or(sampling, Sampling())
         return await open_roots(self.engine, self._codec, self.recorder, ids, sampling, account)
@@ -310,7 +311,7 @@ class Decoder:
 
     @property
     def stats(self) -> Stats:
-        """What this decoder has computed, reused and preempted so far."""
+        """Counts of the forwards, tokens and preemptions of this decoder so far."""
         return self.engine.runner.stats
 
     @property
@@ -370,7 +371,7 @@ class Decoder:
         self.engine.check_integrity()
 
     def reset(self) -> None:
-        """Computes everything anew from here on, with the model as it is now; branches keep their tokens.
+        """Drops all keys and values and follows the model as it is now; branches keep their tokens.
 
         Changed weights, modules and hooks are noticed without it. Call it after what cannot be noticed: a write through
         `.data`, or a switch that a forward reads, such as that of an adapter.
@@ -379,7 +380,7 @@ class Decoder:
         self.forget()
 
     def close(self) -> None:
-        """Ends what is decoding with a RuntimeError and gives all memory back; later calls raise."""
+        """Ends calls under way with a RuntimeError and gives all memory back; later calls raise."""
         self.engine.close()
 
     def __enter__(self) -> "Decoder":

@@ -93,7 +93,7 @@ class Frontier:
 
     @property
     def cum_logprobs(self) -> np.ndarray:
-        """`[n]` float64 sums of the generated tokens' log-probabilities; given text counts as 0."""
+        """`[n]` float64 sums of the generated tokens' log-probabilities; forced text counts as 0."""
         return self._store.table.cum_logprob[self.branches]
 
     @property
@@ -102,25 +102,25 @@ class Frontier:
         return self._store.table.finish[self.branches] == Finish.EOS
 
     def token_ids(self) -> list[list[int]]:
-        """Tokens of each branch after its prompt."""
+        """Returns the tokens of each branch after its prompt."""
         return [tokens.tolist() for tokens in self.new_tokens()]
 
     def new_tokens(self) -> list[IntArray]:
-        """`[num_new]` int32 tokens of each branch after its prompt, as views: valid until the branch goes on."""
+        """Returns the tokens of each branch after its prompt, `[n]` int32 views that are valid until it goes on."""
         table = self._store.table
         return [table.tokens[row, table.prompt_len[row] : table.num_tokens[row]] for row in self.branches]
 
     def logprobs(self) -> list[np.ndarray]:
-        """`[num_new]` float32 log-probabilities of those tokens, as views; 0 for given text."""
+        """Returns the log-probabilities of those tokens, `[n]` float32 views; 0 for forced text."""
         table = self._store.table
         return [table.logprobs[row, table.prompt_len[row] : table.num_tokens[row]] for row in self.branches]
 
     def texts(self) -> list[str]:
-        """Text of each branch after its prompt, stop strings of its steps included."""
+        """Returns the text of each branch after its prompt, stop strings of its steps included."""
         return [self._engine.text(int(row), cut=False) for row in self.branches]
 
     def step_texts(self) -> list[str]:
-        """Text of each branch's latest `extend`, without the stop string that ended it."""
+        """Returns the text of each branch's latest `extend`, without the stop string that ended it."""
         begins = self._store.table.step_begin
         return [self._engine.text(int(row), cut=True, begin=int(begins[row])) for row in self.branches]
 

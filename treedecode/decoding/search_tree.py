@@ -5,8 +5,8 @@ from typing import Any
 
 SCHEMA = "treedecode.search_tree/1"
 
-# What may become of a node: nothing yet or given up with its search, dropped for a better one, put into an equal one,
-# come to an answer, and the one whose answer was taken.
+# open: nothing yet, or given up with its search. pruned: dropped for a better one. merged: put into an equal one.
+# final: came to an answer. answer: its answer was taken.
 STATUSES = ("open", "pruned", "merged", "final", "answer")
 KINDS = ("prompt", "generated", "given")
 
@@ -43,34 +43,34 @@ class SearchTree:
         self.nodes: list[Node] = []
 
     def add(self, parent: int, kind: str, text: str, num_tokens: int, logprob: float = 0.0) -> int:
-        """A new node; its index."""
+        """Adds a node and returns its index."""
         self.nodes.append(Node(parent, kind, text, num_tokens, logprob))
         return len(self.nodes) - 1
 
     def path(self, node: int) -> list[int]:
-        """Indices from the prompt down to `node`."""
-        found = []
+        """Returns the indices from the prompt down to `node`."""
+        path = []
         while node >= 0:
-            found.append(node)
+            path.append(node)
             node = self.nodes[node].parent
-        return found[::-1]
+        return path[::-1]
 
     def text(self, node: int) -> str:
-        """All text after the prompt, down to `node`."""
+        """Returns all text after the prompt, down to `node`."""
         return "".join(self.nodes[i].text for i in self.path(node) if self.nodes[i].kind != "prompt")
 
     def leaves(self) -> list[int]:
-        """Nodes that nothing goes on from, prompts among them only if nothing does from them."""
+        """Returns the nodes without children."""
         parents = {node.parent for node in self.nodes}
         return [i for i in range(len(self.nodes)) if i not in parents]
 
     def to_json(self) -> dict[str, Any]:
-        """`{"schema", "nodes"}`; a node has the attributes of `Node`."""
+        """Converts the tree to `{"schema", "nodes"}`; a node has the attributes of `Node`."""
         return {"schema": SCHEMA, "nodes": [asdict(node) for node in self.nodes]}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "SearchTree":
-        """The tree that `to_json` described.
+        """Reads the tree that `to_json` wrote.
 
         Raises:
             ValueError: another schema.

@@ -1,4 +1,4 @@
-"""BranchTable: the host's state of every branch as struct of arrays, indexed by the page pool's row ids."""
+"""BranchTable: the state of every branch on the host, a struct of arrays indexed by the page pool's rows."""
 
 from enum import IntEnum
 
@@ -11,7 +11,7 @@ _WORD = (1 << 64) - 1
 
 
 class Finish(IntEnum):
-    """Why a branch stopped. EOS is final; after the others the branch can be extended further."""
+    """The reason why a branch stopped. EOS is final; after the others the branch can be extended further."""
 
     NONE = 0
     STOP = 1
@@ -20,7 +20,7 @@ class Finish(IntEnum):
 
 
 class Work(IntEnum):
-    """What a branch's current job wants of it."""
+    """The work that a branch's current job wants done on it."""
 
     NONE = 0
     PREFILL = 1  # all tokens but the last into the cache
@@ -44,7 +44,7 @@ def _mix_one(x: int) -> int:
 
 
 def child_seeds(seed: IntArray, step: IntArray, ordinal: IntArray) -> IntArray:
-    """Seeds of children: a hash of (parent's seed, step, ordinal), so that siblings differ; int64, broadcast."""
+    """Hashes (parent's seed, step, ordinal) to the seed of a child, so that siblings differ; int64, broadcast."""
     golden = np.uint64(0x9E3779B97F4A7C15)
     words = [np.atleast_1d(np.asarray(part)).astype(np.int64).view(np.uint64) for part in (seed, step, ordinal)]
     if all(len(word) == 1 for word in words):  # one child at a time is common, and arrays of one take 20 times as long
@@ -101,22 +101,24 @@ class BranchTable:
         self.ignore_eos = np.zeros(n, bool)
 
     def goal(self, rows: IntArray) -> IntArray:
-        """Tokens that rows want in the cache for their work: a prefill leaves the last one out, a hidden state is that
-        before an end of sequence."""
+        """Returns how many tokens of each row its work wants in the cache.
+
+        A prefill leaves the last one out. A hidden state is that before an end of sequence.
+        """
         work = self.work[rows]
-        before = (work == Work.PREFILL) | ((work == Work.HIDDEN) & (self.finish[rows] == Finish.EOS))
-        return self.num_tokens[rows] - before
+        without_last = (work == Work.PREFILL) | ((work == Work.HIDDEN) & (self.finish[rows] == Finish.EOS))
+        return self.num_tokens[rows] - without_last
 
     def reserve(self, num_tokens: int) -> None:
         """Makes room for branches of `num_tokens` tokens."""
-        have = self.tokens.shape[1]
-        if num_tokens <= have:
+        width = self.tokens.shape[1]
+        if num_tokens <= width:
             return
-        grown = min(max(num_tokens, 2 * have), max(self.max_tokens, num_tokens))
+        grown = min(max(num_tokens, 2 * width), max(self.max_tokens, num_tokens))
         for name in ("tokens", "logprobs"):
             old = getattr(self, name)
             new = np.zeros((old.shape[0], grown), old.dtype)
-            new[:, :have] = old
+            new[:, :width] = old
             setattr(self, name, new)
 
     def open(self, rows: IntArray, prompts: list[IntArray], seeds: IntArray, account: int = -1) -> None:
@@ -141,7 +143,7 @@ class BranchTable:
         self.job[rows] = -1
 
     def copy(self, src: IntArray, dst: IntArray) -> None:
-        """dst <- src, simultaneously: tokens and history. Seeds, handles and what is cached are the caller's."""
+        """Copies tokens and history of rows `src` to rows `dst`, all at once. Seeds, handles and `num_cached` stay."""
         for name in self._COPIED:
             array = getattr(self, name)
             array[dst] = array[src]
@@ -161,11 +163,11 @@ class BranchTable:
         self.num_cached[rows] = np.minimum(self.num_cached[rows], lens - 1)
 
     def append(self, rows: IntArray, lengths: IntArray, tokens: IntArray) -> None:
-        """Adds given tokens (packed in row order) to the ends of rows; their log-probability counts as 0."""
+        """Appends tokens (packed in row order) to the ends of rows; their log-probability counts as 0."""
         self.reserve(int((self.num_tokens[rows] + lengths).max(initial=0)))
-        at = np.repeat(self.num_tokens[rows] - np.cumsum(lengths) + lengths, lengths) + np.arange(len(tokens))
-        self.tokens[np.repeat(rows, lengths), at] = tokens
-        self.logprobs[np.repeat(rows, lengths), at] = 0
+        positions = np.repeat(self.num_tokens[rows] - np.cumsum(lengths) + lengths, lengths) + np.arange(len(tokens))
+        self.tokens[np.repeat(rows, lengths), positions] = tokens
+        self.logprobs[np.repeat(rows, lengths), positions] = 0
         self.num_tokens[rows] += lengths
         self.finish[rows] = Finish.NONE
 
@@ -180,7 +182,7 @@ class BranchTable:
         self.min_tokens[rows] = self.num_tokens[rows] + sampling.min_new_tokens
 
     def packed(self, rows: IntArray, q_lens: IntArray) -> tuple[IntArray, IntArray]:
-        """(token ids, positions) of the next `q_lens` uncached tokens of each row, packed in row order, int64."""
+        """Returns ids and positions of the next `q_lens` uncached tokens of each row, packed in row order, int64."""
         starts = self.num_cached[rows]
         within = np.arange(int(q_lens.sum())) - np.repeat(np.cumsum(q_lens) - q_lens, q_lens)
         positions = np.repeat(starts, q_lens) + within

@@ -67,7 +67,7 @@ class GraphStep:
         self.row_ids.copy_(self.rows)
 
     def capture(self, memory: Any, stream: Any) -> None:
-        """Makes the graph, on a GPU.
+        """Captures the graph, on a GPU.
 
         Args:
             memory: the graphs' memory pool (`torch.cuda.graph_pool_handle()`), which they share.
@@ -100,7 +100,7 @@ class GraphStep:
             self._graph = graph
 
     def replay(self, number: int) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Launches the step; its result is in the tensor returned once the event has passed.
+        """Launches the step; the tensor returned holds its result once the event has passed.
 
         Args:
             number: of this replay; the result of number n is overwritten by number n + MAX_IN_FLIGHT.

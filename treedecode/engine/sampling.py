@@ -1,4 +1,4 @@
-"""Sampling: how a branch picks its next token."""
+"""Sampling: the settings by which a branch draws its next token."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ import torch
 
 from treedecode.common.validation import integer, number, shown
 
-# Settings are used in fp32: what becomes infinite or 0 there would fail every row of a step, whoever asked for it.
+# Settings are used in fp32. One that becomes infinite or 0 there would fail every row of the step.
 _FP32_MIN, _FP32_MAX = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of one branch's random choices; the filters compose in the order temperature, top_k, top_p, min_p.
+    """Settings of one branch's random draws; the filters compose in the order temperature, top_k, top_p, min_p.
 
     Args:
         temperature: divides the logits; 0 takes the most likely token (lowest id on a tie).

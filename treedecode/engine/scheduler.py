@@ -1,13 +1,14 @@
 """Scheduler: chooses the tokens of the next forward, and the branches to preempt when pages run out."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from treedecode._host import PrefixIndex
 from treedecode.accounting.meter import AccountRows, Meter
+from treedecode.cache.page_pool import PagePool
 from treedecode.common.arrays import IntArray
 from treedecode.engine.branch_table import BranchTable, Work
 
@@ -45,12 +46,15 @@ class Batch:
 
 
 class Scheduler:
-    """Chooses batches. All rows that decode go in; rows with more to compute share a token budget, first come first.
+    """Chooses batches: all rows that decode, and first come, first served, rows with more tokens to compute.
 
-    A row whose prompt begins like one that is being prefilled waits for it and then starts on its pages.
+    The latter share a budget of tokens per forward. A row whose prompt begins like one that is being prefilled waits
+    for it, and then starts on its pages.
     """
 
-    def __init__(self, table: BranchTable, pool: Any, index: Any, meter: Meter, *, prefill_tokens: int) -> None:
+    def __init__(
+        self, table: BranchTable, pool: PagePool, index: PrefixIndex, meter: Meter, *, prefill_tokens: int
+    ) -> None:
         self.table = table
         self.meter = meter
         self.pool = pool
@@ -60,7 +64,7 @@ class Scheduler:
         self.num_prefix_tokens = 0
 
     def free_held_pages(self, count: int) -> int:
-        """Lets the prefix index drop up to `count` pages that no branch uses; how many it dropped."""
+        """Makes the prefix index drop up to `count` pages that no branch uses; returns how many it dropped."""
         evicted = self.index.evict(count, self.pool.refcount.numpy(force=True)) if count > 0 else ()
         if len(evicted):
             self.pool.drop(evicted)
@@ -77,7 +81,11 @@ class Scheduler:
                     self.pool.retain(fresh)
 
     def next_batch(self) -> tuple[Batch | None, IntArray]:
-        """The next batch (None: no work that needs a forward), and rows whose prefill turned out to be done."""
+        """Chooses the next batch.
+
+        Returns:
+            the batch (None: no row needs a forward), and rows whose prefill turned out to be done.
+        """
         table = self.table
         busy = np.flatnonzero(table.work)
         busy = busy[np.argsort(table.order[busy])]
@@ -124,23 +132,25 @@ class Scheduler:
         return np.array(rows, np.int64), np.array(lens, np.int32)
 
     def _adopt(self, row: int, ahead: list[tuple[int, int]]) -> bool:
-        """Starts an empty row on pages of the index; False: it should wait for a row ahead with the same beginning.
+        """Starts an empty row on pages of the prefix index.
+
+        Returns False if the row should wait for a row ahead of it with the same beginning.
 
         Args:
             ahead: (row, tokens it will have in the cache) of those that go before it.
         """
         table, page = self.table, self.pool.page_size
-        known = np.ascontiguousarray(table.tokens[row, : table.num_tokens[row] - 1])
-        pages, found = self.index.match(known)
+        prefix = np.ascontiguousarray(table.tokens[row, : table.num_tokens[row] - 1])
+        pages, num_matched = self.index.match(prefix)
         for other, goal in ahead:
-            both = min(len(known), goal)
-            differ = np.flatnonzero(known[:both] != table.tokens[other, :both])
-            common = int(differ[0]) if len(differ) else both
-            if common // page * page > found:
+            length = min(len(prefix), goal)
+            differ = np.flatnonzero(prefix[:length] != table.tokens[other, :length])
+            common = int(differ[0]) if len(differ) else length
+            if common // page * page > num_matched:
                 return False
-        if found:
-            self.pool.adopt(row, pages, found)
-            table.num_cached[row] = found
+        if num_matched:
+            self.pool.adopt(row, pages, num_matched)
+            table.num_cached[row] = num_matched
         return True
 
     def _clear(self, row: int) -> None:
@@ -148,7 +158,7 @@ class Scheduler:
         self.table.num_cached[row] = 0
 
     def make_room(self, keep: IntArray, lacking: int) -> None:
-        """Lets the next batch have more pages or need fewer, at the cost of the least valuable cached tokens.
+        """Frees pages for the next batch, or makes it need fewer, at the cost of the least valuable cached tokens.
 
         Args:
             keep: rows that must not be preempted.
@@ -177,7 +187,7 @@ class Scheduler:
             raise RuntimeError("out of pages: nothing is left to preempt; give the decoder more kv_memory")
 
     def batch(self, rows: IntArray, lens: IntArray) -> Batch:
-        """The batch that takes the next `lens` tokens of `rows`."""
+        """Makes the batch that computes the next `lens` tokens of `rows`."""
         table = self.table
         pages, used = self._pages(rows)
         order = _depth_first(rows, pages, used)
@@ -212,7 +222,7 @@ class Scheduler:
         )
 
     def _pages(self, rows: IntArray) -> tuple[IntArray, np.ndarray]:
-        """(page ids, which of them the row has), `[n, most pages of a row]`; 0 where it has none."""
+        """Returns page ids `[n, most pages of a row]`, 0 beyond a row's own, and a mask of its own."""
         num_pages = -(-self.table.num_cached[rows] // self.pool.page_size)
         width = int(num_pages.max(initial=0))
         used = np.arange(width) < num_pages[:, None]
@@ -221,6 +231,6 @@ class Scheduler:
 
 
 def _depth_first(rows: IntArray, pages: IntArray, used: np.ndarray) -> list[int]:
-    """Order of rows in which equal leading pages are adjacent: any fixed order of the page-table rows will do."""
+    """Returns an order of rows in which equal leading pages are adjacent: that of their page ids."""
     keys = [line.tobytes() for line in np.where(used, pages, -1)]
     return sorted(range(len(rows)), key=lambda i: (keys[i], rows[i]))

@@ -1,4 +1,4 @@
-"""Where a branch's text ends: stop strings across token borders, stop tokens, and streaming that never shows a stop."""
+"""Finds where a branch's text ends: stop strings across token borders, stop tokens, streaming without the stop."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,29 +15,29 @@ StopLike = str | int | Sequence[str | int] | None
 
 @dataclass(frozen=True)
 class StopSet:
-    """What ends an extend: any of `strings` in the new text, or any of `token_ids`."""
+    """The stops of an extend: any of `strings` in the new text, or any of `token_ids`, ends it."""
 
     strings: tuple[str, ...] = ()
     token_ids: tuple[int, ...] = ()
 
     def find(self, text: str, before: str = "") -> int:
-        """Where the first stop string begins in `text` that is not all in its known beginning `before`; -1: nowhere."""
-        seen = len(before.rstrip(_PARTIAL))
-        found = [at for stop in self.strings if (at := text.find(stop, max(0, seen - len(stop) + 1))) >= 0]
-        return min(found, default=-1)
+        """Returns where the first stop string begins that ends after the first part `before`; -1 = there is none."""
+        searched = len(before.rstrip(_PARTIAL))
+        begins = [text.find(stop, max(0, searched - len(stop) + 1)) for stop in self.strings]
+        return min((begin for begin in begins if begin >= 0), default=-1)
 
 
 def parse_stop(
     stop: StopLike, *, vocab_size: int, has_tokenizer: bool, special: Mapping[str, int] | None = None
 ) -> StopSet:
-    """The set a user's `stop` means: strings, token ids, or a mix of both.
+    """Converts a `stop` argument (strings, token ids, or a mix of both) to a set of stops.
 
     Args:
         special: ids of special tokens. They leave no text to find such a string in, so it stands for the token as well.
 
     Raises:
-        TypeError: neither a string nor an int. ValueError: an empty string, an id outside the vocabulary, or a string
-            where there is no tokenizer to read text with.
+        TypeError: an item is neither a string nor an int.
+        ValueError: a string is empty, or there is no tokenizer to find it with; an id lies outside of the vocabulary.
     """
     if stop is None:
         return StopSet()
@@ -66,7 +66,7 @@ def parse_stop(
 
 
 def _decodes_as_backend(tokenizer: Any) -> bool:
-    """Whether `tokenizer.decode` is that of its Rust backend and no more: calling that is five times faster."""
+    """Returns whether `tokenizer.decode` only calls its Rust backend; calling that directly is five times faster."""
     kind, fast = type(tokenizer), getattr(sys.modules.get("transformers"), "PreTrainedTokenizerFast", None)
     return (
         fast is not None
@@ -88,7 +88,7 @@ class StopMatcher:
         self._masks: list[np.ndarray | None] = [None]
 
     def decode(self, tokens: np.ndarray) -> str:
-        """Text of `tokens`; special tokens leave no text. Without a tokenizer: empty."""
+        """Decodes tokens; special tokens leave no text. Without a tokenizer the text is empty."""
         if self._tokenizer is None or len(tokens) == 0:
             return ""
         if self._decodes_as_backend:
@@ -97,12 +97,12 @@ class StopMatcher:
 
     @cached_property
     def special(self) -> dict[str, int]:
-        """Ids of the special tokens that the model can produce, by the text they are written as."""
+        """The ids of special tokens that the model can produce, by the text they are written as."""
         added = getattr(self._tokenizer, "added_tokens_decoder", {})
         return {str(token): i for i, token in added.items() if token.special and i < self._vocab_size}
 
     def register(self, stops: StopSet) -> int:
-        """A small id for `stops`; 0 is the empty set."""
+        """Returns a small id for `stops`; 0 is the empty set."""
         if stops not in self._sets:
             self._sets.append(stops)
             self._masks.append(None)
@@ -112,7 +112,7 @@ class StopMatcher:
         return self._sets[stop_id]
 
     def mask(self, stop_id: int) -> np.ndarray:
-        """`[vocab_size]` bool: tokens after which the text may just have completed a stop of the set."""
+        """Returns `[vocab_size]` bool: tokens that can complete a stop of the set."""
         mask = self._masks[stop_id]
         if mask is None:
             stops = self._sets[stop_id]
@@ -128,7 +128,7 @@ class StopMatcher:
         return mask
 
     def stopped(self, stop_id: int, tokens: np.ndarray) -> bool:
-        """Whether the last of `tokens` (all tokens of this extend) completes a stop of the set."""
+        """Returns whether the last of `tokens` (all tokens of this extend) completes a stop of the set."""
         stops = self._sets[stop_id]
         if int(tokens[-1]) in stops.token_ids:
             return True
@@ -142,30 +142,30 @@ class StopMatcher:
         return stops.find(text, self.decode(tokens[-window:-1])) >= 0
 
     def text(self, stop_id: int, tokens: np.ndarray, *, cut: bool) -> str:
-        """Text of a branch's new `tokens`; `cut`: without the stop string that their last one completed."""
+        """Decodes a branch's new tokens; `cut`: without the stop string that the last one completed."""
         text = self.decode(tokens)
         if cut and self._sets[stop_id].strings:
-            at = self._sets[stop_id].find(text, self.decode(tokens[:-1]))
-            return text[:at] if at >= 0 else text
+            begin = self._sets[stop_id].find(text, self.decode(tokens[:-1]))
+            return text[:begin] if begin >= 0 else text
         return text
 
     def _token_texts(self) -> list[tuple[str, ...]]:
-        """The forms a token's text may take: alone, and after others, where a space may come before it."""
+        """Returns the texts a token may have: alone, and after others, where a space may come before it."""
         if self._pieces is None:
             count = min(self._vocab_size, len(self._tokenizer))
-            alone = [[i] for i in range(count)]
+            single = [[i] for i in range(count)]
             fast = getattr(self._tokenizer, "backend_tokenizer", None)  # a hundred times faster than one by one
             if fast is not None:
-                texts = fast.decode_batch(alone, skip_special_tokens=True)
+                texts = fast.decode_batch(single, skip_special_tokens=True)
             else:
                 options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-                texts = self._tokenizer.batch_decode(alone, **options)
+                texts = self._tokenizer.batch_decode(single, **options)
             self._pieces = [(text, " " + text) for text in texts]
         return self._pieces
 
 
 class TextStream:
-    """One branch's text as it comes, in pieces that never end within a character or show part of a stop string."""
+    """Streams one branch's text in pieces that never end within a character or show part of a stop string."""
 
     def __init__(self, decode: Callable[[np.ndarray], str], stops: StopSet) -> None:
         self._decode = decode
@@ -175,21 +175,26 @@ class TextStream:
         self._held = ""
 
     def push(self, tokens: np.ndarray, *, last: bool, cut: bool) -> str:
-        """New text to show, given all tokens so far; `last`: no more will come; `cut`: the last completed a stop."""
+        """Returns the new text to show, given all tokens so far.
+
+        Args:
+            last: no more tokens will come.
+            cut: the last token completed a stop string, which is left out.
+        """
         before = self._decode(tokens[self._context : self._read])
-        known = self._held + self._decode(tokens[self._context : -1])[len(before) :] if cut else ""
+        earlier = self._held + self._decode(tokens[self._context : -1])[len(before) :] if cut else ""
         text = self._decode(tokens[self._context :])
         if not text.endswith(_PARTIAL) or last:
             self._held += text[len(before) :]
             self._context, self._read = self._read, len(tokens)
         if last:
-            at = self._stops.find(self._held, known) if cut else -1
-            return self._held[:at] if at >= 0 else self._held
+            begin = self._stops.find(self._held, earlier) if cut else -1
+            return self._held[:begin] if begin >= 0 else self._held
         keep = max((_overlap(self._held, stop) for stop in self._stops.strings), default=0)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return shown
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins, but does not complete, `stop`."""
+    """Returns the length of the longest end of `text` that begins, but does not complete, `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,1 +1,1 @@
-"""treedecode inside other libraries."""
+"""Runs treedecode inside other libraries."""

@@ -1,4 +1,4 @@
-"""`treedecode.generate`: the decoding loop for `model.generate(..., custom_generate=treedecode.generate)`."""
+"""Runs `model.generate(..., custom_generate=treedecode.generate)` of Transformers on a decoder."""
 
 import inspect
 from collections.abc import Sequence
@@ -169,7 +169,7 @@ def generate(
 def _sampling(
     config: GenerationConfig, decoder: Decoder, eos: list[int], min_new_tokens: int
 ) -> tuple[Sampling, list[int] | None]:
-    """The branches' settings, and end tokens that are not the decoder's own."""
+    """Returns the branches' settings, and end tokens that are not the decoder's own."""
     own = set(eos) == set(decoder.model.eos_token_ids)
     filters: dict[str, Any] = {"temperature": 0.0}
     if config.do_sample:
@@ -204,7 +204,7 @@ def _refuse_settings(config: GenerationConfig) -> None:
 
 
 def _refuse_withheld() -> None:
-    """`generate` does not hand a callable what it was given as these; whoever reads the streamer would wait forever.
+    """Refuses arguments that `generate` withholds from a callable; a reader of the streamer would wait for ever.
 
     They can only be seen in the variables of the `generate` that is calling.
     """
@@ -227,7 +227,7 @@ def _refuse_processors(config: GenerationConfig, logits_processor: LogitsProcess
 
 
 def _further_criteria(config: GenerationConfig, criteria: StoppingCriteriaList) -> StoppingCriteriaList:
-    """Those that are more than the length limit and the end tokens, which the decoder knows itself."""
+    """Returns the criteria beyond the length limit and the end tokens, which the decoder knows itself."""
     return StoppingCriteriaList(
         criterion
         for criterion in criteria
@@ -265,10 +265,10 @@ async def _step_by_step(
             every = roots.fork(count)
     with every:
         for step in range(max_new_tokens):
-            here = replace(sampling, seed=None, min_new_tokens=max(0, sampling.min_new_tokens - step))
+            settings = replace(sampling, seed=None, min_new_tokens=max(0, sampling.min_new_tokens - step))
             # Without end tokens `generate` has nothing to fill ended texts with: they go on until all have ended.
             with every.select(~done if eos else np.ones_like(done)) as live:
-                await live.extend(stop=ends, max_new_tokens=1, sampling=here)
+                await live.extend(stop=ends, max_new_tokens=1, sampling=settings)
             texts = every.token_ids()
             ids = _assemble(input_ids, texts, pad)
             done |= np.isin(ids[:, -1].numpy(force=True), eos) | criteria(cast(LongTensor, ids), None).numpy(force=True)
@@ -278,7 +278,7 @@ async def _step_by_step(
 
 
 def _prompts(input_ids: Tensor, model_kwargs: dict[str, Any], width: int) -> list[np.ndarray]:
-    """Token ids of each prompt without padding; `generate` has repeated every one `width` times."""
+    """Returns the token ids of each prompt without padding; `generate` has repeated every one `width` times."""
     for name, value in model_kwargs.items():
         if name not in _MODEL_ARGUMENTS and value is not None:
             raise ValueError(f"{name}: is not supported by treedecode.generate")
@@ -303,7 +303,7 @@ def _prompts(input_ids: Tensor, model_kwargs: dict[str, Any], width: int) -> lis
 
 
 def _assemble(prompts: Tensor, texts: Sequence[Sequence[int]], pad: int) -> Tensor:
-    """`[n, prompt_len + longest]`: prompts as they were, then the texts, then padding."""
+    """Lays out `[n, prompt_len + longest]`: prompts as they were, then the new tokens, then padding."""
     new = torch.full((len(texts), max(map(len, texts))), pad, dtype=torch.int64)
     for row, text in zip(new, texts, strict=True):
         row[: len(text)] = torch.as_tensor(text)
@@ -350,7 +350,7 @@ class _Slot:
 
 
 def _decoder_of(model: PreTrainedModel, kv_memory: int | str | None) -> Decoder:
-    """The model's decoder: one per model, made anew when weights, dtype, device or `kv_memory` have changed."""
+    """Returns the model's decoder, made anew when weights, dtype, device or `kv_memory` have changed."""
     with exclusive(configs_of(model)):  # two threads must not make one each
         key = (kv_memory, model.device, model.dtype, _fingerprint(model))
         slot: _Slot | None = model.__dict__.get(_SLOT)
@@ -364,7 +364,7 @@ def _decoder_of(model: PreTrainedModel, kv_memory: int | str | None) -> Decoder:
 
 
 def _fingerprint(model: PreTrainedModel) -> tuple[Any, ...]:
-    """Changes when weights do: kept prefixes were computed with them, and the decoder may hold them repacked.
+    """Identifies the weights: kept prefixes were computed with them, and the decoder may hold them repacked.
 
     In-place changes count up a tensor's version, except through `.data`: one element of each tensor catches most of
     those. Plain attributes hold switches, such as those of adapters.
