@@ -1,4 +1,4 @@
-"""Model adapters: what the decoder runs, and how models are loaded."""
+"""Adapts models to the decoder, and loads them."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -10,16 +10,10 @@ if TYPE_CHECKING:
     from treedecode.models.loading import load_pretrained as load_pretrained
     from treedecode.models.transformers import TransformersModel as TransformersModel
 
-# Transformers takes seconds to import, so only who uses it waits for it.
+# Transformers takes seconds to import, so these are imported on first use.
 _LAZY = {"TransformersModel": "treedecode.models.transformers", "load_pretrained": "treedecode.models.loading"}
 
 __all__ = ["ModelAdapter", "StepContext", "TransformersModel", "as_adapter", "load_pretrained"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'treedecode.models' has no attribute {name!r}")
 
 
 def as_adapter(model: Any) -> ModelAdapter:
@@ -38,4 +32,12 @@ def as_adapter(model: Any) -> ModelAdapter:
             f"model: {type(model).__name__} lacks {', '.join(missing)}; inherit from treedecode.models.ModelAdapter, "
             "which has defaults"
         )
-    return __getattr__("TransformersModel")(model)
+    from treedecode.models.transformers import TransformersModel  # takes seconds to import
+
+    return TransformersModel(model)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'treedecode.models' has no attribute {name!r}")
