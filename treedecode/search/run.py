@@ -147,10 +147,8 @@ class Run:
         await self._quota.acquire(self._branches_per_problem)
         begin, is_cut = time.perf_counter(), False
         deadline = self._account.deadline(self._problem_budget)
-        limit, outer = (
-            asyncio.timeout(None if deadline is None else deadline - time.monotonic()),
-            DEADLINE.set(deadline),
-        )
+        limit = asyncio.timeout(None if deadline is None else deadline - time.monotonic())
+        outer_deadline = DEADLINE.set(deadline)
         account = self._problem_budget.open(meter, self._account.id)
         search = Search(
             self._decoder,
@@ -175,7 +173,7 @@ class Run:
                 raise
             outcome, is_cut = search.best_so_far(), True
         finally:
-            DEADLINE.reset(outer)
+            DEADLINE.reset(outer_deadline)
             recorder.stop(account)
             spending = meter.close(account)
             search.release_quota()
