@@ -11,7 +11,7 @@ from support.strategy_cases import ENDLESS, TASK, parents_of, solve_one
 
 import treedecode as td
 from treedecode.search.search import Outcome
-from treedecode.strategies.puct import Node, exploration
+from treedecode.strategies.puct import PuctNode, exploration
 from treedecode.strategies.self_consistency import leads
 from treedecode.tasks import Problem
 
@@ -259,9 +259,9 @@ def test_the_worst_step_of_the_best_is_written_anew(doubt):
 
 
 def test_puct_by_hand():
-    root = Node()
-    often = Node(parent=root, prior=0.25)
-    once = Node(parent=root, prior=0.75)
+    root = PuctNode()
+    often = PuctNode(parent=root, prior=0.25)
+    once = PuctNode(parent=root, prior=0.75)
     root.children = [often, once]
     often.back_up(0.9)
     often.back_up(0.75, 2)  # drawn twice

@@ -1,4 +1,4 @@
-"""Strategies: ways to spend compute on a problem, one file each."""
+"""Strategies: ways to spend compute on a problem, a file each."""
 
 from treedecode.search.strategy import Strategy
 from treedecode.strategies.best_of_n import BestOfN

@@ -1,4 +1,4 @@
-"""Best of n (2110.14168): sample solutions, let the verifier choose."""
+"""Best of n (2110.14168): samples solutions, and lets the verifier choose."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -18,11 +18,11 @@ class ChainOfThought(Strategy):
 
     Args:
         min_tokens: a chain that ends earlier is made to go on, even where its text has come to an answer; 0 = never.
-        wait: what it goes on from ("Wait" in the paper).
+        wait: the text that makes it go on ("Wait" in the paper).
         max_waits: how often at most.
         max_tokens: where thinking is cut and the answer forced; None = at the task's own limit, without forcing.
-        answer_prompt: what forces it.
-        answer_tokens: how long the forced answer may be.
+        answer_prompt: the text that forces the answer.
+        answer_tokens: limits the forced answer.
         sampling: in place of the run's.
     """
 
@@ -61,31 +61,31 @@ class ChainOfThought(Strategy):
         wait = self._encode(search, self.wait) if self.min_tokens else []
         chain = await search.root()
         room, reserve = int(search.room(chain)[0]), len(answer) + 1 if forces else 0
-        most = min(limit, room - reserve if room > reserve else room)
-        await self._think(search, chain, most)
+        limit = min(limit, room - reserve if room > reserve else room)
+        await self._think(search, chain, limit)
         for _ in range(self.max_waits):
-            if self._length(chain) >= self.min_tokens or most - self._length(chain) <= len(wait):
+            if self._length(chain) >= self.min_tokens or limit - self._length(chain) <= len(wait):
                 break
-            # it goes on, whatever its text has come to
-            chain = self._given(without_end(search, chain), wait)
-            await self._think(search, chain, most)
+            # the chain goes on, even if its text has come to an answer
+            chain = self._append(without_end(search, chain), wait)
+            await self._think(search, chain, limit)
         if forces and not search.final(chain).all() and search.room(chain)[0] > len(answer):
-            self._given(chain, answer)
+            self._append(chain, answer)
             await chain.extend(stop=search.task.stop, max_new_tokens=self.answer_tokens, sampling=self.sampling)
             text = chain.texts()[0]
             return Outcome(search.task.extract(text), text, node=int(chain.nodes[0]))
         return search.outcome(chain, 0)
 
-    async def _think(self, search: Search, chain: Frontier, most: int) -> None:
-        """Goes on until the text ends or the chain has `most` tokens."""
-        if (left := most - self._length(chain)) > 0:
+    async def _think(self, search: Search, chain: Frontier, limit: int) -> None:
+        """Lets the chain go on until its text ends or it has `limit` tokens."""
+        if (remaining := limit - self._length(chain)) > 0:
             stop = list(search.task.end) or None
-            await chain.extend(stop=stop, max_new_tokens=left, sampling=self.sampling)
+            await chain.extend(stop=stop, max_new_tokens=remaining, sampling=self.sampling)
 
     def _encode(self, search: Search, text: str) -> list[int]:
         return search.decoder.encode(text, special=False) if text else []
 
-    def _given(self, chain: Frontier, tokens: list[int]) -> Frontier:
+    def _append(self, chain: Frontier, tokens: list[int]) -> Frontier:
         return chain.append(tokens) if tokens else chain
 
     def _length(self, chain: Frontier) -> int:
@@ -93,9 +93,10 @@ class ChainOfThought(Strategy):
 
 
 def without_end(search: Search, chain: Frontier) -> Frontier:
-    """The chain before the token that ended it: its end of sequence, or the last one of the string that did."""
+    """Cuts off the token that ended a chain: its end of sequence, or the last token of its end string."""
     last = np.array([ids[-1] for ids in chain.token_ids()])
-    ended = np.isin(last, search.decoder.model.eos_token_ids) | [t.endswith(search.task.end) for t in chain.texts()]
-    shorter = chain.fork_at(np.maximum(chain.num_tokens - ended, chain.num_prompt_tokens))
+    has_end = [text.endswith(search.task.end) for text in chain.texts()]
+    num_cut = np.isin(last, search.decoder.model.eos_token_ids) | has_end
+    shorter = chain.fork_at(np.maximum(chain.num_tokens - num_cut, chain.num_prompt_tokens))
     chain.release()
     return shorter

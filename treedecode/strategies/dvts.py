@@ -8,7 +8,7 @@ from treedecode.strategies.step_beam_search import StepBeamSearch
 
 @dataclass(frozen=True)
 class DVTS(StepBeamSearch):
-    """`num_beams / width` trees that know nothing of each other, each following the best of its `width` next steps.
+    """Searches `num_beams / width` independent trees, and follows the best of `width` next steps in each.
 
     Settings are those of `StepBeamSearch`; the answer is chosen among the solutions of all trees. A tree ends when all
     of its steps have become complete solutions.

@@ -1,4 +1,4 @@
-"""Dynamic allocation (2410.04707, Learning How Hard to Think): compute goes where a learned gate expects it to help."""
+"""Dynamic allocation (2410.04707): spends compute where a learned gate expects it to help."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -22,16 +22,16 @@ from treedecode.strategies.tree_of_thoughts import TreeOfThoughts
 
 @dataclass(frozen=True)
 class DynamicAllocation(Strategy):
-    """A few chains for every problem; then more chains, or a tree search, where a unit of the budget buys most.
+    """Samples a few chains for every problem, then more chains, or a tree search, where a unit of the budget buys most.
 
-    After every wave the gate looks again. The answer is that of the chain the verifier scores best, or else of most.
+    After every wave of chains the gate judges anew. The answer is that of the best scored chain, or else of most.
 
     Args:
         budget: mean cost of a problem, in units of what one chain alone costs; probes are part of it.
         gate: a trained gate or its file, for the verifier, the task and the model that it was trained with.
-        probes, wave: chains of every problem before the gate looks first, and between two looks.
-        max_chains: of one problem; None = a wave more than the gate has seen in training.
-        floor: chains that every problem gets, whatever the gate thinks of it; 0 = the probes alone.
+        probes, wave: chains of every problem before the gate's first judgement, and between two judgements.
+        max_chains: limits the chains of one problem; None = a wave more than the gate has seen in training.
+        floor: chains that every problem gets, whatever the gate's judgement; 0 = the probes alone.
         mode: "offline" divides the budget among all problems of the run after each wave; "online" takes them as a
             stream, at a price that follows what earlier ones spent.
         unit: of cost: "tokens" generated, or "kv_bytes" read.
@@ -64,7 +64,7 @@ class DynamicAllocation(Strategy):
         int_in("probes", self.probes, config.min_chains, config.max_chains)
         if self.max_chains is not None:
             int_in("max_chains", self.max_chains, self.probes, config.max_chains + self.wave)
-        int_in("floor", self.floor, 0, self._most)
+        int_in("floor", self.floor, 0, self._chain_limit)
         number_in("budget", self.budget, max(self.probes, self.floor))
         number_in("price", 1 if self.price is None else self.price, 1e-4, 1)
         number_in("step", self.step, 0)
@@ -80,17 +80,17 @@ class DynamicAllocation(Strategy):
         return cast(Gate, self.gate)
 
     @property
-    def _most(self) -> int:
-        """Chains that one problem may get."""
+    def _chain_limit(self) -> int:
+        """The most chains that one problem may get."""
         return self._gate.config.max_chains + self.wave if self.max_chains is None else self.max_chains
 
     @property
     def _searches(self) -> list[TreeOfThoughts]:
-        """The gate's menu."""
+        """The tree searches of the gate's menu."""
         return [TreeOfThoughts(*item.shape, sampling=self.sampling) for item in self._gate.config.menu]
 
     def share(self, problems: Sequence[str], notes: Mapping[str, Mapping[str, Any]]) -> Meeting | Stream:
-        terms, known = Terms(self.budget, self._most, self.wave, self.floor), Record.by_problem(notes)
+        terms, known = Terms(self.budget, self._chain_limit, self.wave, self.floor), Record.by_problem(notes)
         if self.mode == "offline":
             return Meeting(terms, problems, known)
         price = self.price or self._gate.price(self.budget)
@@ -120,7 +120,7 @@ class DynamicAllocation(Strategy):
         while True:
             classes = search.classes([chain.answer for chain in chains])
             best = chains[selected(chains, classes)].outcome
-            if len(chains) >= self._most:
+            if len(chains) >= self._chain_limit:
                 return best
             bid = self._bid(search, prompt, chains, classes)
             search.notes.setdefault("bids", []).append(bid.to_json())

@@ -1,4 +1,4 @@
-"""ETS, efficient tree search (2502.13575): REBASE that weighs branches against the KV cache they keep alive."""
+"""ETS, efficient tree search (2502.13575): REBASE that weighs branches against the KV cache that they hold."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,9 +41,9 @@ class ETS(REBASE):
         rewards = live.scores / self.temperature
         values = share_out(softmax(rewards), budget) / budget
         parents = [node.parent for node in search.tree.nodes]
-        tokens = np.array([node.num_tokens * (node.kind != "prompt") for node in search.tree.nodes], float)
+        num_tokens = np.array([node.num_tokens * (node.kind != "prompt") for node in search.tree.nodes], float)
         held = {node for leaf in live.nodes.tolist() for node in search.tree.path(leaf)}
-        costs = self.kv_weight * tokens / max(tokens[sorted(held)].sum(), 1)
+        costs = self.kv_weight * num_tokens / max(num_tokens[sorted(held)].sum(), 1)
         kept = best_subtree(parents, costs, live.nodes, values)
         counts = np.zeros(len(live), np.int64)
         counts[kept] = share_out(softmax(rewards[kept]), budget)
@@ -51,21 +51,22 @@ class ETS(REBASE):
 
 
 def best_subtree(parents: Sequence[int], costs: np.ndarray, leaves: IntArray, values: np.ndarray) -> np.ndarray:
-    """The branches of greatest value less the cost of all nodes on their paths, each node's once.
+    """Chooses the branches with the greatest sum of values less costs of nodes; a shared node costs once.
 
-    A node's gain is that of its children with a positive one, and of the branches that end at it, less its own cost;
-    where none is positive, that of the best one, since one branch has to be kept.
+    The gain of a node is the sum of the positive gains of its children and of the values of the branches that end at
+    it, less its own cost. Where none of these is positive it is the greatest of them less the cost, since one branch
+    has to be kept.
 
     Args:
-        parents: `[nodes]`, of every node, before its children; -1 = none.
+        parents: `[nodes]` parent of every node, which stands before its children; -1 = none.
         costs: `[nodes]` >= 0.
-        leaves: `[n]` nodes the branches end at.
+        leaves: `[n]` nodes that the branches end at.
         values: `[n]` >= 0.
 
     Returns:
-        `[n]` bool, not all False.
+        `[n]` bool, True for branches to keep; not all False.
     """
-    parts: dict[int, list[tuple[float, list[int]]]] = {}  # node -> (gain, branches) of what is kept below it
+    parts: dict[int, list[tuple[float, list[int]]]] = {}  # node -> (gain, branches) of every part kept below it
     for i, leaf in enumerate(leaves.tolist()):
         parts.setdefault(leaf, []).append((float(values[i]), [i]))
     for node in range(len(parents) - 1, -1, -1):
@@ -79,6 +80,6 @@ def best_subtree(parents: Sequence[int], costs: np.ndarray, leaves: IntArray, va
 
 
 def _union(parts: list[tuple[float, list[int]]]) -> tuple[float, list[int]]:
-    """Those with a gain together; failing that, the one that loses least."""
+    """Joins the parts that gain; if none does, takes the part that loses least."""
     gaining = [part for part in parts if part[0] > 0] or [max(parts, key=lambda part: part[0])]
     return sum(gain for gain, _ in gaining), [i for _, kept in gaining for i in kept]

@@ -1,4 +1,4 @@
-"""Self-Refine (2303.17651): solve, criticise, revise, and keep what the verifier likes best."""
+"""Self-Refine (2303.17651): solves, criticises and revises, and keeps the solution with the best score."""
 
 import re
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ from treedecode.search.strategy import Strategy, rank
 class IterativeRefinement(Strategy):
     """Passes of critique and revision until a solution is good enough or comes to an answer for the second time.
 
-    With instructions all passes go on in one branch, so that its cache is reused and the model sees what it tried. The
-    verifier sees a revision as it would any solution, right after the problem.
+    All passes go on in one branch, so that its cache is reused and the model sees its earlier solutions. The verifier
+    sees a revision like any solution, right after the problem.
 
-    A model that does not follow instructions cannot criticise. With `critique_prompt=""` the verifier does it: it rates
-    every step as it is written, and a pass writes the best solution so far anew from its worst step on. That is the
-    first one rated below `doubt`; where there is none, the lowest rated one, of equals the first.
+    A model that does not follow instructions cannot criticise. With `critique_prompt=""` the verifier rates every step
+    as it is written, and a pass rewrites the best solution so far from its worst step on: the first step rated below
+    `doubt`; where there is none, the lowest rated step, of equals the first.
 
     Args:
         max_passes: revisions at most (4 in the paper).
-        critique_prompt: asks for a critique; "" as above. `{problem}` and `{solution}` stand for what they say.
-        revise_prompt: asks for a new solution; the same.
-        critique_tokens: how long a critique may be.
+        critique_prompt: asks for a critique; "" as above. `{problem}` and `{solution}` stand for their texts.
+        revise_prompt: asks for a new solution, in the same way.
+        critique_tokens: limits a critique.
         critique_stop: strings that end it, beside the model's end of sequence.
         good: a solution that comes to an answer and is scored at least this is taken; None = makes all passes.
         max_repeats: ends when so many solutions came to an answer that an earlier one had.
@@ -66,18 +66,20 @@ class IterativeRefinement(Strategy):
         return 3 if self.critique_prompt else 2
 
     async def solve(self, search: Search) -> Outcome:
-        found: list[Outcome] = []
-        await (self._revise(search, found) if self.critique_prompt else self._rewrite(search, found))
-        return max(found, key=rank)
+        solutions: list[Outcome] = []
+        await (self._revise(search, solutions) if self.critique_prompt else self._rewrite(search, solutions))
+        return max(solutions, key=rank)
 
-    async def _revise(self, search: Search, found: list[Outcome]) -> None:
+    async def _revise(self, search: Search, solutions: list[Outcome]) -> None:
+        """Appends a solution, and revisions that the model writes after a critique of its own."""
         root, task = await search.root(), search.task
         chain = root.fork(1)
         await search.complete(chain, self.sampling)
         [score] = await search.score(chain)
-        found.append(search.outcome(chain, 0, float(score)))
-        while self._goes_on(search, found):
-            critique, request = (self._filled(search, p, found[-1]) for p in (self.critique_prompt, self.revise_prompt))
+        solutions.append(search.outcome(chain, 0, float(score)))
+        while self._goes_on(search, solutions):
+            critique = self._filled(search, self.critique_prompt, solutions[-1])
+            request = self._filled(search, self.revise_prompt, solutions[-1])
             needed = len(critique) + self.critique_tokens + len(request) + task.max_new_tokens
             if search.room(chain)[0] < needed:
                 break
@@ -90,9 +92,10 @@ class IterativeRefinement(Strategy):
                 [text] = revision.texts()
                 is_complete = chain.finished[0] or search.is_final(text)
                 answer = task.extract(text) if is_complete else None
-                found.append(Outcome(answer, text, float(score), int(revision.nodes[0])))
+                solutions.append(Outcome(answer, text, float(score), int(revision.nodes[0])))
 
-    async def _rewrite(self, search: Search, found: list[Outcome]) -> None:
+    async def _rewrite(self, search: Search, solutions: list[Outcome]) -> None:
+        """Appends a solution, and rewrites of the best one so far from its worst step on."""
         chain, steps = await search.root(), list[tuple[int, float]]()  # where each step begins, and its score
         best: tuple[Outcome, Frontier, list[tuple[int, float]]] | None = None
         while True:
@@ -101,14 +104,14 @@ class IterativeRefinement(Strategy):
                 await search.step(chain, self.sampling)
                 [score] = await search.score(chain)
                 steps.append((begin, float(score)))
-            found.append(search.outcome(chain, 0, steps[-1][1]))
-            if best is None or rank(found[-1]) > rank(best[0]):
-                best, done = (found[-1], chain, steps), best and best[1]
+            solutions.append(search.outcome(chain, 0, steps[-1][1]))
+            if best is None or rank(solutions[-1]) > rank(best[0]):
+                best, worse = (solutions[-1], chain, steps), best and best[1]
             else:
-                done = chain
-            if done is not None:
-                done.release()
-            if not self._goes_on(search, found):
+                worse = chain
+            if worse is not None:
+                worse.release()
+            if not self._goes_on(search, solutions):
                 return
             _, chain, steps = best
             worst = self._worst([score for _, score in steps])
@@ -118,14 +121,16 @@ class IterativeRefinement(Strategy):
         doubtful = (i for i, score in enumerate(scores) if self.doubt is not None and score < self.doubt)
         return next(doubtful, int(np.argmin(scores)))
 
-    def _goes_on(self, search: Search, found: list[Outcome]) -> bool:
-        is_good = self.good is not None and rank(found[-1]) >= (True, self.good)
-        if len(found) > self.max_passes or is_good:
+    def _goes_on(self, search: Search, solutions: list[Outcome]) -> bool:
+        is_good = self.good is not None and rank(solutions[-1]) >= (True, self.good)
+        if len(solutions) > self.max_passes or is_good:
             return False
-        classes = [one for one in search.classes([outcome.answer for outcome in found]) if one >= 0]
-        return len(classes) - len(set(classes)) < self.max_repeats
+        classes = search.classes([solution.answer for solution in solutions])
+        answered = classes[classes >= 0]
+        return len(answered) - len(np.unique(answered)) < self.max_repeats
 
-    def _filled(self, search: Search, prompt: str, outcome: Outcome) -> list[int]:
-        said = {"{problem}": search.problem.prompt, "{solution}": outcome.text}
-        text = re.sub(r"{problem}|{solution}", lambda match: said[match[0]], prompt)
+    def _filled(self, search: Search, prompt: str, solution: Outcome) -> list[int]:
+        """Returns the token ids of a prompt with its fields filled in."""
+        fields = {"{problem}": search.problem.prompt, "{solution}": solution.text}
+        text = re.sub(r"{problem}|{solution}", lambda match: fields[match[0]], prompt)
         return search.decoder.encode(text, special=False)

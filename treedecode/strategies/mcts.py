@@ -10,23 +10,23 @@ from treedecode.decoding.frontier import Frontier
 from treedecode.engine.sampling import Sampling
 from treedecode.search.search import Outcome, Search
 from treedecode.search.strategy import Strategy, rank
-from treedecode.strategies.puct import Node, exploration
+from treedecode.strategies.puct import PuctNode, exploration
 
 
 @dataclass(frozen=True)
 class MCTS(Strategy):
-    """A simulation goes down by PUCT to a leaf, samples `width` steps from it and backs up what each is worth.
+    """A simulation goes down by PUCT to a leaf, samples `width` steps from it and backs up the value of each.
 
     Equal steps are one child, whose prior is its share of the samples and whose value is backed up once for each. Q,
-    the mean of what was backed up through a node, is scaled to [0, 1] by the least and greatest of the tree, as in
+    the mean of the values backed up through a node, is scaled to [0, 1] by the least and greatest Q of the tree, as in
     MuZero (1911.08265), so that the constants fit any verifier.
 
     Args:
         num_simulations: leaves selected; complete solutions that are selected again count too, but cost nothing.
         width: steps sampled at a leaf (5 in 2310.04406: LATS).
-        parallel: leaves selected before they are expanded, all in the same forwards. Visits under way count in the
+        parallel: leaves selected before they are expanded, all in the same forwards. Pending visits count in the
             exploration term alone (1810.11755: WU-UCT).
-        evaluate: what a step is worth: "verifier": its score; "rollout": the score of a solution completed from it.
+        evaluate: the value of a step: "verifier": its score; "rollout": the score of a solution completed from it.
         answer: "value": the best scored solution of all; "visits": the one most visited (AlphaZero).
         c_init, c_base: of PUCT.
         sampling: in place of the run's.
@@ -58,24 +58,24 @@ class MCTS(Strategy):
         return 1 + self.num_simulations * (self.width - 1) + rollouts
 
     async def solve(self, search: Search) -> Outcome:
-        root, found = Node(state=await search.root()), list[Outcome]()
-        left = self.num_simulations
-        while left:
-            leaves: list[Node] = []
-            for _ in range(min(self.parallel, left)):
+        root, solutions = PuctNode(state=await search.root()), list[Outcome]()
+        remaining = self.num_simulations
+        while remaining:
+            leaves: list[PuctNode] = []
+            for _ in range(min(self.parallel, remaining)):
                 leaf = self._select(root)
                 if leaf in leaves:
-                    break  # to be seen again once it is expanded
-                left -= 1
+                    break  # PUCT may choose another once this one is expanded
+                remaining -= 1
                 if leaf.outcome is not None:
                     leaf.back_up(leaf.value)
                     continue
                 leaves.append(leaf)
                 leaf.add_pending(1)
             if leaves:
-                await self._expand(search, leaves, found)
-        if self.answer == "value" and found:
-            return max(found, key=rank)
+                await self._expand(search, leaves, solutions)
+        if self.answer == "value" and solutions:
+            return max(solutions, key=rank)
         leaf = root
         while leaf.children:
             leaf = max(leaf.children, key=lambda node: (node.visits, node.value))
@@ -86,7 +86,7 @@ class MCTS(Strategy):
             leaf.outcome = search.best(leaf.state)
         return leaf.outcome
 
-    def _select(self, root: Node) -> Node:
+    def _select(self, root: PuctNode) -> PuctNode:
         means = [node.q for node in root.below()] or [0.0]
         low, high = min(means), max(means)
         node = root
@@ -95,21 +95,22 @@ class MCTS(Strategy):
             node = max(node.children, key=lambda child: child.puct(c, low, high))
         return node
 
-    async def _expand(self, search: Search, leaves: list[Node], found: list[Outcome]) -> None:
+    async def _expand(self, search: Search, leaves: list[PuctNode], solutions: list[Outcome]) -> None:
+        """Gives leaves their children, and appends the solutions that complete to `solutions`."""
         states = [leaf.state for leaf in leaves if leaf.state is not None]
         steps = states[0].join(*states[1:]).spread(self.width)
         await search.step(steps, self.sampling)
-        of_leaf = np.repeat(np.arange(len(leaves)), self.width)
-        parts = [steps.select(of_leaf == i).merge() for i in range(len(leaves))]
+        leaf_of = np.repeat(np.arange(len(leaves)), self.width)
+        parts = [steps.select(leaf_of == i).merge() for i in range(len(leaves))]
         steps.release()
         parents = [leaf for leaf, part in zip(leaves, parts, strict=True) for _ in range(len(part))]
         counts = np.concatenate([part.counts for part in parts])
         steps = parts[0].join(*parts[1:])
-        await self._evaluate(search, steps, found)
+        await self._evaluate(search, steps, solutions)
         is_open = search.unfinished(steps)
         for i, parent in enumerate(parents):
             value = float(steps.scores[i])
-            child = Node(parent=parent, prior=float(counts[i] / self.width), value=value)
+            child = PuctNode(parent=parent, prior=float(counts[i] / self.width), value=value)
             if is_open[i]:
                 child.state = steps.select(np.array([i]))
             else:
@@ -121,13 +122,13 @@ class MCTS(Strategy):
             leaf.state = None
             leaf.add_pending(-1)
 
-    async def _evaluate(self, search: Search, steps: Frontier, found: list[Outcome]) -> None:
+    async def _evaluate(self, search: Search, steps: Frontier, solutions: list[Outcome]) -> None:
         if self.evaluate == "verifier":
             await search.score(steps)
-            done = np.flatnonzero(~search.unfinished(steps))
-            found += [search.outcome(steps, int(i), float(steps.scores[i])) for i in done]
+            complete = np.flatnonzero(~search.unfinished(steps))
+            solutions += [search.outcome(steps, int(i), float(steps.scores[i])) for i in complete]
             return
         with steps.fork(1) as rollouts:
             await search.complete(rollouts, self.sampling)
             steps.scores = await search.score(rollouts)
-            found += [search.outcome(rollouts, i, float(score)) for i, score in enumerate(rollouts.scores)]
+            solutions += [search.outcome(rollouts, i, float(score)) for i, score in enumerate(rollouts.scores)]

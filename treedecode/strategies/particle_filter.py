@@ -28,11 +28,11 @@ class ParticleFilter(Strategy):
 
     Args:
         num_particles: N of the paper, which goes from 1 to 128.
-        ess_threshold: resampled when the effective sample size 1 / sum(w^2) is at most this share of the particles; 1 =
+        ess_threshold: resamples when the effective sample size 1 / sum(w^2) is at most this share of the particles; 1 =
             after every step (the paper), 0 = never.
         temperature: divides the logits in the softmax.
         is_logit: the verifier's scores are logits already, not probabilities.
-        answer: how one of the particles is chosen: "best": the best scored one (the paper); "weighted": the answer of
+        answer: chooses among the particles: "best": the best scored one (the paper); "weighted": the answer of
             the greatest weight, weights being those since the last resampling; "majority": that of most particles.
         sampling: in place of the run's.
     """
@@ -74,14 +74,14 @@ class ParticleFilter(Strategy):
             await search.score(particles, growing)
             log_weights += self._logits(particles.scores) / self.temperature
             weights = softmax(log_weights)
-            going_on = search.unfinished(particles).any()
-            if going_on and effective_sample_size(weights) <= self.ess_threshold * self.num_particles:
+            goes_on = search.unfinished(particles).any()
+            if goes_on and effective_sample_size(weights) <= self.ess_threshold * self.num_particles:
                 particles = particles.spread(systematic_resampling(weights, rng.random()))
                 log_weights = np.zeros(self.num_particles)
-        found = search.outcomes(particles)
+        solutions = search.outcomes(particles)
         if self.answer == "weighted":
-            return search.vote(found, softmax(log_weights))
-        return choose(search, found, self.answer)
+            return search.vote(solutions, softmax(log_weights))
+        return choose(search, solutions, self.answer)
 
     def _logits(self, scores: np.ndarray) -> np.ndarray:
         if self.is_logit:
@@ -93,16 +93,19 @@ class ParticleFilter(Strategy):
 
 
 def effective_sample_size(weights: np.ndarray) -> float:
-    """1 / sum(w^2) of normalised weights (Kong, Liu and Wong 1994): from 1 to their number."""
+    """Returns 1 / sum(w^2) of normalised weights, from 1 to their number (Kong, Liu and Wong 1994)."""
     return float(1 / (weights**2).sum())
 
 
 def systematic_resampling(weights: np.ndarray, u: float) -> IntArray:
-    """`[n]` int64, how many copies of each particle there are among `n`: `n * weights` on average, never a whole off.
+    """Draws how many copies of each particle there are among `n`: `n * weights` on average, off by less than 1.
 
     Args:
         weights: `[n]`, normalised.
         u: uniform in [0, 1); the points are (u + i) / n.
+
+    Returns:
+        `[n]` int64 that sum to n.
     """
     n = len(weights)
     edges = np.cumsum(weights) * n

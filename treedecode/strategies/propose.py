@@ -1,4 +1,4 @@
-"""Proposals: several next steps in one answer of the model (Tree of Thoughts, 2305.10601)."""
+"""propose: asks the model for several next steps in one answer (Tree of Thoughts, 2305.10601)."""
 
 import re
 
@@ -9,35 +9,35 @@ from treedecode.engine.sampling import Sampling
 from treedecode.search.search import Search
 
 _BULLET = re.compile(r"^\s*(?:[-*\u2022]|\(?[0-9]+[.):])\s+")
-_NO_TEXT = "\ufffd"  # bytes that are no character
+_REPLACEMENT = "\ufffd"  # stands for bytes that are no character
 
 
 async def propose(
     search: Search, states: Frontier, prompt: str, *, width: int, max_new_tokens: int, sampling: Sampling | None
 ) -> Frontier:
-    """Children of every state by the steps that the model lists when it is asked, the first `width` different ones.
+    """Makes children of every state from the first `width` different steps that the model lists.
 
-    The question and the list are on side branches, which share the pages of the states and are gone afterwards; a child
-    has the step alone, as given text. Bullets and numbers before a step are left out, and so are steps that are too
-    long for the solution, or cut off with the list. A complete solution is its own only child; a state without a
-    proposal has none, and if nothing at all is proposed the states stay as they are.
+    The model is asked on side branches, which share the pages of the states and are released afterwards; a child has
+    the step alone, as forced text. Bullets and numbers before a step are left out, and so are steps that are too long
+    for the solution, or cut off with the list. A complete solution is its own only child; a state without a proposal
+    has no child. If nothing at all is proposed, every state is its own only child.
     """
     asked = np.flatnonzero(search.unfinished(states))
-    listed: list[list[list[int]]] = [[[]] for _ in range(len(states))]  # of each state, what its children add
+    listed: list[list[list[int]]] = [[[]] for _ in range(len(states))]  # of each state: tokens that its children add
     question = search.decoder.encode(prompt, special=False)
     room = int(search.room(states).min()) - len(question)
     if len(asked) and room > 0:
-        with states.select(asked) as some, some.fork(1) as side:
+        with states.select(asked) as selected, selected.fork(1) as side:
             side.leave_record()
             side.append(question)
             stop = ["\n\n", *search.task.end]
-            begins, most = side.num_tokens, min(max_new_tokens, room)
-            await side.extend(stop=stop, max_new_tokens=most, sampling=sampling)
-            answers, is_cut = side.step_texts(), (side.num_tokens - begins == most) & ~side.finished
+            begins, list_limit = side.num_tokens, min(max_new_tokens, room)
+            await side.extend(stop=stop, max_new_tokens=list_limit, sampling=sampling)
+            answers, is_cut = side.step_texts(), (side.num_tokens - begins == list_limit) & ~side.finished
         remaining = search.remaining_tokens(states)[asked]
         for state, answer, cut, limit in zip(asked, answers, is_cut, remaining, strict=True):
             lines = answer.splitlines()[: -1 if cut and not answer.endswith("\n") else None]  # half a step is none
-            steps = [_BULLET.sub("", line).strip() for line in lines if _NO_TEXT not in line]
+            steps = [_BULLET.sub("", line).strip() for line in lines if _REPLACEMENT not in line]
             texts = list(dict.fromkeys(step + search.task.stop for step in steps if step))
             tokens = [search.decoder.encode(text, special=False) for text in texts]
             listed[state] = [ids for ids in tokens if 0 < len(ids) <= limit][:width]

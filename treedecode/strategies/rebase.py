@@ -20,7 +20,7 @@ class REBASE(Strategy):
     Args:
         width: solutions in all (N of the paper).
         temperature: T_b of the paper, which balances exploration and exploitation (0.2 in its code).
-        answer: how one of the solutions is chosen: "best", "weighted" or "majority".
+        answer: chooses among the solutions: "best", "weighted" or "majority".
         sampling: in place of the run's.
     """
 
@@ -49,7 +49,7 @@ class REBASE(Strategy):
             await search.score(branches, growing)
             growing = search.unfinished(branches)
             if growing.any():
-                # complete solutions have their part of the width; the rest of it is for the others
+                # each complete solution takes one of the width; the others share the rest
                 counts = np.ones(len(branches), np.int64)
                 with branches.select(growing) as live:
                     counts[growing] = self._widths(search, live, int(growing.sum()))
@@ -57,21 +57,27 @@ class REBASE(Strategy):
         return choose(search, search.outcomes(branches), self.answer)
 
     def _widths(self, search: Search, live: Frontier, budget: int) -> IntArray:
-        """How many children each of the live branches gets of a budget of so many."""
+        """Divides a budget of children among the live branches."""
         return share_out(softmax(live.scores / self.temperature), budget)
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
-    """exp(x) / sum(exp(x))."""
+    """Returns exp(x) / sum(exp(x))."""
     weights = np.exp(x - x.max())
     return weights / weights.sum()
 
 
 def share_out(weights: np.ndarray, budget: int) -> IntArray:
-    """`[n]` int64 that sum to the budget, nearest to `budget * weights` where the weights sum to 1.
+    """Divides a budget into whole shares nearest to `budget * weights`.
 
-    What rounding down leaves goes to the largest remainders, of equals to the first: where rounding each share to the
-    nearest, as the paper has it, happens to keep the sum, this is the same.
+    Shares are rounded down, and the rest of the budget goes to the largest remainders, of equals to the first. The
+    paper rounds each share to the nearest; where that keeps the sum, the shares are the same.
+
+    Args:
+        weights: `[n]`, normalised.
+
+    Returns:
+        `[n]` int64 that sum to the budget.
     """
     shares = weights * budget
     counts = np.floor(shares).astype(np.int64)

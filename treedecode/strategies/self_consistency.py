@@ -1,4 +1,4 @@
-"""Self-consistency (2203.11171): sample chains, take the answer of most."""
+"""Self-consistency (2203.11171): samples chains, and takes the answer of most."""
 
 import math
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class SelfConsistency(Strategy):
 
     Args:
         num_samples: chains at most (40 in the paper).
-        stop: when to stop early: "never"; "beta" (adaptive-consistency, 2305.11860: the first of the two leading
+        stop: ends sampling early: "never"; "beta" (adaptive-consistency, 2305.11860: the first of the two leading
             answers is the more frequent one with probability `confidence` or more, under a uniform prior);
             "window" (early-stopping self-consistency, 2401.10480: `window` chains in a row agree).
         window: chains sampled at a time where it may stop early.
@@ -54,8 +54,8 @@ class SelfConsistency(Strategy):
         portion = self.num_samples if self.stop == "never" else min(self.window, self.num_samples)
         counts = np.zeros(1, np.int64)
         chains: Frontier | None = None
-        while (done := 0 if chains is None else len(chains)) < self.num_samples:
-            more = root.fork(min(portion, self.num_samples - done))
+        while (num_chains := 0 if chains is None else len(chains)) < self.num_samples:
+            more = root.fork(min(portion, self.num_samples - num_chains))
             await search.complete(more, self.sampling)
             chains = more if chains is None else chains.join(more)
             classes = search.classes(search.answers(chains))
@@ -69,7 +69,7 @@ class SelfConsistency(Strategy):
 
 
 def leads(counts: np.ndarray) -> float:
-    """P(the leading answer is more frequent than the second), given their votes and a uniform prior.
+    """Returns P(the leading answer is more frequent than the second), given their votes and a uniform prior.
 
     The posterior of the leader's share among the two is Beta(a + 1, b + 1) (2305.11860), and for whole numbers
     P(share > 1/2) = P(Binomial(a + b + 1, 1/2) <= a), a finite sum.

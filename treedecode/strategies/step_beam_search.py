@@ -24,9 +24,9 @@ class StepBeamSearch(Strategy):
     Args:
         num_beams: N of the paper, a multiple of `width`.
         width: M of the paper.
-        max_steps: steps chosen by search; what is left of a solution after them is generated in one go.
+        max_steps: steps chosen by search; the rest of a solution is generated in one go.
         lookahead: a step is rated by the verifier this many steps further on, reached greedily (k of the paper).
-        answer: how one of the solutions is chosen: "best", "weighted" or "majority".
+        answer: chooses among the solutions: "best", "weighted" or "majority".
         sampling: in place of the run's.
     """
 
@@ -54,12 +54,13 @@ class StepBeamSearch(Strategy):
 
     @property
     def num_trees(self) -> int:
-        """In how many sets of beams, each of which goes on with its own best, the search is divided."""
+        """The number of groups of beams, each of which keeps its own best."""
         return 1
 
     async def solve(self, search: Search) -> Outcome:
         beams = (await search.root()).spread(self.num_beams)
-        tree = np.repeat(np.arange(self.num_trees), self.num_beams // self.num_trees)
+        beams_per_tree = self.num_beams // self.num_trees
+        tree = np.repeat(np.arange(self.num_trees), beams_per_tree)
         complete: list[Outcome] = []
         for _ in range(self.max_steps):
             await search.step(beams, self.sampling)
@@ -70,15 +71,14 @@ class StepBeamSearch(Strategy):
                 beams, tree = beams.select(growing), tree[growing]
             if not len(beams):
                 return choose(search, complete, self.answer)
-            beams_of_tree = self.num_beams // self.num_trees
-            counts = next_steps(tree, beams.scores, beams_of_tree // self.width, beams_of_tree)
+            counts = next_steps(tree, beams.scores, beams_per_tree // self.width, beams_per_tree)
             beams, tree = beams.spread(counts), np.repeat(tree, counts)
         await search.complete(beams, self.sampling)
         await search.score(beams)
         return choose(search, complete + search.outcomes(beams), self.answer)
 
     async def _rate(self, search: Search, beams: Frontier) -> None:
-        """Scores beams, `lookahead` steps on."""
+        """Scores beams by where greedy decoding takes them in `lookahead` steps."""
         if not self.lookahead:
             await search.score(beams)
             return
@@ -90,18 +90,21 @@ class StepBeamSearch(Strategy):
 
 
 def next_steps(tree: IntArray, scores: np.ndarray, keep: int, num_steps: int) -> IntArray:
-    """`[n]` int64, with how many next steps each beam goes on: the `keep` best of a tree share its `num_steps` evenly.
+    """Divides next steps among beams: the `keep` best beams of a tree share its `num_steps` evenly.
 
     Of equal scores the first is kept. Steps that are left over go to the best.
 
     Args:
-        tree: `[n]`, the tree each beam belongs to.
+        tree: `[n]`, the tree that each beam belongs to.
         scores: `[n]`.
-        keep: at most, from 1 to `num_steps`.
+        keep: beams kept at most, from 1 to `num_steps`.
+
+    Returns:
+        `[n]` int64, how many next steps each beam gets; 0 = it is dropped.
     """
     counts = np.zeros(len(tree), np.int64)
-    for one in np.unique(tree):
-        members = np.flatnonzero(tree == one)
+    for tree_id in np.unique(tree):
+        members = np.flatnonzero(tree == tree_id)
         kept = members[np.argsort(-scores[members], kind="stable")[:keep]]
         counts[kept] = num_steps // len(kept) + (np.arange(len(kept)) < num_steps % len(kept))
     return counts

@@ -1,4 +1,4 @@
-"""Tree of Thoughts (2305.10601): breadth-first and depth-first search over steps of reasoning."""
+"""Tree of Thoughts (2305.10601): searches over steps of reasoning, breadth first or depth first."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,17 +18,17 @@ class TreeOfThoughts(Strategy):
     """Every thought is a step; those that the verifier rates best are followed.
 
     Args:
-        depth: steps chosen by search; what is left of a solution after them is generated in one go.
+        depth: steps chosen by search; the rest of a solution is generated in one go.
         width: steps tried from each branch (5 in the paper).
         generate: "sample": steps are sampled one by one, for long ones that differ. "propose": the model lists the next
             steps in one answer, for short ones that would come out alike (the paper's Game of 24).
         propose_prompt: asks for that list.
-        propose_tokens: how long it may be.
+        propose_tokens: limits it.
         keep: branches kept after each step (`b` of the paper's BFS, 5 for the Game of 24).
         order: "bfs", or "dfs": the best child first, back to its siblings when it is dead or its solution falls short.
         dead: a branch scored below this is given up; None = none is ("dfs": the paper's threshold).
-        good: "dfs" ends with the first solution that has an answer and is scored at least this; None = looks at all it
-            has the visits for.
+        good: "dfs" ends with the first solution that has an answer and is scored at least this; None = goes on as long
+            as it has visits.
         max_visits: "dfs": steps of search at most.
         sampling: in place of the run's.
     """
@@ -85,7 +85,7 @@ class TreeOfThoughts(Strategy):
         return search.best(states)
 
     async def _thoughts(self, search: Search, states: Frontier) -> Frontier:
-        """The children of every state, scored; a complete solution is its own and only child. Equal ones are one."""
+        """Makes the children of every state, scored; equal ones are one. A complete solution is its own only child."""
         if self.generate == "propose":
             limits = {"width": self.width, "max_new_tokens": self.propose_tokens}
             children = await propose(search, states, self.propose_prompt, **limits, sampling=self.sampling)
@@ -100,21 +100,21 @@ class TreeOfThoughts(Strategy):
 
     def _alive(self, states: Frontier) -> Frontier:
         if self.dead is None or (states.scores < self.dead).all():
-            return states  # with nothing alive, the least bad ones go on
+            return states  # where no branch is alive, the search goes on with the best of the dead
         return states.prune(int((states.scores >= self.dead).sum()))
 
     async def _dfs(self, search: Search) -> Outcome:
-        found: list[Outcome] = []
+        solutions: list[Outcome] = []
         visits = self.max_visits
 
         async def visit(state: Frontier, depth: int) -> bool:
-            """Searches below a state; whether a solution was good enough."""
+            """Searches below a state, and returns whether a solution was good enough."""
             nonlocal visits
             if depth == self.depth or search.final(state).all():
                 await search.complete(state, self.sampling)
                 [score] = await search.score(state)
-                found.append(search.outcome(state, 0, float(score)))
-                return self.good is not None and score >= self.good and found[-1].answer is not None
+                solutions.append(search.outcome(state, 0, float(score)))
+                return self.good is not None and score >= self.good and solutions[-1].answer is not None
             if visits == 0:
                 return False
             visits -= 1
@@ -124,12 +124,12 @@ class TreeOfThoughts(Strategy):
                 for child in order:
                     if self.dead is not None and children.scores[child] < self.dead:
                         break
-                    with children.select(np.array([child])) as one:
-                        if await visit(one, depth + 1):
+                    with children.select(np.array([child])) as selected:
+                        if await visit(selected, depth + 1):
                             return True
             return False
 
         await visit(await search.root(), 0)
-        if not found:
+        if not solutions:
             return search.best_so_far()
-        return max(found, key=rank)
+        return max(solutions, key=rank)
