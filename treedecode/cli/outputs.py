@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from treedecode.allocation.forecast import forecasts
 from treedecode.cli.errors import check_folder
-from treedecode.reporting.tree_page import in_bytes, strict, tree_page
+from treedecode.reporting.tree_page import in_bytes, solution_page, strict
 from treedecode.search.journal import num_solutions
 
 if TYPE_CHECKING:
@@ -60,8 +60,7 @@ class Outputs:
         if self._folder is None or solution.problem.id not in self._trees:
             return
         path = self._folder / "trees" / file_name(solution.problem.id)
-        page = tree_page(solution.tree, title=solution.problem.id, answer=solution.answer, spending=solution.spending)
-        _write(path.with_name(f"{path.name}.html"), page)
+        _write(path.with_name(f"{path.name}.html"), solution_page(solution))
         _write(path.with_name(f"{path.name}.json"), _json(solution.tree.to_json()))
 
     def finish(self, result: "Result", num_new: int) -> None:

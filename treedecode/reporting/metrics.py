@@ -25,7 +25,7 @@ def _client() -> Any:
 
 
 class DecoderCollector:
-    """What a decoder holds and has done, read when it is scraped: `registry.register(DecoderCollector(decoder))`.
+    """Reads a decoder's metrics when they are scraped: `registry.register(DecoderCollector(decoder))`.
 
     Args:
         labels: on every metric, for instance the model's name.
@@ -39,7 +39,7 @@ class DecoderCollector:
         self._decoder, self._monitor, self._labels = decoder, Monitor(decoder), labels or {}
 
     def collect(self) -> Iterator[Any]:
-        """The metrics, as the client library's registry asks for them."""
+        """Yields the metrics; the client library's registry calls this."""
         load, stats = self._monitor.read(), self._decoder.stats
         yield self._gauge("branches", "Branches alive.", load.num_branches)
         yield self._gauge("branches_max", "Branches that can be alive at once.", load.max_branches)
@@ -72,13 +72,15 @@ class DecoderCollector:
 
 
 class RunMetrics:
-    """What runs have solved; `observe` is a callback of `solve`.
+    """Counts the problems of runs; `observe` is a callback of `solve`.
 
     Args:
-        strategy: the label on every metric. registry: None = the client library's own.
+        strategy: the label on every metric.
+        registry: where the metrics are registered; None = the client library's own.
 
     Raises:
-        ModuleNotFoundError: the client library is not installed. ValueError: the registry has such metrics already.
+        ModuleNotFoundError: the client library is not installed.
+        ValueError: the registry has such metrics already.
     """
 
     def __init__(self, strategy: str, registry: Any = None) -> None:
@@ -101,7 +103,7 @@ class RunMetrics:
         )
 
     def observe(self, solution: "Solution") -> None:
-        """Counts a solution."""
+        """Counts one solution."""
         self._problems.labels(self._strategy).inc()
         self._correct.labels(self._strategy).inc(bool(solution.correct))
         self._cut.labels(self._strategy).inc(solution.is_cut)
@@ -110,13 +112,14 @@ class RunMetrics:
 
 
 def serve(decoder: "Decoder", strategy: str, port: int) -> tuple[RunMetrics, Any]:
-    """Serves a decoder's and a run's metrics over HTTP, from a thread.
+    """Serves the metrics of a decoder and of a run on it over HTTP, from a thread.
 
     Returns:
-        the run's metrics, and a function that ends the serving.
+        The run's metrics, and a function that ends the serving.
 
     Raises:
-        ModuleNotFoundError: the client library is not installed. OSError: the port is taken.
+        ModuleNotFoundError: the client library is not installed.
+        OSError: the port is taken.
     """
     client = _client()
     registry = client.CollectorRegistry()

@@ -1,4 +1,4 @@
-"""Monitor: what a decoder holds at this moment, read from another thread while it decodes."""
+"""Reads what a decoder holds from another thread while it decodes."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -8,16 +8,18 @@ import torch
 if TYPE_CHECKING:
     from treedecode.decoding.decoder import Decoder
 
-_PATIENCE = 0.05  # seconds; a tick that takes longer leaves the reader with what it last saw
+_PAUSE_TIMEOUT = 0.05  # seconds; during a longer tick the reader gets what it read last
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a decoder holds.
+    """The branches and pages that a decoder holds.
 
     Attributes:
-        num_branches: branches alive. num_pages: pages in use, by branches or by the prefix index.
-        max_branches, max_pages: what there is of each.
+        num_branches: branches alive.
+        max_branches: branches that can be alive at once.
+        num_pages: pages in use, by branches or by the prefix index.
+        max_pages: pages of the pool.
     """
 
     num_branches: int
@@ -40,12 +42,12 @@ class Monitor:
         self._num_free_pages = self._pool.num_pages
 
     def read(self) -> Load:
-        """The load now; pages as of the last time they could be read, if a tick is in the way."""
+        """Returns the load now; during a long tick on a GPU the pages are those of the last time."""
         pool = self._pool
         if self._stream is None:
             self._num_free_pages = pool.num_free_pages
         else:
-            with self._decoder.paused(_PATIENCE) as is_paused, torch.cuda.stream(self._stream):
+            with self._decoder.paused(_PAUSE_TIMEOUT) as is_paused, torch.cuda.stream(self._stream):
                 if is_paused:
                     self._num_free_pages = pool.num_free_pages
         num_branches = pool.max_branches - pool.num_free_rows

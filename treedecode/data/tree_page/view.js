@@ -1,8 +1,7 @@
-// Drawing the tree, and moving about in it.
-// Drawing: only what the window shows is in the document.
-const drawn = new Map(), lines = new Map();
+// Drawing the tree, of which only what the window shows is in the document, and moving about in it.
+const cards = new Map(), lineTo = new Map(); // by node: a card and its fold button; the line from its parent
 const view = { x: 0, y: 0, zoom: 1 };
-let selected = -1, matches = [], matchSet = new Set(), match = -1, frame = 0;
+let selected = -1, matches = [], matchSet = new Set(), match = -1, request = 0;
 
 function element(tag, className, text) {
   const made = document.createElement(tag);
@@ -23,35 +22,42 @@ function mark(name) {
 }
 const number = (value) => value.toLocaleString("en");
 const plural = (value, word, words) => `${number(value)} ${value === 1 ? word : words || word + "s"}`;
-const digits = (value) => String(Number(value.toPrecision(3)));
-const oneLine = (text) => text.replace(/\s+/g, " ").trim() || "(no text)";
+function digits(value) {
+  const size = Math.abs(value);
+  if (size > 0 && size < 0.0005) return value.toExponential(0);
+  return String(Number(size < 10 ? value.toFixed(3) : value.toPrecision(4)));
+}
 function label(i) {
-  const node = nodes[i], parts = [NAMES[look(i)], oneLine(node.text).slice(0, 200)];
+  const node = nodes[i], parts = [NAMES[state(i)], oneLine(text(i)).slice(0, 200)];
   if (node.score !== null) parts.push(`score ${digits(node.score)}`);
   parts.push(plural(node.num_tokens, "token"), plural(branches[i], "branch", "branches"));
   return parts.join(", ");
 }
 
 function card(i) {
-  const node = nodes[i], made = element("div", `node ${look(i)} ${node.kind}`);
+  const node = nodes[i], made = element("div", `node ${state(i)} ${node.kind}`);
   made.id = `node-${i}`;
   made.setAttribute("role", "treeitem");
   made.setAttribute("aria-level", depth[i] + 1);
   made.setAttribute("aria-label", label(i));
   if (children[i].length) made.setAttribute("aria-expanded", String(!folded[i]));
-  made.style.left = `${x(i)}px`;
-  made.style.top = `${y[i]}px`;
+  Object.assign(made.style, {
+    left: `${x(i)}px`, top: `${y[i] - height[i] / 2}px`, width: `${width(i)}px`, height: `${height[i]}px`,
+  });
   made.classList.toggle("on-path", onPath.has(i));
-  const numbers = element("div", "numbers");
+  const words = element("div", "text", cardText(i));
+  words.style.webkitLineClamp = lines[i];
+  made.append(mark(state(i)), words);
   if (node.score !== null) {
     const bar = element("span", "bar"), inner = element("i");
     inner.style.width = `${(100 * (node.score - low)) / (high - low)}%`;
     bar.append(inner);
-    numbers.append(bar, element("b", "", digits(node.score)));
+    made.append(element("div", "score", digits(node.score)), bar);
   }
-  numbers.append(element("span", "", plural(node.num_tokens, "token")));
-  if (branches[i] > 1) numbers.append(element("span", "", `shared by ${number(branches[i])}`));
-  made.append(mark(look(i)), element("div", "text", oneLine(node.text)), numbers);
+  if (hasNumbers[i]) {
+    const sharing = branches[i] > 1 ? `, ${number(branches[i])} branches` : "";
+    made.append(element("div", "numbers", plural(node.num_tokens, "token") + sharing));
+  }
   made.dataset.node = i;
   dress(i, made);
   return made;
@@ -66,58 +72,59 @@ function foldButton(i) {
   made.type = "button";
   made.tabIndex = -1; // Space folds from the keyboard
   made.setAttribute("aria-label", folded[i] ? `Unfold ${plural(below[i], "step")}` : "Fold");
-  made.style.left = `${x(i) + WIDTH + 5}px`;
-  made.style.top = `${y[i] + HEIGHT / 2 - 10}px`;
+  made.style.left = `${x(i) + width(i) + 5}px`;
+  made.style.top = `${y[i] - 10}px`;
   made.dataset.fold = i;
   return made;
 }
 function line(i) {
-  const from = nodes[i].parent, x0 = x(from) + WIDTH, y0 = y[from] + HEIGHT / 2, x1 = x(i), y1 = y[i] + HEIGHT / 2;
+  const from = nodes[i].parent, x0 = x(from) + width(from), y0 = y[from], x1 = x(i), y1 = y[i];
   const middle = (x0 + x1) / 2, made = svg("path", { d: `M${x0} ${y0}C${middle} ${y0} ${middle} ${y1} ${x1} ${y1}` });
-  made.setAttribute("class", `edge${onPath.has(i) ? " on-path" : ""}${look(i) === "pruned" && !children[i].length ? " pruned" : ""}`);
+  made.setAttribute("class", `edge${onPath.has(i) ? " on-path" : ""}${state(i) === "pruned" && !children[i].length ? " pruned" : ""}`);
   made.style.strokeWidth = `${Math.min(16, 1 + Math.sqrt(branches[i]))}px`;
   return made;
 }
 
 function drawAll() {
-  for (const parts of drawn.values()) for (const part of parts) part.remove();
-  for (const part of lines.values()) part.remove();
-  drawn.clear();
-  lines.clear();
+  for (const parts of cards.values()) for (const part of parts) part.remove();
+  for (const part of lineTo.values()) part.remove();
+  cards.clear();
+  lineTo.clear();
   draw();
 }
 function draw() {
-  frame = 0;
+  request = 0;
   world.style.transform = `translate(${view.x}px, ${view.y}px) scale(${view.zoom})`;
   world.classList.toggle("far", view.zoom < FAR);
   const margin = 80, left = (-view.x - margin) / view.zoom, top = (-view.y - margin) / view.zoom;
   const right = left + (stage.clientWidth + 2 * margin) / view.zoom, bottom = top + (stage.clientHeight + 2 * margin) / view.zoom;
   for (const i of shown) {
-    const inside = x(i) < right && x(i) + WIDTH > left && y[i] < bottom && y[i] + HEIGHT > top;
-    if (inside && !drawn.has(i)) {
+    const half = height[i] / 2;
+    const inside = x(i) < right && x(i) + width(i) > left && y[i] - half < bottom && y[i] + half > top;
+    if (inside && !cards.has(i)) {
       const parts = children[i].length ? [card(i), foldButton(i)] : [card(i)];
       world.append(...parts);
-      drawn.set(i, parts);
-    } else if (!inside && drawn.has(i)) {
-      for (const part of drawn.get(i)) part.remove();
-      drawn.delete(i);
+      cards.set(i, parts);
+    } else if (!inside && cards.has(i)) {
+      for (const part of cards.get(i)) part.remove();
+      cards.delete(i);
     }
     const from = nodes[i].parent;
     if (from < 0) continue;
-    const crosses = x(from) < right && x(i) > left && Math.min(y[from], y[i]) < bottom && Math.max(y[from], y[i]) + HEIGHT > top;
-    if (crosses && !lines.has(i)) {
-      lines.set(i, line(i));
-      if (onPath.has(i)) edges.append(lines.get(i)); else edges.prepend(lines.get(i));
-    } else if (!crosses && lines.has(i)) {
-      lines.get(i).remove();
-      lines.delete(i);
+    const crosses = x(from) < right && x(i) > left && Math.min(y[from], y[i]) < bottom && Math.max(y[from], y[i]) > top;
+    if (crosses && !lineTo.has(i)) {
+      lineTo.set(i, line(i));
+      if (onPath.has(i)) edges.append(lineTo.get(i)); else edges.prepend(lineTo.get(i));
+    } else if (!crosses && lineTo.has(i)) {
+      lineTo.get(i).remove();
+      lineTo.delete(i);
     }
   }
-  if (selected >= 0 && drawn.has(selected)) stage.setAttribute("aria-activedescendant", `node-${selected}`);
+  if (selected >= 0 && cards.has(selected)) stage.setAttribute("aria-activedescendant", `node-${selected}`);
   else stage.removeAttribute("aria-activedescendant");
 }
-function schedule() { frame ||= requestAnimationFrame(draw); }
-function redress() { for (const [i, parts] of drawn) dress(i, parts[0]); }
+function schedule() { request ||= requestAnimationFrame(draw); }
+function redress() { for (const [i, parts] of cards) dress(i, parts[0]); }
 
 // Moving about, in what the panel leaves free: it is at the right, or at the bottom of a narrow window.
 const atRight = () => panel.offsetWidth < 0.7 * stage.clientWidth;
@@ -137,22 +144,21 @@ function zoomAt(factor, cx, cy) {
   schedule();
 }
 const zoomCentre = (factor) => zoomAt(factor, freeWidth() / 2, freeHeight() / 2);
-function fit() {
-  const zoom = Math.min(1, (freeWidth() - 64) / bounds.width, (freeHeight() - 64) / bounds.height);
-  view.zoom = Math.max(MIN_ZOOM, zoom);
-  view.x = Math.max(24, (freeWidth() - bounds.width * view.zoom) / 2);
+function fit(smallest = MIN_ZOOM) {
+  const zoom = Math.min(1, (freeWidth() - 2 * MARGIN) / bounds.width, (freeHeight() - 2 * MARGIN) / bounds.height);
+  view.zoom = Math.max(smallest, zoom);
+  view.x = Math.max(MARGIN, (freeWidth() - bounds.width * view.zoom) / 2);
   view.y = (freeHeight() - bounds.height * view.zoom) / 2;
   schedule();
 }
-function begin() { // readable at first: the roots at the left, as much as fits
-  fit();
-  if (view.zoom < 0.55) {
-    view.zoom = 0.8;
-    const i = answer >= 0 ? answer : roots[0];
-    view.x = 40;
-    view.y = freeHeight() / 2 - (y[roots[0]] + HEIGHT / 2) * view.zoom;
-    if (i >= 0 && x(i) * view.zoom < freeWidth() - 300) view.y = freeHeight() / 2 - (y[i] + HEIGHT / 2) * view.zoom;
-  }
+function begin() { // the whole tree where it can be read, else its root and, where it can be, the answer
+  fit(READABLE);
+  if (bounds.height * view.zoom <= freeHeight()) return;
+  const root = roots[0], room = freeHeight() - 2 * MARGIN;
+  const target = answer < 0 ? root : answer, together = Math.abs(y[target] - y[root]) * view.zoom + height[root] <= room;
+  const middle = together ? (y[target] + y[root]) / 2 : y[root];
+  const least = freeHeight() - MARGIN - bounds.height * view.zoom; // no empty space beyond the first and the last row
+  view.y = Math.min(MARGIN, Math.max(least, freeHeight() / 2 - middle * view.zoom));
 }
 function reveal(i) {
   let changed = false;
@@ -160,8 +166,8 @@ function reveal(i) {
   if (changed) layOut();
 }
 function bringIntoView(i) {
-  const sx = view.x + x(i) * view.zoom, sy = view.y + y[i] * view.zoom, pad = 48;
-  const w = WIDTH * view.zoom, h = HEIGHT * view.zoom;
+  const w = width(i) * view.zoom, h = height[i] * view.zoom, pad = 48;
+  const sx = view.x + x(i) * view.zoom, sy = view.y + y[i] * view.zoom - h / 2;
   glide(() => {
     if (sx < pad) view.x += pad - sx;
     else if (sx + w > freeWidth() - pad) view.x -= sx + w - freeWidth() + pad;
@@ -189,7 +195,7 @@ function unfoldAll() { folded.fill(false); layOut(); }
 // The panel of the chosen step.
 function showPanel(i) {
   const node = nodes[i], title = element("h2"), close = element("button", "close", "×");
-  title.append(mark(look(i)), `${node.kind === "prompt" ? "Prompt" : `Step ${i}`} · ${NAMES[look(i)]}`);
+  title.append(mark(state(i)), node.kind === "prompt" ? "Prompt" : `Step ${i} · ${NAMES[state(i)]}`);
   close.type = "button";
   close.setAttribute("aria-label", "Close");
   close.addEventListener("click", closePanel);
@@ -205,38 +211,39 @@ function showPanel(i) {
   fact("tokens from the beginning", number(tokensAbove[i]));
   fact("branches that share it", number(branches[i]));
   fact("steps below", number(below[i]));
-  const path = pathTo(i), list = element("ol"), text = path.slice(1).map((j) => nodes[j].text).join("");
+  const path = pathTo(i), list = element("ol"), solution = path.slice(1).map((j) => nodes[j].text).join("");
   for (const j of path) {
-    const item = element("li"), step = element("button", "", oneLine(nodes[j].text));
+    const item = element("li"), step = element("button", "", oneLine(text(j)));
     step.type = "button";
     if (j === i) step.setAttribute("aria-current", "step");
     step.addEventListener("click", () => { select(j); stage.focus(); });
     item.append(step);
     list.append(item);
   }
-  panel.replaceChildren(title, close, element("pre", "step", node.text), facts, element("h3", "", "From the prompt to here"), list);
-  if (path.length > 1) panel.append(element("h3", "", "Solution so far"), element("pre", "", text));
+  panel.replaceChildren(title, close, element("pre", "step", text(i)), facts, element("h3", "", "From the prompt to here"), list);
+  if (path.length > 1) panel.append(element("h3", "", "Solution so far"), element("pre", "", solution));
+  if (asksQuestion(i)) panel.append(element("h3", "", "As the model reads it"), element("pre", "", node.text));
   panel.hidden = false;
   panel.scrollTop = 0;
 }
 function closePanel() { panel.hidden = true; selected = -1; redress(); draw(); stage.focus(); }
 
 // Search.
-const query = document.getElementById("query"), found = document.getElementById("matches");
-const haystack = nodes.map((node, i) => `${node.text.toLowerCase()}\n${NAMES[look(i)]}`);
+const query = document.getElementById("query"), tallyOfMatches = document.getElementById("matches");
+const haystack = nodes.map((node, i) => `${node.text.toLowerCase()}\n${NAMES[state(i)]}`);
 function search() {
-  const wanted = query.value.trim().toLowerCase();
-  matches = wanted ? nodes.map((_, i) => i).filter((i) => haystack[i].includes(wanted)) : [];
+  const words = query.value.trim().toLowerCase();
+  matches = words ? nodes.map((_, i) => i).filter((i) => haystack[i].includes(words)) : [];
   matchSet = new Set(matches);
   match = -1;
-  world.classList.toggle("searching", wanted !== "");
-  found.textContent = wanted ? plural(matches.length, "match", "matches") : "";
+  world.classList.toggle("searching", words !== "");
+  tallyOfMatches.textContent = words ? plural(matches.length, "match", "matches") : "";
   redress();
 }
 function toMatch(direction) {
   if (!matches.length) return;
   match = (match + direction + matches.length + (match < 0 && direction < 0 ? 1 : 0)) % matches.length;
-  found.textContent = `${number(match + 1)} of ${number(matches.length)}`;
+  tallyOfMatches.textContent = `${number(match + 1)} of ${number(matches.length)}`;
   select(matches[match]);
 }
 query.addEventListener("input", search);
@@ -287,8 +294,8 @@ stage.addEventListener("wheel", (event) => {
   event.preventDefault();
   const box = stage.getBoundingClientRect();
   if (event.shiftKey) { view.x -= event.deltaY || event.deltaX; schedule(); return; }
-  const lines = event.deltaMode === 1 ? 16 : 1;
-  zoomAt(Math.exp(-event.deltaY * lines * 0.0016), event.clientX - box.left, event.clientY - box.top);
+  const pixels = event.deltaMode === 1 ? 16 : 1;
+  zoomAt(Math.exp(-event.deltaY * pixels * 0.0016), event.clientX - box.left, event.clientY - box.top);
 }, { passive: false });
 const fingers = new Map();
 let moved = 0;
@@ -339,23 +346,23 @@ new ResizeObserver(schedule).observe(stage);
 // Head and legend.
 const summary = document.getElementById("summary");
 if (page.answer !== null) summary.append(element("b", "", `★ ${page.answer}`), " · ");
-const leaves = branches[0] === undefined ? 0 : roots.reduce((sum, i) => sum + branches[i], 0);
-const facts = [plural(leaves, "branch", "branches"), plural(count - roots.length, "step")];
+const numBranches = roots.reduce((sum, i) => sum + branches[i], 0);
+const facts = [plural(numBranches, "branch", "branches"), plural(count - roots.length, "step")];
 facts.push(`${plural(tokensHeld, "token")} held once, ${number(tokensApart)} in branches kept apart`);
 for (const [name, value] of page.spending) facts.push(`${name} ${value}`);
 summary.append(facts.join(" · "));
 summary.title = summary.textContent;
-const tally = {};
-nodes.forEach((_, i) => { tally[look(i)] = (tally[look(i)] || 0) + 1; });
-for (const name of Object.keys(NAMES)) {
+const counts = {};
+nodes.forEach((_, i) => { counts[state(i)] = (counts[state(i)] || 0) + 1; });
+for (const name of Object.keys(NAMES).filter((name) => counts[name])) {
   const item = element("li");
-  item.append(mark(name), element("span", "", name === "merged" ? "merged" : NAMES[name]), element("b", "", number(tally[name] || 0)));
+  item.append(mark(name), element("span", "", name === "merged" ? "merged" : NAMES[name]), element("b", "", number(counts[name])));
   document.getElementById("statuses").append(item);
 }
-document.getElementById("scale").textContent = `from ${digits(low)} to ${digits(high)}`;
-if (matchMedia("(max-width: 720px)").matches) document.getElementById("legend").open = false;
+document.getElementById("scale").textContent = `${digits(low)} to ${digits(high)}`;
 
 foldDeep();
+layOutColumns();
 layOut();
 begin();
 draw();
