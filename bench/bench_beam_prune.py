@@ -6,8 +6,8 @@ from treedecode import ops
 
 def make_logits(kind, rows, vocab, dtype):
     x = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0))
-    made = {"normal": x, "peaked": 3 * x, "flat": 0.01 * x, "ascending": x.sort(dim=1).values}
-    return made[kind].to(dtype)
+    by_kind = {"normal": x, "peaked": 3 * x, "flat": 0.01 * x, "ascending": x.sort(dim=1).values}
+    return by_kind[kind].to(dtype)
 
 
 SHAPES = [(64, 151936), (64, 49152), (16, 49152), (1, 151936)]

@@ -5,7 +5,7 @@ from treedecode import ops
 
 
 def update_in_torch(scores, hit, pool_scores, pool_finished, texts, candidate_texts, num_beams, length):
-    """The same step with torch ops on padded token rows, as a Python beam search does it."""
+    """Does the same step with torch ops on padded token rows, as a beam search in Python does."""
     running_scores, running = (scores + hit * -1e9).topk(num_beams, dim=1)
     running_texts = candidate_texts.gather(1, running[:, :, None].expand(-1, -1, texts.shape[2]))
     finished = hit.clone()

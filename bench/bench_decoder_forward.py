@@ -1,8 +1,8 @@
-"""All layers and the head of a decoder in one op, beside the same kernels op by op from Python, and Transformers.
+"""Times all layers and the head of a decoder in one op, beside the same kernels called from Python, and Transformers.
 
-Sizes of the countdown model that comes with the package and of SmolLM2-135M, with random weights: each branch's newest
-token over 128 shared and 16 own tokens. The first peer has, like ours, embedded tokens and angles; the other two are
-the whole forward of the model, Transformers' with keys and values of each branch for itself.
+The models have random weights and the sizes of the countdown model that comes with the package and of SmolLM2-135M.
+Each branch's newest token attends over 128 shared and 16 own tokens. The first peer starts from embedded tokens and
+angles as ours does; the other two are the whole forward of the model, Transformers' with a cache for each branch.
 """
 
 import pytest
@@ -30,7 +30,7 @@ def adapter(request):
 
 
 def op_by_op(x, cos, sin, kv, slots, table, lens, plan, rows, w):
-    """What `decoder_forward` computes with plain weights: no biases, head norms, windows, soft caps or sinks."""
+    """Computes `decoder_forward` op by op, without biases, head norms, windows, soft caps and sinks."""
     num_tokens, hidden = x.shape
     num_kv_heads, head_dim = kv.shape[3], kv.shape[5]
     heads = [w.num_qo_heads, num_kv_heads, num_kv_heads]
@@ -42,8 +42,8 @@ def op_by_op(x, cos, sin, kv, slots, table, lens, plan, rows, w):
         ops.rotary_embed(q, k, cos, sin)
         k_pages, v_pages = pages[0].transpose(1, 2), pages[1].transpose(1, 2)
         ops.append_kv(k, v, k_pages, v_pages, slots)
-        mixed, _ = ops.tree_attention(q, k_pages, v_pages, table, lens, plan, sm_scale=w.sm_scales[i])
-        x = ops.packed_linear(mixed.view(num_tokens, -1), t["o_proj"], hidden, residual=x)
+        out, _ = ops.tree_attention(q, k_pages, v_pages, table, lens, plan, sm_scale=w.sm_scales[i])
+        x = ops.packed_linear(out.view(num_tokens, -1), t["o_proj"], hidden, residual=x)
         normed = ops.rms_norm(x, t["output_norm"], w.eps)
         act = ops.packed_linear(normed, t["gate_up"], w.intermediate_size, gate=w.gate)
         x = ops.packed_linear(act, t["down"], hidden, residual=x)
@@ -65,7 +65,7 @@ def bench_decoder_forward(compare, adapter, num_branches):
     for layer in range(adapter.num_layers):
         cache.update(empty, empty, layer)
 
-    def forget():
+    def crop_cache():
         if extra := cache.get_seq_length() - (SHARED + OWN - 1):
             cache.crop(-extra)
 
@@ -88,5 +88,5 @@ def bench_decoder_forward(compare, adapter, num_branches):
             num_bytes=adapter.dtype.itemsize * (count + kv_token * (SHARED + num_branches * OWN)),
             num_flops=num_branches * (2 * count + score_token * (SHARED + OWN)),
             dtype=adapter.dtype,
-            prepare=forget,
+            prepare=crop_cache,
         )

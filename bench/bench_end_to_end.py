@@ -1,4 +1,4 @@
-"""The main job: N sampled continuations of one prompt by SmolLM2-135M, against `transformers.generate`."""
+"""Times N sampled continuations of one prompt by SmolLM2-135M, beside `transformers.generate`."""
 
 import statistics
 import time
@@ -24,17 +24,17 @@ def decoder():
 
 @pytest.fixture(scope="module")
 def peer_model():
-    """The same weights, untouched by us."""
+    """The same weights in a model of their own."""
     return load_pretrained(gguf_path(), dtype=torch.bfloat16)[0].eval()
 
 
 def fresh_prompt() -> list[int]:
-    """Never seen before, so that no prefix of an earlier round is in the cache."""
+    """Draws a prompt that no earlier round has left in the cache."""
     return torch.randint(1000, 40000, (PROMPT_LEN,)).tolist()
 
 
 def ours(decoder, num_branches: int, new_tokens: int = NEW_TOKENS) -> float:
-    """Seconds from the prompt to all continuations."""
+    """Returns the seconds from the prompt to all continuations by treedecode."""
     prompt = fresh_prompt()
     begin = time.perf_counter()
     (outs,) = decoder.generate([prompt], num_branches=num_branches, sampling=SAMPLING, max_new_tokens=new_tokens)
@@ -44,6 +44,7 @@ def ours(decoder, num_branches: int, new_tokens: int = NEW_TOKENS) -> float:
 
 
 def theirs(model, num_branches: int, new_tokens: int = NEW_TOKENS) -> float:
+    """Returns the seconds from the prompt to all continuations by `transformers.generate`."""
     ids = torch.tensor([fresh_prompt()])
     begin = time.perf_counter()
     with torch.inference_mode():

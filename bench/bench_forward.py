@@ -1,7 +1,7 @@
-"""One decode step of SmolLM2-135M: all branches' newest tokens over 512 shared and 32 own tokens, without sampling.
+"""Times one decode step of SmolLM2-135M without sampling: each branch's newest token over 512 shared and 32 own ones.
 
-Beside it, the model's own forward with an attention that does nothing (what is left to gain around attention), and the
-linear layers alone over weights that oneDNN has laid out (what the rest costs).
+The peers are the model's own forward with an attention that does nothing, whose time is the most that anything around
+attention can gain, and the linear layers alone over weights in oneDNN's layout, whose time is the least that they take.
 """
 
 import pytest
@@ -15,7 +15,7 @@ SHARED, OWN, PAGE_SIZE = 512, 32, 16
 
 
 class NoAttention:
-    """In the place of a StepContext: nothing is stored, nothing is read."""
+    """Takes the place of a StepContext, and neither stores nor reads keys and values."""
 
     def attend(self, layer_index, q, k, v, **kwargs):
         return q
@@ -27,7 +27,7 @@ def adapter(request):
 
 
 def context_of(adapter, num_branches, num_shared=SHARED, num_own=OWN):
-    """Pages and plan of branches that share a prompt and have some tokens of their own: whole pages of both."""
+    """Makes the context of branches that share whole pages of a prompt and have whole pages of their own."""
     num_pages = (num_shared + num_branches * num_own) // PAGE_SIZE
     kv = torch.randn(adapter.num_layers, 2, num_pages, adapter.num_kv_heads, PAGE_SIZE, adapter.head_dim)
     kv = kv.to(adapter.dtype)
@@ -45,7 +45,7 @@ def context_of(adapter, num_branches, num_shared=SHARED, num_own=OWN):
 
 
 def linears_of(model, num_rows):
-    """(input, weight) of every linear layer of a step, weights in oneDNN's layout."""
+    """Returns (input, weight) of every linear layer of a step, weights in oneDNN's layout."""
     reorder = torch.ops.mkldnn._reorder_linear_weight
     weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
     with torch.inference_mode():

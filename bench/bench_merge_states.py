@@ -18,13 +18,13 @@ def bench_merge_states(compare, dtype, parts):
         weight = (lse - total[:, None]).exp()[..., None]
         return (weight * part_out.unflatten(0, (num_states, parts))).sum(1).to(dtype), total
 
-    got = ops.merge_states(part_out, part_lse, merge_indptr)
-    for a, b in zip(got, torch_merge(), strict=True):
+    out, lse = ops.merge_states(part_out, part_lse, merge_indptr)
+    for a, b in zip((out, lse), torch_merge(), strict=True):
         torch.testing.assert_close(a, b)
     compare(
         lambda: ops.merge_states(part_out, part_lse, merge_indptr),
         {"torch": torch_merge},
-        num_bytes=part_out.nbytes + part_lse.nbytes + got[0].nbytes + got[1].nbytes,
+        num_bytes=part_out.nbytes + part_lse.nbytes + out.nbytes + lse.nbytes,
         num_flops=2 * part_out.numel(),
         dtype=dtype,
     )

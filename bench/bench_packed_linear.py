@@ -22,9 +22,8 @@ def bench_packed_linear(compare, dtype, shape, rows):
     in_features, out_features, gate = SHAPES[shape]
     count = 2 if gate else 1
     weights = [torch.randn(out_features, in_features).to(dtype) for _ in range(count)]
-    copies = max(
-        1, 100_000_000 // (count * weights[0].nbytes)
-    )  # more than the caches hold: a step reads each layer once
+    # more than the caches hold, because a step reads each layer once
+    copies = max(1, 100_000_000 // (count * weights[0].nbytes))
     ours = itertools.cycle([ops.pack_weight(*weights) for _ in range(copies)])
     plain = itertools.cycle([torch.cat(weights) for _ in range(copies)])
     onednn = itertools.cycle([torch.ops.mkldnn._reorder_linear_weight(torch.cat(weights), rows) for _ in range(copies)])

@@ -1,4 +1,4 @@
-"""Page ops at the size of SmolLM2-135M: 64 branches at 2056 tokens, against a dense cache reordered by index_select."""
+"""Times the page ops at the size of SmolLM2-135M, 64 branches of 2056 tokens, beside reorders of a dense cache."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ TOKEN_BYTES = 2 * NUM_LAYERS * NUM_KV_HEADS * HEAD_DIM * DTYPE.itemsize
 INT32 = 4
 PART = "index_select (dense cache, 3 of 30 layers)"  # a tenth of the work is enough to compare microseconds with
 PEER_SECONDS = 1.0  # a dense reorder takes about a second
-# What a fork or a reorder must move: the table rows, read and written.
+# A fork or a reorder must read and write the rows of the table.
 TABLE_BYTES = 2 * NUM_BRANCHES * -(-NUM_TOKENS // PAGE_SIZE) * INT32
 
 
@@ -35,10 +35,10 @@ def make_pool(num_pages=1024):
 
 
 class DenseReorder:
-    """What transformers' caches do at each beam step: `index_select` of K and V of every layer.
+    """Reorders a dense cache as Transformers does at each beam step, by `index_select` of K and V of every layer.
 
-    The whole cache of 64 branches would be 3 GB, twice. One layer after the other reads and writes as much, from the
-    same source: that is cheaper than the real thing, never dearer.
+    The whole cache of 64 branches would be 3 GB, twice. Reordering one layer again and again reads and writes as much,
+    and never takes longer than the whole.
     """
 
     def __init__(self):
@@ -56,7 +56,7 @@ def dense():
 
 
 def bench_fork_branches(compare, dense):
-    """fork_branches: one root becomes 64 branches, which hold nothing before."""
+    """fork_branches: one root becomes 64 branches, which are empty before."""
     pool = make_pool()
     rows = pool.allocate_rows(NUM_BRANCHES)
     pool.append(rows[:1], [NUM_TOKENS])
@@ -73,7 +73,7 @@ def bench_fork_branches(compare, dense):
 
 
 def bench_fork_and_first_append(compare, dense):
-    """With the copy-on-write of 63 half-full last pages."""
+    """fork_branches and append_slots, which copies 63 half-full last pages."""
     pool = make_pool()
     rows = pool.allocate_rows(NUM_BRANCHES)
     pool.append(rows[:1], [NUM_TOKENS])
@@ -119,7 +119,7 @@ def bench_reorder(compare, dense, own_tokens):
 
 @pytest.mark.parametrize("borders", [False, True], ids=["within-page", "new-page"])
 def bench_append_slots(compare, borders):
-    """One token for each of 64 branches, all Python included: at most 20 us."""
+    """append_slots: one token for each of 64 branches, all Python included; at most 20 us."""
     pool = make_pool()
     rows = pool.allocate_rows(NUM_BRANCHES)
     ones = np.ones(NUM_BRANCHES, np.int32)
@@ -177,7 +177,7 @@ def bench_match_and_adopt_pages(compare):
 
 
 def bench_copy_pages(compare):
-    """64 whole pages, all layers."""
+    """copy_pages: 64 whole pages, all layers."""
     pool = make_pool()
     src, dst = torch.randperm(pool.num_pages, dtype=torch.int32)[: 2 * NUM_BRANCHES].view(2, NUM_BRANCHES)
     src_index, dst_index = src.long(), dst.long()

@@ -13,7 +13,7 @@ SHAPES = {  # nodes per level, pages per node
 
 
 def page_table_of(nodes, pages):
-    """The page table of a tree whose nodes at each level hold so many pages, rows in depth-first order."""
+    """Makes the page table of a tree, rows in depth-first order, from the nodes per level and the pages per node."""
     rows, first = nodes[-1], 0
     levels = []
     for num_nodes, num_pages in zip(nodes, pages, strict=True):
@@ -29,7 +29,7 @@ def bench_plan_tree(compare, shape):
     num_rows, num_pages = page_table.shape
     seq_lens = torch.full((num_rows,), num_pages * 16 - 3, dtype=torch.int32)
 
-    def numpy_common_pages():  # the least a planner in Python does: no tree, no chunks
+    def numpy_common_pages():  # the least that a planner in Python does, without a tree and chunks
         table = page_table.numpy()
         differ = table[1:] != table[:-1]
         return np.where(differ.any(1), differ.argmax(1), num_pages)

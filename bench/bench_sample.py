@@ -35,7 +35,7 @@ def bench_sample(compare, dtype, shape, kind, settings):
     seed, position = torch.arange(rows), torch.arange(rows)
 
     def transformers():
-        """Filters, softmax and multinomial as `generate` runs them; no log probability, no entropy."""
+        """Filters and draws as `generate` does, without log-probability and entropy."""
         scores = logits.float()
         if settings["temperature"] == 0:
             return scores.argmax(-1)
@@ -58,7 +58,7 @@ def bench_sample(compare, dtype, shape, kind, settings):
 
 @pytest.mark.parametrize("rows", [1, 64])
 def bench_sample_call(compare, rows):
-    """What a call costs before it touches a logit: 32 tokens only."""
+    """sample on 32 tokens, where the time is that of the call itself."""
     logits = torch.randn(rows, 32)
     seed, position = torch.arange(rows), torch.arange(rows)
     compare(

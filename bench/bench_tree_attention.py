@@ -1,4 +1,4 @@
-"""tree_attention against scaled_dot_product_attention on copied caches, and against one call per level of a cascade."""
+"""Times tree_attention beside scaled_dot_product_attention on copied caches and beside a cascade of two calls."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ MAX_COPY_BYTES = 1200 << 20  # larger copied caches are not built
 
 @dataclass(frozen=True)
 class Tree:
-    """`nodes[i]` nodes of `tokens[i]` tokens on level i; the last level's nodes are the branches."""
+    """A tree with `nodes[i]` nodes of `tokens[i]` tokens on level i; the last level's nodes are the branches."""
 
     nodes: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -42,7 +42,7 @@ TREES = {
 
 
 def make_cache(tree: Tree, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Random K and V `[2, num_pages, num_kv_heads, page_size, head_dim]` and the branches' page table."""
+    """Makes random K and V `[2, num_pages, num_kv_heads, page_size, head_dim]` and the branches' page table."""
     columns, num_pages = [], 0
     for nodes, tokens in zip(tree.nodes, tree.tokens, strict=True):
         per_node = math.ceil(tokens / tree.page_size)
@@ -54,12 +54,12 @@ def make_cache(tree: Tree, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def dense(kv: Tensor, pages: Tensor) -> Tensor:
-    """Copied caches `[2, num_rows, num_kv_heads, len, head_dim]` of rows of page ids."""
+    """Copies the pages of each row to a dense cache: `[2, num_rows, num_kv_heads, len, head_dim]`."""
     return kv[:, pages.long()].transpose(2, 3).flatten(3, 4).contiguous()
 
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """torch's CPU flash attention; lse is the natural log, fp32."""
+    """Runs torch's flash attention for the CPU; lse is the natural log, fp32."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
 
 
@@ -70,7 +70,7 @@ def matmul_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def two_calls(attention, q: Tensor, prefix: Tensor, suffix: Tensor, num_kv_heads: int) -> Tensor:
-    """The first level once for all branches, the rest branch by branch, merged by lse."""
+    """Attends to the first level once for all branches and to the rest branch by branch, and merges both by lse."""
     num_branches, num_qo_heads, head_dim = q.shape
     group = num_qo_heads // num_kv_heads
     per_branch = q.view(num_branches, num_kv_heads, group, head_dim)

@@ -1,4 +1,4 @@
-"""Benchmark session: the machine's peaks, what a result file says about the machine, and the table at the end."""
+"""Measures the machine's peaks, describes the machine in result files, and prints a table at the end of a session."""
 
 import functools
 import platform
@@ -13,7 +13,7 @@ from bench import harness, report
 
 @pytest.fixture
 def compare(benchmark):
-    """`harness.compare` bound to this benchmark."""
+    """Binds `harness.compare` to this benchmark."""
     return functools.partial(harness.compare, benchmark)
 
 
@@ -24,7 +24,7 @@ def peaks():
 
 
 def pytest_benchmark_generate_machine_info():
-    """What a reader needs to judge a result, and nothing that names the machine or its owner."""
+    """Describes the machine for readers of a result, without a name of it or its owner."""
     # Imported here: importing treedecode loads the native library, and pytest imports this file even to collect.
     from treedecode.common import machine
 

@@ -1,4 +1,4 @@
-"""Timing an op beside its peers, and against what this machine can do at best.
+"""Times an op beside its peers, and against the best that this machine can do.
 
 The roofline time of an op is the time any implementation needs here: the bytes it must move at the measured memory
 bandwidth, or the arithmetic it must do at the measured GEMM rate of its dtype, whichever takes longer.
@@ -20,14 +20,14 @@ _BUFFER_BYTES = 256 << 20  # well above any last-level cache
 
 @dataclass(frozen=True)
 class Peaks:
-    """The best this machine did just now: bandwidths in GB/s (10^9 bytes), GEMM rates in GFLOP/s by dtype name."""
+    """The machine's measured peaks: bandwidths in GB/s (10^9 bytes), GEMM rates in GFLOP/s by dtype name."""
 
     read_gbs: float
     copy_gbs: float  # bytes read plus bytes written
     gemm_gflops: dict[str, float]
 
     def roofline_seconds(self, num_bytes: float, num_flops: float, dtype: torch.dtype) -> float:
-        """The least time for moving `num_bytes` and computing `num_flops` in `dtype`.
+        """Returns the least time for moving `num_bytes` and computing `num_flops` in `dtype`.
 
         A dtype that GEMM only emulates is bounded by fp32, to which it can be converted.
         """
@@ -36,23 +36,26 @@ class Peaks:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """Returns "bfloat16" for `torch.bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
 def seconds(function: Function) -> float:
+    """Times one call by the wall clock."""
     begin = time.perf_counter()
     function()
     return time.perf_counter() - begin
 
 
 def best_seconds(function: Function, rounds: int = 7) -> float:
+    """Returns the shortest of several calls, after one to warm up."""
     function()
     return min(seconds(function) for _ in range(rounds))
 
 
 @functools.cache
 def measure_peaks() -> Peaks:
-    """Measures the peaks, once per process (some seconds): the best of three passes, for a machine is seldom quiet."""
+    """Measures the peaks, once per process (some seconds), as the best of three passes, which other load disturbs."""
     source = torch.ones(_BUFFER_BYTES // 4)
     target = torch.empty_like(source)
     read, copy, rates = 0.0, 0.0, dict.fromkeys(map(dtype_name, GEMM_DTYPES), 0.0)
@@ -89,23 +92,23 @@ def compare(
     prepare: Function = lambda: None,
     **notes: object,
 ) -> dict[str, float]:
-    """Times `ours` and its peers round after round, each once a round, so that noise hits all alike.
+    """Times `ours` and its peers in rounds, each once a round, so that noise hits all of them alike.
 
-    The result goes to pytest-benchmark's statistics (ours) and its `extra_info` (everything).
+    pytest-benchmark's statistics receive our times, its `extra_info` everything.
 
     Args:
         benchmark: pytest-benchmark's fixture.
         ours: a call of treedecode.
-        peers: what a user would otherwise run, doing the same work, by name.
-        num_bytes, num_flops: what any implementation must move and do, see the module's docstring.
-        dtype: whose GEMM rate bounds the arithmetic.
-        rounds: default: as many as fit about a second of `ours`, between 5 and 50.
-        peer_seconds: a slow peer takes part in the first rounds only, about this long in all, but at least once.
-        prepare: called, untimed, before each call.
+        peers: functions that do the same work without treedecode, by name.
+        num_bytes, num_flops: bytes and operations that any implementation must move and do (see the module).
+        dtype: its GEMM rate bounds the arithmetic.
+        rounds: by default as many as take `ours` about a second, between 5 and 50.
+        peer_seconds: a slow peer takes part in the first rounds only, for about this long in all, but at least once.
+        prepare: called before each call, untimed.
         notes: further values to keep beside the result.
 
     Returns:
-        Speed-up over each peer: its median over ours. Empty when timing is switched off.
+        the speed-up over each peer, its median over ours; empty when timing is switched off.
     """
 
     def timed(function: Function) -> float:
@@ -114,17 +117,17 @@ def compare(
 
     first = {name: timed(function) for name, function in {"treedecode": ours, **peers}.items()}  # also the warm-up
     rounds = rounds or max(5, min(50, round(1.0 / first["treedecode"])))
-    left = {name: max(1, min(rounds, round(peer_seconds / first[name]))) for name in peers}
+    rounds_left = {name: max(1, min(rounds, round(peer_seconds / first[name]))) for name in peers}
     times: dict[str, list[float]] = {name: [] for name in peers}
 
     def warm(name: str, function: Function) -> None:
-        if first[name] < 5e-3:  # whoever ran before left cold caches and sleeping threads; a decode loop does not
+        if first[name] < 5e-3:  # the one before left cold caches and sleeping threads, which a decode loop does not
             timed(function)
 
     def run_peers() -> None:
         for name, function in peers.items():
-            if left[name] > 0:
-                left[name] -= 1
+            if rounds_left[name] > 0:
+                rounds_left[name] -= 1
                 warm(name, function)
                 times[name].append(timed(function))
         warm("treedecode", ours)

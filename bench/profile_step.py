@@ -1,4 +1,4 @@
-"""Prints where a decode step of SmolLM2-135M spends its time, op by op: `python -m bench.profile_step [branches]`."""
+"""Prints the time of a decode step of SmolLM2-135M by op: `python -m bench.profile_step [branches]`."""
 
 import dataclasses
 import sys
@@ -16,7 +16,7 @@ STEPS = 10
 
 
 def timed(call) -> tuple[float, float]:
-    """Seconds by the clock, and of CPU time of all threads (which other load hardly stretches)."""
+    """Returns seconds by the clock, and of CPU time of all threads, which other load hardly stretches."""
     begin, begin_cpu = time.perf_counter(), time.process_time()
     call()
     return time.perf_counter() - begin, time.process_time() - begin_cpu

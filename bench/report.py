@@ -1,4 +1,4 @@
-"""`python -m bench.report results.json …`: benchmark results as a Markdown table."""
+"""Prints benchmark results as a Markdown table: `python -m bench.report results.json …`."""
 
 import json
 import sys
@@ -7,6 +7,7 @@ from typing import Any
 
 
 def duration(seconds: float) -> str:
+    """Writes a duration with three digits, in s, ms or us."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"
@@ -14,6 +15,7 @@ def duration(seconds: float) -> str:
 
 
 def peaks_line(peaks: dict[str, Any]) -> str:
+    """Writes the machine's peaks as a sentence."""
     rates = ", ".join(f"{name} {rate:.0f}" for name, rate in peaks["gemm_gflops"].items())
     return (
         f"Machine peaks in this run: read {peaks['read_gbs']:.1f} GB/s, copy {peaks['copy_gbs']:.1f} GB/s, "
@@ -22,7 +24,7 @@ def peaks_line(peaks: dict[str, Any]) -> str:
 
 
 def table(benchmarks: Iterable[dict[str, Any]], peaks: dict[str, Any] | None = None) -> str:
-    """Markdown: one row a benchmark, medians, the share of the roofline, and each peer as median and ratio."""
+    """Makes a Markdown table, a row per benchmark: median, share of the roofline, and peers as median and ratio."""
     lines = [peaks_line(peaks), ""] if peaks else []
     lines += ["| benchmark | time | roofline | % of roofline | peers (median, ratio) |", "|---|---|---|---|---|"]
     for benchmark in benchmarks:

@@ -1,6 +1,6 @@
-"""tree_attention against the field: `python -m bench.gpu.attention [--only NAME] [--smoke]`.
+"""Times tree_attention beside other libraries: `python -m bench.gpu.attention [--only NAME] [--smoke]`.
 
-Every backend of ours is a row of its own, and every peer that cannot take part is listed with the reason.
+Every backend of ours has a row of its own, and every peer that cannot take part is listed with the reason.
 """
 
 import functools
@@ -33,7 +33,7 @@ TREES = {
     "256 / 4096": ((256,), (4096,)),
 }
 WITH_OTHER_HEADS = ("1,64 / 8192,256", "1,16,64 / 1024,256,32", "1,8,64,512 / 4096,1024,256,64", "256 / 4096")
-# Where sharing has least to give, or where the tree is not of one piece.
+# Forests where sharing has the least to give, or that are no single tree.
 LOSING: dict[str, tuple[Heads, Callable[[int], Forest]]] = {
     "1,8 / 4000,32": (Heads(8, 1, 128), lambda page_size: forests.tree((1, 8), (4000, 32), page_size)),
     "1,128 / 128,32": (MAIN, lambda page_size: forests.tree((1, 128), (128, 32), page_size)),
@@ -58,21 +58,21 @@ SMOKE = {
 
 
 def all_cases(smoke: bool) -> dict[str, tuple[Heads, Callable[[], Forest]]]:
-    """Name -> heads and a function that makes the forest; the main table first, in case time runs out."""
+    """Returns heads and a function that makes the forest, by name; the main table first, in case time runs out."""
 
     def build_tree(name: str, page_size: int) -> Forest:
         return forests.tree(*TREES[name], page_size)
 
-    made: dict[str, tuple[Heads, Callable[[], Forest]]] = {}
+    cases: dict[str, tuple[Heads, Callable[[], Forest]]] = {}
 
     def add(name: str, heads: Heads, page_size: int, build: Callable[[int], Forest]) -> None:
         title = f"{name}, {heads.num_qo_heads}/{heads.num_kv_heads} d{heads.head_dim} page {page_size}"
-        made[title] = (heads, functools.partial(build, page_size))
+        cases[title] = (heads, functools.partial(build, page_size))
 
     if smoke:
         for name, (heads, build) in SMOKE.items():
             add(name, heads, 4, build)
-        return made
+        return cases
     for name in TREES:
         add(name, MAIN, 16, functools.partial(build_tree, name))
     for name, (heads, build) in LOSING.items():
@@ -84,7 +84,7 @@ def all_cases(smoke: bool) -> dict[str, tuple[Heads, Callable[[], Forest]]]:
         add(name, MAIN, 64, functools.partial(build_tree, name))
     for name, (heads, build) in LOSING.items():
         add(name, heads, 64, build)
-    return made
+    return cases
 
 
 def checked_rows(num_branches: int) -> list[int]:
@@ -92,7 +92,7 @@ def checked_rows(num_branches: int) -> list[int]:
 
 
 def truth(inputs: Inputs, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """out and lse of some branches in float64, straight from copies of their keys and values."""
+    """Computes out and lse of some branches in float64 from copies of their keys and values."""
     group = inputs.heads.num_qo_heads // inputs.heads.num_kv_heads
     outs, lses = [], []
     for row in rows:
@@ -114,13 +114,13 @@ def our_backends(inputs: Inputs, check: Callable[..., float], limit: float) -> B
         def plan() -> tuple:
             return make_plan(inputs.page_table, inputs.seq_lens, None, *sizes, workers)
 
-        made = plan()
+        planned = plan()
 
         def call(i: int) -> tuple[Tensor, Tensor]:
             k_pages, v_pages = inputs.pages(i)
             scale = heads.head_dim**-0.5
             return attend(
-                inputs.q[i], k_pages, v_pages, inputs.page_table, inputs.seq_lens, *made, scale, -1, 0.0, None
+                inputs.q[i], k_pages, v_pages, inputs.page_table, inputs.seq_lens, *planned, scale, -1, 0.0, None
             )
 
         return Contestant(call, len(inputs.q), lambda: check(*call(0)), limit, plan)
@@ -147,7 +147,7 @@ def run(session: harness.Session, name: str, heads: Heads, forest: Forest) -> No
     limit = 2 * torch.finfo(dtype).eps
 
     def check(out: Tensor, lse: Tensor | None = None) -> float:
-        """The error of out. An lse is of fp32 sums of exact products, so its error counts a hundred times."""
+        """Returns the error of out, or a hundred times that of lse, which comes from fp32 sums of exact products."""
         errors = [harness.relative_error(out[rows], want_out)]
         if lse is not None:
             errors.append(100 * harness.relative_error(lse[rows], want_lse))
@@ -156,7 +156,7 @@ def run(session: harness.Session, name: str, heads: Heads, forest: Forest) -> No
     session.measure(
         name,
         our_backends(inputs, check, limit),
-        attention_peers.builders(inputs, check, limit),
+        attention_peers.attention_peers(inputs, check, limit),
         num_bytes=unique_bytes + 2 * inputs.q[0].nbytes,
         num_flops=4 * heads.head_dim * heads.num_qo_heads * forest.path_tokens,
         dtype=dtype,

@@ -1,4 +1,4 @@
-"""What else attends over shared pages or copied caches: checked like ours, and listed with a reason where it cannot.
+"""Peers of tree_attention, over shared pages or copied caches. Each is checked as ours is, or listed with a reason.
 
 FlashInfer's wrappers take the page table as CSR arrays. They are planned once, on the host, and that plan is timed by
 the clock; only `run` is captured.
@@ -21,7 +21,7 @@ WORKSPACE_BYTES = 256 << 20
 Check = Callable[..., float]
 
 
-def builders(inputs: Inputs, check: Check, limit: float) -> Builders:
+def attention_peers(inputs: Inputs, check: Check, limit: float) -> Builders:
     peers = {
         "FlashInfer decode (tensor cores)": flashinfer_decode,
         "FlashInfer BatchAttention": flashinfer_batch_attention,
@@ -35,7 +35,7 @@ def builders(inputs: Inputs, check: Check, limit: float) -> Builders:
 
 
 def _csr(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """indptr, indices and last_page_len of all branches, int32 on the device."""
+    """Returns indptr, indices and last_page_len of all branches, int32 on the device."""
     rows, page_size = inputs.forest.rows, inputs.forest.page_size
     indptr = torch.tensor([0, *map(len, rows)]).cumsum(0).int()
     indices = torch.tensor([page for row in rows for page in row], dtype=torch.int32)
@@ -52,7 +52,7 @@ def _workspace(inputs: Inputs) -> Tensor:
 
 
 def _pages(inputs: Inputs, i: int) -> tuple[Tensor, Tensor]:
-    """K and V as the memory has them, `[num_pages, num_kv_heads, page_size, head_dim]` (HND)."""
+    """Returns K and V in the order of the memory, `[num_pages, num_kv_heads, page_size, head_dim]` (HND)."""
     k, v = inputs.kv[i]
     return k, v
 
@@ -129,7 +129,7 @@ def flashinfer_cascade(inputs: Inputs, check: Check, limit: float) -> Contestant
 
 
 def flex_attention(inputs: Inputs, check: Check, limit: float) -> Contestant:
-    """All pages as one sequence, and a mask that says which branch sees which page."""
+    """Attends over all pages as one sequence, with a mask of the pages that each branch sees."""
     from torch.nn.attention.flex_attention import create_block_mask
     from torch.nn.attention.flex_attention import flex_attention as attend
 
@@ -143,8 +143,8 @@ def flex_attention(inputs: Inputs, check: Check, limit: float) -> Contestant:
     torch._dynamo.reset()  # a compiled function that meets too many shapes goes back to the unfused one, silently
     compiled = torch.compile(attend, dynamic=False) if on_gpu else attend
     visible = torch.zeros(num_branches, forest.num_pages, dtype=torch.bool)
-    for mine, row in zip(visible, forest.rows, strict=True):
-        mine[torch.tensor(row)] = True
+    for branch, row in enumerate(forest.rows):
+        visible[branch, torch.tensor(row)] = True
     visible, page_lens, page_size = visible.to(device), forest.page_lens.to(device), forest.page_size
     seq_lens, position = inputs.seq_lens, torch.zeros(forest.num_pages, dtype=torch.int64)
     for row in forest.rows:
@@ -170,7 +170,7 @@ def flex_attention(inputs: Inputs, check: Check, limit: float) -> Contestant:
 
 
 def _copied(inputs: Inputs) -> list[Tensor]:
-    """`[2, num_branches, num_kv_heads, seq_len, head_dim]`: every branch's own K and V."""
+    """Copies K and V for every branch: `[2, num_branches, num_kv_heads, seq_len, head_dim]`."""
     forest = inputs.forest
     if len(set(forest.seq_lens)) > 1:
         raise NotApplicable("branches differ in length")
@@ -184,7 +184,7 @@ def _copied(inputs: Inputs) -> list[Tensor]:
 
 
 def sdpa(inputs: Inputs, check: Check, limit: float, *, pack: bool) -> Contestant:
-    """`scaled_dot_product_attention`, which picks its own backend; packed, the heads of a group are query rows."""
+    """Runs `scaled_dot_product_attention`, which picks its own backend; packed, heads of a group are query rows."""
     caches = _copied(inputs)
     group = inputs.heads.num_qo_heads // inputs.heads.num_kv_heads
     if pack and group == 1:

@@ -13,23 +13,23 @@ from bench.gpu.timing import Timing
 
 
 class NotApplicable(Exception):
-    """A contestant cannot take part in a case; the message says why, and the results list it."""
+    """A contestant cannot take part in a case; the results list the message."""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """Something that does a case's work.
+    """An implementation of a case's work.
 
     Attributes:
         call: runs on input set number i and returns tensors.
-        num_sets: sets of inputs that `call` knows; with one alone there is no cold timing.
-        error: of the result on set 0 against float64, in the unit of limit; None where there is nothing to compare.
-        limit: the largest error to be taken for the same computation.
-        plan: what is done once per step before `call`, for all layers.
-        plan_method: how `plan` is timed; "clock" is for plans that the host makes.
-        timing: how it is timed where repeating `call` will not do.
+        num_sets: sets of inputs that `call` knows; with a single one there is no cold timing.
+        error: returns the error of the result on set 0 against float64, in the unit of limit; None = no comparison.
+        limit: the largest error of an implementation of the same computation.
+        plan: does the work that is done once per step before `call`, for all layers.
+        plan_method: the timing of `plan`; "clock" is for plans that the host makes.
+        timing: times the work where repeating `call` does not.
         self_evicting: a call reads so much that it is cold on one set already.
-        notes: what a reader of the row must know.
+        notes: remarks for readers of the row.
     """
 
     call: Callable[[int], Any]
@@ -47,7 +47,11 @@ Builders = Mapping[str, Callable[[], Contestant]]
 
 
 def require_gpu(device: torch.device) -> None:
-    """Raises NotApplicable unless the device is a GPU."""
+    """Checks that the device is a GPU.
+
+    Raises:
+        NotApplicable: it is not.
+    """
     if device.type != "cuda":
         raise NotApplicable("runs on a GPU only")
 

@@ -1,7 +1,7 @@
-"""Decoding end to end at the shape of Llama-3-8B with random weights: `python -m bench.gpu.decode [--smoke]`.
+"""Times decoding end to end at the shape of Llama-3-8B with random weights: `python -m bench.gpu.decode [--smoke]`.
 
-How much longer a step of 16 and of 64 branches takes than one of a single branch, and how long 64 continuations of one
-prompt take beside `generate(num_return_sequences=64)` of Transformers with as many tokens.
+Compares a step of 16 and of 64 branches with one of a single branch, and 64 continuations of one prompt with
+`generate(num_return_sequences=64)` of Transformers over as many tokens.
 """
 
 import gc
@@ -81,7 +81,7 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
 
 
 class Ours:
-    """A decoder that samples from prompts it has never seen."""
+    """A decoder that samples from prompts it has not seen before."""
 
     def __init__(self, adapter: TransformersModel, shape: Shape) -> None:
         self.shape, self.device, self._num_prompts = shape, adapter.device, 0
@@ -92,13 +92,13 @@ class Ours:
     def tokens(self, num_branches: int, new_tokens: int) -> list[list[int]]:
         return self._tokens(num_branches, new_tokens, self._next_prompt())
 
-    def again(self, num_branches: int, new_tokens: int) -> bool:
-        """Whether a second run from nothing gives the same tokens."""
-        prompt, found = self._next_prompt(), []
+    def is_repeatable(self, num_branches: int, new_tokens: int) -> bool:
+        """Returns whether two runs from an empty cache give the same tokens."""
+        prompt, runs = self._next_prompt(), []
         for _ in range(2):
             self.decoder.reset()
-            found.append(self._tokens(num_branches, new_tokens, prompt))
-        return found[0] == found[1]
+            runs.append(self._tokens(num_branches, new_tokens, prompt))
+        return runs[0] == runs[1]
 
     def _next_prompt(self) -> list[int]:
         generator = torch.Generator().manual_seed(self._num_prompts)
@@ -110,10 +110,10 @@ class Ours:
         (outs,) = self.decoder.generate(
             [prompt], num_branches=num_branches, sampling=sampling, max_new_tokens=new_tokens
         )
-        found = [out.token_ids for out in outs]
-        if [len(tokens) for tokens in found] != [new_tokens] * num_branches:
+        token_ids = [out.token_ids for out in outs]
+        if [len(tokens) for tokens in token_ids] != [new_tokens] * num_branches:
             raise ArithmeticError("branches ended early")
-        return found
+        return token_ids
 
     def close(self) -> None:
         """Gives the pages back to the device."""
@@ -124,11 +124,11 @@ class Ours:
             torch.cuda.empty_cache()
 
     def total(self, num_branches: int, new_tokens: int) -> float:
-        """From the prompt to the last token."""
+        """Returns the seconds from the prompt to the last token."""
         return seconds(lambda: self.tokens(num_branches, new_tokens), self.device)
 
     def step(self, num_branches: int) -> timing.Timing:
-        """A decode step: what twice as many tokens cost more, the graph being captured before."""
+        """Times a decode step as the difference of runs with twice as many tokens, after its graph was captured."""
         half = self.shape.new_tokens // 2
         self.total(num_branches, half)
         steps = []
@@ -140,7 +140,7 @@ class Ours:
 
 
 def step_floor(session: harness.Session, model: PreTrainedModel, shape: Shape, num_branches: int) -> dict[str, float]:
-    """Bytes and flops of a step: all weights but the embeddings once, and the unique keys and values."""
+    """Counts the bytes and flops of a step: all weights but the embeddings once, and the unique keys and values."""
     config = shape.config
     weights = sum(p.numel() for p in model.parameters()) - config["vocab_size"] * config["hidden_size"]
     token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * 2
@@ -167,7 +167,7 @@ def run_steps(session: harness.Session, ours: Ours, shape: Shape, num_branches: 
         entry |= {"skipped": "hung", "failed": True}
     else:
         with session.watched(case, NAME):
-            entry["repeatable"] = ours.again(num_branches, shape.new_tokens)
+            entry["repeatable"] = ours.is_repeatable(num_branches, shape.new_tokens)
             step = ours.step(num_branches)
         entry |= {"warm": asdict(step), "failed": not entry["repeatable"]}
         entry["notes"] = "the same tokens twice" if entry["repeatable"] else "tokens differ from run to run"
@@ -178,7 +178,7 @@ def run_steps(session: harness.Session, ours: Ours, shape: Shape, num_branches: 
 
 
 def run_total(session: harness.Session, case: str, model: PreTrainedModel, ours: Ours, shape: Shape) -> None:
-    """Adds the row of the whole job, `generate` beside ours, whose pages are given back before that."""
+    """Adds the row of the whole job: our time, and that of `generate` after our pages were given back."""
     num_branches = max(BRANCHES)
     entries: list[dict[str, Any]] = [{"name": NAME, "ours": True}]
     if session.has_hung(case, NAME):
@@ -203,10 +203,10 @@ def run_total(session: harness.Session, case: str, model: PreTrainedModel, ours:
 
     peer: dict[str, Any] = {"name": f"generate(num_return_sequences={num_branches})", "ours": False}
     try:
-        took = seconds(theirs, session.device)  # once: what a first run costs more is lost in its seconds
-        peer["warm"] = asdict(timing.Timing(took, 0.0, "clock"))
+        peer_seconds = seconds(theirs, session.device)  # once: it takes so long that a warm-up would not show
+        peer["warm"] = asdict(timing.Timing(peer_seconds, 0.0, "clock"))
         if "warm" in entries[0]:
-            entries[0]["speedup"] = took / entries[0]["warm"]["seconds"]
+            entries[0]["speedup"] = peer_seconds / entries[0]["warm"]["seconds"]
     except Exception as error:  # out of memory, most likely: it keeps 64 copies of the prompt
         peer["skipped"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     weights = sum(p.numel() for p in model.parameters())

@@ -1,4 +1,4 @@
-"""Trees and forests of branches as page tables, with the attention inputs that go with them."""
+"""Makes page tables of trees and forests of branches, and inputs of attention over them."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ class Heads:
 
 @dataclass
 class Level:
-    """One level of a tree whose nodes on it are alike, as a cascade wants it."""
+    """A level of a tree whose nodes are alike, as a cascade needs it."""
 
     num_queries: int  # per node
     pages: Tensor  # [num_nodes, pages_per_node] int32
@@ -26,9 +26,10 @@ class Level:
 
 @dataclass
 class Forest:
-    """Rows of page ids and their lengths; on the CPU.
+    """Branches as rows of page ids, with their lengths in tokens.
 
-    levels: from the root down, where the forest has them; else None.
+    Attributes:
+        levels: from the root down; None where the forest has none.
     """
 
     page_size: int
@@ -44,8 +45,8 @@ class Forest:
     def page_table(self) -> Tensor:
         """`[num_branches, max_pages]` int32; 0 beyond a branch's pages."""
         table = torch.zeros(len(self.rows), max(map(len, self.rows)), dtype=torch.int32)
-        for into, row in zip(table, self.rows, strict=True):
-            into[: len(row)] = torch.tensor(row, dtype=torch.int32)
+        for entries, row in zip(table, self.rows, strict=True):
+            entries[: len(row)] = torch.tensor(row, dtype=torch.int32)
         return table
 
     @property
@@ -68,7 +69,7 @@ class Forest:
 
 
 def tree(nodes: tuple[int, ...], tokens: tuple[int, ...], page_size: int) -> Forest:
-    """`nodes[i]` nodes of `tokens[i]` tokens on level i, rows in depth-first order.
+    """Makes a tree with `nodes[i]` nodes of `tokens[i]` tokens on level i, rows in depth-first order.
 
     Pages are shared whole: where a level ends within a page, its last tokens are each child's own, as after a
     copy-on-write.
@@ -92,7 +93,7 @@ def tree(nodes: tuple[int, ...], tokens: tuple[int, ...], page_size: int) -> For
 
 
 def deep_leaf_among_singletons(page_size: int, prefix: int = 4096, leaves: int = 64, singletons: int = 192) -> Forest:
-    """One prefix with many leaves, and beside it short branches that share nothing."""
+    """Makes one prefix with many leaves, and short branches that share nothing."""
     deep = tree((1, leaves), (prefix, 64), page_size)
     counter = itertools.count(deep.num_pages)
     rows = list(deep.rows)
@@ -104,7 +105,7 @@ def deep_leaf_among_singletons(page_size: int, prefix: int = 4096, leaves: int =
 
 
 def ragged(page_size: int, num_branches: int = 64, prefix: int = 4096) -> Forest:
-    """Each branch leaves another one at a random place of its path, and ends at a random length."""
+    """Makes branches that leave another one at a random point of its path and end at a random length."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(low: int, high: int) -> int:
@@ -124,14 +125,14 @@ def ragged(page_size: int, num_branches: int = 64, prefix: int = 4096) -> Forest
 
 
 def unsorted(forest: Forest) -> Forest:
-    """The same branches in a random order: correct, and shared between neighbours by chance only."""
+    """Puts the branches in a random order, in which neighbours share pages only by chance."""
     order = torch.randperm(len(forest.rows), generator=torch.Generator().manual_seed(0)).tolist()
     return Forest(forest.page_size, [forest.rows[i] for i in order], [forest.seq_lens[i] for i in order])
 
 
 @dataclass
 class Inputs:
-    """What attention over a forest takes, on a device; several sets of keys, values and queries."""
+    """Inputs of attention over a forest on a device, with several sets of keys, values and queries."""
 
     forest: Forest
     heads: Heads
@@ -153,12 +154,12 @@ class Inputs:
         return 2 * self.heads.num_kv_heads * self.heads.head_dim * self.dtype.itemsize
 
     def pages(self, i: int) -> tuple[Tensor, Tensor]:
-        """k_pages and v_pages of set i, `[num_pages, page_size, num_kv_heads, head_dim]` views of HND memory."""
+        """Returns k_pages and v_pages of set i as NHD views: `[num_pages, page_size, num_kv_heads, head_dim]`."""
         k, v = self.kv[i].transpose(2, 3)
         return k, v
 
     def keys_of(self, row: int, i: int = 0) -> Tensor:
-        """Copied K and V of a branch, `[2, num_kv_heads, seq_len, head_dim]`."""
+        """Copies K and V of a branch, `[2, num_kv_heads, seq_len, head_dim]`."""
         pages = torch.tensor(self.forest.rows[row], device=self.device)
         return self.kv[i][:, pages].transpose(1, 2).flatten(2, 3)[:, :, : self.forest.seq_lens[row]]
 

@@ -1,4 +1,4 @@
-"""Contestants beside each other, checked before they are timed, and a file of results that grows row by row."""
+"""Checks and times contestants beside each other, and writes a file of results row by row."""
 
 import argparse
 import json
@@ -23,16 +23,16 @@ from bench.harness import dtype_name
 
 
 def environment(device: torch.device, commit: str | None) -> dict[str, Any]:
-    """What a reader needs to judge a result. Clocks are as found: nothing here sets any."""
-    found: dict[str, Any] = {"commit": commit or _commit(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    """Describes software and device for readers of a result. Clocks are read, never set."""
+    result: dict[str, Any] = {"commit": commit or _commit(), "torch": torch.__version__, "cuda": torch.version.cuda}
     for package in ("triton", "transformers", "flashinfer-python", "flash-attn"):
         try:
-            found[package] = metadata.version(package)
+            result[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = None
+            result[package] = None
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {
+        result |= {
             "device": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
@@ -41,8 +41,8 @@ def environment(device: torch.device, commit: str | None) -> dict[str, Any]:
             **_nvidia_smi(device.index or 0),
         }
     else:
-        found |= {"device": "cpu"}
-    return found
+        result |= {"device": "cpu"}
+    return result
 
 
 def _commit() -> str:
@@ -73,24 +73,24 @@ def _nvidia_smi(index: int) -> dict[str, str]:
 
 
 def tensors_of(result: object) -> list[Tensor]:
-    """The tensors of a call's result, in order."""
+    """Returns the tensors of a call's result, in order."""
     if isinstance(result, Tensor):
         return [result]
     return [x for x in result if isinstance(x, Tensor)] if isinstance(result, Iterable) else []
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference over the norm of the truth; NaN where anything is."""
+    """Returns the norm of the difference over the norm of the truth; NaN if either has one."""
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
 def worst(errors: Iterable[float]) -> float:
-    """The largest error; NaN if one of them is."""
+    """Returns the largest error; NaN if one of them is."""
     return float(torch.tensor(list(errors), dtype=torch.float64).max())
 
 
 class Session:
-    """One part's run: its arguments, the machine, and a file of results that is complete after every row."""
+    """Runs one part of the benchmarks, and keeps a file of its results that is complete after every row."""
 
     def __init__(self, part: str, args: argparse.Namespace) -> None:
         self.part, self.smoke = part, args.smoke
@@ -118,7 +118,7 @@ class Session:
         self._write()
 
     def _earlier(self) -> dict[str, Any]:
-        """What an earlier run of the same commit on the same kind of device left."""
+        """Reads the results of an earlier run of the same commit on the same kind of device."""
         if not self._path.exists():
             return {}
         earlier = json.loads(self._path.read_text())
@@ -126,7 +126,7 @@ class Session:
         return {name: earlier[name] for name in ("rows", "hung")} if same else {}
 
     def cases(self, cases: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-        """The cases asked for; once time is up the rest is listed as not reached."""
+        """Yields the cases asked for; once time is up, the others are listed as not reached."""
         for name, case in cases.items():
             if name in self._done or (self._only is not None and self._only not in name):
                 continue
@@ -138,11 +138,12 @@ class Session:
         self._write()
 
     def note(self, name: str, value: object) -> None:
-        """Keeps a value beside the rows."""
+        """Stores a value beside the rows."""
         self._results[name] = value
         self._write()
 
     def add(self, row: dict[str, Any]) -> None:
+        """Adds a row, in the place of an earlier one of the same case."""
         self._results["rows"] = [other for other in self._results["rows"] if other["case"] != row["case"]] + [row]
         self._write()
         for entry in row["entries"]:
@@ -152,7 +153,7 @@ class Session:
 
     @property
     def failed(self) -> bool:
-        """Whether one of our own backends could not do its work."""
+        """True if one of our own backends could not do its work."""
         entries = (entry for row in self._results["rows"] for entry in row["entries"])
         return any(entry["ours"] and entry.get("failed") for entry in entries)
 
@@ -165,10 +166,10 @@ class Session:
         self, case: str, ours: Builders, peers: Builders, *, num_bytes: float, num_flops: float, dtype: torch.dtype,
         num_layers: int = 1, **notes: object,
     ) -> None:  # fmt: skip
-        """Checks, then times every contestant of a case, and adds the row.
+        """Checks and times every contestant of a case, and adds the row.
 
         Args:
-            num_bytes, num_flops: what any implementation must move and do.
+            num_bytes, num_flops: bytes and operations that any implementation must move and do.
             num_layers: layers that share a plan.
             notes: further values to keep in the row.
         """
@@ -203,17 +204,17 @@ class Session:
             raise SystemExit(f"the device reports errors since {entries[-1]['name']!r} of {case!r}")
 
     def has_hung(self, case: str, name: str) -> bool:
-        """Whether a contestant did not come back in an earlier process of this run."""
+        """Returns whether a contestant did not end in an earlier process of this run."""
         return [case, name] in self._results["hung"]
 
     def seconds_of(self, case: str) -> float | None:
-        """The warm time of the first contestant of a row, where it has one."""
+        """Returns the warm time of the first contestant of a row, where it has one."""
         rows = [row for row in self._results["rows"] if row["case"] == case]
         return rows[0]["entries"][0].get("warm", {}).get("seconds") if rows else None
 
     @contextmanager
     def watched(self, case: str, name: str) -> Iterator[None]:
-        """Ends the process if a contestant does not come back: a kernel that hangs cannot be ended otherwise."""
+        """Ends the process if a contestant does not end: nothing else ends a kernel that hangs."""
         timer = threading.Timer(self._patience, self._give_up, (case, name))
         timer.daemon = True
         timer.start()
@@ -234,7 +235,7 @@ class Session:
             self._fill(entry, build(), num_layers)
         except NotApplicable as reason:
             entry["skipped"] = str(reason)
-        except Exception as error:  # whatever a peer or a kernel under test may raise belongs into the results
+        except Exception as error:  # anything that a peer or a kernel under test raises goes into the results
             entry["skipped"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             entry["failed"] = True
             self._broken = self._device_is_lost()
@@ -243,7 +244,7 @@ class Session:
         return entry
 
     def _device_is_lost(self) -> bool:
-        """Whether an error will come again with every call: all later results would be its echo."""
+        """Returns whether the device reports an error, which every later call would report again."""
         try:
             synchronize(self.device)
         except RuntimeError:
@@ -260,8 +261,8 @@ class Session:
             if not entry["error"] <= contestant.limit:
                 raise ArithmeticError(f"wrong result: error {entry['error']:.2e} above {contestant.limit:.2e}")
         if ours:
-            again = [tensors_of(call(0)) for _ in range(2)]
-            entry["repeatable"] = all(all(map(torch.equal, first, other)) for other in again)
+            repetitions = [tensors_of(call(0)) for _ in range(2)]
+            entry["repeatable"] = all(all(map(torch.equal, first, other)) for other in repetitions)
             if not entry["repeatable"]:
                 raise ArithmeticError("the result differs from run to run")
         if contestant.timing is not None:
@@ -292,16 +293,16 @@ class Session:
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The arguments that all parts take."""
-    made = argparse.ArgumentParser(description=description)
-    made.add_argument("--out", default="bench/results/local/gpu", help="folder of the results")
-    made.add_argument("--seconds", type=float, default=480.0, help="start no further case after this long")
-    made.add_argument("--only", help="only cases whose name contains this")
-    made.add_argument(
+    """Makes a parser of the arguments that all parts take."""
+    arguments = argparse.ArgumentParser(description=description)
+    arguments.add_argument("--out", default="bench/results/local/gpu", help="folder of the results")
+    arguments.add_argument("--seconds", type=float, default=480.0, help="start no further case after this long")
+    arguments.add_argument("--only", help="only cases whose name contains this")
+    arguments.add_argument(
         "--resume", action="store_true", help="keep the cases that an earlier run has left in that folder"
     )
-    made.add_argument("--skip", default="", help="not the contestants whose name contains one of these (a,b,...)")
-    made.add_argument("--patience", type=float, default=150.0, help="seconds for a contestant before the process ends")
-    made.add_argument("--commit", help="what to write down as the commit, where git cannot say")
-    made.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU, to run the code")
-    return made
+    arguments.add_argument("--skip", default="", help="not the contestants whose name contains one of these (a,b,...)")
+    arguments.add_argument("--patience", type=float, default=150.0, help="seconds that a contestant has")
+    arguments.add_argument("--commit", help="what to write down as the commit, where git cannot say")
+    arguments.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU, to run the code")
+    return arguments

@@ -1,7 +1,7 @@
-"""`python -m bench.gpu.library`: whether the native libraries in treedecode/ load here, one line each.
+"""Tries to load the native libraries in treedecode/ and prints a line for each: `python -m bench.gpu.library`.
 
-A library built elsewhere, against the headers of a newer torch, should: it is linked to torch's stable ABI alone. Only
-the Python module `_host` is bound to a version of Python. The exit status is 0 when all of them load.
+A library that was built elsewhere, against the headers of a newer torch, should load: it is linked only to torch's
+stable ABI. The Python module `_host` alone is bound to a version of Python. The exit status is 0 when all of them load.
 """
 
 import subprocess
@@ -16,7 +16,7 @@ LOAD = "import sys, torch; torch.ops.load_library(sys.argv[1])"
 
 
 def load(library: Path) -> str | None:
-    """None, or why the library does not load; in a process of its own, which a bad one may take down."""
+    """Loads a library in a process of its own, which a bad one may take down; returns the error, if there is one."""
     done = subprocess.run([sys.executable, "-c", LOAD, str(library)], capture_output=True, text=True)
     if done.returncode == 0:
         return None
@@ -28,9 +28,9 @@ def main() -> int:
     libraries = [PACKAGE / "_ops.so", PACKAGE / "_cuda.so", *hosts[:1]]
     all_load = bool(hosts)
     for library in libraries:
-        why = load(library) if library.exists() else "it is not there"
-        print(f"{library.name} loads on torch {torch.__version__}: {'yes' if why is None else f'no ({why})'}")
-        all_load &= why is None
+        error = load(library) if library.exists() else "it is not there"
+        print(f"{library.name} loads on torch {torch.__version__}: {'yes' if error is None else f'no ({error})'}")
+        all_load &= error is None
     if not hosts:
         print(f"_host{EXTENSION_SUFFIXES[0]} is not there")
     return int(not all_load)

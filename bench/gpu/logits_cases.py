@@ -17,7 +17,7 @@ MAX_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class PruneCase:
-    """Groups of beams that each want their best `num_candidates`."""
+    """Groups of beams, of which each needs its best `num_candidates`."""
 
     vocab: int
     num_beams: int
@@ -37,7 +37,7 @@ class PruneCase:
 
 @dataclass(frozen=True)
 class SampleCase:
-    """Rows that each want a token."""
+    """Rows of which each needs a token."""
 
     vocab: int
     rows: int
@@ -59,6 +59,7 @@ def make_logits(kind: str, rows: int, vocab: int, dtype: torch.dtype, device: to
 
 
 def all_cases(smoke: bool) -> dict[str, PruneCase | SampleCase]:
+    """Returns the cases by title; those that tell most first, in case time runs out."""
     cases: list[PruneCase | SampleCase] = []
     if smoke:
         cases += [PruneCase(300, 4, 2, torch.float32), PruneCase(300, 2, 1, torch.bfloat16, "equal", 5)]

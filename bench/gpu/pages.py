@@ -1,7 +1,7 @@
-"""Page ops in a decoding loop of 64 branches: `python -m bench.gpu.pages [--only NAME] [--smoke]`.
+"""Times page ops in a decoding loop of 64 branches: `python -m bench.gpu.pages [--only NAME] [--smoke]`.
 
 The pool has the shape of Llama-3-8B. 1,000 captured steps, each a reorder by random parents and an append, run without
-a host sync and must leave the very state that the CPU's ops leave.
+a host sync and must leave exactly the state that the CPU's ops leave.
 """
 
 import functools
@@ -28,7 +28,7 @@ class Shape:
     num_branches: int = 64
     num_tokens: int = 2056  # ends in the middle of a page: the first append after a fork copies it
     num_steps: int = 1000
-    dense_layers: int = 4  # what of a dense cache is reordered as a peer
+    dense_layers: int = 4  # the part of a dense cache that is reordered as a peer
 
     @property
     def token_bytes(self) -> int:
@@ -59,7 +59,7 @@ Prepare = Callable[["Loop"], Callable[[], object]]
 
 
 class Loop:
-    """A decoding loop's page work on fixed buffers, by the page ops of one backend."""
+    """Does the page work of a decoding loop on fixed buffers, by the page ops of one backend."""
 
     def __init__(self, shape: Shape, device: torch.device, backend: str | None, *, with_kv: bool = True) -> None:
         self.shape, self.device = shape, device
@@ -72,8 +72,8 @@ class Loop:
         self.slots = torch.empty(shape.num_branches, dtype=torch.int64, device=device)
         # every step keeps some branches, drops some and forks some
         generator = torch.Generator().manual_seed(0)
-        draws = torch.randint(0, shape.num_branches, (shape.num_steps, shape.num_branches), generator=generator)
-        self.parents = draws.to(torch.int32).to(device)
+        parents = torch.randint(0, shape.num_branches, (shape.num_steps, shape.num_branches), generator=generator)
+        self.parents = parents.to(torch.int32).to(device)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         # all branches share the prompt
         pool.append(self.rows[:1], [shape.num_tokens])
@@ -81,7 +81,7 @@ class Loop:
         self._before = [x.clone() for x in pool.state[:5]]
 
     def restart(self) -> None:
-        """The page state as it was at first, to the order of the free pages."""
+        """Restores the page state of the beginning, including the order of the free pages."""
         for x, before in zip(self.pool.state[:5], self._before, strict=True):
             x.copy_(before)
         self.step.zero_()
@@ -95,22 +95,22 @@ class Loop:
         self.ops["append_slots"](*state[:5], self.pool.kv, self.slots, self.rows, None, state.page_size)
 
     def next_step(self) -> None:
-        """Reorder and append; which parents, a counter on the device says."""
+        """Reorders by the parents of the current step, which a counter on the device selects, and appends."""
         self.fork(self.parents.index_select(0, self.step)[0])
         self.append()
         self.step.add_(1)
 
     def state(self) -> list[Tensor]:
-        """What is defined of the page state, on the host."""
+        """Returns the defined parts of the page state, on the host."""
         pool = self.pool
         num_free, lens = int(pool.status[STATUS_NUM_FREE]), pool.seq_lens.cpu()
         used = torch.arange(pool.page_table.shape[1]) * pool.page_size < lens[:, None]
-        found = (pool.refcount, pool.free_pages[:num_free], lens, pool.status, self.slots)
-        return [pool.page_table.cpu()[used], *(x.cpu() for x in found)]
+        others = (pool.refcount, pool.free_pages[:num_free], lens, pool.status, self.slots)
+        return [pool.page_table.cpu()[used], *(x.cpu() for x in others)]
 
 
 class DenseReorder:
-    """What a dense cache costs at each beam step: `index_select` of K and V, of some of the layers."""
+    """Reorders some layers of a dense cache by `index_select`, as dense caches do at each beam step."""
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         size = (2, shape.num_branches, shape.num_kv_heads, shape.num_tokens, shape.head_dim)
@@ -130,7 +130,7 @@ def backends(session: harness.Session) -> list[str]:
 
 
 def append_and_cut(loop: Loop, kept: int) -> Callable[[], object]:
-    """An append of one token for every branch, and its undoing, so that the next one finds the same."""
+    """Returns a function that appends a token to every branch and cuts it off again, so that calls are alike."""
     lens = torch.full_like(loop.rows, kept)
     state = loop.pool.state
 
@@ -142,13 +142,13 @@ def append_and_cut(loop: Loop, kept: int) -> Callable[[], object]:
 
 
 def private(loop: Loop) -> Callable[[], object]:
-    """Every branch has a last page of its own, with room for a token."""
+    """Prepares appends to branches that each have a last page of their own with room for a token."""
     loop.append()
     return append_and_cut(loop, loop.shape.num_tokens + 1)
 
 
 def copying(loop: Loop) -> Callable[[], object]:
-    """All branches share a half-full last page: all but one copy it, in all layers."""
+    """Prepares appends to branches that share a half-full last page, which all but one copy in all layers."""
     lens = torch.full_like(loop.rows, loop.shape.num_tokens)
     root = torch.zeros_like(loop.rows)
     state = loop.pool.state
@@ -161,21 +161,21 @@ def copying(loop: Loop) -> Callable[[], object]:
 
 
 def reorder(loop: Loop) -> Callable[[], object]:
-    """A permutation of branches with pages of their own: nothing is lost, so each repetition does the same."""
+    """Prepares permutations of branches with pages of their own; none is lost, so that calls are alike."""
     loop.append()
     parents = torch.randperm(len(loop.rows), generator=torch.Generator().manual_seed(0)).int().to(loop.device)
     return lambda: loop.fork(parents)
 
 
 def step(loop: Loop) -> Callable[[], object]:
-    """Reorder, append, cut back to what was there."""
+    """Prepares a reorder, an append, and a cut back to the length before."""
     loop.append()
     parents = torch.randperm(len(loop.rows), generator=torch.Generator().manual_seed(0)).int().to(loop.device)
-    back = append_and_cut(loop, loop.shape.num_tokens + 1)
+    append_and_cut_back = append_and_cut(loop, loop.shape.num_tokens + 1)
 
     def work() -> None:
         loop.fork(parents)
-        back()
+        append_and_cut_back()
 
     return work
 
@@ -208,7 +208,7 @@ def run_timed(session: harness.Session, shape: Shape, name: str, num_bytes: floa
 
 
 def run_captured(session: harness.Session, shape: Shape, name: str, num_bytes: float) -> None:
-    """All steps by replays of one graph, without a host sync; the state at the end is compared with the CPU's."""
+    """Runs all steps by replays of one graph without a host sync, and compares the final state with the CPU's."""
     on_gpu = session.device.type == "cuda"
     host = Loop(shape, torch.device("cpu"), None, with_kv=False)
     for _ in range(shape.num_steps):
@@ -263,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = harness.parser(__doc__).parse_args(argv)
     session = harness.Session("pages", args)
     shape = SMOKE if args.smoke else Shape()
-    # what any page step must move: the rows of the table, read and written
+    # any page step must read and write the rows of the table
     table = 2 * shape.num_branches * -(-shape.num_tokens // shape.page_size) * INT32
     copied = 2 * (shape.num_branches - 1) * (shape.num_tokens % shape.page_size) * shape.token_bytes
     cases: dict[str, tuple[float, Prepare | None]] = {

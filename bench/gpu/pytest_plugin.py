@@ -1,8 +1,8 @@
-"""For test runs on a GPU that may end at any time: `pytest -p bench.gpu.pytest_plugin`.
+"""Orders and guards test runs on a GPU that may end at any time: `pytest -p bench.gpu.pytest_plugin`.
 
-Triton's kernels, which take minutes to compile, come last. Failures are added to the file that `FAILURES` names as they
-come. A process whose device reports errors since some test ends: all its later tests would fail, and fail fast, so that
-it took most of those that are left. With pytest-xdist another one takes its place.
+Triton's kernels, which take minutes to compile, come last. Each failure is written at once to the file that `FAILURES`
+names. A process whose device reports errors after a test exits, because its later tests would all fail, and so fast
+that it would take most of the remaining ones. With pytest-xdist another process takes its place.
 """
 
 import os
@@ -32,7 +32,7 @@ def pytest_runtest_logfinish(nodeid: str) -> None:
 
 
 def device_is_lost() -> bool:
-    """Whether an error has come that will come again with every call."""
+    """Returns whether the device reports an error, which every later call would report again."""
     if not torch.cuda.is_initialized():
         return False
     try:

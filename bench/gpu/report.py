@@ -1,4 +1,4 @@
-"""`python -m bench.gpu.report --out DIR`: that folder's results as one JSON file, and as Markdown tables."""
+"""Writes a folder's results as one JSON file and as Markdown tables: `python -m bench.gpu.report --out DIR`."""
 
 import argparse
 import json
@@ -13,22 +13,23 @@ PARTS = ("attention", "select", "pages", "decode")
 
 
 def machine(results: dict[str, Any]) -> str:
-    found = results["environment"]
+    """Writes the device, the versions of the software and the clocks as a sentence or two."""
+    environment = results["environment"]
     named = {
-        "driver": found.get("driver"),
-        "torch": found["torch"],
-        "CUDA": found["cuda"],
-        **{name: found.get(name) for name in ("triton", "transformers", "flashinfer-python", "flash-attn")},
-        "commit": found["commit"],
+        "driver": environment.get("driver"),
+        "torch": environment["torch"],
+        "CUDA": environment["cuda"],
+        **{name: environment.get(name) for name in ("triton", "transformers", "flashinfer-python", "flash-attn")},
+        "commit": environment["commit"],
     }
     versions = ", ".join(f"{name} {value}" for name, value in named.items() if value)
     clocks = ""
-    if "sm_clock_mhz" in found:
+    if "sm_clock_mhz" in environment:
         clocks = (
-            f" Clocks as found: {found['sm_clock_mhz']} of {found['sm_clock_max_mhz']} MHz, memory "
-            f"{found['memory_clock_mhz']} MHz."
+            f" Clocks as found: {environment['sm_clock_mhz']} of {environment['sm_clock_max_mhz']} MHz, memory "
+            f"{environment['memory_clock_mhz']} MHz."
         )
-    return f"{found['device']}: {versions}.{clocks}"
+    return f"{environment['device']}: {versions}.{clocks}"
 
 
 def _spread(timing: dict[str, Any]) -> str:
@@ -70,10 +71,10 @@ def _cells(entry: dict[str, Any], best: float | None) -> Iterator[str]:
     yield "; ".join(extra).replace("|", "/")
 
 
-def markdown(found: dict[str, dict[str, Any]], sanitizer: str | None) -> str:
-    """One table per part; times are medians of a call, ± half the distance of the extremes."""
+def markdown(results_by_part: dict[str, dict[str, Any]], sanitizer: str | None) -> str:
+    """Makes a table per part; times are medians of a call, ± half the distance of the extremes."""
     lines = ["# Results on a GPU", ""]
-    for part, results in found.items():
+    for part, results in results_by_part.items():
         lines += [f"## {part}", "", machine(results), "", peaks_line(results["peaks"]), "", *_lines(results), ""]
         if results["not_reached"]:
             lines += [f"Not reached in the time given: {'; '.join(results['not_reached'])}.", ""]
@@ -86,13 +87,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="bench/results/local/gpu", help="folder of the results")
     folder = Path(parser.parse_args(argv).out)
-    found = {part: json.loads(path.read_text()) for part in PARTS if (path := folder / f"{part}.json").exists()}
+    paths = {part: folder / f"{part}.json" for part in PARTS}
+    results = {part: json.loads(path.read_text()) for part, path in paths.items() if path.exists()}
     summary = folder / "sanitizer.txt"
-    text = markdown(found, summary.read_text() if summary.exists() else None)
-    (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    text = markdown(results, summary.read_text() if summary.exists() else None)
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (folder / "results.md").write_text(text)
     print(text)
-    return int(not found)
+    return int(not results)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Calls every op once or twice on small inputs, for compute-sanitizer: `python -m bench.gpu.sanitize [--backend cuda]`.
 
-Whether the results are right is a matter of the tests. Sizes are odd ones, so that tails are on the way.
+The results are not checked, which is the tests' work. Sizes are odd, so that kernels run their tails.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def logits(device: torch.device) -> Iterator[tuple[str, Call]]:
 
 
 def pages(device: torch.device, run: Callable[[str, Call], None]) -> None:
-    """A short history; each op sees the state that those before it left."""
+    """Runs a short history of page ops, each on the state that those before it left."""
     pool = PagePool(
         num_layers=2, num_kv_heads=2, head_dim=24, num_pages=40, page_size=4, max_branches=9, max_pages_per_branch=12,
         dtype=torch.bfloat16, device=device,
@@ -129,11 +129,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     called: dict[str, set[str]] = {op: set() for op in ops.names()}
 
     def run(op: str, arguments: Call, backend: str) -> None:
-        found = kernels(op, device)
-        if backend in found:
-            found[backend](*arguments)
+        functions = kernels(op, device)
+        if backend in functions:
+            functions[backend](*arguments)
             called[op].add(backend)
-        elif op in PAGE_OPS:  # the history goes on nevertheless
+        elif op in PAGE_OPS:  # the next op needs the state that this one leaves
             getattr(torch.ops.treedecode, op)(*arguments)
 
     backends = (args.backend,) if args.backend else ("cpu",) if args.smoke else ("cuda", "triton")
@@ -144,9 +144,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         pages(device, lambda op, arguments, backend=backend: run(op, arguments, backend))
         if device.type == "cuda":
             torch.cuda.synchronize()
-    for op, by in called.items():
-        print(f"{op}: {', '.join(sorted(by)) or 'no kernel here'}")
-    return int(not all(any(backend in by for by in called.values()) for backend in backends))
+    for op, used in called.items():
+        print(f"{op}: {', '.join(sorted(used)) or 'no kernel here'}")
+    return int(not all(any(backend in used for used in called.values()) for backend in backends))
 
 
 if __name__ == "__main__":

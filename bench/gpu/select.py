@@ -1,4 +1,4 @@
-"""beam_prune and sample against the field: `python -m bench.gpu.select [--only NAME] [--smoke]`."""
+"""Times beam_prune and sample beside other libraries: `python -m bench.gpu.select [--only NAME] [--smoke]`."""
 
 import functools
 import math
@@ -58,9 +58,9 @@ def run_prune(session: harness.Session, name: str, case: PruneCase) -> None:
 
 
 def sample_error(x: Tensor, row: int, case: SampleCase, token: int, logprob: float, entropy: float) -> float:
-    """The largest error of a row's token, log-probability and entropy, each in parts of what fp32 sums may be off by.
+    """Returns the largest error of a row's token, log-probability and entropy, each in units of what fp32 sums allow.
 
-    A token is right whose share of the cumulative distribution the row's random number falls into. The entropy is the
+    A token is right if the row's random number falls into its share of the cumulative distribution. The entropy is the
     difference of a log-sum-exp and a mean logit, and as exact as those are.
     """
     eps = torch.finfo(torch.float32).eps
@@ -74,10 +74,10 @@ def sample_error(x: Tensor, row: int, case: SampleCase, token: int, logprob: flo
     u, misses = uniform(row, row), []
     for shift in (-slack, 0.0, slack) if case.top_p < 1 else (0.0,):  # the filter's border may move by a token
         kept, weights = kept_tokens(x, case.temperature, case.top_k, case.top_p + shift, 0.0)
-        at = (kept == token).nonzero().flatten()
-        if len(at):
+        index = (kept == token).nonzero().flatten()
+        if len(index):
             borders = torch.cat([weights.new_zeros(1), weights.cumsum(0)]) / weights.sum()
-            low, high = borders[at[0] : at[0] + 2].tolist()
+            low, high = borders[index[0] : index[0] + 2].tolist()
             misses.append(max(0.0, low - u, u - high) / slack)
     errors.append(min(misses, default=math.inf))
     return harness.worst(errors)
@@ -102,8 +102,8 @@ def run_sample(session: harness.Session, name: str, case: SampleCase) -> None:
     exact = [x.double().cpu() for x in logits[0][:NUM_CHECKED]]
 
     def check(token: Tensor, logprob: Tensor, entropy: Tensor) -> float:
-        found = zip(exact, token.tolist(), logprob.tolist(), entropy.tolist(), strict=False)
-        return harness.worst(sample_error(x, row, case, *drawn) for row, (x, *drawn) in enumerate(found))
+        results = zip(exact, token.tolist(), logprob.tolist(), entropy.tolist(), strict=False)
+        return harness.worst(sample_error(x, row, case, *drawn) for row, (x, *drawn) in enumerate(results))
 
     def build(sample: Callable[..., tuple[Tensor, ...]]) -> Contestant:
         def call(i: int) -> tuple[Tensor, ...]:

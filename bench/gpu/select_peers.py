@@ -1,4 +1,4 @@
-"""What else picks beams and draws tokens. Where a peer does not do all of the job, its row says what it leaves out."""
+"""Peers of beam_prune and sample. Where a peer does not do all of the work, its row says what it leaves out."""
 
 import functools
 from collections.abc import Callable
@@ -24,11 +24,11 @@ def log_softmax_topk(logits: Tensor, cum: Tensor, num_groups: int, k: int) -> tu
 
 
 def lse_topk(logits: Tensor, cum: Tensor, num_groups: int, k: int) -> tuple[Tensor, Tensor]:
-    """top-k of the raw logits row by row, and of those the best of a group: the log-softmax is never written."""
+    """Takes the top-k of the raw logits row by row, then the best of a group, and never writes the log-softmax."""
     value, token = logits.topk(min(k, logits.shape[1]), dim=-1)
     score = value.float() - logits.float().logsumexp(-1, keepdim=True) + cum[:, None]
-    best, at = score.view(num_groups, -1).topk(k)
-    return best, token.view(num_groups, -1).gather(1, at)
+    best, index = score.view(num_groups, -1).topk(k)
+    return best, token.view(num_groups, -1).gather(1, index)
 
 
 def prune_peers(logits: list[Tensor], cum: Tensor, case: PruneCase, check: Check, limit: float) -> Builders:
@@ -64,7 +64,7 @@ def prune_peers(logits: list[Tensor], cum: Tensor, case: PruneCase, check: Check
 
 
 def filtered_multinomial(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """As `generate` filters and draws."""
+    """Filters and draws as `generate` does."""
     x = logits.float()
     if temperature == 0:
         return x.argmax(-1)

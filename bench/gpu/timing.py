@@ -1,10 +1,10 @@
-"""Timing on a GPU: calls captured in a CUDA graph, with warm and with cold caches; and what the device can do.
+"""Times calls on a GPU, captured in a CUDA graph, with warm and with cold caches; and measures the device's peaks.
 
 *Warm*: every call of the graph works on the same inputs. *Cold*: the calls take turns on sets of inputs, so many that a
-set is used again only after more than twice the L2 cache has been read. That is what the layers of a model do to each
+set is used again only after more than twice the L2 cache has been read. The layers of a model do the same to each
 other, and unlike a flush between calls it adds nothing that would have to be timed and subtracted.
 
-Without a GPU the same code runs on the CPU by the wall clock, for the sake of its tests.
+Without a GPU the same code runs on the CPU by the wall clock, so that tests can run it.
 """
 
 import math
@@ -20,13 +20,13 @@ from bench.harness import GEMM_DTYPES, Peaks, dtype_name
 from treedecode.engine.graph_step import leave_failed_capture
 
 ROUNDS = 9
-GRAPH_SECONDS = 2e-3  # a replay should last so long that an event's resolution and the launch of the graph vanish in it
+GRAPH_SECONDS = 2e-3  # of a replay: so long that an event's resolution and the launch of the graph do not count
 MAX_CALLS = 256
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: the median of several rounds, and how far those lie apart."""
+    """The seconds of one call, as the median of several rounds, and their spread."""
 
     seconds: float
     spread: float  # (largest - smallest) / median
@@ -34,7 +34,7 @@ class Timing:
 
 
 def num_sets(num_bytes: int, device: torch.device) -> int:
-    """Sets of inputs of `num_bytes` each that keep one another out of the L2 cache."""
+    """Returns the number of sets of inputs, of `num_bytes` each, that keep one another out of the L2 cache."""
     if device.type != "cuda":
         return 2
     return 1 + math.ceil(2 * torch.cuda.get_device_properties(device).L2_cache_size / num_bytes)
@@ -46,7 +46,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def clock_seconds(function: Callable[[], object], device: torch.device, rounds: int = ROUNDS) -> Timing:
-    """By the wall clock, from an idle device to an idle device."""
+    """Times a function by the wall clock, from an idle device to an idle device."""
     function()
     return _timing([_once(function, device) for _ in range(rounds)], 1, "clock")
 
@@ -60,7 +60,7 @@ def _once(function: Callable[[], object], device: torch.device) -> float:
 
 
 def call_seconds(call: Callable[[int], object], sets: Sequence[int], device: torch.device) -> Timing:
-    """Time of a call, the calls taking turns on `sets`; the graph of them is replayed `ROUNDS` times.
+    """Times calls that take turns on `sets`, by replaying a graph of them `ROUNDS` times.
 
     Raises:
         RuntimeError: the calls cannot be captured.
@@ -73,7 +73,9 @@ def call_seconds(call: Callable[[int], object], sets: Sequence[int], device: tor
     if device.type != "cuda":
         timing = clock_seconds(turn, device, rounds=2)
         return Timing(timing.seconds / len(sets), timing.spread, timing.method)
-    stream = torch.cuda.Stream(device)  # capture happens on a side stream, so libraries set themselves up on one
+    stream = torch.cuda.Stream(
+        device
+    )  # graphs are captured on a side stream, and libraries set themselves up per stream
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for _ in range(2):
@@ -95,7 +97,7 @@ def call_seconds(call: Callable[[int], object], sets: Sequence[int], device: tor
 
 
 def event_seconds(call: Callable[[int], object], sets: Sequence[int]) -> Timing:
-    """The same for what cannot be captured: launched call by call."""
+    """Times calls that cannot be captured, launched one by one."""
     for i in sets:
         call(i)
     times = _event_times(lambda: [call(i) for i in sets], ROUNDS)
@@ -105,7 +107,7 @@ def event_seconds(call: Callable[[int], object], sets: Sequence[int]) -> Timing:
 def run_seconds(
     run: Callable[[], object], prepare: Callable[[], object], num_steps: int, device: torch.device, rounds: int = 5
 ) -> Timing:
-    """Time of a step of `run`, which does `num_steps` of them after each `prepare`, without waiting for the device."""
+    """Times a step of `run`, which does `num_steps` of them after each `prepare` without waiting for the device."""
     times = []
     for _ in range(rounds):
         prepare()
@@ -130,9 +132,9 @@ def _timing(times: list[float], num_calls: int, method: str) -> Timing:
 
 
 def measure_peaks(device: torch.device, smoke: bool) -> Peaks:
-    """The device's peaks: read and copy on buffers far larger than any cache, products of random matrices.
+    """Measures the device's peaks: read and copy on buffers far larger than any cache, products of random matrices.
 
-    Random, because products of zeros take less power and run at higher clocks.
+    Products of zeros would take less power and run at higher clocks.
     """
     size = (1 << 18) if smoke else (1 << 29)
     read, copy = _bandwidths(torch.rand(size, device=device))
@@ -147,7 +149,7 @@ def measure_peaks(device: torch.device, smoke: bool) -> Peaks:
 
 
 def _bandwidths(source: Tensor) -> tuple[float, float]:
-    """Read and copy in GB/s; the copy counts bytes read and bytes written."""
+    """Measures read and copy in GB/s; a copy counts the bytes read and the bytes written."""
     target = torch.empty_like(source)
     read = min(call_seconds(lambda _, f=f: f(), [0], source.device).seconds for f in (source.sum, source.amax))
     copy = call_seconds(lambda _: target.copy_(source), [0], source.device).seconds
