@@ -1,4 +1,4 @@
-"""Calls that cannot be served: each says why, and leaves the decoder and what runs on it as they were."""
+"""Calls that a decoder refuses: each says why, and leaves the decoder and its other work as they were."""
 
 import asyncio
 

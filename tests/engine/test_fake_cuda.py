@@ -1,4 +1,4 @@
-"""Forwards and captured steps with fake tensors of a CUDA device: what a GPU would refuse or wait for raises here.
+"""Forwards and captured steps with fake CUDA tensors: operations that a GPU would refuse or wait for raise here.
 
 Fake tensors have a device and no values. So reading a value raises, and so does an op whose tensors lie on different
 devices. A copy between devices is legal in a forward that is launched op by op, and an error in a captured step.

@@ -1,4 +1,4 @@
-"""What `treedecode.generate` refuses, and that it says so by name."""
+"""`treedecode.generate` refuses arguments that it does not honour, by name."""
 
 import pytest
 import torch

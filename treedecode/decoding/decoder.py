@@ -14,6 +14,7 @@ from treedecode.cache.page_pool import PagePool
 from treedecode.common.arrays import IntArray
 from treedecode.common.validation import positive_int
 from treedecode.decoding import beam_search
+from treedecode.decoding.beams import BeamSearch, Hypothesis
 from treedecode.decoding.codec import Codec, Prompt
 from treedecode.decoding.completion import Completion
 from treedecode.decoding.frontier import Frontier
@@ -278,6 +279,12 @@ class Decoder:
         """Runs `beam_search` in a coroutine, in the same forwards as all else that runs on this decoder."""
         stops = self._codec.parse_stop(settings.pop("stop", None))
         return await beam_search.complete(self.engine, self.prompt_ids(prompts), stops, **settings)
+
+    async def search_beams(
+        self, prompts: Sequence[IntArray], settings: BeamSearch, **options: Any
+    ) -> list[list[Hypothesis]]:
+        """Runs a beam search with the settings of Transformers; `options` are those of `beam_search.search`."""
+        return await beam_search.search(self.engine, prompts, settings, **options)
 
     async def roots(
         self, prompts: Prompt | Sequence[Prompt], *, sampling: Sampling | None = None, account: int = -1

@@ -55,7 +55,7 @@ class Recorder:
                 self._engine.table.node[row] = tree.add(-1, "prompt", text, int(self._engine.table.num_tokens[row]))
 
     def is_recorded(self, account: int) -> bool:
-        """Whether the account keeps a tree."""
+        """Returns whether the account keeps a tree."""
         return account in self._trees
 
     def nodes(self, rows: IntArray) -> list[Node | None]:

@@ -146,7 +146,7 @@ def generate(
         )
         penalty = config.repetition_penalty or 1.0
         stop = _beam_stop(criteria, input_ids[::width]) if criteria else None
-        search = beam_search.search(decoder.engine, prompts, settings, repetition_penalty=penalty, stop=stop)
+        search = decoder.search_beams(prompts, settings, repetition_penalty=penalty, stop=stop)
         return _beam_output(decoder.run(search), input_ids, config, eos)
     sampling, stop_ids = _sampling(config, decoder, ends, min_new_tokens)
     pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
