@@ -19,7 +19,7 @@ AVAILABLE_ISAS = env.CPU_ISAS[: env.CPU_ISAS.index(ops.cpu_isa()[1]) + 1]
 
 
 def pytest_collection_finish():
-    """What has been imported stays: collecting garbage after a test need not look at it each time."""
+    """Freezes imported objects, which need not be looked at whenever garbage is collected after a test."""
     gc.collect()
     gc.freeze()
 
@@ -39,7 +39,7 @@ def isa(request):
 
 @pytest.fixture
 def one_thread():
-    """On tensors as small as the tests' threads only wait for each other; a test of threads sets its own number."""
+    """Runs the test on one thread, because on small tensors several only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -48,7 +48,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def poison_uninitialised_memory():
-    """torch.empty returns NaN (or the largest integer), so a kernel that forgets to write is seen."""
+    """Lets torch.empty return NaN (or the largest integer), so that a kernel that forgets to write is seen."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -57,21 +57,21 @@ def poison_uninitialised_memory():
 
 @pytest.fixture(params=["op by op", "captured"])
 def make_decoder(request):
-    """Makes decoders; at the end of the test each is whole and has leaked nothing.
+    """Makes decoders, and checks at the end of the test that none has leaked branches or pages.
 
     The captured ones take decode steps as on a GPU, one step behind and with idle rows; only the graph is missing.
     """
     from support.fakes import fake_decoder
 
-    made = []
+    decoders = []
 
     def make(model=None, **options):
-        made.append(fake_decoder(model, captured=request.param == "captured", **options))
-        return made[-1]
+        decoders.append(fake_decoder(model, captured=request.param == "captured", **options))
+        return decoders[-1]
 
     yield make
     gc.collect()
-    for decoder in made:
+    for decoder in decoders:
         decoder.check_integrity()
         assert decoder.num_branches == 0, "branches leaked"
         pool = decoder.engine.pool

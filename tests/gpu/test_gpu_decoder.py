@@ -23,16 +23,16 @@ LONG = {"max_position_embeddings": 2048}
 @pytest.fixture
 def decoder():
     """Makes decoders of a tiny model in fp32, and checks at the end that none has leaked branches or pages."""
-    made = []
+    decoders = []
 
     def make(name="llama", device=DEVICE, captured=True, overrides=(), **options):
         model = make_model(name, **dict(overrides)).to(device)
         options = {"kv_memory": "16MiB", "cuda_graphs": captured} | options
-        made.append(td.Decoder(TransformersModel(model), page_size=4, **options))
-        return made[-1]
+        decoders.append(td.Decoder(TransformersModel(model), page_size=4, **options))
+        return decoders[-1]
 
     yield make
-    for dec in made:
+    for dec in decoders:
         dec.check_integrity()
         assert dec.num_branches == 0
         dec.close()

@@ -1,4 +1,4 @@
-"""What an installed package and a source distribution hold: all that is opened, imported or compiled."""
+"""The package and the source distribution contain every file that is opened, imported or compiled."""
 
 import tomllib
 from fnmatch import fnmatch
@@ -16,11 +16,11 @@ def files(folder):
 
 def test_every_file_beside_the_modules_is_package_data():
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["treedecode"]
-    found = {pattern: set(PACKAGE.glob(pattern)) for pattern in patterns}
-    assert all(found.values()), found
+    matches = {pattern: set(PACKAGE.glob(pattern)) for pattern in patterns}
+    assert all(matches.values()), matches
     data = {path for path in files(PACKAGE) if path.suffix != ".py"}
     assert len(data) > 10
-    assert data == set.union(*found.values())
+    assert data == set.union(*matches.values())
 
 
 def test_every_module_is_in_a_package_that_is_found():
@@ -34,5 +34,5 @@ def test_every_module_is_in_a_package_that_is_found():
 def test_a_source_distribution_has_all_that_builds_and_tests(folder):
     lines = [line.split() for line in (ROOT / "MANIFEST.in").read_text().splitlines()]
     (patterns,) = (rest for kind, name, *rest in lines if (kind, name) == ("recursive-include", folder))
-    left_out = {path for path in files(ROOT / folder) if not any(fnmatch(path.name, one) for one in patterns)}
-    assert not left_out
+    missing = {path for path in files(ROOT / folder) if not any(fnmatch(path.name, one) for one in patterns)}
+    assert not missing
