@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from support.benchmark_session import contestant, measure, session
+from support.benchmark_session import contestant, make_session, measure
 from support.paths import ROOT
 
 from bench.gpu import attention, decode, forests, logits_cases, pages, report, sanitize, select
@@ -72,63 +72,63 @@ def test_report(results, capsys):
 
 @pytest.mark.parametrize("error", [0.6, float("nan")])
 def test_a_wrong_result_has_no_time(tmp_path, error):
-    made, written = session(tmp_path)
-    measure(made, {"good": contestant(), "bad": contestant(error)}, {"peer": contestant(error)})
+    session, written = make_session(tmp_path)
+    measure(session, {"good": contestant(), "bad": contestant(error)}, {"peer": contestant(error)})
     good, bad, peer = written()["rows"][0]["entries"]
     assert "warm" in good
     assert "wrong result" in bad["skipped"]
     assert "wrong result" in peer["skipped"]
     assert "warm" not in bad
     assert "warm" not in peer
-    assert made.failed
+    assert session.failed
 
 
 def test_a_peer_that_raises_is_listed(tmp_path):
     def broken():
         raise OSError("no such library")
 
-    made, written = session(tmp_path)
-    measure(made, {"good": contestant()}, {"peer": broken})
+    session, written = make_session(tmp_path)
+    measure(session, {"good": contestant()}, {"peer": broken})
     assert written()["rows"][0]["entries"][1]["skipped"] == "OSError: no such library"
-    assert not made.failed
+    assert not session.failed
 
 
 def test_a_result_that_changes_is_a_failure(tmp_path):
-    made, written = session(tmp_path)
-    measure(made, {"ours": contestant(call=lambda i: torch.rand(3))})
+    session, written = make_session(tmp_path)
+    measure(session, {"ours": contestant(call=lambda i: torch.rand(3))})
     assert "differs from run to run" in written()["rows"][0]["entries"][0]["skipped"]
-    assert made.failed
+    assert session.failed
 
 
 def test_cases_that_time_did_not_allow_are_listed(tmp_path):
-    made, written = session(tmp_path, "--seconds", "-1", "--only", "b")
-    assert list(made.cases({"a": 1, "b": 2, "bc": 3})) == []
+    session, written = make_session(tmp_path, "--seconds", "-1", "--only", "b")
+    assert list(session.cases({"a": 1, "b": 2, "bc": 3})) == []
     assert written()["not_reached"] == ["b", "bc"]
 
 
 def test_a_run_resumes_where_the_last_one_ended(tmp_path):
-    made, written = session(tmp_path, "--commit", "abc")
-    measure(made, {"ours": contestant()})
+    session, written = make_session(tmp_path, "--commit", "abc")
+    measure(session, {"ours": contestant()})
     for argv, remaining in (
         (["--resume", "--commit", "abc"], ["other"]),
         (["--resume", "--commit", "abd"], ["case", "other"]),
         (["--commit", "abc"], ["case", "other"]),
     ):
-        made, _ = session(tmp_path, *argv)
-        assert [name for name, _ in made.cases({"case": 1, "other": 2})] == remaining
-        measure(made, {"ours": contestant()})
+        session, _ = make_session(tmp_path, *argv)
+        assert [name for name, _ in session.cases({"case": 1, "other": 2})] == remaining
+        measure(session, {"ours": contestant()})
         assert [row["case"] for row in written()["rows"]] == ["case"]
 
 
 HANGS = """
 import sys, time
 sys.path.insert(0, "tests")
-from support.benchmark_session import contestant, measure, session
+from support.benchmark_session import contestant, make_session, measure
 from pathlib import Path
 
-made, _ = session(Path(sys.argv[1]), "--resume", "--commit", "abc", "--patience", "0.5")
-for case, _ in made.cases({"case": 1}):
-    measure(made, {"good": contestant(), "stuck": contestant(call=lambda i: time.sleep(60))})
+session, _ = make_session(Path(sys.argv[1]), "--resume", "--commit", "abc", "--patience", "0.5")
+for case, _ in session.cases({"case": 1}):
+    measure(session, {"good": contestant(), "stuck": contestant(call=lambda i: time.sleep(60))})
 """
 
 
@@ -147,8 +147,8 @@ def test_a_hanging_contestant_ends_its_process_and_not_the_next(tmp_path):
 
 
 def test_contestants_left_out_on_request(tmp_path):
-    made, written = session(tmp_path, "--skip", "other,eer")
-    measure(made, {"ours": contestant()}, {"peer": contestant()})
+    session, written = make_session(tmp_path, "--skip", "other,eer")
+    measure(session, {"ours": contestant()}, {"peer": contestant()})
     ours, peer = written()["rows"][0]["entries"]
     assert "warm" in ours
     assert peer == {"name": "peer", "ours": False, "skipped": "left out on request"}
@@ -164,18 +164,18 @@ def test_sanitizer_calls_every_op(capsys):
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_forests_have_the_pages_and_lengths_of_their_names(page_size):
     """Branches share whole pages, page ids are used once, and a level that ends within a page is cut back to it."""
-    made = forests.tree((1, 8, 64), (2041, 251, 35), page_size)
+    forest = forests.tree((1, 8, 64), (2041, 251, 35), page_size)
     shared, middle = 2041 // page_size, (2041 + 251) // page_size
-    assert made.path_tokens == 64 * (2041 + 251 + 35)
+    assert forest.path_tokens == 64 * (2041 + 251 + 35)
     rest = 2041 + 251 + 35 - middle * page_size
-    assert made.unique_tokens == page_size * (shared + 8 * (middle - shared)) + 64 * rest
-    assert [level.num_queries for level in made.levels] == [64, 8, 1]
-    for other in (forests.unsorted(made), forests.ragged(page_size), forests.deep_leaf_among_singletons(page_size)):
+    assert forest.unique_tokens == page_size * (shared + 8 * (middle - shared)) + 64 * rest
+    assert [level.num_queries for level in forest.levels] == [64, 8, 1]
+    for other in (forests.unsorted(forest), forests.ragged(page_size), forests.deep_leaf_among_singletons(page_size)):
         table = other.page_table
         for row, pages_, seq_len in zip(table, other.rows, other.seq_lens, strict=True):
             assert len(pages_) == len(set(pages_)) == -(-seq_len // page_size)
             assert row[: len(pages_)].tolist() == pages_
-    assert forests.unsorted(made).unique_tokens == made.unique_tokens
+    assert forests.unsorted(forest).unique_tokens == forest.unique_tokens
 
 
 def test_every_case_can_be_made():

@@ -7,7 +7,7 @@ import torch
 from bench.gpu import contestants, harness
 
 
-def session(tmp_path, *argv):
+def make_session(tmp_path, *argv):
     """Makes a session, and a function that reads its result file."""
     args = harness.parser("").parse_args(["--smoke", "--out", str(tmp_path), *argv])
     return harness.Session("part", args), lambda: json.loads((tmp_path / "part.json").read_text())
