@@ -13,7 +13,7 @@ from treedecode.allocation.training.fit import train
 from treedecode.allocation.training.fit_costs import fit_costs
 from treedecode.allocation.training.rollouts import Rollouts, collect
 from treedecode.cli import main as cli
-from treedecode.cli.outputs import expected
+from treedecode.cli.outputs import forecast_summary
 from treedecode.reporting.tree_page import in_bytes
 from treedecode.strategies import MCTS, BestOfN, ChainOfThought, DynamicAllocation, SelfConsistency, TreeOfThoughts
 from treedecode.tasks.base import Problem
@@ -98,7 +98,7 @@ def test_prompts_are_computed_once_for_all_units(gate):
             found = td.forecast(dec, prompts, strategy=strategy, gate=gate, unit=unit)
             shown[unit], computed[unit] = found.quantile(0.5), sum(map(sum, dec.model.forwards))
     with talkative_decoder() as dec:
-        lines = list(expected(dec, dec.prompt_ids(prompts), strategy, gate, td.Budget()))
+        lines = list(forecast_summary(dec, dec.prompt_ids(prompts), strategy, gate, td.Budget()))
         assert sum(map(sum, dec.model.forwards)) == computed["tokens"] == computed["kv_bytes"]
     assert [line.split()[0] for line in lines] == ["forecast", "tokens", "kv_bytes"]
     assert f"{shown['tokens']:,.0f}" in lines[1].split()

@@ -20,9 +20,8 @@ from support.paths import ROOT
 from support.tiny_model import save_tiny_model
 
 from treedecode.allocation.gate import Gate
-from treedecode.cli import errors as misuse
+from treedecode.cli import errors, models
 from treedecode.cli import main as cli
-from treedecode.cli import models
 from treedecode.cli.solve import strategy_named
 from treedecode.models.value_head import ValueHead
 from treedecode.search.journal import Journal
@@ -51,7 +50,7 @@ def refused(tmp_path, monkeypatch, capsys):
         except SystemExit as error:  # argparse, below its usage
             status = error.code
         out, err = capsys.readouterr()
-        assert (status, out) == (misuse.MISUSED, "")
+        assert (status, out) == (errors.USAGE_ERROR, "")
         *usage, line = err.splitlines()
         assert not usage or usage[0].startswith("usage: "), err
         assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}, "something was written"
@@ -191,7 +190,7 @@ def with_hub(port, tmp_path, *arguments):
         text=True,
         timeout=120,
     )
-    assert (found.returncode, found.stdout) == (misuse.MISUSED, "")
+    assert (found.returncode, found.stdout) == (errors.USAGE_ERROR, "")
     assert not (tmp_path / "out").exists()
     return found.stderr
 
@@ -299,7 +298,7 @@ def test_ctrl_c_in_the_training_of_a_gate(tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=120)
-    assert (process.returncode, stdout) == (misuse.INTERRUPTED, "")
+    assert (process.returncode, stdout) == (errors.INTERRUPTED, "")
     assert stderr == f"treedecode gate: interrupted; the same command goes on from {tmp_path / 'out'}\n"
     assert [path.name for path in (tmp_path / "out").iterdir()] == [journal.name]
     assert all(json.loads(line) for line in journal.read_bytes().splitlines()[:-1])

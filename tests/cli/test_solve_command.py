@@ -10,7 +10,7 @@ import pytest
 from support.paths import ROOT
 from support.tiny_model import save_tiny_model
 
-from treedecode.cli import errors as misuse
+from treedecode.cli import errors
 from treedecode.cli import main as cli
 from treedecode.cli import solve as command
 from treedecode.cli.outputs import Outputs, file_name
@@ -129,7 +129,7 @@ def test_another_run_is_not_mixed_in(solve, tmp_path, changed, named):
     changed = [*changed, str(examples)] if changed[-1] == "--few-shot" else changed
     assert solve("--out", str(tmp_path / "out"))[0] == 0
     status, _, err = solve("--out", str(tmp_path / "out"), *changed)
-    assert status == misuse.MISUSED
+    assert status == errors.USAGE_ERROR
     assert f"solutions.jsonl is of another run: {named}" in err
     assert len(err.splitlines()) == 1
 
@@ -193,13 +193,13 @@ def test_an_oracle_is_called_one(solve):
 )
 def test_mistakes_are_a_line(solve, arguments, message):
     status, out, err = solve(*arguments)
-    assert (status, out) == (misuse.MISUSED, "")
+    assert (status, out) == (errors.USAGE_ERROR, "")
     assert re.fullmatch(f"treedecode solve: error: .*{message}.*\n", err), err
 
 
 def test_the_examples_are_not_the_problems(solve, data):
     status, _, err = solve("--few-shot", data)
-    assert status == misuse.MISUSED
+    assert status == errors.USAGE_ERROR
     assert "few-shot: is the file of the problems itself" in err
 
 
@@ -207,7 +207,7 @@ def test_a_prompt_without_room(solve, tmp_path):
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"question": "x" * 300, "answer": "1"}) + "\n")
     status, _, err = solve("--data", str(long))
-    assert status == misuse.MISUSED
+    assert status == errors.USAGE_ERROR
     assert re.search(
         r"problems: prompts leave no room for a solution in the 256 tokens there are: 'long-1' \(\d+ tokens\)", err
     )

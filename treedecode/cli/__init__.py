@@ -1,1 +1,1 @@
-"""Commands of `treedecode`, a module each; none imports torch before it runs."""
+"""The commands of `treedecode`, a module each; none imports torch before it runs."""

@@ -1,4 +1,4 @@
-"""How a command says that an argument is wrong: a line that names it, and an exit status."""
+"""Reports a wrong argument of a command: a line that names it, and an exit status."""
 
 import argparse
 import os
@@ -9,18 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-MISUSED = 2
-_PACKAGE = Path(__file__).parents[1]
+USAGE_ERROR = 2  # as argparse exits
 INTERRUPTED = 130  # as a shell reports the end by SIGINT
+_PACKAGE = Path(__file__).parents[1]
 
 
 @contextmanager
-def argument(name: str, *inner: str) -> Iterator[None]:
-    """Errors of what is done inside are errors of a command's argument, and say so.
+def errors_of_argument(name: str, *inner: str) -> Iterator[None]:
+    """Turns the errors of a block into errors that name an argument of the command.
 
     Args:
         name: of the argument.
-        inner: names by which what is called inside knows it.
+        inner: names that the argument has in the functions that the block calls.
 
     Raises:
         ValueError: in place of OSError, TypeError, ValueError.
@@ -29,42 +29,41 @@ def argument(name: str, *inner: str) -> Iterator[None]:
         yield
     except (OSError, TypeError, ValueError) as error:
         text = first_line(error)
-        for known in (name, *inner):
-            text = text.removeprefix(f"{known}: ")
+        for prefix in (name, *inner):
+            text = text.removeprefix(f"{prefix}: ")
         raise ValueError(f"{name}: {text}") from error
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in a line."""
+    """Returns the first line of an error's message."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {error.filename!r}"
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def run(command: str, work: Callable[[], int], interrupted: Callable[[], str]) -> int:
-    """Runs a command's work.
+def run_command(command: str, work: Callable[[], int], interrupted: Callable[[], str]) -> int:
+    """Runs a command, and reports its errors and warnings in a line each.
 
     Args:
-        interrupted: what to say after Ctrl-C.
+        interrupted: gives the message after Ctrl-C.
 
     Returns:
         the exit status: that of `work`; 2, with a line on standard error, where an argument is wrong; 130 after Ctrl-C.
 
     Raises:
-        Exception: of a problem's search, which has a note that says which problem it was: no argument's error.
+        Exception: of a problem's search, which has a note that names the problem; no argument is wrong then.
     """
+    show_in_full = warnings.showwarning
 
-    show = warnings.showwarning
-
-    def say(message: Warning | str, category: type[Warning], filename: str, *more: Any, **others: Any) -> None:
+    def show(message: Warning | str, category: type[Warning], filename: str, *args: Any, **kwargs: Any) -> None:
         if Path(filename).is_relative_to(_PACKAGE):
             print(f"treedecode {command}: warning: {message}", file=sys.stderr)
         else:
-            show(message, category, filename, *more, **others)
+            show_in_full(message, category, filename, *args, **kwargs)
 
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = say
+            warnings.showwarning = show
             return work()
     except KeyboardInterrupt:
         print(f"treedecode {command}: interrupted; {interrupted()}", file=sys.stderr)
@@ -75,11 +74,11 @@ def run(command: str, work: Callable[[], int], interrupted: Callable[[], str]) -
         if getattr(error, "__notes__", None):
             raise
         print(f"treedecode {command}: error: {first_line(error)}", file=sys.stderr)
-        return MISUSED
+        return USAGE_ERROR
 
 
 def whole_number(text: str) -> int:
-    """The value of an option that counts something, or is a seed.
+    """Reads the value of an option that counts something, or is a seed.
 
     Raises:
         argparse.ArgumentTypeError: not a whole number, or a negative one.
@@ -90,7 +89,7 @@ def whole_number(text: str) -> int:
 
 
 def at_least_one(text: str) -> int:
-    """The value of an option that counts what there has to be.
+    """Reads the value of an option that counts something of which there has to be at least one.
 
     Raises:
         argparse.ArgumentTypeError: not a whole number, or 0.
@@ -101,11 +100,11 @@ def at_least_one(text: str) -> int:
 
 
 def check_folder(folder: Path) -> None:
-    """Checks what is there of a folder to write to, which is made with its first file.
+    """Checks that a folder can be written to, or made; it is made with its first file.
 
     Raises:
         ValueError: it cannot be made, or not be written to.
     """
-    near = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not near.is_dir() or not os.access(near, os.W_OK | os.X_OK):
-        raise ValueError(f"out: expected a folder to write to, and {near} is none")
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"out: expected a folder to write to, and {existing} is none")

@@ -1,4 +1,4 @@
-"""`treedecode gate train` and `treedecode gate eval`: a learned gate for dynamic allocation, and how good it is."""
+"""`treedecode gate train` and `treedecode gate eval`: fits a gate for dynamic allocation, and evaluates one."""
 
 import argparse
 import json
@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treedecode.cli import errors as misuse
-from treedecode.cli.errors import at_least_one, check_folder, whole_number
+from treedecode.cli.errors import at_least_one, check_folder, errors_of_argument, run_command, whole_number
 from treedecode.cli.models import decoder_for, gate_file, model_for, num_lines, task_for
 from treedecode.cli.verifiers import verifier_named
 
@@ -49,7 +48,7 @@ def add_parser(commands: Any) -> None:
         add("--temperature", type=float, default=1.0)
         # a value head knows the training problems of seed 0
         add("--seed", type=whole_number, default=1 if verb is train else 0, help="of the problems and of all sampling")
-        verb.set_defaults(usual=(split, count))
+        verb.set_defaults(default_problems=(split, count))
 
 
 def _menu(text: str) -> tuple[int, int, int]:
@@ -65,20 +64,20 @@ def _run(arguments: argparse.Namespace, verb: Any) -> int:
         has_begun = any(arguments.out.glob("rollouts-*.jsonl"))
         return f"the same command goes on from {arguments.out}" if has_begun else "nothing was written yet"
 
-    return misuse.run("gate", lambda: verb(arguments), interrupted)
+    return run_command("gate", lambda: verb(arguments), interrupted)
 
 
 def _rollouts(
     arguments: argparse.Namespace,
     menu: list[tuple[int, int, int]],
-    fits: "Callable[[int, int], None]",
+    check_sizes: "Callable[[int, int], None]",
     gate: "Gate | None" = None,
 ) -> "Rollouts":
-    """The rollouts that were asked for. New ones are kept, and go on where an earlier process was ended.
+    """Loads rollouts, or samples new ones and saves them; sampling goes on where an earlier process ended.
 
     Args:
-        fits: raises where so many problems, with so many chains each, are not enough.
-        gate: what they are for.
+        check_sizes: raises where a number of problems, with a number of chains each, is not enough.
+        gate: the gate that they evaluate; None = they train one.
     """
     from treedecode.allocation.training.rollouts import Rollouts, collect, tree_searches_of
     from treedecode.engine.sampling import Sampling
@@ -87,16 +86,16 @@ def _rollouts(
 
     check_folder(arguments.out)
     if arguments.rollouts is not None:
-        with misuse.argument("rollouts", "path"):
-            found = Rollouts.load(arguments.rollouts)
-        fits(len(found), found.num_chains)
-        return found
+        with errors_of_argument("rollouts", "path"):
+            rollouts = Rollouts.load(arguments.rollouts)
+        check_sizes(len(rollouts), rollouts.num_chains)
+        return rollouts
     task = task_for(arguments.task)
-    split, count = arguments.usual
+    split, count = arguments.default_problems
     if arguments.task.endswith(".jsonl"):
         split, count = "test", num_lines(arguments.task)
     split, count = arguments.split or split, arguments.num_problems or count
-    fits(count, arguments.chains)
+    check_sizes(count, arguments.chains)
     problems = task.problems(count, split=split, seed=arguments.seed)
     sampling = Sampling(temperature=arguments.temperature)
     model = model_for(arguments.model, task)
@@ -104,11 +103,11 @@ def _rollouts(
     scorer = scorer_of(verifier)
     if gate is not None:
         gate.config.origin.require_verifier(scorer_name(scorer), gate)
-    tree_searches_of(menu, TreeOfThoughts, verifier)  # a mistake is told before the model is loaded
+    tree_searches_of(menu, TreeOfThoughts, verifier)  # reports a mistake before the model is loaded
     with decoder_for(model) as decoder:
         if gate is not None:
             gate.check(decoder, task, scorer)
-        data = collect(
+        rollouts = collect(
             decoder,
             problems,
             task=task,
@@ -120,8 +119,8 @@ def _rollouts(
             seed=arguments.seed,
             journal=str(arguments.out / f"rollouts-{split}.jsonl"),
         )
-    data.save(arguments.out / f"rollouts-{split}.npz")
-    return data
+    rollouts.save(arguments.out / f"rollouts-{split}.npz")
+    return rollouts
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -146,16 +145,16 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     if arguments.gate is None:
         arguments.gate = gate_file(None, model_for(arguments.model, task_for(arguments.task)))
-    with misuse.argument("gate", "path"):
+    with errors_of_argument("gate", "path"):
         gate = Gate.load(arguments.gate)
     policy = {"budgets": arguments.budgets, "probes": arguments.probes, "wave": arguments.wave}
-    data = _rollouts(
+    rollouts = _rollouts(
         arguments,
         [entry.shape for entry in gate.config.menu],
         lambda problems, chains: check_policy(gate, chains, **policy),
         gate,
     )
-    report = evaluate(gate, data, **policy, floors=arguments.floors, repeats=arguments.repeats, seed=arguments.seed)
+    report = evaluate(gate, rollouts, **policy, floors=arguments.floors, repeats=arguments.repeats, seed=arguments.seed)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "gate_report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(table(report))

@@ -1,4 +1,4 @@
-"""`treedecode info`: what a bug report needs. It always prints, also when the build is broken."""
+"""`treedecode info`: prints the facts that a bug report needs, also when the build is broken."""
 
 import importlib
 import platform
@@ -15,16 +15,16 @@ PACKAGES = ("treedecode", "torch", "transformers", "triton", "flash-attn", "nump
 
 
 def tool_version(name: str, line: int) -> str:
-    """Line number `line` of `name --version`."""
+    """Returns line number `line` of `name --version`."""
     path = shutil.which(name)
     if path is None:
         return "not found"
-    out = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
-    return out.strip().splitlines()[line]
+    output = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout
+    return output.strip().splitlines()[line]
 
 
 def isa() -> str:
-    """Which CPU instruction set the kernels use."""
+    """Names the CPU instruction set that the kernels use, and those that they could use."""
     from treedecode import ops
 
     active, detected = ops.cpu_isa()
@@ -33,20 +33,22 @@ def isa() -> str:
 
 
 def threads() -> str:
+    """Counts torch's threads."""
     import torch
 
     return f"{torch.get_num_threads()} (torch intra-op)"
 
 
 def variables() -> str:
+    """Lists the environment variables of treedecode that are set."""
     from treedecode.common import env
 
     return " ".join(f"{name}={value!r}" for name, value in env.settings().items()) or "none set"
 
 
 def host() -> str:
-    """Whether the host-side structures (`treedecode._host`) are there and can be loaded."""
-    # In this package: an editable install's import hook would find the checkout's.
+    """Says whether the host-side structures (`treedecode._host`) are in this package; fails if they do not load."""
+    # looked for as a file, since the import hook of an editable install would find the checkout's
     if not any(Path(__file__).parents[1].joinpath(f"_host{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
         return "missing"
     importlib.import_module("treedecode._host")
@@ -54,7 +56,7 @@ def host() -> str:
 
 
 def backends() -> list[str]:
-    """The backend each op takes on each device and why no other: ops of which the same is true share their lines."""
+    """Lists the backend of each op on each device, and why it is no other; ops with equal lines share them."""
     import torch
 
     from treedecode import ops
@@ -63,20 +65,23 @@ def backends() -> list[str]:
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for op in ops.names():
             choice = ops.explain(op, device)
-            why = (f"  not {name}: {reason}" for name, reason in choice.rejected.items())
-            groups.setdefault((f"{choice.backend} on {device}", *why), []).append(op)
-    return [line for (taken, *why), names in groups.items() for line in (f"{taken}: {', '.join(names)}", *why)]
+            reasons = (f"  not {name}: {reason}" for name, reason in choice.rejected.items())
+            groups.setdefault((f"{choice.backend} on {device}", *reasons), []).append(op)
+    lines = []
+    for (backend, *rejections), names in groups.items():
+        lines += [f"{backend}: {', '.join(names)}", *rejections]
+    return lines
 
 
 def answers() -> str:
-    """How answers are compared."""
+    """Names the method that compares answers."""
     from treedecode.tasks.answers import equivalence_backend
 
     return equivalence_backend()
 
 
 def report() -> Iterator[str]:
-    """The report, line by line; a part that fails says so in its line."""
+    """Iterates over the lines of the report; a part that fails says so in its line."""
 
     def line(name: str, function: Callable[[], Any]) -> str:
         return f"{name + ':':<14}{attempt(function)}"
@@ -103,5 +108,6 @@ def report() -> Iterator[str]:
 
 
 def main() -> None:
+    """Prints the report."""
     for line in report():
         print(line, flush=True)

@@ -1,4 +1,4 @@
-"""The `treedecode` command (short: `td`)."""
+"""The `treedecode` command, `td` for short."""
 
 import argparse
 import os
@@ -16,10 +16,10 @@ def _info(_: argparse.Namespace) -> int:
 
 
 def _tune(_: argparse.Namespace) -> int:
-    from treedecode.ops import tuning as tune  # imports torch
+    from treedecode.ops import tuning  # imports torch
 
     try:
-        print(tune.tune())
+        print(tuning.tune())
     except RuntimeError as error:
         print(f"treedecode tune: {error}", file=sys.stderr)
         return 1
@@ -30,10 +30,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="treedecode", description="Shared-prefix decoding of search trees.")
     parser.add_argument("--version", action="version", version=f"treedecode {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    report = commands.add_parser("info", help="versions, instruction set, and which backend each op uses and why")
-    report.set_defaults(run=_info)
-    tune = commands.add_parser("tune", help="measure which backend of each op is faster on this GPU, and keep that")
-    tune.set_defaults(run=_tune)
+    info_parser = commands.add_parser("info", help="versions, instruction set, and which backend each op uses and why")
+    info_parser.set_defaults(run=_info)
+    tune_parser = commands.add_parser(
+        "tune", help="measure which backend of each op is faster on this GPU, and keep that"
+    )
+    tune_parser.set_defaults(run=_tune)
     solve.add_parser(commands)
     gate.add_parser(commands)
     study.add_parser(commands)
@@ -44,7 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status.
 
     Args:
-        argv: the arguments after the program's name; default: the process's own.
+        argv: the arguments after the program's name; None = those of the process.
+
+    Raises:
+        Exception: of a problem's search.
     """
     arguments = _parser().parse_args(argv)
     arguments.argv = list(sys.argv[1:] if argv is None else argv)  # for records of what was run
@@ -54,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError as error:
         if getattr(error, "__notes__", None):  # of a problem's search: a pipe of its verifier
             raise
-        # who read the output has seen enough
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for what Python flushes at its end)
+        # the reader of the output has closed it
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (takes the output that Python flushes at its end)
         status = 128 + signal.SIGPIPE
     return status

@@ -1,4 +1,4 @@
-"""Which task, which model, and which gate, a command takes."""
+"""Finds the task, the model and the gate that a command names, and loads them."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treedecode.cli import errors as misuse
+from treedecode.cli.errors import errors_of_argument, first_line
 
 if TYPE_CHECKING:
     from treedecode.allocation.gate import Gate
@@ -18,31 +18,35 @@ _PAUSE = 2.0  # seconds
 
 
 def task_for(name: str, argument: str = "task") -> "Task":
-    """A task by name, or the problems of a .jsonl file.
+    """Loads a task by its name, or from a .jsonl file of problems.
 
     Args:
         argument: the one that named it.
 
     Raises:
-        ValueError: no such task, or a file that is missing or broken. ModuleNotFoundError: a package is missing.
+        ValueError: there is no such task, or the file is missing or broken.
+        ModuleNotFoundError: a package is missing.
     """
     from treedecode import tasks
 
-    with misuse.argument(argument, "name_or_path"):
+    with errors_of_argument(argument, "name_or_path"):
         return tasks.load(name)
 
 
 def num_lines(path: str) -> int:
-    """How many problems a .jsonl file has."""
+    """Counts the problems of a .jsonl file."""
     with open(path, "rb") as file:
         return sum(1 for line in file if line.strip())
 
 
 def model_for(model: str | None, task: "Task") -> str:
-    """A folder, hub name or `.gguf` file; without one, or as "countdown", the demo model of the task countdown.
+    """Returns the folder, hub name or `.gguf` file of a model.
+
+    Args:
+        model: None = the demo model of the task countdown, as does "countdown".
 
     Raises:
-        ValueError: no model, for another task, or a path that leads nowhere.
+        ValueError: there is no model and the task is another one, or the path leads nowhere.
     """
     if model is None and task.name != "countdown":
         raise ValueError(f"model: expected a folder, a hub name or a .gguf file for the task {task.name}")
@@ -57,7 +61,7 @@ def model_for(model: str | None, task: "Task") -> str:
 
 
 def leads_nowhere(name: str) -> bool:
-    """Whether a name is a path, and nothing is there; a hub name is NAME or OWNER/NAME."""
+    """Returns whether a name is a path that does not exist; a hub name is NAME or OWNER/NAME."""
     is_path = name.startswith((".", "~")) or os.path.isabs(name) or name.endswith(".gguf") or name.count("/") > 1
     return not name or (is_path and not os.path.exists(name))
 
@@ -65,19 +69,19 @@ def leads_nowhere(name: str) -> bool:
 def require_hub(name: str, argument: str) -> None:
     """Checks that there is a connection to the hub, for a model that has to come from there.
 
-    The hub's client goes on trying for half a minute, which is of use where the hub is slow or busy, and of none where
-    nothing leads to it. So it is asked here twice, a few seconds apart. Whatever else is wrong, loading finds out.
+    The hub's client goes on trying for half a minute, which helps where the hub is slow or busy, but not where there is
+    no connection. So this function asks the hub twice, a few seconds apart. Loading reports every other error.
 
     Args:
         argument: the one that named the model.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no connection.
     """
     if os.path.exists(name):
         return
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.utils import httpx  # the client's own: newer ones have another package of that kind
+    from huggingface_hub.utils import httpx  # the client's own, since other versions use another package
 
     for pause in (_PAUSE, None):
         try:
@@ -87,7 +91,7 @@ def require_hub(name: str, argument: str) -> None:
             if pause is None:
                 raise ValueError(
                     f"{argument}: there is no folder {name!r}, and {constants.ENDPOINT} cannot be reached: "
-                    f"{misuse.first_line(error)}"
+                    f"{first_line(error)}"
                 ) from error
             time.sleep(pause)
         except Exception:  # no such model, a time-out, offline mode
@@ -97,13 +101,14 @@ def require_hub(name: str, argument: str) -> None:
 
 
 def decoder_for(model: str, *, dtype: str | None = None, device: str = "cpu", **options: Any) -> "Decoder":
-    """A decoder on a model.
+    """Loads a model, and makes a decoder on it.
 
     Args:
         options: of `Decoder`.
 
     Raises:
-        ValueError: the device or the model cannot be used, or an option is out of range. MemoryError: it does not fit.
+        ValueError: the device or the model cannot be used, or an option is out of range.
+        MemoryError: the model or its pages do not fit.
     """
     import torch
     from transformers.utils import logging
@@ -115,43 +120,46 @@ def decoder_for(model: str, *, dtype: str | None = None, device: str = "cpu", **
         logging.disable_progress_bar()
     check_device(device)
     require_hub(model, "model")
-    with misuse.argument("model", "path_or_id", "gguf_file"):
-        found = load_pretrained(model, dtype=None if dtype is None else getattr(torch, dtype), device=device)
-    return Decoder(*found, **options)
+    with errors_of_argument("model", "path_or_id", "gguf_file"):
+        torch_dtype = None if dtype is None else getattr(torch, dtype)
+        loaded, tokenizer = load_pretrained(model, dtype=torch_dtype, device=device)
+    return Decoder(loaded, tokenizer, **options)
 
 
 def check_device(device: str) -> None:
-    """Raises:
-    ValueError: torch cannot use it.
+    """Checks that torch can use a device.
+
+    Raises:
+        ValueError: it cannot.
     """
     import torch
 
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # no such device; torch built without it
-        raise ValueError(f"device: {device!r} cannot be used: {misuse.first_line(error)}") from None
+        raise ValueError(f"device: {device!r} cannot be used: {first_line(error)}") from None
 
 
 def gate_path(model: str) -> Path:
-    """Where the gate of a model is kept: beside it."""
+    """Returns the path of a model's gate, which is kept beside the model."""
     return Path(model) / "gate.safetensors"
 
 
 def gate_file(path: str | os.PathLike[str] | None, model: str) -> Path:
-    """The file of a gate; without one, that beside the model.
+    """Returns the file of a gate; without a path, the file beside the model.
 
     Raises:
         ValueError: there is no such file.
     """
-    found = gate_path(model) if path is None else Path(path)
-    if not found.is_file():
-        where = f"at {found}" if path is not None else f"beside the model, {found}"
+    file = gate_path(model) if path is None else Path(path)
+    if not file.is_file():
+        where = f"at {file}" if path is not None else f"beside the model, {file}"
         raise ValueError(f"gate: expected the file of one, and there is none {where}")
-    return found
+    return file
 
 
 def gate_for(path: str | None, strategy: "Strategy", model: str) -> "Gate":
-    """The gate of a file; without one the strategy's own, or the one beside the model.
+    """Returns the gate of a file; without a path, the strategy's own gate, or the one beside the model.
 
     Raises:
         ValueError: there is none, or the file is no gate.
@@ -161,5 +169,5 @@ def gate_for(path: str | None, strategy: "Strategy", model: str) -> "Gate":
     own = getattr(strategy, "gate", None)
     if path is None and isinstance(own, Gate):
         return own
-    with misuse.argument("gate", "path"):
+    with errors_of_argument("gate", "path"):
         return Gate.load(gate_file(path, model))

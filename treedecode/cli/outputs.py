@@ -1,4 +1,4 @@
-"""What `treedecode solve` leaves behind: files, and a summary."""
+"""Writes the files and the summary of `treedecode solve`."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from treedecode.search.solutions import Result, Solution
     from treedecode.strategies import Strategy
 
-_LONGEST_NAME = 150  # bytes; file systems take 255
+_LONGEST_NAME = 150  # bytes; file systems allow 255
 _STUDY = ("study.json", "plan.json")  # of `treedecode study`, which writes the plan as it begins
 
 
@@ -30,7 +30,7 @@ class Outputs:
 
     Args:
         folder: None = nothing is written.
-        trees: ids of the problems whose trees are.
+        trees: ids of the problems whose trees are written.
 
     Raises:
         ValueError: there are trees to write and no folder, or the folder is something else, or a study's.
@@ -51,8 +51,8 @@ class Outputs:
         return None if self._folder is None else str(self._folder / "solutions.jsonl")
 
     @property
-    def num_known(self) -> int:
-        """Solutions that an earlier process left; whether they are of the same run the journal checks."""
+    def num_solved(self) -> int:
+        """The number of solutions of earlier processes. The journal checks that they are of the same run."""
         return 0 if self.journal is None else num_solutions(self.journal)
 
     def add(self, solution: "Solution") -> None:
@@ -72,7 +72,7 @@ class Outputs:
 
 
 def file_name(problem_id: str) -> str:
-    """A file name for a problem, a different one for each, whatever the id holds; without an ending."""
+    """Returns a file name for a problem, without an ending; ids with any characters have different names."""
     name = urllib.parse.quote(problem_id, safe=" ")
     if len(name) <= _LONGEST_NAME:
         return name
@@ -85,33 +85,33 @@ def _json(value: Any) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """The file is there as a whole or not at all, also when the process ends meanwhile."""
+    """Writes a file, which is there as a whole or not at all, also when the process ends meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.part")
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
 
 
-def summary(result: "Result", strategy: "Strategy", verifier: str, num_known: int = 0) -> Iterator[str]:
-    """Lines on a run: what came out, and what it cost beside the cost without sharing.
+def summary(result: "Result", strategy: "Strategy", verifier: str, num_resumed: int = 0) -> Iterator[str]:
+    """Iterates over the lines of a summary: the results of a run, its cost, and its cost without sharing.
 
     Args:
         verifier: as it was named on the command line.
-        num_known: solutions taken from the journal.
+        num_resumed: solutions taken from the journal.
     """
     solutions, ledger, total = result.solutions, result.ledger, result.ledger.total
     count = len(solutions)
     yield _line("strategy", repr(strategy))
-    oracle = verifier == "task"
-    yield _line("verifier", "the task's own check, an ORACLE that knows the answers" if oracle else verifier)
-    yield _line("problems", f"{count}" + (f", {num_known} of them solved before" if num_known else ""))
+    is_oracle = verifier == "task"
+    yield _line("verifier", "the task's own check, an ORACLE that knows the answers" if is_oracle else verifier)
+    yield _line("problems", f"{count}" + (f", {num_resumed} of them solved before" if num_resumed else ""))
     if result.accuracy is not None:
-        right = sum(bool(solution.correct) for solution in solutions)
-        note = " (with an oracle: a bound, not a result)" if oracle else ""
-        yield _line("accuracy", f"{result.accuracy:.1%}, {right} of {count}{note}")
-    answered = sum(solution.answer is not None for solution in solutions)
-    cut = sum(solution.is_cut for solution in solutions)
-    yield _line("answers", f"{answered} of {count}" + (f", {cut} cut short by the budget" if cut else ""))
+        num_correct = sum(bool(solution.correct) for solution in solutions)
+        note = " (with an oracle: a bound, not a result)" if is_oracle else ""
+        yield _line("accuracy", f"{result.accuracy:.1%}, {num_correct} of {count}{note}")
+    num_answered = sum(solution.answer is not None for solution in solutions)
+    num_cut = sum(solution.is_cut for solution in solutions)
+    yield _line("answers", f"{num_answered} of {count}" + (f", {num_cut} cut short by the budget" if num_cut else ""))
     lost = f" ({ledger.lost_tokens:,} of them by searches that were interrupted)" if ledger.lost_tokens else ""
     yield _line("tokens", f"{total.generated_tokens:,} generated{lost}, {total.prompt_tokens:,} of prompts")
     share = f"the decoder worked in {ledger.occupancy:.0%} of them"
@@ -120,34 +120,34 @@ def summary(result: "Result", strategy: "Strategy", verifier: str, num_known: in
     yield _line("energy", source if ledger.joules is None else f"{ledger.joules:,.1f} J ({source})")
     yield ""
     yield f"{'':<12}{'with sharing':>16}{'without':>16}{'ratio':>9}"
-    for name, spent, apart, shown in (
+    for name, shared, copied, form in (
         ("forwards", total.forwards, total.branch_forwards, "{:,}".format),
         ("KV read", total.kv_bytes, total.kv_bytes_copied, in_bytes),
         ("peak pages", total.peak_pages, total.peak_pages_copied, "{:,}".format),
     ):
-        ratio = f"{apart / spent:.1f}x" if spent else "-"
-        yield f"{name:<12}{shown(spent):>16}{shown(apart):>16}{ratio:>9}"
+        ratio = f"{copied / shared:.1f}x" if shared else "-"
+        yield f"{name:<12}{form(shared):>16}{form(copied):>16}{ratio:>9}"
 
 
-def expected(
+def forecast_summary(
     decoder: "Decoder", prompts: "Sequence[IntArray]", strategy: "Strategy", gate: "Gate", budget: "Budget"
 ) -> Iterator[str]:
-    """Lines on what a run will probably cost, and on whether its budget will be enough.
+    """Iterates over the lines of a forecast: quantiles of a run's cost, and the odds that its budget is enough.
 
     Args:
         prompts: token ids `[n]` of each, checked.
     """
     levels = (0.05, 0.25, 0.5, 0.75, 0.95)
     yield f"{'forecast':<12}" + "".join(f"{level:>16.0%}" for level in levels)
-    units: dict[str, Callable[[float], str]] = {"tokens": "{:,.0f}".format, "kv_bytes": in_bytes}
-    own = getattr(strategy, "unit", None)
-    shown = list(units) if own is None else [own]
-    for found in forecasts(decoder, prompts, strategy=strategy, gate=gate, units=shown):
-        unit = found.unit
-        yield f"{unit:<12}" + "".join(f"{units[unit](value):>16}" for value in found.quantile(levels))
-        limit = getattr(budget, unit)
+    forms: dict[str, Callable[[float], str]] = {"tokens": "{:,.0f}".format, "kv_bytes": in_bytes}
+    strategy_unit = getattr(strategy, "unit", None)
+    units = list(forms) if strategy_unit is None else [strategy_unit]
+    for forecast in forecasts(decoder, prompts, strategy=strategy, gate=gate, units=units):
+        form = forms[forecast.unit]
+        yield f"{forecast.unit:<12}" + "".join(f"{form(value):>16}" for value in forecast.quantile(levels))
+        limit = getattr(budget, forecast.unit)
         if limit is not None:
-            yield _line("", f"a budget of {units[unit](limit)} is enough with probability {found.within(limit):.2f}")
+            yield _line("", f"a budget of {form(limit)} is enough with probability {forecast.within(limit):.2f}")
 
 
 def _line(name: str, text: str) -> str:

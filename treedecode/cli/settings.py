@@ -1,4 +1,4 @@
-"""Settings of frozen dataclasses as text: `depth=3,sampling.temperature=0.7`."""
+"""Reads settings of frozen dataclasses from text: `depth=3,sampling.temperature=0.7`."""
 
 import inspect
 import json
@@ -18,20 +18,21 @@ _TEXTS = tuple[str, ...]
 
 
 def parse(cls: type[T], text: str, what: str, others: Mapping[str, Callable[[], str]] | None = None, **fixed: Any) -> T:
-    """An instance of a dataclass from `name=value,name=value`; empty text gives the defaults.
+    """Makes an instance of a dataclass from `name=value,name=value`; empty text gives the defaults.
 
     Values are read by the types of the fields: numbers, strings (quoted where they hold commas or line breaks), true or
     false, none, lists of strings (`["a", "b"]`). A field that is a dataclass itself has its settings behind a dot,
     `sampling.temperature=0.7`.
 
     Args:
-        what: how messages call the whole, for instance "budget".
-        others: what settings are that the text leaves out.
-        fixed: fields that are given otherwise and have no setting.
+        what: names the whole in messages, for instance "budget".
+        others: give the text of settings that `text` leaves out.
+        fixed: fields that have no setting, and their values.
 
     Raises:
         ValueError: the text is malformed, names a setting that does not exist (those that do are listed), or has a
-            value the type does not take. TypeError, ValueError: of the dataclass's own checks.
+            value that its type or the dataclass refuses.
+        TypeError: of the dataclass's own checks.
     """
     pairs = dict(_pairs(text, what))
     pairs |= {name: given() for name, given in (others or {}).items() if name not in pairs}
@@ -39,16 +40,16 @@ def parse(cls: type[T], text: str, what: str, others: Mapping[str, Callable[[], 
 
 
 def _pairs(text: str, what: str) -> Iterator[tuple[str, str]]:
-    at, seen = 0, set()
-    while at < len(text):
-        match = _SETTING.match(text, at)
+    begin, names = 0, set()
+    while begin < len(text):
+        match = _SETTING.match(text, begin)
         if match is None:
-            raise ValueError(f"{what}: expected name=value, separated by commas, got {text[at:]!r}")
-        if match[1] in seen:
+            raise ValueError(f"{what}: expected name=value, separated by commas, got {text[begin:]!r}")
+        if match[1] in names:
             raise ValueError(f"{what}: {match[1]} is set twice")
-        seen.add(match[1])
+        names.add(match[1])
         yield match[1], match[2].strip()
-        at = match.end()
+        begin = match.end()
 
 
 def _build(cls: type[T], pairs: Mapping[str, str], what: str, fixed: Mapping[str, Any]) -> T:
@@ -57,8 +58,8 @@ def _build(cls: type[T], pairs: Mapping[str, str], what: str, fixed: Mapping[str
     for name, text in pairs.items():
         first, dot, rest = name.partition(".")
         if first not in types_of or first in fixed or (dot and _inner(types_of[first]) is None):
-            known = ", ".join(sorted(types_of.keys() - fixed.keys()))
-            raise ValueError(f"{what}: has no setting {name!r}; it has {known}")
+            settings = ", ".join(sorted(types_of.keys() - fixed.keys()))
+            raise ValueError(f"{what}: has no setting {name!r}; it has {settings}")
         if dot:
             nested.setdefault(first, {})[rest] = text
         else:
@@ -83,7 +84,7 @@ def _build(cls: type[T], pairs: Mapping[str, str], what: str, fixed: Mapping[str
 
 
 def settings_of(cls: type) -> dict[str, Any]:
-    """Types of a dataclass's fields, by name, in their order."""
+    """Returns the types of a dataclass's fields by name, in their order."""
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in _fields(cls) if field.init}
 
@@ -98,7 +99,7 @@ def _members(kind: Any) -> tuple[Any, ...]:
 
 
 def _inner(kind: Any) -> type | None:
-    """The dataclass a field may hold."""
+    """Returns the dataclass that a field may hold; None = it holds none."""
     return next((member for member in _members(kind) if is_dataclass(member) and isinstance(member, type)), None)
 
 
@@ -134,7 +135,7 @@ def _bool(text: str) -> bool:
     return text.lower() == "true"
 
 
-# In this order: a field that takes several gets the narrowest that fits.
+# A field that takes several of these types gets the first that fits, the narrowest.
 _READERS: dict[type, Callable[[str], Any]] = {bool: _bool, int: int, float: float, str: str}
 _NAMES: dict[Any, str] = {
     bool: "true or false",
@@ -147,7 +148,7 @@ _NAMES: dict[Any, str] = {
 
 
 def shown_type(kind: Any) -> str:
-    """A type in words, as of a setting's value."""
+    """Returns the type of a setting in words."""
     words = []
     for member in _members(kind):
         if get_origin(member) is Literal:
@@ -160,9 +161,9 @@ def shown_type(kind: Any) -> str:
 
 
 def describe(cls: type) -> Iterator[str]:
-    """Lines on a dataclass: what it is, and its settings with their defaults and meaning."""
+    """Iterates over lines on a dataclass: its summary, and its settings with their defaults and meanings."""
     meanings = {}
-    for base in reversed(cls.__mro__):  # what a class does not say, the one it is made from does
+    for base in reversed(cls.__mro__):  # a class inherits the meanings that it does not give itself
         for names, text in _ARGUMENT.findall(inspect.cleandoc(base.__doc__ or "").partition("Args:")[2]):
             meanings.update(dict.fromkeys(names.split(", "), " ".join(text.split())))
     yield "  " + " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split())
@@ -179,7 +180,7 @@ def describe(cls: type) -> Iterator[str]:
 
 
 def _written(value: Any) -> str:
-    """A default as one would write it."""
+    """Returns a default as text that `parse` reads."""
     if isinstance(value, tuple):
         return json.dumps(value)
     if isinstance(value, str):

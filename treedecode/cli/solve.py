@@ -1,19 +1,18 @@
-"""`treedecode solve`: a strategy on many problems, from the command line."""
+"""`treedecode solve`: runs a strategy on many problems."""
 
 import argparse
 import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from treedecode.cli import errors as misuse
-from treedecode.cli.errors import at_least_one, whole_number
+from treedecode.cli.errors import at_least_one, errors_of_argument, run_command, whole_number
 
 if TYPE_CHECKING:
     from treedecode.strategies import Strategy
     from treedecode.tasks import Problem, Task
 
-_SHOTS = 8
-_PROBLEMS = 20
+_NUM_SHOTS = 8
+_NUM_PROBLEMS = 20
 _JOURNAL = "solutions.jsonl"
 
 
@@ -30,10 +29,15 @@ def add_parser(commands: Any) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--task", help="countdown (the default), or reasoning_gym:NAME")
     source.add_argument("--data", metavar="FILE.jsonl", help='problems, {"question": ..., "answer": ...} a line')
-    add("--num-problems", type=at_least_one, metavar="N", help=f"default: {_PROBLEMS}, or all of --data")
+    add("--num-problems", type=at_least_one, metavar="N", help=f"default: {_NUM_PROBLEMS}, or all of --data")
     add("--split", choices=("train", "validation", "test"), default="test")
     add("--few-shot", metavar="FILE.jsonl", help="worked examples before every problem; default: the task's own")
-    add("--shots", type=whole_number, metavar="N", help=f"how many; default: {_SHOTS} with --few-shot, otherwise none")
+    add(
+        "--shots",
+        type=whole_number,
+        metavar="N",
+        help=f"how many; default: {_NUM_SHOTS} with --few-shot, otherwise none",
+    )
     add("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
     add("--verifier", default="none", metavar="NAME", help="what scores branches; 'help' lists the choices")
     limits = "tokens, flops, kv_bytes, joules, seconds"
@@ -72,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         where = os.path.join(arguments.out, _JOURNAL)
         return f"the same command goes on from {where}" if os.path.exists(where) else "nothing was written yet"
 
-    return misuse.run("solve", lambda: _solve(arguments), interrupted)
+    return run_command("solve", lambda: _solve(arguments), interrupted)
 
 
 def _strategies() -> Iterator[str]:
@@ -92,13 +96,14 @@ def _verifiers() -> Iterator[str]:
 
 
 def strategy_named(text: str, gate: "Callable[[], str] | None" = None) -> "Strategy":
-    """The strategy that `name:setting=value,...` means.
+    """Makes the strategy that `name:setting=value,...` describes.
 
     Args:
-        gate: names the file of the gate, for a strategy that has one where the text names none.
+        gate: gives the file of the gate, for a strategy that has one, where the text names none.
 
     Raises:
-        TypeError, ValueError: no such strategy or setting (those there are are listed), or a value out of range.
+        ValueError: there is no such strategy or setting (the existing ones are listed), or a value is out of range.
+        TypeError: a value has the wrong type.
     """
     from treedecode.cli.settings import parse, settings_of
     from treedecode.strategies import STRATEGIES
@@ -112,11 +117,11 @@ def strategy_named(text: str, gate: "Callable[[], str] | None" = None) -> "Strat
 
 
 def _solve(arguments: argparse.Namespace) -> int:
-    # what needs no model comes first: a typing error should not cost the loading of one
+    # checks that need no model come first, so that a typing error does not cost the loading of one
     from treedecode import tasks
     from treedecode.accounting.budget import Budget
     from treedecode.cli.models import check_device, decoder_for, gate_file, gate_for, model_for, task_for
-    from treedecode.cli.outputs import Outputs, expected, summary
+    from treedecode.cli.outputs import Outputs, forecast_summary, summary
     from treedecode.cli.settings import parse
     from treedecode.cli.verifiers import verifier_named
     from treedecode.decoding.decoder import Prompt
@@ -131,9 +136,8 @@ def _solve(arguments: argparse.Namespace) -> int:
     if arguments.gate is not None and not arguments.forecast and not hasattr(strategy, "gate"):
         raise ValueError(f"gate: {strategy.name} has none, so expected it with --forecast alone")
     sampling = Sampling(temperature=arguments.temperature, top_p=arguments.top_p, top_k=arguments.top_k)
-    alone = parse(Budget, arguments.budget_per_problem, "budget-per-problem", per_problem=None)
-    per_problem = None if alone == Budget() else alone
-    budget = parse(Budget, arguments.budget, "budget", per_problem=per_problem)
+    per_problem = parse(Budget, arguments.budget_per_problem, "budget-per-problem", per_problem=None)
+    budget = parse(Budget, arguments.budget, "budget", per_problem=None if per_problem == Budget() else per_problem)
     problems = _problems(arguments, task)
     examples = _examples(arguments, task)
     if strategy.needs_verifier and arguments.verifier == "none":
@@ -151,27 +155,28 @@ def _solve(arguments: argparse.Namespace) -> int:
         prompts = tasks.format_prompts(problems, examples, tokenizer=decoder.tokenizer, chat=arguments.chat)
         by_id: dict[str, Prompt] = dict(zip([problem.id for problem in problems], prompts, strict=True))
         if gate is not None:
-            read = list(checked_prompts(decoder, by_id).values())
-            print("\n".join(expected(decoder, read, strategy, gate, budget)))
+            ids = list(checked_prompts(decoder, by_id).values())
+            print("\n".join(forecast_summary(decoder, ids, strategy, gate, budget)))
             return 0
-        metrics, end = None, None
+        metrics, stop_serving = None, None
         if port is not None:
             from treedecode.reporting.metrics import serve
 
-            with misuse.argument("metrics-port"):
-                metrics, end = serve(decoder, strategy.name, port)
-        num_known = outputs.num_known
+            with errors_of_argument("metrics-port"):
+                metrics, stop_serving = serve(decoder, strategy.name, port)
+        num_resumed = outputs.num_solved
         try:
-            with Progress(decoder, len(problems), num_known, show=arguments.progress) as progress:
-                num_seen = 0
+            with Progress(decoder, len(problems), num_resumed, show=arguments.progress) as progress:
+                num_solutions = 0
 
-                def seen(solution: Any) -> None:
-                    nonlocal num_seen
-                    num_seen += 1
-                    if num_seen == 1 and num_known:
-                        known = f"{num_known} of {len(problems)} problems are solved in {outputs.journal}"
-                        progress.write(f"resuming: {known}")
-                    if num_seen > num_known:
+                def report(solution: Any) -> None:
+                    nonlocal num_solutions
+                    num_solutions += 1
+                    if num_solutions == 1 and num_resumed:
+                        progress.write(
+                            f"resuming: {num_resumed} of {len(problems)} problems are solved in {outputs.journal}"
+                        )
+                    if num_solutions > num_resumed:
                         progress.advance()
                         if metrics is not None:
                             metrics.observe(solution)
@@ -188,13 +193,13 @@ def _solve(arguments: argparse.Namespace) -> int:
                     seed=arguments.seed,
                     prompt=lambda problem: by_id[problem.id],
                     journal=outputs.journal,
-                    callback=seen,
+                    callback=report,
                 )
         finally:
-            if end is not None:
-                end()
-        outputs.finish(result, len(problems) - num_known)
-    print("\n".join(summary(result, strategy, arguments.verifier, num_known)))
+            if stop_serving is not None:
+                stop_serving()
+        outputs.finish(result, len(problems) - num_resumed)
+    print("\n".join(summary(result, strategy, arguments.verifier, num_resumed)))
     return 0
 
 
@@ -204,7 +209,7 @@ def _problems(arguments: argparse.Namespace, task: "Task") -> "list[Problem]":
     count = arguments.num_problems
     if count is None and arguments.data is not None:
         count = num_lines(arguments.data)
-    count = _PROBLEMS if count is None else count
+    count = _NUM_PROBLEMS if count is None else count
     return task.problems(count, split=arguments.split, seed=arguments.seed)
 
 
@@ -216,6 +221,6 @@ def _examples(arguments: argparse.Namespace, task: "Task") -> list[tuple[str, st
         raise ValueError(f"few-shot: expected a file of examples, and there is no {source!r}")
     if source is not None and arguments.data is not None and os.path.samefile(source, arguments.data):
         raise ValueError("few-shot: is the file of the problems itself, whose answers the examples would give away")
-    shots = arguments.shots if arguments.shots is not None else _SHOTS if source is not None else 0
-    with misuse.argument("shots" if source is None else "few-shot", "count"):
+    shots = arguments.shots if arguments.shots is not None else _NUM_SHOTS if source is not None else 0
+    with errors_of_argument("shots" if source is None else "few-shot", "count"):
         return few_shot(task if source is None else source, shots)

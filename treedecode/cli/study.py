@@ -1,4 +1,4 @@
-"""`treedecode study`: every strategy on the same problems, what each buys, and a report."""
+"""`treedecode study`: runs every strategy on the same problems, and writes a report."""
 
 import argparse
 import importlib
@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treedecode.cli import errors as misuse
-from treedecode.cli.errors import at_least_one, check_folder, whole_number
+from treedecode.cli.errors import at_least_one, check_folder, errors_of_argument, run_command, whole_number
 from treedecode.cli.models import check_device, decoder_for, gate_file, gate_path, model_for, num_lines, task_for
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from treedecode.study.rows import Conditions, Entry
     from treedecode.tasks import Task
 
-_PROBLEMS, _LATENCY_PROBLEMS = 100, 6
+_NUM_PROBLEMS, _NUM_LATENCY_PROBLEMS = 100, 6
 
 
 def add_parser(commands: Any) -> None:
@@ -30,9 +29,9 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="where all of it goes")
     add("--resume", action="store_true", help="go on with the study that --out holds")
-    count = f"default: {_PROBLEMS}, or all of a file"
+    count = f"default: {_NUM_PROBLEMS}, or all of a file"
     add("--problems", type=at_least_one, metavar="N", help=f"of the test split ({count})")
-    of_these = f"of these, solved one at a time too (default: {_LATENCY_PROBLEMS}, or all)"
+    of_these = f"of these, solved one at a time too (default: {_NUM_LATENCY_PROBLEMS}, or all)"
     add("--latency-problems", type=at_least_one, metavar="N", help=of_these)
     add("--strategies", metavar="NAME,...", help="rows beside the baseline, by key or strategy (default: all)")
     add("--model", help="folder, hub name or .gguf file; default: the demo model that comes with the task 'countdown'")
@@ -64,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
             return f"with --resume it goes on from {arguments.out}"
         return "nothing was written yet"
 
-    return misuse.run("study", lambda: _study(arguments), interrupted)
+    return run_command("study", lambda: _study(arguments), interrupted)
 
 
 def _study(arguments: argparse.Namespace) -> int:
@@ -81,19 +80,19 @@ def _study(arguments: argparse.Namespace) -> int:
     task = task_for(arguments.data, "data")
     model = model_for(arguments.model, task)
     gate = str(gate_path(model))
-    asked = None
-    if arguments.gate is not None:  # a row whose gate is of no use says so, but not if it was asked for
+    named_gate = None
+    if arguments.gate is not None:  # a gate that does not fit fails its row, but the whole command where it was named
         from treedecode.allocation.gate import Gate
 
         gate = str(gate_file(arguments.gate, model))
-        with misuse.argument("gate", "path"):
-            asked = Gate.load(gate)
+        with errors_of_argument("gate", "path"):
+            named_gate = Gate.load(gate)
     entries = plan.default_plan(gate, follows_instructions=arguments.model is not None)
     if arguments.strategies is not None:
         entries = plan.choose(entries, arguments.strategies.split(","))
     conditions = conditions_of(arguments, task, model)
-    if asked is not None and any("gate" in entry.settings for entry in entries):
-        asked.check(conditions.decoder, task, scorer_of(conditions.verifier))
+    if named_gate is not None and any("gate" in entry.settings for entry in entries):
+        named_gate.check(conditions.decoder, task, scorer_of(conditions.verifier))
     with _Progress(len(conditions.problems)) as progress:
         work = run_study(
             conditions,
@@ -116,10 +115,12 @@ def _study(arguments: argparse.Namespace) -> int:
 
 
 def conditions_of(arguments: argparse.Namespace, task: "Task", model: str) -> "Conditions":
-    """What the arguments say of problems, model and verifier.
+    """Loads the problems, the model and the verifier that the arguments name.
 
     Raises:
-        OSError, TypeError, ValueError: an argument is wrong, or what it names cannot be loaded.
+        OSError: a file that an argument names cannot be read.
+        TypeError: an argument is wrong.
+        ValueError: an argument is wrong, or what it names cannot be loaded.
     """
     from treedecode import tasks
     from treedecode.cli.verifiers import verifier_named
@@ -129,15 +130,15 @@ def conditions_of(arguments: argparse.Namespace, task: "Task", model: str) -> "C
     from treedecode.study.unshared_baseline import UnsharedDecoder
     from treedecode.verify.value import Value
 
-    count = num_lines(arguments.data) if arguments.data.endswith(".jsonl") else _PROBLEMS
+    count = num_lines(arguments.data) if arguments.data.endswith(".jsonl") else _NUM_PROBLEMS
     count = arguments.problems or count
-    latency_problems = arguments.latency_problems or min(count, _LATENCY_PROBLEMS)
+    latency_problems = arguments.latency_problems or min(count, _NUM_LATENCY_PROBLEMS)
     if latency_problems > count:
         raise ValueError(f"latency-problems: expected at most {count}, the problems there are, got {latency_problems}")
     problems = task.problems(count, split="test", seed=arguments.seed)
     examples = []
     if arguments.few_shot is not None:
-        with misuse.argument("few-shot", "count"):
+        with errors_of_argument("few-shot", "count"):
             examples = tasks.few_shot(arguments.few_shot, arguments.shots)
     sampling = Sampling(temperature=arguments.temperature)
     check_device(arguments.device)
@@ -162,7 +163,7 @@ def conditions_of(arguments: argparse.Namespace, task: "Task", model: str) -> "C
 
 
 class _Progress:
-    """A bar for the row that is running, on standard error."""
+    """Shows a bar for the row that is running, on standard error."""
 
     def __init__(self, num_problems: int) -> None:
         self._num_problems = num_problems
@@ -175,7 +176,7 @@ class _Progress:
         self._close()
 
     def update(self, entry: "Entry", solution: "Solution | None") -> None:
-        """One more solution, or the end of the row."""
+        """Counts a solution; None ends the row."""
         if solution is None:
             self._close()
             return

@@ -1,9 +1,9 @@
-"""What `--verifier` names."""
+"""Makes the verifier that `--verifier` names."""
 
 import os
 from typing import Any
 
-from treedecode.cli import errors as misuse
+from treedecode.cli.errors import errors_of_argument
 from treedecode.cli.models import leads_nowhere, require_hub
 from treedecode.tasks.base import Problem, Task
 
@@ -18,13 +18,15 @@ VERIFIERS = {
 
 
 def verifier_named(name: str, task: Task, model: str, device: str = "cpu") -> Any:
-    """The scorer that `--verifier NAME` means; None for none.
+    """Makes the scorer that `--verifier NAME` names; None for "none".
 
     Args:
-        model: the folder or hub name of the model that decodes. device: where a reward model is put.
+        model: the folder or hub name of the model that decodes.
+        device: of a reward model.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such verifier, or it cannot be loaded.
+        FileNotFoundError: there is no such value head.
+        ValueError: there is no such verifier, or it cannot be loaded.
     """
     if name == "none":
         return None
@@ -45,21 +47,21 @@ def verifier_named(name: str, task: Task, model: str, device: str = "cpu") -> An
             raise FileNotFoundError(f"verifier: no value head at {path}")
         from treedecode.verify.value import Value
 
-        with misuse.argument("verifier", "path"):
+        with errors_of_argument("verifier", "path"):
             return Value(path)
     if name == "help" or ":" in name or leads_nowhere(name):
         raise ValueError(f"verifier: expected one of {', '.join(VERIFIERS)}; got {name!r}")
     from treedecode.verify.reward_model import RewardModel
 
     require_hub(name, "verifier")
-    with misuse.argument("verifier", "path_or_model"):
+    with errors_of_argument("verifier", "path_or_model"):
         return RewardModel(name, device=device)
 
 
 class Oracle:
-    """The task's own check as a verifier: 1 for a right solution, 0 for any other text.
+    """Scores by the task's own check: 1 for a right solution, 0 for any other text.
 
-    It knows the answers, so what a strategy reaches with it is a bound, not a result.
+    It knows the answers, so the accuracy of a strategy with it is a bound, not a result.
     """
 
     def __init__(self, task: Task) -> None:
