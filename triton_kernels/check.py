@@ -38,6 +38,11 @@ def value(ok: bool, name: str, expected: str, got: float) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got:g}")
 
 
+def is_head_dim(head_dim: int) -> bool:
+    """Returns whether attention takes heads of this size."""
+    return 8 <= head_dim <= 256 and head_dim % 8 == 0
+
+
 def logits(t: Tensor, token_mask: Tensor | None) -> None:
     """Logits `[rows, vocab]` and the packed mask of the tokens that are allowed."""
     tensor(t, "logits", "[rows, vocab]", (-1, -1), *FLOATS)

@@ -1,15 +1,16 @@
+"""Triton kernels of plan_tree: the interval tree of the rows, and its nodes cut into the chunks of a flat plan."""
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from treedecode.triton_kernels import check
+from treedecode.triton_kernels import check, plan_rows
 
 # Of csrc/cpu/plan_tree.h, where they are explained.
 _READ_ROWS = tl.constexpr(16)
 _PART_TOKENS = tl.constexpr(32)
 _MAX_LEVELS = tl.constexpr(8)
-_TILE_ROWS = tl.constexpr(128)
 _TILES_PER_WORKER = tl.constexpr(4)
 _MIN_CHUNK_TOKENS = tl.constexpr(128)
 _ROW_TOKENS = tl.constexpr(4)
@@ -120,10 +121,10 @@ def _kept_tokens(longest, page_begin, page_end, folded, page_size):
 def _cut(length, queries, target, group):
     """(work tiles per piece, tokens of a piece, pieces) of nodes."""
     rows = group * queries
-    tokens = tl.minimum(_ROW_TOKENS * tl.minimum(rows, _TILE_ROWS), 2 * target)
+    tokens = tl.minimum(_ROW_TOKENS * tl.minimum(rows, plan_rows.TILE_ROWS), 2 * target)
     count = tl.cdiv(length, tl.maximum(tl.maximum(tokens, target), _MIN_CHUNK_TOKENS))
     step = tl.cdiv(tl.cdiv(length, tl.maximum(count, 1)), _CHUNK_STEP) * _CHUNK_STEP
-    return tl.cdiv(rows, _TILE_ROWS), step, tl.cdiv(length, tl.maximum(step, 1))
+    return tl.cdiv(rows, plan_rows.TILE_ROWS), step, tl.cdiv(length, tl.maximum(step, 1))
 
 
 @triton.jit
@@ -204,7 +205,7 @@ def _plan_tree_kernel(
         end = tl.where(node % 2 == 1, tl.cdiv(longest, page_size), inner_end)
         folded = tl.load(folded_ptr + node, mask=queries > 0, other=1)
         length = _kept_tokens(longest, begin, end, folded, page_size)
-        total += tl.cdiv(group * queries, _TILE_ROWS) * length
+        total += tl.cdiv(group * queries, plan_rows.TILE_ROWS) * length
         unique_tokens += length
         tl.store(longest_ptr + node, length, mask=node < 2 * B)  # from here on the tokens that are kept
     target = tl.maximum(tl.cdiv(tl.sum(total), _TILES_PER_WORKER * workers), 1)
@@ -249,14 +250,16 @@ def _plan_tree_kernel(
         most = tl.max(count)
         piece = 0
         while piece < most:
-            at = chunks_ptr + (chunk + piece) * 6
+            out_ptr = chunks_ptr + (chunk + piece) * plan_rows.COLUMNS
             kept = (piece < count) & (chunk + piece < max_chunks)
-            tl.store(at, row_begin, mask=kept)
-            tl.store(at + 1, row_end, mask=kept)
-            tl.store(at + 2, (token + piece * step).to(tl.int32), mask=kept)
-            tl.store(at + 3, (token + tl.minimum((piece + 1) * step, length)).to(tl.int32), mask=kept)
-            tl.store(at + 4, (part + piece).to(tl.int32), mask=kept)
-            tl.store(at + 5, (tile + piece * tiles).to(tl.int32), mask=kept)
+            tl.store(out_ptr + plan_rows.ROW_BEGIN, row_begin, mask=kept)
+            tl.store(out_ptr + plan_rows.ROW_END, row_end, mask=kept)
+            tl.store(out_ptr + plan_rows.TOKEN_BEGIN, (token + piece * step).to(tl.int32), mask=kept)
+            tl.store(
+                out_ptr + plan_rows.TOKEN_END, (token + tl.minimum((piece + 1) * step, length)).to(tl.int32), mask=kept
+            )
+            tl.store(out_ptr + plan_rows.PART, (part + piece).to(tl.int32), mask=kept)
+            tl.store(out_ptr + plan_rows.TILE_BEGIN, (tile + piece * tiles).to(tl.int32), mask=kept)
             piece += 1
 
     num_queries = tl.full([], 0, tl.int64)
@@ -274,12 +277,12 @@ def _plan_tree_kernel(
         path_tokens += tl.sum(tl.where(active, seq_len, 0))
     tl.store(q_indptr_ptr, 0)
     tl.store(part_indptr_ptr, 0)
-    tl.store(counts_ptr, num_chunks.to(tl.int32))
-    tl.store(counts_ptr + 1, num_parts.to(tl.int32))
-    tl.store(counts_ptr + 2, tl.sum(unique_tokens).to(tl.int32))
-    tl.store(counts_ptr + 3, path_tokens.to(tl.int32))
-    tl.store(counts_ptr + 4, page_size)
-    tl.store(counts_ptr + 5, num_tiles.to(tl.int32))
+    tl.store(counts_ptr + plan_rows.NUM_CHUNKS, num_chunks.to(tl.int32))
+    tl.store(counts_ptr + plan_rows.NUM_PARTS, num_parts.to(tl.int32))
+    tl.store(counts_ptr + plan_rows.UNIQUE_TOKENS, tl.sum(unique_tokens).to(tl.int32))
+    tl.store(counts_ptr + plan_rows.PATH_TOKENS, path_tokens.to(tl.int32))
+    tl.store(counts_ptr + plan_rows.PAGE_SIZE, page_size)
+    tl.store(counts_ptr + plan_rows.NUM_TILES, num_tiles.to(tl.int32))
 
 
 @triton.jit
@@ -327,18 +330,19 @@ def plan_tree(
     check.value(num_kv_heads > 0, "num_kv_heads", "a positive number", num_kv_heads)
     is_multiple = num_qo_heads > 0 and num_kv_heads > 0 and num_qo_heads % num_kv_heads == 0
     check.value(is_multiple, "num_qo_heads", "a multiple of num_kv_heads", num_qo_heads)
-    check.value(head_dim > 0, "head_dim", "a positive number", head_dim)
+    check.value(check.is_head_dim(head_dim), "head_dim", "a multiple of 8 up to 256", head_dim)
     text = "a positive number (a flat plan; chained ones are made on the CPU)"
     check.value(0 < num_workers <= most, "num_workers", text, num_workers)
 
     workers = max(1, num_workers // num_kv_heads)
     q_indptr, part_indptr = seq_lens.new_empty(num_rows + 1), seq_lens.new_empty(num_rows + 1)
     if num_rows == 0:
-        counts = seq_lens.new_zeros(6)
-        counts[4] = page_size
-        return q_indptr.zero_(), part_indptr.zero_(), seq_lens.new_empty(0, 6), counts
-    counts = seq_lens.new_empty(6)
-    chunks = seq_lens.new_empty(2 * num_rows - 1 + 4 * workers, 6)
+        counts = seq_lens.new_zeros(plan_rows.NUM_COUNTS)
+        counts[plan_rows.PAGE_SIZE.value] = page_size
+        return q_indptr.zero_(), part_indptr.zero_(), seq_lens.new_empty(0, plan_rows.COLUMNS.value), counts
+    counts = seq_lens.new_empty(plan_rows.NUM_COUNTS)
+    max_chunks = 2 * num_rows - 1 + _TILES_PER_WORKER.value * workers
+    chunks = seq_lens.new_empty(max_chunks, plan_rows.COLUMNS.value)
     of_rows = seq_lens.new_empty(4, num_rows)
     of_nodes = seq_lens.new_empty(10, 2 * num_rows)
     lens = (seq_lens, q_lens, num_rows, max_pages * page_size, page_size)
@@ -350,6 +354,6 @@ def plan_tree(
     block = min(512, max(16, triton.next_power_of_2(2 * num_rows)))
     _plan_tree_kernel[(1,)](
         q_indptr, part_indptr, chunks, counts, *of_rows.unbind(), *of_nodes.unbind(), *lens,
-        num_qo_heads // num_kv_heads, workers, chunks.shape[0], BLOCK=block, num_warps=8,
+        num_qo_heads // num_kv_heads, workers, max_chunks, BLOCK=block, num_warps=8,
     )  # fmt: skip
     return q_indptr, part_indptr, chunks, counts

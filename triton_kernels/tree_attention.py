@@ -1,3 +1,9 @@
+"""Triton kernels of tree_attention: partial results of a flat plan's work tiles, then their merge along each path.
+
+Names as in FlashAttention, in units of log2: qk are scaled scores, m_i a row's running maximum, p = 2^(qk - m_i), l_i
+the running sum of p, acc that of p @ v, and alpha brings l_i and acc from an old maximum to a new one.
+"""
+
 from typing import Any
 
 import torch
@@ -5,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from treedecode.triton_kernels import check
+from treedecode.triton_kernels import check, plan_rows
 from treedecode.triton_kernels.attention_config import Config, arch_of, config
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -29,13 +35,15 @@ def _chunk_of(
     num_chunks, tile,
     FANOUT: tl.constexpr,
 ):  # fmt: skip
-    """The chunk that work tile `tile` belongs to; narrowed FANOUT-fold a step, for each step waits for memory."""
+    """The chunk of work tile `tile`: a search that is FANOUT-fold, since each of its steps waits for memory."""
     chunk = 0
     i = tl.arange(0, FANOUT)
     while num_chunks > 1:
         step = tl.cdiv(num_chunks, FANOUT)
         probed = i * step < num_chunks
-        begins = tl.load(chunks_ptr + (chunk + i * step) * 6 + 5, mask=probed, other=0)
+        begins = tl.load(
+            chunks_ptr + (chunk + i * step) * plan_rows.COLUMNS + plan_rows.TILE_BEGIN, mask=probed, other=0
+        )
         passed = (tl.sum((probed & (begins <= tile)).to(tl.int32)) - 1) * step
         chunk += passed
         num_chunks = tl.minimum(step, num_chunks - passed)
@@ -47,20 +55,20 @@ def _branch_of(
     q_indptr_ptr,  # [num_branches + 1]
     token, begin, end, typical_len,
 ):  # fmt: skip
-    """Which of the branches [begin, end) each query token of a block belongs to.
+    """The branch among [begin, end) that each query token of a block belongs to.
 
     The first guess is right for all tokens when branches have typical_len queries each, as in decode.
     """
     first = tl.load(q_indptr_ptr + begin)
     guess = tl.minimum(begin + (token - first) // typical_len, end - 1)
-    low = tl.where(tl.load(q_indptr_ptr + guess) <= token, guess, begin)
-    high = tl.where(tl.load(q_indptr_ptr + guess + 1) > token, guess + 1, end)
-    while tl.max(high - low) > 1:
-        middle = (low + high) // 2
-        below = tl.load(q_indptr_ptr + middle) <= token
-        low = tl.where(below, middle, low)
-        high = tl.where(below, high, middle)
-    return low
+    first_branch = tl.where(tl.load(q_indptr_ptr + guess) <= token, guess, begin)
+    end_branch = tl.where(tl.load(q_indptr_ptr + guess + 1) > token, guess + 1, end)
+    while tl.max(end_branch - first_branch) > 1:
+        middle = (first_branch + end_branch) // 2
+        begun = tl.load(q_indptr_ptr + middle) <= token
+        first_branch = tl.where(begun, middle, first_branch)
+        end_branch = tl.where(begun, end_branch, middle)
+    return first_branch
 
 
 @triton.jit
@@ -79,7 +87,7 @@ def _attend(
     D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The packed rows from first_row on of a chunk, at most BLOCK_M of its num_rows, with one kv head."""
+    """Attends from a chunk's packed rows first_row on, at most BLOCK_M of its num_rows, to one kv head."""
     row = first_row + tl.arange(0, BLOCK_M)
     kept = row < num_rows
     row = tl.minimum(row, num_rows - 1)  # what is beyond repeats the last row, so it widens no range of keys
@@ -92,80 +100,80 @@ def _attend(
     slot = tl.load(part_indptr_ptr + branch)
     num_parts = (tl.load(part_indptr_ptr + branch + 1) - slot) // q_len
     slot += query * num_parts + part
-    direct = kept & (num_parts == 1)
-    in_parts = kept & (num_parts > 1) & (slot < max_parts)
-    # One number per row for wherever its result goes, so that little is kept while keys are gone through.
-    place = tl.where(direct, token, slot).to(tl.int64) * NUM_HEADS + head
+    is_final = kept & (num_parts == 1)
+    is_part = kept & (num_parts > 1) & (slot < max_parts)
+    # One number per row says where its result goes, so that the loop over keys keeps few registers.
+    target = tl.where(is_final, token, slot).to(tl.int64) * NUM_HEADS + head
     position = tl.load(seq_lens_ptr + branch) - q_len + query
-    to = tl.minimum(position + 1, token_end)
-    begin, end = token_begin, tl.max(to)  # of the keys that any row sees
-    all_since, all_to = token_begin, tl.min(to)  # of the keys that every row sees
+    visible_end = tl.minimum(position + 1, token_end)
+    begin, end = token_begin, tl.max(visible_end)  # of the keys that any row sees
+    all_visible_begin, all_visible_end = token_begin, tl.min(visible_end)  # of the keys that every row sees
     if HAS_WINDOW:
-        since = tl.maximum(position - window_left, token_begin)
-        begin += (tl.min(since) - token_begin) // BLOCK_N * BLOCK_N
-        all_since = tl.max(since)
+        visible_begin = tl.maximum(position - window_left, token_begin)
+        begin += (tl.min(visible_begin) - token_begin) // BLOCK_N * BLOCK_N
+        all_visible_begin = tl.max(visible_begin)
 
     d = tl.arange(0, BLOCK_D)
     in_head = (d < D if D < BLOCK_D else tl.full([BLOCK_D], True, tl.int1))[None, :]
-    q_at = q_ptr + token.to(tl.int64) * q_stride_t + head.to(tl.int64) * q_stride_h
-    q = tl.load(q_at[:, None] + d, mask=in_head, other=0.0)
-    high = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    q_ptrs = q_ptr + token.to(tl.int64) * q_stride_t + head.to(tl.int64) * q_stride_h
+    q = tl.load(q_ptrs[:, None] + d, mask=in_head, other=0.0)
+    m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # Counted from 0, for Triton pipelines no loads of a loop that begins at a number computed like this one.
     for offset in tl.range(0, end - begin, BLOCK_N, num_stages=NUM_STAGES):
         start = begin + offset
         key = start + tl.arange(0, BLOCK_N)
         # Slots past the last visible key, and entries of the table, hold anything; NaN times a probability of 0 is NaN.
-        there = key < end
+        exists = key < end
         if PAGE_SIZE % BLOCK_N == 0:
             page = tl.load(table_ptr + start // PAGE_SIZE).to(tl.int64)
         else:
-            page = tl.load(table_ptr + key // PAGE_SIZE, mask=there, other=0).to(tl.int64)
+            page = tl.load(table_ptr + key // PAGE_SIZE, mask=exists, other=0).to(tl.int64)
         in_page = (key % PAGE_SIZE).to(tl.int64)
-        loaded = there[:, None] & in_head
+        loaded = exists[:, None] & in_head
         k = tl.load(k_pages_ptr + (page * k_stride_p + in_page * k_stride_t)[:, None] + d, mask=loaded, other=0.0)
         v = tl.load(v_pages_ptr + (page * v_stride_p + in_page * v_stride_t)[:, None] + d, mask=loaded, other=0.0)
-        score = tl.dot(q, k.T, input_precision="ieee")
+        qk = tl.dot(q, k.T, input_precision="ieee")  # scaled below
         if HAS_SOFT_CAP:
-            score = _tanh(score * (sm_scale / logits_soft_cap)) * logits_soft_cap
+            qk = _tanh(qk * (sm_scale / logits_soft_cap)) * logits_soft_cap
             scale = _LOG2E
         else:
             scale = sm_scale * _LOG2E
-        if (start < all_since) | (start + BLOCK_N > all_to):
-            seen = key < to[:, None]
+        if (start < all_visible_begin) | (start + BLOCK_N > all_visible_end):
+            is_visible = key < visible_end[:, None]
             if HAS_WINDOW:
-                seen &= key >= since[:, None]
-            score = tl.where(seen, score, -float("inf"))
-        new_high = tl.maximum(high, tl.max(score, 1) * scale)
-        base = tl.where(new_high == -float("inf"), 0.0, new_high)  # (-inf) - (-inf) would be NaN
-        weight = tl.exp2(score * scale - base[:, None])
-        rescale = tl.exp2(high - base)
-        total = total * rescale + tl.sum(weight, 1)
-        acc = tl.dot(weight.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
-        high = new_high
+                is_visible &= key >= visible_begin[:, None]
+            qk = tl.where(is_visible, qk, -float("inf"))
+        m_new = tl.maximum(m_i, tl.max(qk, 1) * scale)
+        base = tl.where(m_new == -float("inf"), 0.0, m_new)  # (-inf) - (-inf) would be NaN
+        p = tl.exp2(qk * scale - base[:, None])
+        alpha = tl.exp2(m_i - base)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        m_i = m_new
 
     if sinks_ptr is not None:
         # a sink joins where the denominator is complete: here, or when parts are merged
-        sink = tl.load(sinks_ptr + head, mask=direct, other=-float("inf")) * _LOG2E
-        new_high = tl.maximum(high, sink)
-        base = tl.where(new_high == -float("inf"), 0.0, new_high)
-        rescale = tl.exp2(high - base)
-        total = total * rescale + tl.exp2(sink - base)
-        acc *= rescale[:, None]
-        high = new_high
-    empty = total == 0.0
-    acc /= tl.where(empty, 1.0, total)[:, None]
-    lse = tl.where(empty, -float("inf"), high + tl.log2(tl.where(empty, 1.0, total)))
-    # Most tiles are of one kind.
-    if tl.max(direct.to(tl.int32)) > 0:
-        tl.store(lse_ptr + place, lse * _LN2, mask=direct)
-        stored = direct[:, None] & in_head
-        tl.store(out_ptr + place[:, None] * D + d, acc.to(out_ptr.dtype.element_ty), mask=stored)
-    if tl.max(in_parts.to(tl.int32)) > 0:
-        tl.store(part_lse_ptr + place, lse, mask=in_parts)
-        stored = (in_parts & (total != 0.0))[:, None] & in_head  # nobody reads the out of an empty part
-        tl.store(part_out_ptr + place[:, None] * D + d, acc, mask=stored)
+        sink = tl.load(sinks_ptr + head, mask=is_final, other=-float("inf")) * _LOG2E
+        m_new = tl.maximum(m_i, sink)
+        base = tl.where(m_new == -float("inf"), 0.0, m_new)
+        alpha = tl.exp2(m_i - base)
+        l_i = l_i * alpha + tl.exp2(sink - base)
+        acc *= alpha[:, None]
+        m_i = m_new
+    empty = l_i == 0.0
+    acc /= tl.where(empty, 1.0, l_i)[:, None]
+    lse = tl.where(empty, -float("inf"), m_i + tl.log2(tl.where(empty, 1.0, l_i)))
+    # In most tiles all results are final, or none is.
+    if tl.max(is_final.to(tl.int32)) > 0:
+        tl.store(lse_ptr + target, lse * _LN2, mask=is_final)
+        stored = is_final[:, None] & in_head
+        tl.store(out_ptr + target[:, None] * D + d, acc.to(out_ptr.dtype.element_ty), mask=stored)
+    if tl.max(is_part.to(tl.int32)) > 0:
+        tl.store(part_lse_ptr + target, lse, mask=is_part)
+        stored = (is_part & (l_i != 0.0))[:, None] & in_head  # nobody reads the out of an empty part
+        tl.store(part_out_ptr + target[:, None] * D + d, acc, mask=stored)
 
 
 _attend_apart = triton.jit(noinline=True)(_attend.fn)
@@ -187,27 +195,27 @@ def _tree_attention_kernel(
     D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, HEIGHTS: tl.constexpr, BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr, ATTEND: tl.constexpr,
 ):  # fmt: skip
-    TILE_ROWS: tl.constexpr = 128  # of plan_tree
-    num_chunks = tl.load(counts_ptr)
-    num_items = tl.load(counts_ptr + 5) * num_kv_heads
-    num_items = tl.where(tl.load(counts_ptr + 4) == PAGE_SIZE, num_items, 0)
-    # Heads of one tile are next to one another, and so are tiles of one chunk: they share pages or lines of pages.
+    num_chunks = tl.load(counts_ptr + plan_rows.NUM_CHUNKS)
+    num_items = tl.load(counts_ptr + plan_rows.NUM_TILES) * num_kv_heads
+    num_items = tl.where(tl.load(counts_ptr + plan_rows.PAGE_SIZE) == PAGE_SIZE, num_items, 0)
+    # Items of one tile are neighbours, and so are those of one chunk: they share pages, or cache lines of them.
     for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0), num_stages=1):
         tile, kv_head = item // num_kv_heads, item % num_kv_heads
-        at = chunks_ptr + 6 * _chunk_of(chunks_ptr, num_chunks, tile, 64)
-        row_begin, row_end = tl.load(at), tl.load(at + 1)
-        token_begin, token_end, part = tl.load(at + 2), tl.load(at + 3), tl.load(at + 4)
+        chunk_ptr = chunks_ptr + plan_rows.COLUMNS * _chunk_of(chunks_ptr, num_chunks, tile, 64)
+        row_begin, row_end = tl.load(chunk_ptr + plan_rows.ROW_BEGIN), tl.load(chunk_ptr + plan_rows.ROW_END)
+        token_begin, token_end = tl.load(chunk_ptr + plan_rows.TOKEN_BEGIN), tl.load(chunk_ptr + plan_rows.TOKEN_END)
+        part = tl.load(chunk_ptr + plan_rows.PART)
         first_token = tl.load(q_indptr_ptr + row_begin)
         num_rows = (tl.minimum(tl.load(q_indptr_ptr + row_end), num_q) - first_token) * GROUP
-        first_row = (tile - tl.load(at + 5)) * TILE_ROWS
-        last_row = tl.minimum(first_row + TILE_ROWS, num_rows)
+        first_row = (tile - tl.load(chunk_ptr + plan_rows.TILE_BEGIN)) * plan_rows.TILE_ROWS
+        last_row = tl.minimum(first_row + plan_rows.TILE_ROWS, num_rows)
         table_ptr = page_table_ptr + row_begin.to(tl.int64) * table_stride
         k_ptr = k_pages_ptr + kv_head.to(tl.int64) * k_stride_h
         v_ptr = v_pages_ptr + kv_head.to(tl.int64) * v_stride_h
         while first_row < last_row:
-            left = tl.minimum(last_row - first_row, HEIGHTS[-1])
+            height = tl.minimum(last_row - first_row, HEIGHTS[-1])
             for i in tl.static_range(len(HEIGHTS)):
-                if (left <= HEIGHTS[i]) & (left > (HEIGHTS[i - 1] if i > 0 else 0)):
+                if (height <= HEIGHTS[i]) & (height > (HEIGHTS[i - 1] if i > 0 else 0)):
                     ATTEND(
                         out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, q_ptr, k_ptr, v_ptr, table_ptr, seq_lens_ptr,
                         q_indptr_ptr, part_indptr_ptr, sinks_ptr, q_stride_t, q_stride_h, k_stride_p, k_stride_t,
@@ -229,11 +237,11 @@ def _merge_parts_kernel(
 ):  # fmt: skip
     token, head = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
-    at = token.to(tl.int64) * NUM_HEADS + head
-    # The host has not seen the plan: nothing but NaN can come of one that is not for this call.
-    is_flat = (tl.load(counts_ptr + 5) > 0) | (tl.load(counts_ptr) == 0)
+    target = token.to(tl.int64) * NUM_HEADS + head
+    # The host has not read the plan. A plan that is not for this call makes all results NaN.
+    is_flat = (tl.load(counts_ptr + plan_rows.NUM_TILES) > 0) | (tl.load(counts_ptr + plan_rows.NUM_CHUNKS) == 0)
     num_owned = tl.load(q_indptr_ptr + num_branches)  # tokens beyond belong to no branch
-    fits = is_flat & (tl.load(counts_ptr + 4) == PAGE_SIZE) & (num_owned <= num_q)
+    fits = is_flat & (tl.load(counts_ptr + plan_rows.PAGE_SIZE) == PAGE_SIZE) & (num_owned <= num_q)
     if fits:
         typical_len = tl.maximum(1, num_q // num_branches)
         branch = tl.max(_branch_of(q_indptr_ptr, token + tl.arange(0, 1), 0, num_branches, typical_len))
@@ -243,38 +251,38 @@ def _merge_parts_kernel(
         if num_parts != 1:
             begin += (token - q_begin) * num_parts
             end = tl.minimum(begin + num_parts, max_parts)
-            high = -float("inf")
-            total = 0.0
+            m_i = -float("inf")
+            l_i = 0.0
             acc = tl.zeros([BLOCK_D], tl.float32)
             for first in range(begin, end, BLOCK_P):
                 part = first + tl.arange(0, BLOCK_P)
-                part_at = part.to(tl.int64) * NUM_HEADS + head
-                lse = tl.load(part_lse_ptr + part_at, mask=part < end, other=-float("inf"))
+                source = part.to(tl.int64) * NUM_HEADS + head
+                lse = tl.load(part_lse_ptr + source, mask=part < end, other=-float("inf"))
                 loaded = (lse != -float("inf"))[:, None] & (d < D)[None, :]
-                x = tl.load(part_out_ptr + part_at[:, None] * D + d, mask=loaded, other=0.0)
-                new_high = tl.maximum(high, tl.max(lse))
-                base = tl.where(new_high == -float("inf"), 0.0, new_high)  # (-inf) - (-inf) would be NaN
-                weight = tl.exp2(lse - base)
-                rescale = tl.exp2(high - base)
-                total = total * rescale + tl.sum(weight)
-                acc = acc * rescale + tl.sum(weight[:, None] * x, 0)
-                high = new_high
+                part_out = tl.load(part_out_ptr + source[:, None] * D + d, mask=loaded, other=0.0)
+                m_new = tl.maximum(m_i, tl.max(lse))
+                base = tl.where(m_new == -float("inf"), 0.0, m_new)  # (-inf) - (-inf) would be NaN
+                p = tl.exp2(lse - base)
+                alpha = tl.exp2(m_i - base)
+                l_i = l_i * alpha + tl.sum(p)
+                acc = acc * alpha + tl.sum(p[:, None] * part_out, 0)
+                m_i = m_new
             if sinks_ptr is not None:
                 sink = tl.load(sinks_ptr + head, mask=token < num_owned, other=-float("inf")) * _LOG2E
-                new_high = tl.maximum(high, sink)
-                base = tl.where(new_high == -float("inf"), 0.0, new_high)
-                rescale = tl.exp2(high - base)
-                total = total * rescale + tl.exp2(sink - base)
-                acc *= rescale
-                high = new_high
-            empty = total == 0.0
-            acc /= tl.where(empty, 1.0, total)
-            tl.store(out_ptr + at * D + d, acc.to(out_ptr.dtype.element_ty), mask=d < D)
-            lse = tl.where(empty, -float("inf"), high + tl.log2(tl.where(empty, 1.0, total)))
-            tl.store(lse_ptr + at, lse * _LN2)
+                m_new = tl.maximum(m_i, sink)
+                base = tl.where(m_new == -float("inf"), 0.0, m_new)
+                alpha = tl.exp2(m_i - base)
+                l_i = l_i * alpha + tl.exp2(sink - base)
+                acc *= alpha
+                m_i = m_new
+            empty = l_i == 0.0
+            acc /= tl.where(empty, 1.0, l_i)
+            tl.store(out_ptr + target * D + d, acc.to(out_ptr.dtype.element_ty), mask=d < D)
+            lse = tl.where(empty, -float("inf"), m_i + tl.log2(tl.where(empty, 1.0, l_i)))
+            tl.store(lse_ptr + target, lse * _LN2)
     else:
-        tl.store(out_ptr + at * D + d, tl.full([BLOCK_D], float("nan"), out_ptr.dtype.element_ty), mask=d < D)
-        tl.store(lse_ptr + at, float("nan"))
+        tl.store(out_ptr + target * D + d, tl.full([BLOCK_D], float("nan"), out_ptr.dtype.element_ty), mask=d < D)
+        tl.store(lse_ptr + target, float("nan"))
 
 
 def tree_attention(
@@ -294,13 +302,12 @@ def tree_attention(
 ) -> tuple[Tensor, Tensor]:
     """See `treedecode.ops.tree_attention`; takes flat plans only.
 
-    Values are not looked at. A plan that is chained, for another page size or for more query tokens makes
-    all results NaN; nothing is written out of bounds whatever a plan says.
+    Values of tensors are not read on the host. A plan that is chained, for another page size or for more query tokens
+    makes all results NaN; nothing is written out of bounds whatever a plan says.
     """
     check.tensor(q, "q", "[num_q, num_qo_heads, head_dim]", (-1, -1, -1), *check.FLOATS)
     num_q, num_qo_heads, head_dim = q.shape
-    fits = 8 <= head_dim <= 256 and head_dim % 8 == 0
-    check.value(fits, "q", "head_dim a multiple of 8 up to 256", head_dim)
+    check.value(check.is_head_dim(head_dim), "q", "head_dim a multiple of 8 up to 256", head_dim)
     text = "[num_pages, page_size, num_kv_heads, head_dim]"
     check.tensor(k_pages, "k_pages", text, (-1, -1, -1, head_dim), q.dtype)
     check.tensor(v_pages, "v_pages", text, (-1, -1, -1, head_dim), q.dtype)
@@ -314,8 +321,8 @@ def tree_attention(
     check.tensor(seq_lens, "seq_lens", "[num_branches]", (num_branches,), torch.int32, contiguous=True)
     for offsets, name in ((q_indptr, "plan.q_indptr"), (part_indptr, "plan.part_indptr")):
         check.tensor(offsets, name, "[num_branches + 1]", (num_branches + 1,), torch.int32, contiguous=True)
-    check.tensor(chunks, "plan.chunks", "[max_chunks, 6]", (-1, 6), torch.int32, contiguous=True)
-    check.tensor(counts, "plan.counts", "[6]", (6,), torch.int32, contiguous=True)
+    check.tensor(chunks, "plan.chunks", "[max_chunks, 6]", (-1, plan_rows.COLUMNS.value), torch.int32, contiguous=True)
+    check.tensor(counts, "plan.counts", "[6]", (plan_rows.NUM_COUNTS,), torch.int32, contiguous=True)
     is_positive = _is_positive_float(sm_scale)
     check.value(is_positive, "sm_scale", "a positive number of the range of fp32", sm_scale)
     is_off_or_positive = logits_soft_cap == 0 or _is_positive_float(logits_soft_cap)
@@ -357,13 +364,13 @@ def block_d(head_dim: int) -> int:
 
 
 def constants(c: Config) -> dict[str, Any]:
-    """The constants of the kernel that follow from a configuration."""
+    """The kernel's constants for a configuration."""
     attend = _attend_apart if c.calls else _attend
     return {"HEIGHTS": c.heights, "BLOCK_N": c.block_n, "NUM_STAGES": c.num_stages, "ATTEND": attend}
 
 
 def bounds(num_q: int, num_branches: int, max_chunks: int, group: int) -> tuple[int, int]:
-    """(workers per kv head that a plan of these shapes is for, partial results of it at most).
+    """(workers per kv head that a plan of these shapes is for, the most partial results it can have).
 
     A path has at most 8 shared nodes and a leaf, and no more of them than other branches to share with. A cut adds a
     part to the rows of one work tile, of which there are about 4 per worker, of 128 packed rows.

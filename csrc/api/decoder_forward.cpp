@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor> decoder_forward_cpu(Tensor x, Tensor cos, Tensor sin,
   const Sizes s{x.size(0),       x.size(1),       num_qo_heads,
                 kv.size(3),      kv.size(5),      intermediate_size,
                 x.scalar_type(), kernel_dtype(x), static_cast<int64_t>(x.element_size())};
-  check_value(s.head_dim >= 8 && s.head_dim <= 256 && s.head_dim % 8 == 0, "kv", "head_dim a multiple of 8 up to 256",
+  check_value(cpu::is_head_dim(s.head_dim), "kv", "head_dim a multiple of 8 up to 256",
               static_cast<double>(s.head_dim));
   check_value(page_size > 0, "kv", "page_size above 0", static_cast<double>(page_size));
   check_value(s.num_kv_heads > 0 && num_qo_heads > 0 && num_qo_heads % s.num_kv_heads == 0, "num_qo_heads",
@@ -168,7 +168,7 @@ std::tuple<Tensor, Tensor> decoder_forward_cpu(Tensor x, Tensor cos, Tensor sin,
       .seq_lens = seq_lens.const_data_ptr<int32_t>(),
       .q_indptr = q_indptr.const_data_ptr<int32_t>(),
       .part_indptr = part_indptr.const_data_ptr<int32_t>(),
-      .chunks = chunks.const_data_ptr<int32_t>(),
+      .chunks = rows_of<cpu::ChainedChunk>(chunks),
       .sinks = nullptr,
       .out = nullptr,
       .lse = nullptr,
@@ -187,8 +187,7 @@ std::tuple<Tensor, Tensor> decoder_forward_cpu(Tensor x, Tensor cos, Tensor sin,
       .window_left = -1,
       .dtype = s.dtype,
   };
-  const int32_t* count = counts.const_data_ptr<int32_t>();
-  check_plan(attention, s.num_tokens, num_pages, page_table.size(1), chunks.size(0), count);
+  check_plan(attention, s.num_tokens, num_pages, page_table.size(1), chunks.size(0), *rows_of<cpu::PlanCounts>(counts));
 
   // -- layers --
   Tensor hidden = torch::stable::new_empty(x, {num_logits, s.hidden_size});
@@ -249,14 +248,14 @@ std::tuple<Tensor, Tensor> decoder_forward_cpu(Tensor x, Tensor cos, Tensor sin,
                                {kv.stride(2), kv.stride(4), kv.stride(3)},
                                {kv.stride(2), kv.stride(4), kv.stride(3)}});
     attention.q = q;
-    attention.q_stride[0] = q_stride;
+    attention.q_stride.token = q_stride;
     attention.k_pages = k_pages;
     attention.v_pages = v_pages;
     attention.sinks = layer.sinks;
     attention.sm_scale = static_cast<float>(layer.sm_scale);
     attention.soft_cap = static_cast<float>(layer.soft_cap);
     attention.window_left = layer.window_left;
-    launch(attention, count, s.num_tokens);
+    launch(attention, *rows_of<cpu::PlanCounts>(counts), s.num_tokens);
     // The residual stream goes from `in` to b.normed, which nobody reads any more, and from there to b.x.
     run.linear(layer.o_proj, b.mixed, in, b.normed, s.num_tokens);
     run.norm(b.normed, layer.output_norm, b.x, s.num_tokens);

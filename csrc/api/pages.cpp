@@ -15,7 +15,7 @@ namespace {
 cpu::PageState cpu_state(const Tensor& refcount, const Tensor* free_pages, const Tensor* page_table,
                          const Tensor* seq_lens, const Tensor& status, int64_t page_size) {
   const auto s = page_state<cpu::PageState>(refcount, free_pages, page_table, seq_lens, status, page_size);
-  const int32_t num_free = s.status[cpu::kNumFree];
+  const int32_t num_free = s.status->num_free;
   STD_TORCH_CHECK(num_free >= 0 && num_free <= s.num_pages, "[ValueError] status: expected num_free in 0 .. ",
                   s.num_pages, ", got ", num_free);
   return s;

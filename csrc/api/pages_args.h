@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "../check.h"
+#include "../cpu/page_status.h"
 
 namespace treedecode {
 
@@ -29,11 +30,11 @@ template <typename State>
 State page_state(const Tensor& refcount, const Tensor* free_pages, const Tensor* page_table, const Tensor* seq_lens,
                  const Tensor& status, int64_t page_size) {
   check_shape(refcount, "refcount", "[num_pages]", {-1});
-  check_shape(status, "status", "[4]", {4});
+  check_shape(status, "status", "[4]", {kStatusSize});
   check_value(page_size >= 1 && page_size <= INT32_MAX, "page_size", "1 to 2^31 - 1", static_cast<double>(page_size));
   State s{};
   s.refcount = state_tensor(refcount, "refcount");
-  s.status = state_tensor(status, "status");
+  s.status = reinterpret_cast<PageStatus*>(state_tensor(status, "status"));
   s.num_pages = refcount.size(0);
   s.page_size = page_size;
   if (free_pages) {
@@ -96,7 +97,7 @@ Params copy_params(const Tensor& kv, const int32_t* src, const int32_t* dst, con
   p.num_kv_heads = kv.size(3);
   p.head_bytes = kv.size(4) * kv.size(5) * size;
   p.token_bytes = kv.size(5) * size;
-  for (int i = 0; i < 3; ++i) p.stride_bytes[i] = kv.stride(i) * size;
+  p.stride_bytes = {kv.stride(0) * size, kv.stride(1) * size, kv.stride(2) * size};
   return p;
 }
 

@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_tree_cpu(Tensor page_table, Tens
   Tensor part_indptr = torch::stable::new_empty(seq_lens, {num_rows + 1});
   Tensor chunks = torch::stable::new_empty(
       seq_lens, {cpu::max_chunks(num_rows, page_table.size(1), page_size, workers), cpu::kChunkColumns});
-  Tensor counts = torch::stable::new_empty(seq_lens, {6});
+  Tensor counts = torch::stable::new_empty(seq_lens, {cpu::kNumCounts});
   const cpu::PlanTreeParams p{
       page_table.const_data_ptr<int32_t>(),
       lens,
@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_tree_cpu(Tensor page_table, Tens
       q_indptr.mutable_data_ptr<int32_t>(),
       part_indptr.mutable_data_ptr<int32_t>(),
       chunks.mutable_data_ptr<int32_t>(),
-      counts.mutable_data_ptr<int32_t>(),
+      reinterpret_cast<cpu::PlanCounts*>(counts.mutable_data_ptr<int32_t>()),
       num_rows,
       page_table.size(1),
       page_table.stride(0),

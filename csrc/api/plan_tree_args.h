@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "../check.h"
+#include "../cpu/plan_tree.h"
 
 namespace treedecode {
 
@@ -28,7 +29,7 @@ inline void check_plan_tree(const Tensor& page_table, const Tensor& seq_lens, co
   check_value(num_kv_heads > 0, "num_kv_heads", "a positive number", num_kv_heads);
   check_value(num_qo_heads > 0 && num_qo_heads % num_kv_heads == 0, "num_qo_heads", "a multiple of num_kv_heads",
               num_qo_heads);
-  check_value(head_dim > 0, "head_dim", "a positive number", head_dim);
+  check_value(cpu::is_head_dim(head_dim), "head_dim", "a multiple of 8 up to 256", head_dim);
   check_value(num_workers >= 0 && num_workers <= kMax, "num_workers", "0 (a chained plan) or more", num_workers);
 }
 

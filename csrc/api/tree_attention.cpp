@@ -73,19 +73,20 @@ std::vector<Cell> cells_of(const cpu::TreeAttentionParams& p, int64_t chunk_begi
   cells.reserve(static_cast<size_t>(chunk_end - chunk_begin));
   double at = 0.0;
   for (int64_t c = chunk_begin; c < chunk_end; ++c) {
-    const int32_t* chunk = p.chunks + 6 * c;
-    const int64_t first_token = p.q_indptr[chunk[0]];
-    const int64_t rows = (p.q_indptr[chunk[1]] - first_token) * group;
+    const cpu::ChainedChunk& chunk = p.chunks[c];
+    const int64_t first_token = p.q_indptr[chunk.row_begin];
+    const int64_t rows = (p.q_indptr[chunk.row_end] - first_token) * group;
     for (int64_t r = 0; r < rows; r += cpu::kBlockRows) {
       const int64_t end = std::min(rows, r + cpu::kBlockRows);
-      int64_t from = chunk[3], to = chunk[2], b = chunk[0];
+      int64_t from = chunk.token_end, to = chunk.token_begin, b = chunk.row_begin;
       for (int64_t token = first_token + r / group; token <= first_token + (end - 1) / group; ++token) {
         while (token >= p.q_indptr[b + 1]) ++b;
         const cpu::Visible seen = cpu::visible_keys(p, b, token - p.q_indptr[b]);
         from = std::min(from, seen.begin);
         to = std::max(to, seen.end);
       }
-      const int64_t tokens = std::max<int64_t>(std::min<int64_t>(to, chunk[3]) - std::max<int64_t>(from, chunk[2]), 0);
+      const int64_t tokens =
+          std::max<int64_t>(std::min<int64_t>(to, chunk.token_end) - std::max<int64_t>(from, chunk.token_begin), 0);
       cells.push_back({c, r, end, at, cost_of(p, tokens, end - r, element_size)});
       at += cells.back().per_head * static_cast<double>(p.num_kv_heads);
     }
@@ -154,9 +155,9 @@ void run_round(const cpu::TreeAttentionParams& p, const std::vector<Cell>& cells
 
 // One pass over the plan and the page ids of its chunks.
 void check_plan(const cpu::TreeAttentionParams& p, int64_t num_q, int64_t num_pages, int64_t max_pages,
-                int64_t max_chunks, const int32_t* count) {
-  const int64_t num_chunks = count[0], num_parts = count[1];
-  STD_TORCH_CHECK(count[5] == 0,
+                int64_t max_chunks, const cpu::PlanCounts& counts) {
+  const int64_t num_chunks = counts.num_chunks, num_parts = counts.num_parts;
+  STD_TORCH_CHECK(counts.num_tiles == 0,
                   "[ValueError] plan: is flat, for a GPU; plan_tree(..., num_workers=0) makes one for the CPU");
   STD_TORCH_CHECK(num_chunks >= 0 && num_chunks <= max_chunks && num_parts >= 0,
                   "[ValueError] plan.counts: expected at most ", max_chunks, " chunks, got ", num_chunks, " and ",
@@ -173,11 +174,11 @@ void check_plan(const cpu::TreeAttentionParams& p, int64_t num_q, int64_t num_pa
   }
   int64_t path_tokens = 0;
   for (int64_t b = 0; b < p.num_rows; ++b) path_tokens += p.q_indptr[b] < p.q_indptr[b + 1] ? p.seq_lens[b] : 0;
-  STD_TORCH_CHECK(path_tokens == count[3],
-                  "[ValueError] plan: was made for seq_lens of branches with queries that add up to ", count[3],
-                  " tokens, got ", path_tokens);
-  STD_TORCH_CHECK(p.page_size == count[4], "[ValueError] plan: was made for pages of ", count[4], " tokens, got ",
-                  p.page_size);
+  STD_TORCH_CHECK(path_tokens == counts.path_tokens,
+                  "[ValueError] plan: was made for seq_lens of branches with queries that add up to ",
+                  counts.path_tokens, " tokens, got ", path_tokens);
+  STD_TORCH_CHECK(p.page_size == counts.page_size, "[ValueError] plan: was made for pages of ", counts.page_size,
+                  " tokens, got ", p.page_size);
   std::vector<Segment> segments;
   std::vector<size_t> first_segment;  // of each row
   for (int64_t b = 0; b < p.num_rows; ++b) {
@@ -193,37 +194,40 @@ void check_plan(const cpu::TreeAttentionParams& p, int64_t num_q, int64_t num_pa
     for (int64_t i = 0; i < parts; ++i) segments.push_back({i * cpu::kSegment, 0});
   }
   for (int64_t c = 0; c < num_chunks; ++c) {
-    const int32_t* chunk = p.chunks + 6 * c;
-    const bool ok = 0 <= chunk[0] && chunk[0] < chunk[1] && chunk[1] <= p.num_rows && 0 <= chunk[2] &&
-                    chunk[2] < chunk[3] && chunk[3] <= max_pages * p.page_size &&
-                    chunk[4] == chunk[2] / cpu::kSegment && chunk[4] == (chunk[3] - 1) / cpu::kSegment &&
-                    (c ? chunk[-1] <= chunk[5] : chunk[5] == 0);
-    STD_TORCH_CHECK(ok, "[ValueError] plan: chunk ", c, " covers rows [", chunk[0], ", ", chunk[1], ") and tokens [",
-                    chunk[2], ", ", chunk[3], ") of segment ", chunk[4], " in round ", chunk[5],
-                    ", which does not fit this batch of ", p.num_rows, " rows and ", max_pages * p.page_size,
-                    " tokens");
-    const int64_t first_page = chunk[2] / p.page_size;
-    for (int64_t b = chunk[0]; b < chunk[1]; ++b) {
+    const cpu::ChainedChunk& chunk = p.chunks[c];
+    const bool ok = 0 <= chunk.row_begin && chunk.row_begin < chunk.row_end && chunk.row_end <= p.num_rows &&
+                    0 <= chunk.token_begin && chunk.token_begin < chunk.token_end &&
+                    chunk.token_end <= max_pages * p.page_size && chunk.segment == chunk.token_begin / cpu::kSegment &&
+                    chunk.segment == (chunk.token_end - 1) / cpu::kSegment &&
+                    (c ? p.chunks[c - 1].round <= chunk.round : chunk.round == 0);
+    STD_TORCH_CHECK(ok, "[ValueError] plan: chunk ", c, " covers rows [", chunk.row_begin, ", ", chunk.row_end,
+                    ") and tokens [", chunk.token_begin, ", ", chunk.token_end, ") of segment ", chunk.segment,
+                    " in round ", chunk.round, ", which does not fit this batch of ", p.num_rows, " rows and ",
+                    max_pages * p.page_size, " tokens");
+    const int64_t first_page = chunk.token_begin / p.page_size;
+    for (int64_t b = chunk.row_begin; b < chunk.row_end; ++b) {
       if (p.q_indptr[b] == p.q_indptr[b + 1]) continue;
-      STD_TORCH_CHECK(chunk[4] < cpu::num_parts(p, b), "[ValueError] plan: chunk ", c, " is in segment ", chunk[4],
-                      " of row ", b, ", which has ", cpu::num_parts(p, b));
-      Segment& segment = segments[first_segment[static_cast<size_t>(b)] + static_cast<size_t>(chunk[4])];
-      STD_TORCH_CHECK(chunk[2] == segment.seen && chunk[2] < p.seq_lens[b] && chunk[5] == segment.chunks,
-                      "[ValueError] plan: chunk ", c, " does not go on where the one before of row ", b, " ends");
-      segment = {chunk[3], segment.chunks + 1};
-      const int64_t last_page = (std::min(chunk[3], p.seq_lens[b]) - 1) / p.page_size;
+      STD_TORCH_CHECK(chunk.segment < cpu::num_parts(p, b), "[ValueError] plan: chunk ", c, " is in segment ",
+                      chunk.segment, " of row ", b, ", which has ", cpu::num_parts(p, b));
+      Segment& segment = segments[first_segment[static_cast<size_t>(b)] + static_cast<size_t>(chunk.segment)];
+      STD_TORCH_CHECK(
+          chunk.token_begin == segment.seen && chunk.token_begin < p.seq_lens[b] && chunk.round == segment.chunks,
+          "[ValueError] plan: chunk ", c, " does not go on where the one before of row ", b, " ends");
+      segment = {chunk.token_end, segment.chunks + 1};
+      const int64_t last_page = (std::min(chunk.token_end, p.seq_lens[b]) - 1) / p.page_size;
       for (const int64_t page : {first_page, last_page}) {
         const int32_t* column = p.page_table + page;
-        STD_TORCH_CHECK(column[b * p.page_table_stride] == column[chunk[0] * p.page_table_stride],
-                        "[ValueError] plan: was made for another page_table: rows ", chunk[0], " and ", b,
+        STD_TORCH_CHECK(column[b * p.page_table_stride] == column[chunk.row_begin * p.page_table_stride],
+                        "[ValueError] plan: was made for another page_table: rows ", chunk.row_begin, " and ", b,
                         " do not share the page at ", page);
       }
     }
-    const int32_t* pages = p.page_table + chunk[0] * p.page_table_stride;
+    const int32_t* pages = p.page_table + chunk.row_begin * p.page_table_stride;
     // A kernel may go back to the group of keys that the chunk begins in.
-    for (int64_t i = chunk[2] / cpu::kGroup * cpu::kGroup / p.page_size; i * p.page_size < chunk[3]; ++i) {
+    for (int64_t i = chunk.token_begin / cpu::kGroup * cpu::kGroup / p.page_size; i * p.page_size < chunk.token_end;
+         ++i) {
       STD_TORCH_CHECK(pages[i] >= 0 && pages[i] < num_pages, "[ValueError] page_table: expected page ids below ",
-                      num_pages, ", got ", pages[i], " at [", chunk[0], ", ", i, "]");
+                      num_pages, ", got ", pages[i], " at [", chunk.row_begin, ", ", i, "]");
     }
   }
   for (int64_t b = 0; b < p.num_rows; ++b) {
@@ -242,18 +246,18 @@ void check_sinks(const float* sinks, int64_t num_qo_heads, const char* name) {
   }
 }
 
-void launch(cpu::TreeAttentionParams p, const int32_t* count, int64_t num_q) {
-  const int64_t num_chunks = count[0], num_parts = count[1];
+void launch(cpu::TreeAttentionParams p, const cpu::PlanCounts& counts, int64_t num_q) {
+  const int64_t num_chunks = counts.num_chunks, num_parts = counts.num_parts;
   const int64_t element_size = p.dtype == DType::F32 ? 4 : 2;
   bool merge = false;
   for (int64_t b = 0; b < p.num_rows; ++b) merge |= p.q_indptr[b] < p.q_indptr[b + 1] && cpu::num_parts(p, b) != 1;
-  const bool goes_on = num_chunks && p.chunks[6 * num_chunks - 1] > 0;  // chunks of a later round
+  const bool goes_on = num_chunks && p.chunks[num_chunks - 1].round > 0;
   if (merge || goes_on) {
     thread_local Workspace parts;
     p.parts = static_cast<float*>(parts.get(num_parts * p.num_qo_heads * cpu::part_stride(p.head_dim) * 4));
   }
   for (int64_t begin = 0, end; begin < num_chunks; begin = end) {
-    for (end = begin + 1; end < num_chunks && p.chunks[6 * end + 5] == p.chunks[6 * begin + 5];) ++end;
+    for (end = begin + 1; end < num_chunks && p.chunks[end].round == p.chunks[begin].round;) ++end;
     run_round(p, cells_of(p, begin, end, element_size));
   }
   if (merge) {
@@ -279,7 +283,6 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
   const int64_t num_q = q.size(0), num_qo_heads = q.size(1), head_dim = q.size(2), num_kv_heads = k_pages.size(2);
   const int64_t num_rows = page_table.size(0);
   if (sinks) check_sinks(sinks->const_data_ptr<float>(), num_qo_heads, "sinks");
-  const int32_t* count = counts.const_data_ptr<int32_t>();
   cpu::TreeAttentionParams p{
       .q = q.const_data_ptr(),
       .k_pages = k_pages.const_data_ptr(),
@@ -288,7 +291,7 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
       .seq_lens = seq_lens.const_data_ptr<int32_t>(),
       .q_indptr = q_indptr.const_data_ptr<int32_t>(),
       .part_indptr = part_indptr.const_data_ptr<int32_t>(),
-      .chunks = chunks.const_data_ptr<int32_t>(),
+      .chunks = rows_of<cpu::ChainedChunk>(chunks),
       .sinks = sinks ? sinks->const_data_ptr<float>() : nullptr,
       .out = nullptr,
       .lse = nullptr,
@@ -307,13 +310,13 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
       .window_left = window_left,
       .dtype = kernel_dtype(q),
   };
-  check_plan(p, num_q, k_pages.size(0), page_table.size(1), chunks.size(0), count);
+  check_plan(p, num_q, k_pages.size(0), page_table.size(1), chunks.size(0), *rows_of<cpu::PlanCounts>(counts));
 
   Tensor out = torch::stable::new_empty(q, {num_q, num_qo_heads, head_dim});
   Tensor lse = torch::stable::new_empty(q, {num_q, num_qo_heads}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr<float>();
-  launch(p, count, num_q);
+  launch(p, *rows_of<cpu::PlanCounts>(counts), num_q);
   return {out, lse};
 }
 

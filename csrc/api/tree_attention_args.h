@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "../check.h"
+#include "../cpu/plan_tree.h"
 
 namespace treedecode {
 
@@ -19,6 +20,12 @@ inline void check_index(const Tensor& t, const char* name, const char* text, std
   check_contiguous(t, name);
 }
 
+// The plan's chunks or counts, checked, as the structs that their rows are.
+template <typename Row>
+const Row* rows_of(const Tensor& t) {
+  return reinterpret_cast<const Row*>(t.const_data_ptr<int32_t>());
+}
+
 inline bool is_positive_float(double x) {
   return x >= std::numeric_limits<float>::min() && x <= std::numeric_limits<float>::max();
 }
@@ -32,8 +39,8 @@ inline void check_plan_tensors(const Tensor& page_table, const Tensor& seq_lens,
   check_index(seq_lens, "seq_lens", "[num_branches]", {num_rows});
   check_index(q_indptr, "plan.q_indptr", "[num_branches + 1]", {num_rows + 1});
   check_index(part_indptr, "plan.part_indptr", "[num_branches + 1]", {num_rows + 1});
-  check_index(chunks, "plan.chunks", "[max_chunks, 6]", {-1, 6});
-  check_index(counts, "plan.counts", "[6]", {6});
+  check_index(chunks, "plan.chunks", "[max_chunks, 6]", {-1, cpu::kChunkColumns});
+  check_index(counts, "plan.counts", "[6]", {cpu::kNumCounts});
 }
 
 struct AttentionNames {
@@ -59,8 +66,8 @@ inline void check_tree_attention(const Tensor& q, const Tensor& k_pages, const T
   check_float_dtype(q, "q");
   check_unit_stride(q, "q");
   const int64_t num_qo_heads = q.size(1), head_dim = q.size(2);
-  STD_TORCH_CHECK(head_dim >= 8 && head_dim <= 256 && head_dim % 8 == 0,
-                  "[ValueError] q: expected head_dim a multiple of 8 up to 256, got ", head_dim);
+  STD_TORCH_CHECK(cpu::is_head_dim(head_dim), "[ValueError] q: expected head_dim a multiple of 8 up to 256, got ",
+                  head_dim);
   check_cache(k_pages, "k_pages", q);
   check_cache(v_pages, "v_pages", q);
   check_shape(v_pages, "v_pages", "the shape of k_pages",

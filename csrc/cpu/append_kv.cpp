@@ -17,10 +17,12 @@ void append_kv(const AppendKvParams& p, int64_t token_begin, int64_t token_end) 
     const int64_t page = slot / p.page_size;
     const int64_t offset = slot % p.page_size;
     for (int64_t h = 0; h < p.num_kv_heads; ++h) {
-      std::memcpy(k_pages + (page * p.k_page_stride[0] + offset * p.k_page_stride[1] + h * p.k_page_stride[2]) * size,
-                  k + (t * p.k_stride[0] + h * p.k_stride[1]) * size, row_bytes);
-      std::memcpy(v_pages + (page * p.v_page_stride[0] + offset * p.v_page_stride[1] + h * p.v_page_stride[2]) * size,
-                  v + (t * p.v_stride[0] + h * p.v_stride[1]) * size, row_bytes);
+      std::memcpy(
+          k_pages + (page * p.k_page_stride.page + offset * p.k_page_stride.token + h * p.k_page_stride.head) * size,
+          k + (t * p.k_stride.token + h * p.k_stride.head) * size, row_bytes);
+      std::memcpy(
+          v_pages + (page * p.v_page_stride.page + offset * p.v_page_stride.token + h * p.v_page_stride.head) * size,
+          v + (t * p.v_stride.token + h * p.v_stride.head) * size, row_bytes);
     }
   }
 }

@@ -5,6 +5,7 @@
 
 #include "dtypes.h"
 #include "isa.h"
+#include "strides.h"
 
 namespace treedecode::cpu {
 
@@ -19,10 +20,10 @@ struct AppendKvParams {
   int64_t head_dim;
   int64_t page_size;
   int64_t element_size;  // bytes
-  int64_t k_stride[2];   // token, head; in elements, as all strides
-  int64_t v_stride[2];
-  int64_t k_page_stride[3];  // page, token, head
-  int64_t v_page_stride[3];
+  TokenStride k_stride;  // in elements, as all strides
+  TokenStride v_stride;
+  PageStride k_page_stride;
+  PageStride v_page_stride;
 };
 
 // Pure copies: one build serves every ISA.

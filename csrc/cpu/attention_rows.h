@@ -64,15 +64,15 @@ void write_result(const TreeAttentionParams& p, int64_t token, int64_t head, con
 }
 
 template <typename T>
-void finish_row(const TreeAttentionParams& p, const int32_t* chunk, int64_t token, int64_t b, int64_t head,
+void finish_row(const TreeAttentionParams& p, const ChainedChunk& chunk, int64_t token, int64_t b, int64_t head,
                 const float* o, float max, const float* sums) {
   const float sum = sum_of(sums);
   const bool empty = sum == 0.0f;  // no key seen, o was never written (NaN is not 0)
   const int64_t parts = num_parts(p, b);
-  const int64_t segment_end = (static_cast<int64_t>(chunk[4]) + 1) * kSegment;
-  const bool ends = chunk[3] >= p.seq_lens[b] || chunk[3] >= segment_end;
+  const int64_t segment_end = (static_cast<int64_t>(chunk.segment) + 1) * kSegment;
+  const bool ends = chunk.token_end >= p.seq_lens[b] || chunk.token_end >= segment_end;
   if (parts > 1 || !ends) {
-    const Part part = part_at(p, p.part_indptr[b] + (token - p.q_indptr[b]) * parts + chunk[4], head);
+    const Part part = part_at(p, p.part_indptr[b] + (token - p.q_indptr[b]) * parts + chunk.segment, head);
     *part.max = max;
     std::memcpy(part.sum, sums, kSumLanes * sizeof(float));
     if (!empty) std::memcpy(part.out, o, static_cast<size_t>(p.head_dim) * sizeof(float));
@@ -84,14 +84,14 @@ void finish_row(const TreeAttentionParams& p, const int32_t* chunk, int64_t toke
 }
 
 // Starts a row: with what the chunk before left in its part, or with nothing.
-void start_row(const TreeAttentionParams& p, const int32_t* chunk, int64_t token, int64_t b, int64_t head, float* o,
-               int64_t o_stride, float& max, float* sums) {
-  if (chunk[5] == 0) {
+void start_row(const TreeAttentionParams& p, const ChainedChunk& chunk, int64_t token, int64_t b, int64_t head,
+               float* o, int64_t o_stride, float& max, float* sums) {
+  if (chunk.round == 0) {
     max = -kInf;
     std::memset(sums, 0, kSumLanes * sizeof(float));
     return;
   }
-  const Part part = part_at(p, p.part_indptr[b] + (token - p.q_indptr[b]) * num_parts(p, b) + chunk[4], head);
+  const Part part = part_at(p, p.part_indptr[b] + (token - p.q_indptr[b]) * num_parts(p, b) + chunk.segment, head);
   max = *part.max;
   std::memcpy(sums, part.sum, kSumLanes * sizeof(float));
   const bool empty = sum_of(sums) == 0.0f;
@@ -110,7 +110,7 @@ void merge_token(const TreeAttentionParams& p, int64_t token, int64_t first_part
       if (max > high) high = max;
     }
     if (high == -kInf) high = 0.0f;  // no key, or NaN for scores
-    float o[(256 + Vec::N - 1) / Vec::N * Vec::N] = {};
+    float o[(kMaxHeadDim + Vec::N - 1) / Vec::N * Vec::N] = {};
     double total = 0.0;
     for (int64_t i = 0; i < parts; ++i) {
       const Part part = part_at(p, first_part + i, head);

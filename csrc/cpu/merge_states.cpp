@@ -16,7 +16,7 @@ void merge_heads(const MergeStatesParams& p, int64_t state, int64_t head_begin, 
   const int64_t end = p.merge_indptr[state + 1];
   const Vec none = Vec::set(-std::numeric_limits<float>::infinity());
   const float* part_lse = p.part_lse + head_begin;
-  const T* part_out = static_cast<const T*>(p.part_out) + head_begin * p.part_stride[1];
+  const T* part_out = static_cast<const T*>(p.part_out) + head_begin * p.part_stride.head;
   T* out = static_cast<T*>(p.out) + (state * p.num_heads + head_begin) * p.head_dim;
 
   Vec top = none;
@@ -37,7 +37,7 @@ void merge_heads(const MergeStatesParams& p, int64_t state, int64_t head_begin, 
       w.store(weight);
       for (int h = 0; h < num_heads; ++h) {
         if (weight[h] == 0.0f) continue;  // its output may be anything, also NaN
-        const T* x = part_out + i * p.part_stride[0] + h * p.part_stride[1] + dim_begin;
+        const T* x = part_out + i * p.part_stride.token + h * p.part_stride.head + dim_begin;
         float* y = acc + h * dims;
         const Vec scale = Vec::set(weight[h]);
         int64_t d = 0;

@@ -5,6 +5,7 @@
 
 #include "dtypes.h"
 #include "isa.h"
+#include "strides.h"
 
 namespace treedecode::cpu {
 
@@ -16,8 +17,8 @@ struct MergeStatesParams {
   float* lse;                   // [num_states, num_heads]
   int64_t num_heads;
   int64_t head_dim;
-  int64_t part_stride[2];  // part, head; in elements
-  DType dtype;             // of part_out and out
+  TokenStride part_stride;  // of parts and heads, in elements
+  DType dtype;              // of part_out and out
 };
 
 }  // namespace treedecode::cpu

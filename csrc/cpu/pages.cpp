@@ -37,7 +37,7 @@ class Marks {
 };
 
 void drop_reference(const PageState& s, int32_t page) {
-  if (--s.refcount[page] == 0) s.free_pages[s.status[kNumFree]++] = page;
+  if (--s.refcount[page] == 0) s.free_pages[s.status->num_free++] = page;
 }
 
 Fault check_rows(const PageState& s, const int32_t* rows, int64_t n, const char* name, bool unique) {
@@ -92,7 +92,7 @@ Fault fork_branches(const PageState& s, const ForkParams& p) {
     if (!pages_in_range(s, p.dst[i], known, s.pages_of(s.seq_lens[p.dst[i]]))) return bad_page(s, p.dst[i], known);
     num_entries += s.pages_of(len);
   }
-  if (s.status[kError]) return {};
+  if (s.status->error) return {};
 
   // New rows are read in full before any row is written: src and dst may overlap in any way.
   thread_local std::vector<int32_t> scratch;  // the new rows, one after the other
@@ -162,16 +162,16 @@ Fault append_slots(const PageState& s, const AppendParams& p, PageCopies& copies
       num_needed += copied[i];
     }
   }
-  if (s.status[kError] == kOk && num_needed > s.status[kNumFree]) {
-    s.status[kError] = kOutOfPages;
-    s.status[kNumNeeded] = static_cast<int32_t>(std::min<int64_t>(num_needed, INT32_MAX));
+  if (s.status->error == kOk && num_needed > s.status->num_free) {
+    s.status->error = kOutOfPages;
+    s.status->num_needed = static_cast<int32_t>(std::min<int64_t>(num_needed, INT32_MAX));
   }
-  if (s.status[kError] != kOk) {
+  if (s.status->error != kOk) {
     std::fill_n(p.slots, p.num_slots, int64_t{-1});
     return {};
   }
 
-  for (int64_t j = s.status[kNumFree] - num_needed; j < s.status[kNumFree]; ++j) {
+  for (int64_t j = s.status->num_free - num_needed; j < s.status->num_free; ++j) {
     if (s.free_pages[j] < 0 || s.free_pages[j] >= s.num_pages) {
       return {"free_pages", "page ids in 0 ..", s.num_pages - 1, s.free_pages[j], j};
     }
@@ -179,7 +179,7 @@ Fault append_slots(const PageState& s, const AppendParams& p, PageCopies& copies
 
   // Commit. The k-th page that the call takes, in row order and ascending position (a copy counts as the first), is the
   // k-th from the top of the stack.
-  const int32_t* top = s.free_pages + s.status[kNumFree];
+  const int32_t* top = s.free_pages + s.status->num_free;
   int64_t* slot = p.slots;
   for (int64_t i = 0; i < p.n; ++i) {
     const int64_t q_len = p.q_lens ? p.q_lens[i] : 1, len = s.seq_lens[p.rows[i]];
@@ -207,8 +207,8 @@ Fault append_slots(const PageState& s, const AppendParams& p, PageCopies& copies
     s.seq_lens[p.rows[i]] = static_cast<int32_t>(end);
   }
   std::fill_n(slot, p.num_slots - num_slots, int64_t{-1});
-  s.status[kNumFree] -= static_cast<int32_t>(num_needed);
-  s.status[kPeakUsed] = std::max(s.status[kPeakUsed], static_cast<int32_t>(s.num_pages) - s.status[kNumFree]);
+  s.status->num_free -= static_cast<int32_t>(num_needed);
+  s.status->peak_used = std::max(s.status->peak_used, static_cast<int32_t>(s.num_pages) - s.status->num_free);
   return {};
 }
 
@@ -224,7 +224,7 @@ Fault hold_pages(const PageState& s, const int32_t* pages, int64_t n, bool hold)
       return {"pages", "no page more often than its references, which are", refcount, pages[i], i};
     }
   }
-  if (s.status[kError]) return {};
+  if (s.status->error) return {};
   for (int64_t i = 0; i < n; ++i) {
     if (hold) ++s.refcount[pages[i]];
     else drop_reference(s, pages[i]);
@@ -234,7 +234,7 @@ Fault hold_pages(const PageState& s, const int32_t* pages, int64_t n, bool hold)
 
 Fault adopt_pages(const PageState& s, int64_t row, const int32_t* pages, int64_t n, int64_t num_tokens) {
   if (s.seq_lens[row] != 0) return {"row", "an empty row: length", 0, s.seq_lens[row], 0};
-  if (s.status[kError]) return {};
+  if (s.status->error) return {};
   if (Fault f = hold_pages(s, pages, n, true); f.argument) return f;
   std::copy_n(pages, n, s.page_table + row * s.max_pages);
   s.seq_lens[row] = static_cast<int32_t>(num_tokens);
@@ -245,9 +245,9 @@ void copy_pages(const CopyPagesParams& p, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t plane = item / p.n, i = item % p.n;
     if (p.dst[i] < 0) continue;
-    char* base = p.kv + (plane / 2) * p.stride_bytes[0] + (plane % 2) * p.stride_bytes[1];
-    const char* from = base + p.src[i] * p.stride_bytes[2];
-    char* to = base + p.dst[i] * p.stride_bytes[2];
+    char* base = p.kv + (plane / 2) * p.stride_bytes.layer + (plane % 2) * p.stride_bytes.kv;
+    const char* from = base + p.src[i] * p.stride_bytes.page;
+    char* to = base + p.dst[i] * p.stride_bytes.page;
     const int64_t bytes = p.num_tokens ? p.num_tokens[i] * p.token_bytes : p.head_bytes;
     if (bytes == p.head_bytes) {
       std::memcpy(to, from, static_cast<size_t>(bytes * p.num_kv_heads));

@@ -8,17 +8,17 @@
 #include <cstdint>
 #include <vector>
 
-namespace treedecode::cpu {
+#include "page_status.h"
+#include "strides.h"
 
-enum PagesStatus : int { kError = 0, kNumFree = 1, kNumNeeded = 2, kPeakUsed = 3, kStatusSize = 4 };
-enum PagesError : int32_t { kOk = 0, kOutOfPages = 1 };
+namespace treedecode::cpu {
 
 struct PageState {
   int32_t* refcount;    // [num_pages] references from page-table rows and from holders
   int32_t* free_pages;  // [num_pages] stack of free page ids; entries from num_free on are undefined
   int32_t* page_table;  // [max_branches, max_pages] entries from ceil(seq_len / page_size) on are undefined
   int32_t* seq_lens;    // [max_branches]
-  int32_t* status;      // [4] error (sticky), num_free, pages the refused op needed, most pages ever used at once
+  PageStatus* status;   // [1]
   int64_t num_pages;
   int64_t max_branches;
   int64_t max_pages;
@@ -66,9 +66,9 @@ struct CopyPagesParams {
   int64_t n;
   int64_t num_planes;  // num_layers * 2
   int64_t num_kv_heads;
-  int64_t head_bytes;       // page_size * head_dim * element size
-  int64_t token_bytes;      // head_dim * element size
-  int64_t stride_bytes[3];  // layer, k/v, page
+  int64_t head_bytes;   // page_size * head_dim * element size
+  int64_t token_bytes;  // head_dim * element size
+  CacheStride stride_bytes;
 };
 
 Fault fork_branches(const PageState& s, const ForkParams& p);

@@ -38,7 +38,8 @@ struct Node {
   int64_t max_seq_len = 0;  // of its rows that have queries
 };
 
-struct Chunk {
+// A chunk before the chunks are in their order.
+struct Cut {
   int32_t round;
   int64_t cost;
   int32_t row_begin, row_end, token_begin, token_end;
@@ -123,7 +124,7 @@ class Planner {
         }
       }
     }
-    std::stable_sort(chunks_.begin(), chunks_.end(), [](const Chunk& a, const Chunk& b) {
+    std::stable_sort(chunks_.begin(), chunks_.end(), [](const Cut& a, const Cut& b) {
       return a.round != b.round ? a.round < b.round : a.cost > b.cost;
     });
   }
@@ -188,26 +189,35 @@ class Planner {
       p_.part_indptr[row + 1] = static_cast<int32_t>(num_parts);
     }
     int32_t* out = p_.chunks;
-    for (const Chunk& c : chunks_) {
-      const int32_t columns[kChunkColumns] = {c.row_begin,   c.row_end,
-                                              c.token_begin, c.token_end,
-                                              c.number,      p_.workers ? static_cast<int32_t>(num_tiles) : c.round};
-      std::memcpy(out, columns, sizeof columns);
+    for (const Cut& c : chunks_) {
+      if (p_.workers) {
+        write_chunk(out, FlatChunk{c.row_begin, c.row_end, c.token_begin, c.token_end, c.number,
+                                   static_cast<int32_t>(num_tiles)});
+      } else {
+        write_chunk(out, ChainedChunk{c.row_begin, c.row_end, c.token_begin, c.token_end, c.number, c.round});
+      }
       out += kChunkColumns;
       unique_tokens += c.token_end - c.token_begin;
       num_tiles += c.num_tiles;
       if (num_tiles > kMax) return false;
     }
-    p_.counts[0] = static_cast<int32_t>(chunks_.size());
-    p_.counts[1] = static_cast<int32_t>(num_parts);
-    p_.counts[2] = static_cast<int32_t>(unique_tokens);  // <= path_tokens
-    p_.counts[3] = static_cast<int32_t>(path_tokens);
-    p_.counts[4] = static_cast<int32_t>(p_.page_size);
-    p_.counts[5] = static_cast<int32_t>(num_tiles);
+    *p_.counts = {
+        .num_chunks = static_cast<int32_t>(chunks_.size()),
+        .num_parts = static_cast<int32_t>(num_parts),
+        .unique_tokens = static_cast<int32_t>(unique_tokens),  // <= path_tokens
+        .path_tokens = static_cast<int32_t>(path_tokens),
+        .page_size = static_cast<int32_t>(p_.page_size),
+        .num_tiles = static_cast<int32_t>(num_tiles),
+    };
     return true;
   }
 
  private:
+  template <typename Chunk>
+  static void write_chunk(int32_t* out /* [kChunkColumns] */, const Chunk& chunk) {
+    std::memcpy(out, &chunk, sizeof chunk);
+  }
+
   int64_t q_len(int64_t row) const { return p_.q_lens ? p_.q_lens[row] : 1; }
 
   int32_t add_node(int32_t row, int32_t page_end, bool is_leaf) {
@@ -257,7 +267,7 @@ class Planner {
   std::vector<Node> nodes_;      // nodes_[0] stands above the roots and holds nothing
   std::vector<int32_t> leaves_;  // of the rows
   std::vector<int32_t> order_;   // nodes that have queries, parents before children
-  std::vector<Chunk> chunks_;
+  std::vector<Cut> chunks_;
 };
 
 }  // namespace

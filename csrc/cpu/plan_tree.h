@@ -1,4 +1,5 @@
-// plan_tree: which rows share which pages, cut into chunks.
+// plan_tree: finds the rows that share pages, and cuts what they share into chunks. What a plan consists of, and the
+// costs by which it is cut, are the same on the device.
 #pragma once
 
 #include <algorithm>
@@ -6,8 +7,44 @@
 
 namespace treedecode::cpu {
 
-// Columns of `chunks`.
-inline constexpr int64_t kChunkColumns = 6;
+// Head dimensions that attention takes: multiples of kHeadDimStep up to kMaxHeadDim.
+inline constexpr int64_t kHeadDimStep = 8, kMaxHeadDim = 256;
+constexpr bool is_head_dim(int64_t head_dim) {
+  return head_dim > 0 && head_dim <= kMaxHeadDim && head_dim % kHeadDimStep == 0;
+}
+
+// A row of a chained plan's `chunks`, for the CPU. The rows of the page table have these tokens' pages in common.
+struct ChainedChunk {
+  int32_t row_begin;
+  int32_t row_end;
+  int32_t token_begin;
+  int32_t token_end;
+  int32_t segment;  // that the tokens are in
+  int32_t round;    // 0: begins its segment; r: goes on from a chunk of round r - 1
+};
+
+// A row of a flat plan's `chunks`, for a GPU.
+struct FlatChunk {
+  int32_t row_begin;
+  int32_t row_end;
+  int32_t token_begin;
+  int32_t token_end;
+  int32_t part;        // number of the partial result on the path
+  int32_t tile_begin;  // work tiles of the chunks before
+};
+static_assert(sizeof(ChainedChunk) == sizeof(FlatChunk));
+
+struct PlanCounts {
+  int32_t num_chunks;     // -1: a count does not fit an int32, and the plan is none
+  int32_t num_parts;      // partial results
+  int32_t unique_tokens;  // read once each
+  int32_t path_tokens;    // that the rows with queries would read each for itself
+  int32_t page_size;
+  int32_t num_tiles;  // 0: a chained plan
+};
+
+inline constexpr int64_t kChunkColumns = sizeof(FlatChunk) / sizeof(int32_t);
+inline constexpr int64_t kNumCounts = sizeof(PlanCounts) / sizeof(int32_t);
 
 // Attention adds up the keys of one segment one after the other and segments separately, so where they are cut decides
 // about rounding: at multiples of this many tokens, whatever else is in the batch. A multiple of every tile of keys.
@@ -50,15 +87,14 @@ struct PlanTreeParams {
   const int32_t* q_lens;      // [num_rows], or null: 1 each
   int32_t* q_indptr;          // [num_rows + 1]
   int32_t* part_indptr;       // [num_rows + 1]
-  int32_t* chunks;            // [max_chunks, 6] row_begin, row_end, token_begin, token_end, then
-                              //   chained: segment, round; flat: part, tiles of the chunks before
-  int32_t* counts;  // [6] num_chunks, num_parts, unique_tokens, path_tokens, page_size, num_tiles (0: chained)
+  int32_t* chunks;            // [max_chunks, kChunkColumns] of ChainedChunk or FlatChunk
+  PlanCounts* counts;         // [1]
   int64_t num_rows;
   int64_t max_pages;
   int64_t table_stride;  // elements
   int64_t page_size;
   int64_t group_size;  // num_qo_heads / num_kv_heads
-  int64_t workers;     // that share the work of one kv head; 0: a chained plan
+  int64_t workers;     // thread blocks that share the work of one kv head; 0: a chained plan
 };
 
 // Worst case over all page tables of this shape: a forest with B leaves has at most 2B - 1 nodes that hold tokens. A
@@ -73,7 +109,7 @@ inline int64_t max_chunks(int64_t num_rows, int64_t max_pages, int64_t page_size
 // 0. Rows are independent, so the ranges may be computed in parallel.
 void common_pages(const PlanTreeParams& p, int32_t* shared, int64_t row_begin, int64_t row_end);  // [num_rows]
 
-// Writes the plan. False, with q_indptr and so on half written, if a count does not fit an int32.
+// Writes the plan. Returns false, with the outputs half written, if a count does not fit an int32.
 bool plan_tree(const PlanTreeParams& p, const int32_t* shared);  // [num_rows]
 
 }  // namespace treedecode::cpu

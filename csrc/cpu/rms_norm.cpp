@@ -28,7 +28,7 @@ void run(const RmsNormParams& p, int64_t row_begin, int64_t row_end) {
   const T* weight = static_cast<const T*>(p.weight);
   for (int64_t row = row_begin; row < row_end; ++row) {
     for (int64_t head = 0; head < p.num_heads; ++head) {
-      const T* x = static_cast<const T*>(p.x) + row * p.x_stride[0] + head * p.x_stride[1];
+      const T* x = static_cast<const T*>(p.x) + row * p.x_stride.token + head * p.x_stride.head;
       T* out = static_cast<T*>(p.out) + (row * p.num_heads + head) * p.size;
       Vec squares = Vec::zero();
       for (int64_t i = 0; i < p.size; i += Vec::N) {

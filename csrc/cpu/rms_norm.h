@@ -5,6 +5,7 @@
 
 #include "dtypes.h"
 #include "isa.h"
+#include "strides.h"
 
 namespace treedecode::cpu {
 
@@ -14,7 +15,7 @@ struct RmsNormParams {
   void* out;           // [num_rows, num_heads, size], contiguous
   int64_t num_heads;
   int64_t size;
-  int64_t x_stride[2];  // row, head; in elements
+  TokenStride x_stride;  // of rows and heads, in elements
   float eps;
   bool unit_offset;  // scale by 1 + weight before rounding, instead of by weight after it
   DType dtype;       // of x, weight and out

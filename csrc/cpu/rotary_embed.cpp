@@ -25,10 +25,10 @@ void run(const RotaryEmbedParams& p, int64_t token_begin, int64_t token_end) {
   for (int64_t t = token_begin; t < token_end; ++t) {
     const T* cos = static_cast<const T*>(p.cos) + t * p.cos_stride;
     const T* sin = static_cast<const T*>(p.sin) + t * p.sin_stride;
-    T* q = static_cast<T*>(p.q) + t * p.q_stride[0];
-    T* k = static_cast<T*>(p.k) + t * p.k_stride[0];
-    for (int64_t h = 0; h < p.num_qo_heads; ++h) rotate(q + h * p.q_stride[1], cos, sin, p.head_dim / 2);
-    for (int64_t h = 0; h < p.num_kv_heads; ++h) rotate(k + h * p.k_stride[1], cos, sin, p.head_dim / 2);
+    T* q = static_cast<T*>(p.q) + t * p.q_stride.token;
+    T* k = static_cast<T*>(p.k) + t * p.k_stride.token;
+    for (int64_t h = 0; h < p.num_qo_heads; ++h) rotate(q + h * p.q_stride.head, cos, sin, p.head_dim / 2);
+    for (int64_t h = 0; h < p.num_kv_heads; ++h) rotate(k + h * p.k_stride.head, cos, sin, p.head_dim / 2);
   }
 }
 

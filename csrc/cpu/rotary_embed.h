@@ -5,6 +5,7 @@
 
 #include "dtypes.h"
 #include "isa.h"
+#include "strides.h"
 
 namespace treedecode::cpu {
 
@@ -15,9 +16,9 @@ struct RotaryEmbedParams {
   const void* sin;  // [num_tokens, head_dim]
   int64_t num_qo_heads;
   int64_t num_kv_heads;
-  int64_t head_dim;     // even
-  int64_t q_stride[2];  // token, head; in elements, as all strides
-  int64_t k_stride[2];
+  int64_t head_dim;      // even
+  TokenStride q_stride;  // in elements, as all strides
+  TokenStride k_stride;
   int64_t cos_stride;
   int64_t sin_stride;
   DType dtype;  // of all

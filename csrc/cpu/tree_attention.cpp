@@ -154,19 +154,19 @@ void softmax_row(const TreeAttentionParams& p, float* s, int64_t begin, int64_t 
 
 // Rows of K and V of the tile that begins at token `tile`: null below `begin`, and none from `end` on. How many.
 template <typename T>
-int64_t find_rows(const TreeAttentionParams& p, const int32_t* chunk, int64_t kv_head, int64_t tile, int64_t begin,
+int64_t find_rows(const TreeAttentionParams& p, const ChainedChunk& chunk, int64_t kv_head, int64_t tile, int64_t begin,
                   int64_t end, const void** k_rows, const void** v_rows) {
   const int64_t count = end - tile < kTile ? end - tile : kTile;
-  const int32_t* pages = p.page_table + chunk[0] * p.page_table_stride;
+  const int32_t* pages = p.page_table + chunk.row_begin * p.page_table_stride;
   int64_t i = 0;
   for (; i < begin - tile; ++i) k_rows[i] = v_rows[i] = nullptr;
   int64_t page = (tile + i) / p.page_size, offset = (tile + i) % p.page_size;
   for (; i < count; ++page, offset = 0) {
-    const T* k = static_cast<const T*>(p.k_pages) + pages[page] * p.k_stride[0] + kv_head * p.k_stride[2];
-    const T* v = static_cast<const T*>(p.v_pages) + pages[page] * p.v_stride[0] + kv_head * p.v_stride[2];
+    const T* k = static_cast<const T*>(p.k_pages) + pages[page] * p.k_stride.page + kv_head * p.k_stride.head;
+    const T* v = static_cast<const T*>(p.v_pages) + pages[page] * p.v_stride.page + kv_head * p.v_stride.head;
     for (; i < count && offset < p.page_size; ++i, ++offset) {
-      k_rows[i] = k + offset * p.k_stride[1];
-      v_rows[i] = v + offset * p.v_stride[1];
+      k_rows[i] = k + offset * p.k_stride.token;
+      v_rows[i] = v + offset * p.v_stride.token;
     }
   }
   return count > 0 ? count : 0;
@@ -176,7 +176,7 @@ int64_t find_rows(const TreeAttentionParams& p, const int32_t* chunk, int64_t kv
 template <bool Pairs, typename T>
 void attend_item(const TreeAttentionParams& p, const TreeAttentionItem& item, const TreeAttentionItem* next,
                  const Scratch& x) {
-  const int32_t* chunk = p.chunks + 6 * item.chunk;
+  const ChainedChunk& chunk = p.chunks[item.chunk];
   const int64_t kv_head = item.kv_head, row_begin = item.row_begin, n = item.row_end - item.row_begin;
   const int64_t group = p.num_qo_heads / p.num_kv_heads;
   const int64_t units = Pairs ? p.head_dim / 2 : p.head_dim;
@@ -186,16 +186,16 @@ void attend_item(const TreeAttentionParams& p, const TreeAttentionItem& item, co
   const int64_t step = tiled ? kGroup : Vec::N;  // keys that are worked on together
   // Tiles begin at multiples of kTile, so that a key has its place in a tile whatever chunk it is in. Tokens are
   // counted from the first one on.
-  const int64_t first = chunk[2] / kTile * kTile;
-  const int64_t chunk_begin = chunk[2] - first, chunk_end = chunk[3] - first;
-  const int64_t first_token = p.q_indptr[chunk[0]];
+  const int64_t first = chunk.token_begin / kTile * kTile;
+  const int64_t chunk_begin = chunk.token_begin - first, chunk_end = chunk.token_end - first;
+  const int64_t first_token = p.q_indptr[chunk.row_begin];
   // A group of keys across the chunk's border is the next chunk's, for those rows that go on there: so a key is added
   // with the same others wherever chunks begin and end. Rows of the next chunk have the same pages before it.
   const int64_t work_begin = tiled ? chunk_begin / kGroup * kGroup : chunk_begin;
   const int64_t work_end = tiled ? chunk_end / kGroup * kGroup : chunk_end;
 
   int64_t seen_begin = chunk_end, seen_end = 0;
-  int64_t b = chunk[0];
+  int64_t b = chunk.row_begin;
   for (int64_t r = 0; r < n; ++r) {
     const int64_t token = first_token + (row_begin + r) / group, head = kv_head * group + (row_begin + r) % group;
     while (token >= p.q_indptr[b + 1]) ++b;
@@ -211,11 +211,12 @@ void attend_item(const TreeAttentionParams& p, const TreeAttentionItem& item, co
       if (to > seen_end) seen_end = to;
     }
     start_row(p, chunk, token, b, head, x.o + r * o_stride, o_stride, x.max[r], x.sum + r * kSumLanes);
-    pack_row<Pairs>(static_cast<const T*>(p.q) + token * p.q_stride[0] + head * p.q_stride[1], units, x.q + r * units);
+    pack_row<Pairs>(static_cast<const T*>(p.q) + token * p.q_stride.token + head * p.q_stride.head, units,
+                    x.q + r * units);
   }
 
   // Strips of rows whose output buffer holds something yet.
-  uint64_t started = chunk[5] ? ~uint64_t{0} : 0;
+  uint64_t started = chunk.round > 0 ? ~uint64_t{0} : 0;
   int current = 0;
   const int64_t first_tile = seen_begin / kTile * kTile;
   const auto find = [&](int64_t tile, const void** k_rows, const void** v_rows) {
@@ -226,9 +227,9 @@ void attend_item(const TreeAttentionParams& p, const TreeAttentionItem& item, co
     // What to prefetch while this tile is worked on: the next one, be it of this item or of the next.
     int64_t next_count = find(tile + kTile, x.rows[2 - current], x.rows[3 - current]);
     if (next_count == 0 && next) {
-      const int32_t* next_chunk = p.chunks + 6 * next->chunk;
-      next_count = find_rows<T>(p, next_chunk, next->kv_head, next_chunk[2], next_chunk[2], next_chunk[3],
-                                x.rows[2 - current], x.rows[3 - current]);
+      const ChainedChunk& next_chunk = p.chunks[next->chunk];
+      next_count = find_rows<T>(p, next_chunk, next->kv_head, next_chunk.token_begin, next_chunk.token_begin,
+                                next_chunk.token_end, x.rows[2 - current], x.rows[3 - current]);
     }
     pack_keys<Pairs>(reinterpret_cast<const T* const*>(x.rows[current]),
                      reinterpret_cast<const T* const*>(x.rows[2 - current]), count, next_count, units, x.k);

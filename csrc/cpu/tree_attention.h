@@ -6,6 +6,7 @@
 #include "dtypes.h"
 #include "isa.h"
 #include "plan_tree.h"
+#include "strides.h"
 
 namespace treedecode::cpu {
 
@@ -17,7 +18,7 @@ struct TreeAttentionParams {
   const int32_t* seq_lens;     // [num_rows]
   const int32_t* q_indptr;     // [num_rows + 1]
   const int32_t* part_indptr;  // [num_rows + 1]
-  const int32_t* chunks;       // [num_chunks, 6] row_begin, row_end, token_begin, token_end, segment, round
+  const ChainedChunk* chunks;  // [num_chunks]
   const float* sinks;          // [num_qo_heads] or null
   void* out;                   // [num_q, num_qo_heads, head_dim] contiguous, dtype
   float* lse;                  // [num_q, num_qo_heads]
@@ -28,9 +29,9 @@ struct TreeAttentionParams {
   int64_t head_dim;
   int64_t page_size;
   int64_t page_table_stride;
-  int64_t q_stride[2];  // token, head; in elements, as all strides
-  int64_t k_stride[3];  // page, token, head
-  int64_t v_stride[3];
+  TokenStride q_stride;  // in elements, as all strides
+  PageStride k_stride;
+  PageStride v_stride;
   float sm_scale;
   float soft_cap;       // <= 0: none
   int64_t window_left;  // < 0: unlimited

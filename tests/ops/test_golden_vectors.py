@@ -11,6 +11,7 @@ from support import logits_kernels, page_kernels, triton_cases
 from support.paths import GOLDEN
 
 from treedecode import ops, reference, triton_kernels
+from treedecode.ops.pages import STATUS_ERROR, STATUS_NUM_FREE
 
 PAGES = json.loads((GOLDEN / "pages.json").read_text())
 RANKINGS = json.loads((GOLDEN / "rankings.json").read_text())
@@ -37,7 +38,7 @@ def shown(state):
     pages = [-(-n // state.page_size) for n in state.seq_lens.tolist()]
     return {
         "refcount": state.refcount.tolist(),
-        "free_pages": state.free_pages[: state.status[1]].tolist(),
+        "free_pages": state.free_pages[: state.status[STATUS_NUM_FREE]].tolist(),
         "rows": [row[:n] for row, n in zip(state.page_table.tolist(), pages, strict=True)],
         "seq_lens": state.seq_lens.tolist(),
         "status": state.status.tolist(),
@@ -68,8 +69,8 @@ def play(sizes, calls, backend):
         after = shown(state)
         if op == "append_slots":
             after |= {"slots": slots.tolist(), "copied": kv[0, 0, :, 0, :, 0].flatten().int().tolist()}
-        if after["status"][0]:
-            state.status[0] = 0  # the owner's doing, as it makes room
+        if after["status"][STATUS_ERROR]:
+            state.status[STATUS_ERROR] = 0  # the owner's doing, as it makes room
         yield after
 
 

@@ -7,6 +7,7 @@ from support.page_cases import STATE_FIELDS, assert_unchanged, make_pool, snapsh
 from support.tensors import int32
 
 from treedecode import ops, reference
+from treedecode.ops.pages import STATUS_ERROR, STATUS_NUM_FREE
 
 
 def test_refused_append_hands_out_no_slots_until_the_status_is_reset():
@@ -129,9 +130,9 @@ def test_ops_match_the_reference_in_every_tensor():
             assert torch.equal(native.kv, plain.kv)
             if name == "append_slots":
                 assert torch.equal(native.slots, plain.slots)
-        if native.status[0]:
+        if native.status[STATUS_ERROR]:
             refused += 1
-            native.status[0] = plain.status[0] = 0
+            native.status[STATUS_ERROR] = plain.status[STATUS_ERROR] = 0
         native.check_integrity(held)
     assert 5 < refused < 200
 
@@ -204,7 +205,7 @@ def test_a_row_holds_no_more_tokens_than_its_length_can_say():
     pool = make_pool(num_pages=3, page_size=page_size, max_branches=1, max_pages_per_branch=3, num_layers=0)
     pool.seq_lens[0], pool.page_table[0, :2] = 2**31 - 3, int32(0, 1)
     pool.refcount[:2] = 1
-    pool.status[1] = 1  # free pages: the third
+    pool.status[STATUS_NUM_FREE] = 1  # free pages: the third
     slots = torch.empty(4, dtype=torch.int64)
     with pytest.raises(
         ValueError, match=r"q_lens: expected lengths from 0 to the room left in the row's page table, 2, got 3"

@@ -29,8 +29,8 @@ def test_keeps_its_promises(forest, heads):
     num_rows = len(seq_lens)
     q_len = [1] * num_rows if q_lens is None else q_lens.tolist()
     seq_len = seq_lens.tolist()
-    chunks = chunks_of(plan)
-    assert plan.counts[0] <= plan.chunks.shape[0]
+    chunks = plan.named_chunks()
+    assert plan.num_chunks <= plan.chunks.shape[0]
     paths = [[] for _ in range(num_rows)]
     for row_begin, row_end, token_begin, token_end, segment, number in chunks:
         assert 0 <= row_begin < row_end <= num_rows
@@ -53,19 +53,17 @@ def test_keeps_its_promises(forest, heads):
         for begin, _, got in path:
             number = 0 if begin % 1024 == 0 else number + 1
             assert got == number
-    assert [number for *_, number in chunks] == sorted(number for *_, number in chunks)
+    assert [chunk.round for chunk in chunks] == sorted(chunk.round for chunk in chunks)
     assert plan.q_indptr.diff().tolist() == q_len
     assert plan.part_indptr.diff().tolist() == [q * -(-n // 1024) for q, n in zip(q_len, seq_len, strict=True)]
     assert plan.q_indptr[0] == plan.part_indptr[0] == 0
-    assert plan.counts.tolist() == [
-        len(chunks),
-        plan.part_indptr[-1],
-        sum(end - begin for _, _, begin, end, _, _ in chunks),
-        sum(n for n, q in zip(seq_len, q_len, strict=True) if q > 0),
-        page_size,
-        0,
-    ]
-    assert plan.counts[2] <= plan.counts[3]
+    assert plan.num_chunks == len(chunks)
+    assert plan.num_parts == plan.part_indptr[-1]
+    assert plan.unique_tokens == sum(chunk.token_end - chunk.token_begin for chunk in chunks)
+    assert plan.path_tokens == sum(n for n, q in zip(seq_len, q_len, strict=True) if q > 0)
+    assert plan.page_size == page_size
+    assert plan.num_tiles == 0
+    assert plan.unique_tokens <= plan.path_tokens
 
 
 @settings(max_examples=300, deadline=None)
@@ -78,7 +76,7 @@ def test_a_flat_plan_keeps_its_promises(forest, heads, num_workers):
     group, workers = heads[0] // heads[1], max(1, num_workers // heads[1])
     paths = [[] for _ in q_len]
     num_tiles = 0
-    for row_begin, row_end, token_begin, token_end, part, tile_begin in chunks_of(plan):
+    for row_begin, row_end, token_begin, token_end, part, tile_begin in plan.named_chunks():
         assert tile_begin == num_tiles
         assert page_size > 64 or token_begin < min(seq_lens[row_begin:row_end].tolist())
         pages = page_table[row_begin:row_end, token_begin // page_size : -(-token_end // page_size)]
@@ -88,7 +86,7 @@ def test_a_flat_plan_keeps_its_promises(forest, heads, num_workers):
         num_tiles += -(-packed // 128)
         for row in rows:
             paths[row].append((part, token_begin, token_end))
-    assert num_tiles == plan.counts[5]
+    assert num_tiles == plan.num_tiles
     for row, path in enumerate(paths):
         path.sort()
         assert [part for part, _, _ in path] == list(range(len(path)))
@@ -98,17 +96,17 @@ def test_a_flat_plan_keeps_its_promises(forest, heads, num_workers):
         assert plan.part_indptr[row + 1] - plan.part_indptr[row] == q_len[row] * len(path)
     # what a kernel that knows nothing but shapes reserves for partial results
     bound = 9 * sum(q_len) + min(sum(q_len) * 4 * workers, 512 * workers // group)
-    assert plan.counts[1] == plan.part_indptr[-1] <= bound
+    assert plan.num_parts == plan.part_indptr[-1] <= bound
 
 
 def test_a_flat_plan_gives_every_worker_something_to_do():
     page_table, seq_lens = as_tables([list(range(512))], 16, [16])
     plan = plan_of(page_table, seq_lens, num_qo_heads=32, num_kv_heads=8, num_workers=264)
-    assert plan.counts[5] == 64  # of 128 tokens, for each of 8 kv heads
+    assert plan.num_tiles == 64  # of 128 tokens, for each of 8 kv heads
     rows = tree_rows([64], [128, 16])
     plan = plan_of(*as_tables(rows, 16, [16] * 64), num_qo_heads=32, num_kv_heads=8, num_workers=264)
-    assert plan.counts[2] == 16 * (128 + 64 * 16)
-    assert 33 <= plan.counts[5] <= 5 * 33 + 64
+    assert plan.unique_tokens == 16 * (128 + 64 * 16)
+    assert 33 <= plan.num_tiles <= 5 * 33 + 64
 
 
 TREES = [
@@ -125,16 +123,17 @@ def test_a_flat_plan_spreads_evenly_and_leaves_few_partial_results(nodes, tokens
     rows = [[nodes[0] * page + root for page in row] for root in range(nodes[0]) for row in rows]
     plan = plan_of(*as_tables(rows, 16, [16] * len(rows)), num_qo_heads=32, num_kv_heads=8, num_workers=264)
     costs = []  # of the work tiles, in their order
-    for row_begin, row_end, token_begin, token_end, _, _ in chunks_of(plan):
-        costs += [token_end - token_begin] * (-(-4 * (row_end - row_begin) // 128) * 8)
+    for chunk in plan.named_chunks():
+        num_tiles = -(-4 * (chunk.row_end - chunk.row_begin) // 128) * 8
+        costs += [chunk.token_end - chunk.token_begin] * num_tiles
     loads = [0] * 264  # as tree_attention deals them out, in turns forwards and backwards
     for i, cost in enumerate(costs):
         turn, worker = divmod(i, 264)
         loads[263 - worker if turn % 2 else worker] += cost
     assert max(loads) <= 1.15 * sum(costs) / 264
     # Bytes that partial results are written with, in fp32, against those of all keys and values in 16 bits.
-    parts = plan.counts[1].item() * 32 * 4
-    assert parts <= 0.35 * plan.counts[2].item() * 8 * 2 * 2
+    parts = plan.num_parts.item() * 32 * 4
+    assert parts <= 0.35 * plan.unique_tokens.item() * 8 * 2 * 2
 
 
 @settings(max_examples=60, deadline=None)
@@ -171,32 +170,32 @@ def test_shares_what_is_shared():
     rows = tree_rows([4, 3], [20, 10, 5])
     page_table, seq_lens = as_tables(rows, 16, [16] * 12)
     plan = plan_of(page_table, seq_lens)
-    assert plan.counts[2] == 16 * (20 + 4 * 10 + 12 * 5)
-    assert plan.counts[3] == 16 * 12 * 35
+    assert plan.unique_tokens == 16 * (20 + 4 * 10 + 12 * 5)
+    assert plan.path_tokens == 16 * 12 * 35
 
 
 def test_rows_out_of_order_are_shared_with_their_neighbours_only():
     a, b, c, d = tree_rows([2, 2], [20, 20, 20])
     plan = plan_of(*as_tables([a, c, b, d], 16, [16] * 4))
-    assert plan.counts[2] == 16 * (20 + 4 * 40)
+    assert plan.unique_tokens == 16 * (20 + 4 * 40)
 
 
 def test_equal_ids_at_other_positions_are_not_shared():
     plan = plan_of(*as_tables([[1, 2, 3] * 9, [9, 2, 3] * 9, [2, 3, 1] * 9], 16, [16] * 3))
-    assert plan.counts[2] == plan.counts[3]
+    assert plan.unique_tokens == plan.path_tokens
 
 
 def test_a_partial_last_page_is_shared_by_rows_of_different_lengths():
     rows = [list(range(40))] * 3
     plan = plan_of(*as_tables(rows, 16, [3, 9, 9]))
-    assert all(chunk[:2] == [0, 3] for chunk in chunks_of(plan))
-    assert plan.counts[2] == 39 * 16 + 9
+    assert all((chunk.row_begin, chunk.row_end) == (0, 3) for chunk in plan.named_chunks())
+    assert plan.unique_tokens == 39 * 16 + 9
 
 
 def test_a_row_may_be_the_beginning_of_another():
     rows = [list(range(n)) for n in (40, 60, 50)]
     plan = plan_of(*as_tables(rows, 16, [16] * 3))
-    assert plan.counts[2] == 16 * 60
+    assert plan.unique_tokens == 16 * 60
 
 
 @pytest.mark.parametrize(("shared_pages", "is_folded"), [(1, True), (2, True), (3, False)])
@@ -204,8 +203,9 @@ def test_folds_a_node_that_does_not_pay(shared_pages, is_folded):
     # 16 * (2 - 1) * n tokens read again, against 32 * 2 rows * group of 8: the border is at 32 tokens
     page_table, seq_lens = as_tables(tree_rows([2], [shared_pages, 4]), 16, [16, 16])
     plan = plan_of(page_table, seq_lens, num_qo_heads=8, num_kv_heads=1)
-    assert (chunks_of(plan)[0][1] - chunks_of(plan)[0][0] == 1) == is_folded
-    assert plan.counts[2] == 16 * (8 + shared_pages * (1 + is_folded))
+    first = plan.named_chunks()[0]
+    assert (first.row_end - first.row_begin == 1) == is_folded
+    assert plan.unique_tokens == 16 * (8 + shared_pages * (1 + is_folded))
 
 
 def test_does_not_fold_rows_that_end_there():
@@ -268,7 +268,9 @@ def test_nothing_to_plan(num_rows, max_pages):
         ({"num_kv_heads": 0}, ValueError, "num_kv_heads: expected a positive number, got 0"),
         ({"num_qo_heads": 3}, ValueError, "num_qo_heads: expected a multiple of num_kv_heads, got 3"),
         ({"num_workers": -1}, ValueError, "num_workers: expected 0 .* or more, got -1"),
-        ({"head_dim": 0}, ValueError, "head_dim: expected a positive number, got 0"),
+        ({"head_dim": 0}, ValueError, "head_dim: expected a multiple of 8 up to 256, got 0"),
+        ({"head_dim": 12}, ValueError, "head_dim: expected a multiple of 8 up to 256, got 12"),
+        ({"head_dim": 264}, ValueError, "head_dim: expected a multiple of 8 up to 256, got 264"),
     ],
 )
 def test_bad_arguments(change, error, message):
@@ -289,3 +291,21 @@ def test_counts_that_do_not_fit_are_an_error():
     page_table = torch.zeros(3, 1 << 20, dtype=torch.int32)
     with pytest.raises(ValueError, match="seq_lens: the branches' tokens, queries or partial results add up to more"):
         plan_of(page_table, torch.full((3,), 1 << 30, dtype=torch.int32), page_size=1 << 10)
+
+
+@pytest.mark.parametrize("num_workers", [0, 8])
+def test_repr_shows_what_is_defined(num_workers):
+    page_table, seq_lens = as_tables([[1, 2, 3], [1, 2, 4]], 16, [5, 6])
+    plan = plan_of(page_table, seq_lens, num_workers=num_workers)
+    last = 123456789
+    plan.chunks[plan.num_chunks - 1, 1] = last
+    plan.chunks[plan.num_chunks :] = 987654321  # as memory that nothing has written may hold
+    text = repr(plan)
+    assert text.startswith(f"TreePlan(num_chunks={plan.num_chunks}, num_parts=")
+    assert f"page_size=16, num_tiles={plan.num_tiles}, q_indptr=tensor([0, 1, 2]" in text
+    assert str(last) in text
+    assert "987654321" not in text
+    plan.counts[0] = -1  # as on a GPU, where a count does not fit
+    assert str(last) not in repr(plan)
+    meta = ops.TreePlan(*(tensor.to("meta") for tensor in (plan.q_indptr, plan.part_indptr, plan.chunks, plan.counts)))
+    assert repr(meta) == f"TreePlan(num_branches=2, max_chunks={len(plan.chunks)})"

@@ -17,6 +17,7 @@ from support.forests import as_tables, forests, tree_rows
 from support.tensors import int32
 
 from treedecode import ops, reference
+from treedecode.reference.plan_tree import ChainedChunk, PlanCounts
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [  # num_qo_heads, num_kv_heads, head_dim, page_size
@@ -112,7 +113,7 @@ def test_any_forest(forest, heads, window_left):
 def test_many_branches_on_a_long_prefix(isa, dtype):
     forest = ragged(tree_rows([70], [70, 1]), 16)
     case = make_case(forest, num_qo_heads=8, num_kv_heads=1, head_dim=16, dtype=dtype)
-    assert case.plan.counts[0] == 72  # the prefix is cut
+    assert case.plan.num_chunks == 72  # the prefix is cut
     assert_within_budget(case, case.run())
 
 
@@ -120,7 +121,7 @@ def test_many_branches_on_a_long_prefix(isa, dtype):
 def test_equal_rows_and_rows_that_end_in_a_shared_page(isa, dtype):
     pages = list(range(20))
     case = make_case(as_tables([pages[:9], pages, pages, pages, pages], 16, [5, 3, 16, 3, 1]), dtype=dtype)
-    assert case.plan.counts[2] == 20 * 16
+    assert case.plan.unique_tokens == 20 * 16
     assert_within_budget(case, case.run())
 
 
@@ -189,7 +190,7 @@ def test_the_plan_changes_nothing(isa):
     case = make_case(ragged(tree_rows([2, 2], [70, 1, 5]), 16), dtype=torch.bfloat16)
     heads = {"num_qo_heads": 64, "num_kv_heads": 1}
     plan = ops.plan_tree(case.page_table, case.seq_lens, page_size=16, head_dim=32, **heads)
-    assert plan.counts[0] != case.plan.counts[0]
+    assert plan.num_chunks != case.plan.num_chunks
     alone = [ops.plan_tree(case.page_table[i : i + 1], case.seq_lens[i : i + 1], page_size=16, head_dim=32, **heads)
              for i in range(4)]  # fmt: skip
     want = case.run()
@@ -261,6 +262,8 @@ def test_opcheck(dtype):
 
 
 TWO_ROWS = int32(1, 2, 3, 1, 2, 4).view(2, 3), int32(40, 37)
+TOKEN_BEGIN, TOKEN_END, ROUND = (ChainedChunk._fields.index(name) for name in ("token_begin", "token_end", "round"))
+NUM_CHUNKS = PlanCounts._fields.index("num_chunks")
 SIZES = {"page_size": 16, "num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 32}
 
 
@@ -329,12 +332,12 @@ def test_bad_arguments(change, error, message):
 @pytest.mark.parametrize(
     ("field", "change", "message"),
     [
-        ("chunks", {(0, 3): 30}, "plan: chunk 1 does not go on where the one before of row 0 ends"),
-        ("chunks", {(1, 3): 33}, "plan: its chunks end at token 33 of row 0, which has 40"),
-        ("chunks", {(1, 2): 33}, "plan: chunk 1 does not go on"),
-        ("chunks", {(1, 5): 2, (2, 5): 2}, "plan: chunk 1 does not go on"),  # from a round that there is not
-        ("counts", {0: 2}, "plan: its chunks end at token 32 of row 1, which has 37"),
-        ("counts", {0: 0}, "plan: its chunks end at token 0 of row 0, which has 40"),
+        ("chunks", {(0, TOKEN_END): 30}, "plan: chunk 1 does not go on where the one before of row 0 ends"),
+        ("chunks", {(1, TOKEN_END): 33}, "plan: its chunks end at token 33 of row 0, which has 40"),
+        ("chunks", {(1, TOKEN_BEGIN): 33}, "plan: chunk 1 does not go on"),
+        ("chunks", {(1, ROUND): 2, (2, ROUND): 2}, "plan: chunk 1 does not go on"),  # from a round that there is not
+        ("counts", {NUM_CHUNKS: 2}, "plan: its chunks end at token 32 of row 1, which has 37"),
+        ("counts", {NUM_CHUNKS: 0}, "plan: its chunks end at token 0 of row 0, which has 40"),
         ("part_indptr", {1: 2}, "plan: expected 1 parts per query token of row 0, got 2 for 1"),
         ("seq_lens", {0: -3, 1: 80}, "seq_lens: expected 0 to 48, got -3"),
         ("seq_lens", {0: 77, 1: 0}, "seq_lens: expected 0 to 48, got 77"),
@@ -343,7 +346,7 @@ def test_bad_arguments(change, error, message):
 def test_plans_that_leave_keys_out(field, change, message):
     page_table, seq_lens = TWO_ROWS
     plan = ops.plan_tree(page_table, seq_lens, **SIZES)
-    assert plan.counts[:2].tolist() == [3, 2]
+    assert (plan.num_chunks, plan.num_parts) == (3, 2)
     values = (seq_lens if field == "seq_lens" else getattr(plan, field)).clone()
     for at, value in change.items():
         values[at] = value
@@ -360,11 +363,11 @@ def test_the_last_round_may_have_any_number():
     """A chunk of rows without queries is not computed, whatever its round."""
     page_table, seq_lens = torch.cat([TWO_ROWS[0], int32(5, 6, 7)[None]]), torch.cat([TWO_ROWS[1], int32(48)])
     plan = ops.plan_tree(page_table, seq_lens, int32(1, 1, 0), **SIZES)
-    assert plan.counts[:2].tolist() == [3, 2]
+    assert (plan.num_chunks, plan.num_parts) == (3, 2)
     assert len(plan.chunks) > 3
     generator = torch.Generator().manual_seed(0)
     q, pages = torch.randn(2, 4, 32, generator=generator), torch.randn(9, 16, 2, 32, generator=generator)
     want = ops.tree_attention(q, pages, pages, page_table, seq_lens, plan)
-    plan.chunks[3] = int32(2, 3, 0, 48, 0, 2**31 - 1)
-    plan.counts[0] = 4
+    plan.chunks[3] = int32(*ChainedChunk(2, 3, 0, 48, segment=0, round=2**31 - 1))
+    plan.num_chunks.fill_(4)
     assert all(map(torch.equal, ops.tree_attention(q, pages, pages, page_table, seq_lens, plan), want))

@@ -191,8 +191,10 @@ def test_kernels_and_host_code_see_no_torch():
 
 
 CUDA_ROOMS = {"common": set(), "plan": set(), "pages": set(), "logits": set(), "attention": set()}
-# types, and what both sides compute alike: costs of plans, keys that order candidates, random numbers
-SHARED_WITH_CPU = {f"../../cpu/{name}.h" for name in ("dtypes", "keys", "philox", "plan_tree")}
+# types, the layout of rows of integers, and what both sides compute alike: costs of plans, keys, random numbers
+SHARED_WITH_CPU = {
+    f"../../cpu/{name}.h" for name in ("dtypes", "keys", "page_status", "philox", "plan_tree", "strides")
+}
 
 
 def test_cuda_rooms_use_common_alone():
@@ -239,3 +241,10 @@ def test_rings_are_found():
 
 def test_the_walk_sees_the_environment():
     assert sorted(reads_environment(ast.parse("import os\nos.environ['A']\nfrom os import getenv"))) == [2, 3]
+
+
+def test_no_test_module_imports_another():
+    tests = {path.stem for path in ROOT.glob("tests/**/test_*.py")}
+    for path in ROOT.glob("tests/**/*.py"):
+        parts = {part for name in imports(ast.parse(path.read_text())) for part in name.split(".")}
+        assert not parts & tests, path

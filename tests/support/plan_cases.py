@@ -28,7 +28,7 @@ def plan_of(page_table, seq_lens, q_lens=None, page_size=16, num_qo_heads=4, num
 
 def chunks_of(plan):
     """The rows of `plan.chunks` that are defined."""
-    return plan.chunks[: plan.counts[0]].tolist()
+    return plan.chunks[: plan.num_chunks].tolist()
 
 
 def plain(plan):

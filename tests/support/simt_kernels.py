@@ -12,7 +12,7 @@ import signal
 from pathlib import Path
 
 import torch
-from support.paths import TESTS
+from support.paths import ROOT, TESTS
 
 import treedecode
 
@@ -40,7 +40,7 @@ def _library():
 
 @functools.cache
 def _sources():
-    headers = [*TESTS.glob("simt/*.h"), *TESTS.parent.glob("csrc/cuda/*/*.h")]
+    headers = [*TESTS.glob("simt/*.h"), *ROOT.glob("csrc/cuda/*/*.h"), ROOT / "csrc" / "cpu" / "strides.h"]
     return "\n".join(path.read_text() for path in headers), "\n".join(p.read_text() for p in TESTS.glob("simt/*.cpp"))
 
 
@@ -53,7 +53,7 @@ def _struct(name):
         code = line.split("//")[0].strip()
         if not code or "(" in code:
             continue
-        kind, pointer, field, count = re.fullmatch(r"(?:const )?(\w+)(\*?) (\w+)(?:\[(\d+)\])?;", code).groups()
+        kind, pointer, field, count = re.fullmatch(r"(?:const )?([\w:]+)(\*?) (\w+)(?:\[(\d+)\])?;", code).groups()
         kind = ctypes.c_void_p if pointer else SCALARS.get(kind) or _struct(kind)
         fields.append((field, kind * int(count) if count else kind))
     return type(name, (ctypes.Structure,), {"_fields_": fields})

@@ -17,9 +17,31 @@ from torch import Tensor
 
 from treedecode import reference
 from treedecode.ops._native import USE_REFERENCE, call, register_fake
+from treedecode.reference.pages import (
+    BAD_ARGUMENT,
+    OK,
+    OUT_OF_PAGES,
+    STATUS_ERROR,
+    STATUS_NUM_FREE,
+    STATUS_NUM_NEEDED,
+    STATUS_PEAK_USED,
+)
 
-OK, OUT_OF_PAGES, BAD_ARGUMENT = 0, 1, 2
-STATUS_ERROR, STATUS_NUM_FREE, STATUS_NUM_NEEDED, STATUS_PEAK_USED = range(4)
+__all__ = [
+    "BAD_ARGUMENT",
+    "OK",
+    "OUT_OF_PAGES",
+    "STATUS_ERROR",
+    "STATUS_NUM_FREE",
+    "STATUS_NUM_NEEDED",
+    "STATUS_PEAK_USED",
+    "PageState",
+    "adopt_pages",
+    "append_slots",
+    "copy_pages",
+    "fork_branches",
+    "hold_pages",
+]
 
 
 class PageState(NamedTuple):

@@ -7,13 +7,16 @@ from torch import Tensor
 
 from treedecode import reference
 from treedecode.ops._native import USE_REFERENCE, call, register_fake
+from treedecode.reference.plan_tree import ChainedChunk, FlatChunk, PlanCounts
 
 # Of csrc/cpu/plan_tree.h, where they are explained.
 SEGMENT = 1024
 TILES_PER_WORKER = 4
 
+_COUNTS = PlanCounts(*range(len(PlanCounts._fields)))  # where each number is
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class TreePlan:
     """How `tree_attention` reads the page table of one step. All tensors are int32.
 
@@ -28,22 +31,68 @@ class TreePlan:
         part_indptr: `[num_branches + 1]`, offsets of each branch's partial results: query token t (0-based) of branch b
             has them in the slots `part_indptr[b] + t * num_parts(b) + i`, i counting along the path. A branch with no
             tokens or no queries has none.
-        chunks: `[max_chunks, 6]`, rows of row_begin, row_end, token_begin, token_end and two more. All branches in
-            `[row_begin, row_end)` hold the same pages for the tokens `[token_begin, token_end)`; a branch may end
-            before token_end, and in a flat plan with pages of more than 64 tokens before token_begin.
+        chunks: `[max_chunks, 6]`, rows of row_begin, row_end, token_begin, token_end and two more (`named_chunks` gives
+            them names). All branches in `[row_begin, row_end)` hold the same pages for the tokens
+            `[token_begin, token_end)`; a branch may end before token_end, and in a flat plan with pages of more than 64
+            tokens before token_begin.
             Chained: segment, round. A chunk of round r > 0 goes on from one of round r - 1. Sorted by round, the most
             expensive of a round first. Borders are even, as pairs of bf16 keys are added at once.
             Flat: part, tile_begin. part is the number of the partial result on the path, tile_begin the number of
             work tiles (of at most 128 packed rows) of all chunks before. Sorted by cost, roughly.
-        counts: `[6]`, num_chunks (rows of `chunks` beyond it are undefined), num_parts, unique_tokens (read once each),
-            path_tokens (what the branches that have queries would read each for itself), page_size, num_tiles
-            (0 in a chained plan).
+        counts: `[6]`, the numbers that the properties of their names give as tensors `[]`, without waiting for a GPU.
     """
 
     q_indptr: Tensor
     part_indptr: Tensor
     chunks: Tensor
     counts: Tensor
+
+    @property
+    def num_chunks(self) -> Tensor:
+        """Rows of `chunks` that are defined; -1 where counts do not fit (on a GPU)."""
+        return self.counts[_COUNTS.num_chunks]
+
+    @property
+    def num_parts(self) -> Tensor:
+        """Partial results of all query tokens."""
+        return self.counts[_COUNTS.num_parts]
+
+    @property
+    def unique_tokens(self) -> Tensor:
+        """Tokens of all chunks, which are read once each."""
+        return self.counts[_COUNTS.unique_tokens]
+
+    @property
+    def path_tokens(self) -> Tensor:
+        """Tokens that the branches with queries would read each for itself."""
+        return self.counts[_COUNTS.path_tokens]
+
+    @property
+    def page_size(self) -> Tensor:
+        """Tokens of a page."""
+        return self.counts[_COUNTS.page_size]
+
+    @property
+    def num_tiles(self) -> Tensor:
+        """Work tiles of a flat plan; 0 in a chained one."""
+        return self.counts[_COUNTS.num_tiles]
+
+    def named_chunks(self) -> list[ChainedChunk] | list[FlatChunk]:
+        """The rows of `chunks` that are defined, by name; on a GPU this waits for the plan."""
+        counts = PlanCounts(*self.counts.tolist())
+        chunks = self.chunks[: max(0, counts.num_chunks)].tolist()
+        if counts.num_tiles:
+            return [FlatChunk(*chunk) for chunk in chunks]
+        return [ChainedChunk(*chunk) for chunk in chunks]
+
+    def __repr__(self) -> str:
+        """Shows what is defined of the plan; on a GPU this waits for it."""
+        if self.counts.is_meta or type(self.counts) is not Tensor:  # no values: on the meta device, or while tracing
+            return f"TreePlan(num_branches={self.q_indptr.shape[0] - 1}, max_chunks={self.chunks.shape[0]})"
+        counts = PlanCounts(*self.counts.tolist())
+        numbers = ", ".join(f"{name}={value}" for name, value in counts._asdict().items())
+        chunks = self.chunks[: max(0, counts.num_chunks)]
+        return f"TreePlan({numbers}, q_indptr={self.q_indptr}, part_indptr={self.part_indptr}, chunks={chunks})"
 
 
 def plan_tree(
@@ -85,15 +134,18 @@ def plan_tree(
         q_lens: `[num_branches]` int32, how many of a branch's last tokens are queries; 1 each by default. 0 leaves a
             branch out of this step.
         page_size: tokens in a page.
-        num_qo_heads, num_kv_heads, head_dim: of the attention that will use the plan.
+        num_qo_heads: of the attention that will use the plan, a multiple of num_kv_heads.
+        num_kv_heads: of the attention that will use the plan.
+        head_dim: of the attention that will use the plan, a multiple of 8 up to 256.
         num_workers: thread blocks that a GPU runs at once, for a flat plan; 0 for a chained one. By default 0 on the
             CPU, and two per multiprocessor on a GPU.
 
     Raises:
-        ValueError, TypeError: an argument's shape, dtype or stride is wrong, a seq_len is negative or beyond
-            max_pages * page_size, a q_len is negative or more than the branch's seq_len, or a count exceeds int32. On
-            a GPU nobody waits to look at values: lengths are clamped to these ranges, and counts that do not fit leave
-            -1 in counts[0].
+        TypeError: an argument's dtype is wrong.
+        ValueError: an argument's shape or stride is wrong, attention does not take this head_dim, a seq_len is negative
+            or beyond max_pages * page_size, a q_len is negative or more than the branch's seq_len, or a count exceeds
+            int32. On a GPU nobody waits to look at values: lengths are clamped to these ranges, and where counts do not
+            fit num_chunks is -1.
     """
     if num_workers is None:
         num_workers = default_workers(page_table.device)
@@ -128,6 +180,6 @@ def _(
     return (
         seq_lens.new_empty(num_rows + 1),
         seq_lens.new_empty(num_rows + 1),
-        seq_lens.new_empty(max_chunks, 6),
-        seq_lens.new_empty(6),
+        seq_lens.new_empty(max_chunks, len(FlatChunk._fields)),
+        seq_lens.new_empty(len(PlanCounts._fields)),
     )

@@ -4,9 +4,13 @@ from typing import Any
 
 from torch import Tensor
 
+# The status word, as in csrc/cpu/page_status.h: where its numbers are, and what the error may be.
+STATUS_ERROR, STATUS_NUM_FREE, STATUS_NUM_NEEDED, STATUS_PEAK_USED = range(4)
+OK, OUT_OF_PAGES, BAD_ARGUMENT = range(3)
+
 
 def _refused(state: Any) -> bool:
-    return bool(state.status[0] != 0)
+    return bool(state.status[STATUS_ERROR] != OK)
 
 
 def _pages_of(state: Any, num_tokens: int) -> int:
@@ -30,13 +34,13 @@ def _check_unique(rows: Tensor, name: str) -> None:
 def _drop(state: Any, page: int) -> None:
     state.refcount[page] -= 1
     if state.refcount[page] == 0:
-        state.free_pages[int(state.status[1])] = page
-        state.status[1] += 1
+        state.free_pages[int(state.status[STATUS_NUM_FREE])] = page
+        state.status[STATUS_NUM_FREE] += 1
 
 
 def _take(state: Any) -> int:
-    state.status[1] -= 1
-    page = int(state.free_pages[int(state.status[1])])
+    state.status[STATUS_NUM_FREE] -= 1
+    page = int(state.free_pages[int(state.status[STATUS_NUM_FREE])])
     state.refcount[page] = 1
     return page
 
@@ -79,18 +83,18 @@ def append_slots(state: Any, kv: Tensor, slots: Tensor, rows: Tensor, q_lens: Te
         raise ValueError(f"slots: expected at least {sum(new)} of them, got {len(slots)}")
 
     needed = 0
-    left = state.refcount.tolist()  # references left on each page as sharers copy it
+    references = state.refcount.tolist()  # that remain on each page as sharers copy it
     for row, n in zip(rows.tolist(), new, strict=True):
         length = int(state.seq_lens[row])
         needed += _pages_of(state, length + n) - _pages_of(state, length)
         if n and length % state.page_size:
             last = _row(state, row)[-1]
-            if left[last] > 1:
-                left[last] -= 1
+            if references[last] > 1:
+                references[last] -= 1
                 needed += 1
-    if not _refused(state) and needed > int(state.status[1]):
-        state.status[0] = 1
-        state.status[2] = needed
+    if not _refused(state) and needed > int(state.status[STATUS_NUM_FREE]):
+        state.status[STATUS_ERROR] = OUT_OF_PAGES
+        state.status[STATUS_NUM_NEEDED] = needed
     if _refused(state):
         slots.fill_(-1)
         return
@@ -116,7 +120,8 @@ def append_slots(state: Any, kv: Tensor, slots: Tensor, rows: Tensor, q_lens: Te
         state.seq_lens[row] = length + n
     for i, slot in enumerate(out):
         slots[i] = slot
-    state.status[3] = max(int(state.status[3]), len(state.refcount) - int(state.status[1]))
+    used = len(state.refcount) - int(state.status[STATUS_NUM_FREE])
+    state.status[STATUS_PEAK_USED] = max(int(state.status[STATUS_PEAK_USED]), used)
 
 
 def hold_pages(state: Any, pages: Tensor, hold: bool = True) -> None:

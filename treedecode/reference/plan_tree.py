@@ -9,6 +9,39 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+class ChainedChunk(NamedTuple):
+    """A row of a chained plan's `chunks`."""
+
+    row_begin: int
+    row_end: int
+    token_begin: int
+    token_end: int
+    segment: int
+    round: int
+
+
+class FlatChunk(NamedTuple):
+    """A row of a flat plan's `chunks`."""
+
+    row_begin: int
+    row_end: int
+    token_begin: int
+    token_end: int
+    part: int
+    tile_begin: int
+
+
+class PlanCounts(NamedTuple):
+    """The numbers in a plan's `counts`."""
+
+    num_chunks: int
+    num_parts: int
+    unique_tokens: int
+    path_tokens: int
+    page_size: int
+    num_tiles: int
+
+
 class Node(NamedTuple):
     """Rows that share the pages [page_begin, page_end), and what lies below; a leaf has one row and no children."""
 
@@ -78,29 +111,32 @@ def plan_tree(
 
     trees = [grow(run, 0) for run in runs(list(range(num_rows)), 0)] if num_rows else []
     roots = [root for tree in trees for root in fold(tree)]
+    chunks: list[ChainedChunk] | list[FlatChunk]
     if num_workers:
         chunks, num_parts, num_tiles = _flat(roots, num_rows, group, page_size, max(1, num_workers // num_kv_heads))
     else:
-        chunks, num_parts, num_tiles = (
-            _chained(roots, seq_len, group, page_size),
-            [ceil_div(n, 1024) for n in seq_len],
-            0,
-        )
+        chunks, num_tiles = _chained(roots, seq_len, group, page_size), 0
+        num_parts = [ceil_div(n, 1024) for n in seq_len]
     part_lens = [q * parts for q, parts in zip(q_len, num_parts, strict=True)]
-    unique_tokens = sum(chunk[3] - chunk[2] for chunk in chunks)
-    path_tokens = sum(n for n, q in zip(seq_len, q_len, strict=True) if q > 0)
-    counts = [len(chunks), sum(part_lens), unique_tokens, path_tokens, page_size, num_tiles]
+    counts = PlanCounts(
+        num_chunks=len(chunks),
+        num_parts=sum(part_lens),
+        unique_tokens=sum(chunk.token_end - chunk.token_begin for chunk in chunks),
+        path_tokens=sum(n for n, q in zip(seq_len, q_len, strict=True) if q > 0),
+        page_size=page_size,
+        num_tiles=num_tiles,
+    )
     return (
         torch.tensor([0, *accumulate(q_len)], dtype=torch.int32),
         torch.tensor([0, *accumulate(part_lens)], dtype=torch.int32),
-        torch.tensor(chunks, dtype=torch.int32).reshape(-1, 6),
+        torch.tensor(chunks, dtype=torch.int32).reshape(-1, len(FlatChunk._fields)),
         torch.tensor(counts, dtype=torch.int32),
     )
 
 
-def _chained(roots: list[Node], seq_len: list[int], group: int, page_size: int) -> list[list[int]]:
+def _chained(roots: list[Node], seq_len: list[int], group: int, page_size: int) -> list[ChainedChunk]:
     """Chunks that end at segment borders and go on from one another."""
-    chunks: list[list[int]] = []
+    chunks: list[ChainedChunk] = []
     costs: list[int] = []
 
     def emit(node: Node, round_before: int) -> None:
@@ -112,7 +148,10 @@ def _chained(roots: list[Node], seq_len: list[int], group: int, page_size: int) 
             for ends, run in groupby(rows, [n <= begin for n in seq_len].__getitem__):
                 if not ends:
                     members = list(run)
-                    chunks.append([members[0], members[-1] + 1, begin, token_end, begin // 1024, round_before])
+                    segment = begin // 1024
+                    chunks.append(
+                        ChainedChunk(members[0], members[-1] + 1, begin, token_end, segment, round=round_before)
+                    )
                     costs.append((token_end - begin) * (16 + group * node.queries))
             begin = token_end
         for child in node.children:
@@ -120,12 +159,12 @@ def _chained(roots: list[Node], seq_len: list[int], group: int, page_size: int) 
 
     for root in roots:
         emit(root, 0)
-    return [chunks[i] for i in sorted(range(len(chunks)), key=lambda i: (chunks[i][5], -costs[i]))]
+    return [chunks[i] for i in sorted(range(len(chunks)), key=lambda i: (chunks[i].round, -costs[i]))]
 
 
 def _flat(
     roots: list[Node], num_rows: int, group: int, page_size: int, workers: int
-) -> tuple[list[list[int]], list[int], int]:
+) -> tuple[list[FlatChunk], list[int], int]:
     """Chunks of comparable cost that know nothing of one another; also parts per row, and tiles of all chunks."""
 
     class Piece(NamedTuple):
@@ -165,6 +204,6 @@ def _flat(
     chunks, num_tiles = [], 0
     for _, _, _, piece, part in sorted(pieces, key=lambda piece: piece[:3]):
         rows = piece.node.rows
-        chunks.append([rows[0], rows[-1] + 1, piece.begin, piece.end, part, num_tiles])
+        chunks.append(FlatChunk(rows[0], rows[-1] + 1, piece.begin, piece.end, part, tile_begin=num_tiles))
         num_tiles += piece.num_tiles
     return chunks, num_parts, num_tiles

@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_prune_cuda(Tensor logits, Tensor
   p.group_sort_len = group_sort_len;
   p.is_logprobs = is_logprobs;
   Scratch scratch;
-  scratch.add(&p.chunk_sums, chunks * 2);
+  scratch.add(&p.chunk_sums, chunks);
   scratch.add(&p.chunk_keys, chunks * slot_len);
   scratch.add(&p.row_keys, rows * row_k);
   scratch.add(&p.row_tokens, rows * row_k);

@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_tree_cuda(Tensor page_table, Ten
   Tensor part_indptr = torch::stable::new_empty(seq_lens, {num_rows + 1});
   Tensor chunks = torch::stable::new_empty(
       seq_lens, {cpu::max_chunks(num_rows, max_pages, page_size, workers), cpu::kChunkColumns});
-  Tensor counts = torch::stable::new_empty(seq_lens, {6});
+  Tensor counts = torch::stable::new_empty(seq_lens, {cpu::kNumCounts});
   Tensor scratch = torch::stable::new_empty(seq_lens, {cuda::plan_scratch(num_rows, max_pages)});
   const cuda::PlanTreeParams p{
       page_table.const_data_ptr<int32_t>(),
@@ -34,8 +34,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_tree_cuda(Tensor page_table, Ten
       q_lens ? q_lens->const_data_ptr<int32_t>() : nullptr,
       q_indptr.mutable_data_ptr<int32_t>(),
       part_indptr.mutable_data_ptr<int32_t>(),
-      chunks.mutable_data_ptr<int32_t>(),
-      counts.mutable_data_ptr<int32_t>(),
+      reinterpret_cast<cpu::FlatChunk*>(chunks.mutable_data_ptr<int32_t>()),
+      reinterpret_cast<cpu::PlanCounts*>(counts.mutable_data_ptr<int32_t>()),
       scratch.mutable_data_ptr<int32_t>(),
       num_rows,
       max_pages,

@@ -1,7 +1,5 @@
 #include "../../cuda/logits/sample.h"
 
-#include <algorithm>
-#include <iterator>
 #include <optional>
 #include <tuple>
 
@@ -50,12 +48,15 @@ std::tuple<Tensor, Tensor, Tensor> sample_cuda(Tensor logits, Tensor temperature
   p.token = token.mutable_data_ptr<int32_t>();
   p.logprob = logprob.mutable_data_ptr<float>();
   p.entropy = entropy.mutable_data_ptr<float>();
-  const int64_t strides[] = {temperatures.stride, top_ks.stride, top_ps.stride,
-                             min_ps.stride,       seeds.stride,  positions.stride};
-  std::copy(std::begin(strides), std::end(strides), p.strides);
+  p.strides = {.temperature = temperatures.stride,
+               .top_k = top_ks.stride,
+               .top_p = top_ps.stride,
+               .min_p = min_ps.stride,
+               .seed = seeds.stride,
+               .position = positions.stride};
   const int64_t chunks = rows * p.logits.num_chunks;
   Scratch scratch;
-  scratch.add(&p.chunk_sums, chunks * 4);
+  scratch.add(&p.chunk_sums, chunks);
   scratch.add(&p.chunk_least, chunks);
   scratch.add(&p.chunk_keys, chunks * cuda::kSampleSlot);
   const Tensor memory = scratch.allocate(logits);

@@ -25,8 +25,8 @@ class TileAttention {
 
   __device__ void run(const Tile& tile) {
     if (thread_ == 0) rows_.tile = tile;
-    keys_ = static_cast<const T*>(p_.k_pages) + tile.kv_head * p_.k_stride[2];
-    values_ = static_cast<const T*>(p_.v_pages) + tile.kv_head * p_.v_stride[2];
+    keys_ = static_cast<const T*>(p_.k_pages) + tile.kv_head * p_.k_stride.head;
+    values_ = static_cast<const T*>(p_.v_pages) + tile.kv_head * p_.v_stride.head;
     copy_queries(tile);
     ptx::cp_async_commit();
     if (p_.window_left >= 0) {  // which keys come first depends on the rows
@@ -70,7 +70,7 @@ class TileAttention {
       const bool valid = row < tile.num_rows && 8 * word < p_.head_dim;
       const PackedRow r = packed_row(p_, tile, valid ? row : 0);
       ptx::cp_async<16>(shared_ + S::kQueryOffset + swizzled<kDim>(row, word),
-                        q + r.token * p_.q_stride[0] + r.head * p_.q_stride[1] + (valid ? 8 * word : 0), valid);
+                        q + r.token * p_.q_stride.token + r.head * p_.q_stride.head + (valid ? 8 * word : 0), valid);
     }
   }
 
@@ -91,8 +91,8 @@ class TileAttention {
   __device__ void place_key(int n, int page) const {
     const int64_t slot = static_cast<uint32_t>(token_of(n)) % static_cast<uint32_t>(ptx::opaque(p_.page_size));
     const int key = thread_ % S::kKeys, at = n % kLookahead;
-    rows_.key_at[at][key] = page < 0 ? nullptr : keys_ + page * p_.k_stride[0] + slot * p_.k_stride[1];
-    rows_.value_at[at][key] = page < 0 ? nullptr : values_ + page * p_.v_stride[0] + slot * p_.v_stride[1];
+    rows_.key_at[at][key] = page < 0 ? nullptr : keys_ + page * p_.k_stride.page + slot * p_.k_stride.token;
+    rows_.value_at[at][key] = page < 0 ? nullptr : values_ + page * p_.v_stride.page + slot * p_.v_stride.token;
   }
 
   __device__ void copy(const void* const (&row_at)[kMaxKeys], char* to) const {
@@ -369,7 +369,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   char* shared = ptx::dynamic_shared<char>();
   for (int round = 0;; ++round) {
     const int64_t item = item_of_block(round);
-    if (item >= p.counts[5] * p.num_kv_heads) return;
+    if (item >= p.counts->num_tiles * p.num_kv_heads) return;
     Tile tile = tile_at(p, item);
     if (tile.num_rows == 0) continue;
     if (tile.num_rows <= 16) {

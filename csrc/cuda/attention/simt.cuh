@@ -27,7 +27,7 @@ __device__ void simt_rows(const TreeAttentionParams& p, const Tile& t, int first
   for (int i = ptx::thread(); i < kSimtRows * head_dim; i += kAttentionThreads) {
     const int row = first_row + i / head_dim;
     const PackedRow r = packed_row(p, t, row < t.num_rows ? row : t.num_rows - 1);
-    const T* from = static_cast<const T*>(p.q) + r.token * p.q_stride[0] + r.head * p.q_stride[1];
+    const T* from = static_cast<const T*>(p.q) + r.token * p.q_stride.token + r.head * p.q_stride.head;
     q[i] = ptx::to_float(from[i % head_dim]);
   }
   RowInfo info[kWarpRows];
@@ -54,10 +54,10 @@ __device__ void simt_rows(const TreeAttentionParams& p, const Tile& t, int first
         is_bad = true;
         continue;
       }
-      const T* k_row =
-          static_cast<const T*>(p.k_pages) + page * p.k_stride[0] + slot * p.k_stride[1] + t.kv_head * p.k_stride[2];
-      const T* v_row =
-          static_cast<const T*>(p.v_pages) + page * p.v_stride[0] + slot * p.v_stride[1] + t.kv_head * p.v_stride[2];
+      const T* k_row = static_cast<const T*>(p.k_pages) + page * p.k_stride.page + slot * p.k_stride.token +
+                       t.kv_head * p.k_stride.head;
+      const T* v_row = static_cast<const T*>(p.v_pages) + page * p.v_stride.page + slot * p.v_stride.token +
+                       t.kv_head * p.v_stride.head;
       for (int d = lane; d < head_dim; d += ptx::kWarpSize) {
         k[key * (head_dim + 1) + d] = ptx::to_float(k_row[d]);
         v[key * head_dim + d] = ptx::to_float(v_row[d]);
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
   if (!plan_fits(p)) return;
   for (int round = 0;; ++round) {
     const int64_t item = item_of_block(round);
-    if (item >= p.counts[5] * p.num_kv_heads) return;
+    if (item >= p.counts->num_tiles * p.num_kv_heads) return;
     const Tile t = tile_at(p, item);
     for (int row = 0; row < t.num_rows; row += kSimtRows) simt_rows<T>(p, t, row, ptx::dynamic_shared<float>());
   }

@@ -54,25 +54,26 @@ __device__ inline int row_of(const int32_t* indptr, int begin, int end, int x) {
 // Whether the plan is for no more query tokens, pages of this size and a GPU. What the host cannot know without
 // waiting.
 __device__ inline bool plan_fits(const TreeAttentionParams& p) {
-  const int32_t* n = p.counts;
-  return n[0] >= 0 && n[0] <= p.max_chunks && (n[5] > 0) == (n[0] > 0) && n[1] >= 0 && n[1] <= p.max_parts &&
-         n[4] == p.page_size && p.q_indptr[0] == 0 && p.q_indptr[p.num_rows] <= p.num_q;
+  const cpu::PlanCounts& n = *p.counts;
+  return n.num_chunks >= 0 && n.num_chunks <= p.max_chunks && (n.num_tiles > 0) == (n.num_chunks > 0) &&
+         n.num_parts >= 0 && n.num_parts <= p.max_parts && n.page_size == p.page_size && p.q_indptr[0] == 0 &&
+         p.q_indptr[p.num_rows] <= p.num_q;
 }
 
 // Tiles of one chunk are num_kv_heads items apart, near enough to find their pages in L2; all lanes of a warp call it.
 __device__ inline Tile tile_at(const TreeAttentionParams& p, int64_t item) {
   const int tile = static_cast<int>(item / p.num_kv_heads);
-  const int c = warp_search(p.counts[0], tile, [&](int i) { return p.chunks[6 * static_cast<int64_t>(i) + 5]; });
-  const int32_t* chunk = p.chunks + 6 * static_cast<int64_t>(c);
+  const int c = warp_search(p.counts->num_chunks, tile, [&](int i) { return p.chunks[i].tile_begin; });
+  const cpu::FlatChunk& chunk = p.chunks[c];
   const auto clamp = [](int64_t x, int64_t high) { return static_cast<int>(x < 0 ? 0 : x > high ? high : x); };
   Tile t;
-  t.row_begin = clamp(chunk[0], p.num_rows);
-  t.row_end = clamp(chunk[1], p.num_rows);
-  t.token_begin = clamp(chunk[2], p.max_pages * p.page_size);
-  t.token_end = clamp(chunk[3], p.max_pages * p.page_size);
-  t.part = chunk[4];
+  t.row_begin = clamp(chunk.row_begin, p.num_rows);
+  t.row_end = clamp(chunk.row_end, p.num_rows);
+  t.token_begin = clamp(chunk.token_begin, p.max_pages * p.page_size);
+  t.token_end = clamp(chunk.token_end, p.max_pages * p.page_size);
+  t.part = chunk.part;
   t.kv_head = static_cast<int>(item % p.num_kv_heads);
-  t.first_row = kTileRows * (tile - chunk[5]);
+  t.first_row = kTileRows * (tile - chunk.tile_begin);
   t.first_token = p.q_indptr[t.row_begin];
   t.num_rows = clamp((p.q_indptr[t.row_end] - t.first_token) * p.group_size - t.first_row, kTileRows);
   return t;

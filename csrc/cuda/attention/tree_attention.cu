@@ -1,9 +1,9 @@
 #include "tree_attention.h"
 
+#include "../common/launch.cuh"
 #include "kernels.h"
 #include "merge.cuh"
 #include "simt.cuh"
-#include "../common/launch.cuh"
 
 namespace treedecode::cuda {
 namespace {
@@ -12,8 +12,8 @@ namespace {
 bool is_aligned(const TreeAttentionParams& p) {
   uint64_t bytes = 0, elements = 0;
   for (const void* address : {p.q, p.k_pages, p.v_pages}) bytes |= reinterpret_cast<uintptr_t>(address);
-  for (int64_t stride : p.q_stride) elements |= static_cast<uint64_t>(stride);
-  for (int i = 0; i < 3; ++i) elements |= static_cast<uint64_t>(p.k_stride[i] | p.v_stride[i]);
+  elements |= static_cast<uint64_t>(p.q_stride.token | p.q_stride.head);
+  for (const PageStride& s : {p.k_stride, p.v_stride}) elements |= static_cast<uint64_t>(s.page | s.token | s.head);
   return bytes % 16 == 0 && elements % 8 == 0;
 }
 

@@ -5,25 +5,26 @@
 
 #include "../../cpu/dtypes.h"
 #include "../../cpu/plan_tree.h"
+#include "../../cpu/strides.h"
 #include "../common/runtime.h"
 
 namespace treedecode::cuda {
 
 struct TreeAttentionParams {
-  const void* q;               // [num_q, num_qo_heads, head_dim], strides in q_stride
-  const void* k_pages;         // [num_pages, page_size, num_kv_heads, head_dim], strides in k_stride
-  const void* v_pages;         // same shape, strides in v_stride
-  const int32_t* page_table;   // [num_rows, max_pages], row stride page_table_stride
-  const int32_t* seq_lens;     // [num_rows]
-  const int32_t* q_indptr;     // [num_rows + 1]
-  const int32_t* part_indptr;  // [num_rows + 1]
-  const int32_t* chunks;       // [max_chunks, 6] row_begin, row_end, token_begin, token_end, part, tile_begin
-  const int32_t* counts;       // [6] num_chunks, num_parts, _, _, page_size, num_tiles
-  const float* sinks;          // [num_qo_heads] or null
-  void* out;                   // [num_q, num_qo_heads, head_dim] contiguous, dtype
-  float* lse;                  // [num_q, num_qo_heads]
-  float* part_out;             // [max_parts, num_qo_heads, head_dim]
-  float* part_lse;             // [max_parts, num_qo_heads] natural log
+  const void* q;                  // [num_q, num_qo_heads, head_dim], strides in q_stride
+  const void* k_pages;            // [num_pages, page_size, num_kv_heads, head_dim], strides in k_stride
+  const void* v_pages;            // same shape, strides in v_stride
+  const int32_t* page_table;      // [num_rows, max_pages], row stride page_table_stride
+  const int32_t* seq_lens;        // [num_rows]
+  const int32_t* q_indptr;        // [num_rows + 1]
+  const int32_t* part_indptr;     // [num_rows + 1]
+  const cpu::FlatChunk* chunks;   // [max_chunks]
+  const cpu::PlanCounts* counts;  // [1]
+  const float* sinks;             // [num_qo_heads] or null
+  void* out;                      // [num_q, num_qo_heads, head_dim] contiguous, dtype
+  float* lse;                     // [num_q, num_qo_heads]
+  float* part_out;                // [max_parts, num_qo_heads, head_dim]
+  float* part_lse;                // [max_parts, num_qo_heads] natural log
   int64_t num_q;
   int64_t num_rows;
   int64_t num_qo_heads;
@@ -35,9 +36,9 @@ struct TreeAttentionParams {
   int64_t max_chunks;
   int64_t max_parts;
   int64_t page_table_stride;
-  int64_t q_stride[2];  // token, head; in elements, as all strides
-  int64_t k_stride[3];  // page, token, head
-  int64_t v_stride[3];
+  TokenStride q_stride;  // in elements, as all strides
+  PageStride k_stride;
+  PageStride v_stride;
   int64_t window_left;  // < 0: unlimited
   int32_t group_size;   // num_qo_heads / num_kv_heads
   float soft_cap;       // 0: none

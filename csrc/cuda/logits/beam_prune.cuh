@@ -44,10 +44,7 @@ __global__ void __launch_bounds__(kLogitsThreads, 2)
     chunk.each([&](float x, uint32_t) { sum += ptx::exp2_approx((x - base) * kLog2E); });
     sum = block_sum(sum);
   }
-  if (ptx::thread() == 0) {
-    p.chunk_sums[2 * int64_t{item}] = top;
-    p.chunk_sums[2 * int64_t{item} + 1] = sum;
-  }
+  if (ptx::thread() == 0) p.chunk_sums[item] = {.top = top, .sum = sum};
   chunk.end_pass();
   chunk.apply_mask(row);
   emit_best(chunk, static_cast<int>(p.row_k), p.chunk_keys + item * p.slot_len, static_cast<int>(p.slot_len));
@@ -56,13 +53,13 @@ __global__ void __launch_bounds__(kLogitsThreads, 2)
 // Log-sum-exp of a row from its chunks, NaN when one of them holds a bad logit; the whole warp calls it.
 __device__ inline double row_lse(const BeamPruneParams& p, int64_t row) {
   const int64_t chunks = p.logits.num_chunks;
-  const float* sums = p.chunk_sums + 2 * row * chunks;
+  const BeamPruneChunkSums* sums = p.chunk_sums + row * chunks;  // [chunks]
   float top = -kInf;
-  for (int64_t c = ptx::lane(); c < chunks; c += ptx::kWarpSize) top = fmaxf(top, sums[2 * c]);
+  for (int64_t c = ptx::lane(); c < chunks; c += ptx::kWarpSize) top = fmaxf(top, sums[c].top);
   const float base = base_of(warp_max(top));
   double sum = 0.0;
   for (int64_t c = ptx::lane(); c < chunks; c += ptx::kWarpSize) {
-    sum += static_cast<double>(sums[2 * c + 1] * ptx::exp2_approx((sums[2 * c] - base) * kLog2E));
+    sum += static_cast<double>(sums[c].sum * ptx::exp2_approx((sums[c].top - base) * kLog2E));
   }
   sum = warp_sum(sum);
   if (p.is_logprobs) return sum == sum ? 0.0 : sum;

@@ -10,26 +10,32 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "logits.h"
 #include "../common/runtime.h"
+#include "logits.h"
 
 namespace treedecode::cuda {
 
+// Of a chunk of a row.
+struct BeamPruneChunkSums {
+  float top;  // the maximum
+  float sum;  // of exp(x - top)
+};
+
 struct BeamPruneParams {
   LogitsParams logits;
-  const float* cum_logprobs;    // [rows]
-  const int32_t* group_indptr;  // [num_groups + 1]
-  float* scores;                // [num_groups, k] out
-  int32_t* parent;              // [num_groups, k] out
-  int32_t* token;               // [num_groups, k] out
-  float* lse;                   // [rows] out
-  float* chunk_sums;            // [rows, num_chunks, 2] scratch: maximum, sum of exp(x - maximum)
-  uint64_t* chunk_keys;         // [rows, num_chunks, slot_len] scratch: (logit, token) keys of each chunk's best
-  uint64_t* row_keys;           // [rows, row_k] scratch: (score, rank in the group) keys
-  int32_t* row_tokens;          // [rows, row_k] scratch
-  uint64_t* row_sort;           // [rows, row_sort_len] scratch
-  uint64_t* group_sort;         // [num_groups, group_sort_len] scratch
-  int32_t* tickets;             // [num_groups] scratch: rows that are merged
+  const float* cum_logprobs;       // [rows]
+  const int32_t* group_indptr;     // [num_groups + 1]
+  float* scores;                   // [num_groups, k] out
+  int32_t* parent;                 // [num_groups, k] out
+  int32_t* token;                  // [num_groups, k] out
+  float* lse;                      // [rows] out
+  BeamPruneChunkSums* chunk_sums;  // [rows, num_chunks] scratch
+  uint64_t* chunk_keys;            // [rows, num_chunks, slot_len] scratch: (logit, token) keys of each chunk's best
+  uint64_t* row_keys;              // [rows, row_k] scratch: (score, rank in the group) keys
+  int32_t* row_tokens;             // [rows, row_k] scratch
+  uint64_t* row_sort;              // [rows, row_sort_len] scratch
+  uint64_t* group_sort;            // [num_groups, group_sort_len] scratch
+  int32_t* tickets;                // [num_groups] scratch: rows that are merged
   int64_t num_groups;
   int64_t k;
   int64_t row_k;  // min(k, vocab): more no row can give

@@ -37,13 +37,7 @@ __global__ void __launch_bounds__(kLogitsThreads, 2) _sample_scan_kernel(const _
     mass = block_sum(mass);
     chunk.end_pass();
   }
-  if (ptx::thread() == 0) {
-    float* sums = p.chunk_sums + 4 * int64_t{item};
-    sums[0] = top;
-    sums[1] = sum;
-    sums[2] = log_sum;
-    sums[3] = mass;
-  }
+  if (ptx::thread() == 0) p.chunk_sums[item] = {.top = top, .sum = sum, .log_sum = log_sum, .mass = mass};
   uint64_t* slot = p.chunk_keys + int64_t{item} * kSampleSlot;
   if (s.greedy()) {
     uint64_t best = 0;
@@ -63,15 +57,15 @@ __global__ void __launch_bounds__(kLogitsThreads, 2) _sample_scan_kernel(const _
 
 template <typename T>
 __device__ __forceinline__ int64_t draw_unfiltered(const SampleParams& p, const Row<T>& row, const SampleSettings& s,
-                                                   const RowSums& sums, const float* chunk_sums) {
+                                                   const RowSums& sums, const SampleChunkSums* chunk_sums) {
   const float scale = s.scale();
   const double target = s.uniform * sums.mass;
   double cum = 0, before = 0;
   uint32_t chosen = 0;
   for (uint32_t c = 0; c < p.logits.num_chunks; ++c) {
-    const float top = chunk_sums[4 * c];
+    const float top = chunk_sums[c].top;
     if (top == -kInf) continue;
-    const double held = static_cast<double>(ptx::exp2_approx((top - sums.top) * scale)) * chunk_sums[4 * c + 3];
+    const double held = static_cast<double>(ptx::exp2_approx((top - sums.top) * scale)) * chunk_sums[c].mass;
     if (!(held > 0)) continue;
     chosen = c;
     before = cum;
@@ -142,7 +136,7 @@ __global__ void __launch_bounds__(kLogitsThreads, 2) _sample_draw_kernel(const _
   } else if (s.filters()) {
     token = draw_filtered(p, row, row_index, s, sums);
   } else {
-    token = draw_unfiltered(p, row, s, sums, p.chunk_sums + 4 * row_index * p.logits.num_chunks);
+    token = draw_unfiltered(p, row, s, sums, p.chunk_sums + row_index * p.logits.num_chunks);
   }
   if (ptx::thread() == 0) {
     const double log_sum = log(sums.sum);

@@ -18,7 +18,8 @@ __device__ inline float least_by_min_p(const SampleSettings& s, float top) {
 __device__ __forceinline__ int64_t draw_from_best(const SampleSettings& s, const RowSums& row, uint64_t* keys, int n,
                                                   int complete, bool whole) {
   TD_SHARED(double, before, kSharedKeys);  // weight of the better tokens
-  TD_SHARED(int, cut, 2);
+  TD_SHARED(int, num_kept, 1);
+  TD_SHARED(int, drawn, 1);  // rank in token order
   const float scale = s.scale(), least = least_by_min_p(s, row.top);
   const int each = (n + kLogitsThreads - 1) / kLogitsThreads;
   const int begin = ptx::thread() * each, end = begin + each < n ? begin + each : n;
@@ -36,8 +37,8 @@ __device__ __forceinline__ int64_t draw_from_best(const SampleSettings& s, const
     return scan.total;
   };
   if (ptx::thread() == 0) {  // sum_up's barriers lie before the first use of either
-    cut[0] = n;
-    cut[1] = 0;
+    num_kept[0] = n;
+    drawn[0] = 0;
   }
   const double total = sum_up([&](int i) { return key_value(keys[i]); });
   const auto up_to = [&](int i) { return i < n ? before[i] : total; };
@@ -48,9 +49,9 @@ __device__ __forceinline__ int64_t draw_from_best(const SampleSettings& s, const
   for (int i = end - 1; i >= begin; --i) {
     if (i > 0 && i < complete && (beyond(i) || key_value(keys[i]) < least)) mine = i;
   }
-  if (mine < n) ptx::atomic_min(&cut[0], mine);
+  if (mine < n) ptx::atomic_min(num_kept, mine);
   ptx::sync_threads();
-  int kept = cut[0];
+  int kept = num_kept[0];
   if (kept == n && !whole) {
     if (!beyond(complete)) return -1;
     kept = complete;
@@ -63,10 +64,10 @@ __device__ __forceinline__ int64_t draw_from_best(const SampleSettings& s, const
   const double bound = s.uniform * sum_up(value_of);
   for (int i = begin; i < end; ++i) {
     // The last token with a weight that begins at or below the bound.
-    if (i < kept && before[i] <= bound && weight(value_of(i)) > 0) ptx::atomic_max(&cut[1], i);
+    if (i < kept && before[i] <= bound && weight(value_of(i)) > 0) ptx::atomic_max(drawn, i);
   }
   ptx::sync_threads();
-  return 0xffffffff - static_cast<int64_t>(keys[cut[1]] >> 32);
+  return 0xffffffff - static_cast<int64_t>(keys[drawn[0]] >> 32);
 }
 
 // The search of a whole row, which the cache holds.

@@ -13,12 +13,12 @@ struct SampleSettings {
   double uniform;
 
   __device__ SampleSettings(const SampleParams& p, int64_t row)
-      : temperature(p.temperature[row * p.strides[0]]),
-        top_p(p.top_p[row * p.strides[2]]),
-        min_p(p.min_p[row * p.strides[3]]),
-        top_k(p.top_k[row * p.strides[1]]),
-        uniform(treedecode::uniform(static_cast<uint64_t>(p.seeds[row * p.strides[4]]),
-                                    static_cast<uint64_t>(p.positions[row * p.strides[5]]))) {
+      : temperature(p.temperature[row * p.strides.temperature]),
+        top_p(p.top_p[row * p.strides.top_p]),
+        min_p(p.min_p[row * p.strides.min_p]),
+        top_k(p.top_k[row * p.strides.top_k]),
+        uniform(treedecode::uniform(static_cast<uint64_t>(p.seeds[row * p.strides.seed]),
+                                    static_cast<uint64_t>(p.positions[row * p.strides.position]))) {
     if (top_k >= p.logits.vocab) top_k = 0;
   }
   __device__ bool valid() const {
@@ -38,17 +38,17 @@ struct RowSums {
 
 // The same in all lanes of the warp that calls it.
 __device__ inline RowSums row_sums(const SampleParams& p, int64_t row, float scale) {
-  const float* sums = p.chunk_sums + 4 * row * p.logits.num_chunks;  // [num_chunks, 4]
+  const SampleChunkSums* chunks = p.chunk_sums + row * p.logits.num_chunks;  // [num_chunks]
   RowSums out{-kInf, 0, 0, 0};
-  for (uint32_t c = ptx::lane(); c < p.logits.num_chunks; c += ptx::kWarpSize) out.top = fmaxf(out.top, sums[4 * c]);
+  for (uint32_t c = ptx::lane(); c < p.logits.num_chunks; c += ptx::kWarpSize) out.top = fmaxf(out.top, chunks[c].top);
   out.top = warp_max(out.top);
   for (uint32_t c = ptx::lane(); c < p.logits.num_chunks; c += ptx::kWarpSize) {
-    const float down = sums[4 * c] == -kInf ? 0.0f : sums[4 * c] - out.top;
-    const double factor = ptx::exp2_approx(down * kLog2E), sum = sums[4 * c + 1];
+    const float down = chunks[c].top == -kInf ? 0.0f : chunks[c].top - out.top;
+    const double factor = ptx::exp2_approx(down * kLog2E), sum = chunks[c].sum;
     out.sum += factor * sum;
     // A chunk so far down that its factor is 0 may be infinitely far down.
-    if (factor > 0 || factor != factor) out.log_sum += factor * (sums[4 * c + 2] * kLn2 + sum * down);
-    out.mass += static_cast<double>(ptx::exp2_approx(down * scale)) * sums[4 * c + 3];
+    if (factor > 0 || factor != factor) out.log_sum += factor * (chunks[c].log_sum * kLn2 + sum * down);
+    out.mass += static_cast<double>(ptx::exp2_approx(down * scale)) * chunks[c].mass;
   }
   out.sum = warp_sum(out.sum);
   out.log_sum = warp_sum(out.log_sum);

@@ -40,6 +40,13 @@ __device__ __forceinline__ T block_sum(T value) {
   return block_reduce(value, [](T a, T b) { return a + b; });
 }
 
+// The digit that the k-th largest key has.
+struct ChosenDigit {
+  int digit;
+  int num_above;  // keys with a larger one
+  int count;      // keys with this one
+};
+
 // The k-th largest key, equal ones counted: at least k keys reach it, and exactly k where all differ. each(visit)
 // visits a thread's own keys, the same ones each time; the block has at least k of them, k > 0.
 template <typename Key, typename Each>
@@ -47,7 +54,7 @@ __device__ __forceinline__ Key kth_largest(const Each& each, int k) {
   constexpr int kBits = 8 * sizeof(Key), kDigits = 256;
   static_assert(kDigits == kLogitsThreads);
   TD_SHARED(uint32_t, histogram, kDigits);
-  TD_SHARED(int, chosen, 3);  // digit, keys above it, keys of it
+  TD_SHARED(ChosenDigit, chosen, 1);
   Key some = 0, all = static_cast<Key>(~Key{0});
   each([&](Key key) {
     some |= key;
@@ -72,14 +79,12 @@ __device__ __forceinline__ Key kth_largest(const Each& each, int k) {
     const int count = static_cast<int>(histogram[digit]);
     const BlockScan<int> above = block_scan(count);
     if (above.before < k && k <= above.before + count) {
-      chosen[0] = digit;
-      chosen[1] = above.before;
-      chosen[2] = count;
+      chosen[0] = {.digit = digit, .num_above = above.before, .count = count};
     }
     ptx::sync_threads();
-    prefix |= static_cast<Key>(chosen[0]) << shift;
-    k -= chosen[1];
-    if (k == chosen[2]) break;  // all of them
+    prefix |= static_cast<Key>(chosen[0].digit) << shift;
+    k -= chosen[0].num_above;
+    if (k == chosen[0].count) break;  // all of them
   }
   return prefix;
 }

@@ -12,8 +12,10 @@ cudaError_t append_kv(const AppendKvParams& p, cudaStream_t stream) {
   for (const void* address : {p.k, p.v, static_cast<const void*>(p.k_pages), static_cast<const void*>(p.v_pages)}) {
     bits |= reinterpret_cast<uintptr_t>(address);
   }
-  for (int i = 0; i < 2; ++i) bits |= static_cast<uint64_t>(p.k_stride[i] | p.v_stride[i]);
-  for (int i = 0; i < 3; ++i) bits |= static_cast<uint64_t>(p.k_page_stride[i] | p.v_page_stride[i]);
+  for (const TokenStride& s : {p.k_stride, p.v_stride}) bits |= static_cast<uint64_t>(s.token | s.head);
+  for (const PageStride& s : {p.k_page_stride, p.v_page_stride}) {
+    bits |= static_cast<uint64_t>(s.page | s.token | s.head);
+  }
   return with_word_size(bits, [&](auto bytes) {
     const int64_t words = p.num_kv_heads * p.head_bytes / bytes;
     const int64_t tokens_per_block = std::clamp<int64_t>(kAppendKvThreads / words, 1, p.num_tokens);

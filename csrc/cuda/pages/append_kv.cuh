@@ -1,7 +1,7 @@
 #pragma once
 
-#include "append_kv.h"
 #include "../common/vector.cuh"
+#include "append_kv.h"
 
 namespace treedecode::cuda {
 
@@ -32,10 +32,12 @@ __global__ void __launch_bounds__(kAppendKvThreads)
       using Target = std::conditional_t<std::is_const_v<Char>, const W, W>;
       return reinterpret_cast<Target*>(static_cast<Char*>(base) + bytes);
     };
-    const W k = *at(p.k, token * p.k_stride[0] + head * p.k_stride[1] + begin);
-    const W v = *at(p.v, token * p.v_stride[0] + head * p.v_stride[1] + begin);
-    *at(p.k_pages, page * p.k_page_stride[0] + offset * p.k_page_stride[1] + head * p.k_page_stride[2] + begin) = k;
-    *at(p.v_pages, page * p.v_page_stride[0] + offset * p.v_page_stride[1] + head * p.v_page_stride[2] + begin) = v;
+    const W k = *at(p.k, token * p.k_stride.token + head * p.k_stride.head + begin);
+    const W v = *at(p.v, token * p.v_stride.token + head * p.v_stride.head + begin);
+    *at(p.k_pages, page * p.k_page_stride.page + offset * p.k_page_stride.token + head * p.k_page_stride.head + begin) =
+        k;
+    *at(p.v_pages, page * p.v_page_stride.page + offset * p.v_page_stride.token + head * p.v_page_stride.head + begin) =
+        v;
   }
 }
 

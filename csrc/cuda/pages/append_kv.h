@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../../cpu/strides.h"
 #include "../common/runtime.h"
 
 namespace treedecode::cuda {
@@ -18,10 +19,10 @@ struct AppendKvParams {
   int64_t num_kv_heads;
   int64_t head_bytes;  // head_dim * element size
   int64_t page_size;
-  int64_t k_stride[2];  // token, head; in bytes, as all strides
-  int64_t v_stride[2];
-  int64_t k_page_stride[3];  // page, token, head
-  int64_t v_page_stride[3];
+  TokenStride k_stride;  // in bytes, as all strides
+  TokenStride v_stride;
+  PageStride k_page_stride;
+  PageStride v_page_stride;
 };
 
 cudaError_t append_kv(const AppendKvParams& p, cudaStream_t stream);

@@ -1,7 +1,7 @@
 #pragma once
 
-#include "copy_pages.h"
 #include "../common/vector.cuh"
+#include "copy_pages.h"
 
 namespace treedecode::cuda {
 
@@ -20,9 +20,9 @@ __global__ void __launch_bounds__(kCopyPagesThreads) _copy_pages_kernel(const __
     const int64_t num_tokens = p.num_tokens ? p.num_tokens[i] : p.page_size;
     if (dst < 0 || dst >= p.num_pages || src < 0 || src >= p.num_pages) continue;
     if (num_tokens < 0 || num_tokens > p.page_size) continue;
-    char* base = p.kv + plane / 2 * p.stride_bytes[0] + plane % 2 * p.stride_bytes[1];
-    const W* from = reinterpret_cast<const W*>(base + src * p.stride_bytes[2]);
-    W* to = reinterpret_cast<W*>(base + dst * p.stride_bytes[2]);
+    char* base = p.kv + plane / 2 * p.stride_bytes.layer + plane % 2 * p.stride_bytes.kv;
+    const W* from = reinterpret_cast<const W*>(base + src * p.stride_bytes.page);
+    W* to = reinterpret_cast<W*>(base + dst * p.stride_bytes.page);
     const auto words_per_head = static_cast<uint32_t>(num_tokens * p.token_bytes / kBytes);
     const auto gap = static_cast<uint32_t>(p.head_bytes / kBytes) - words_per_head;
     const uint32_t num_words = words_per_head * static_cast<uint32_t>(p.num_kv_heads);

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../../cpu/strides.h"
 #include "../common/runtime.h"
 
 namespace treedecode::cuda {
@@ -18,9 +19,9 @@ struct CopyPagesParams {
   int64_t page_size;
   int64_t num_planes;  // num_layers * 2
   int64_t num_kv_heads;
-  int64_t head_bytes;       // page_size * head_dim * element size
-  int64_t token_bytes;      // head_dim * element size
-  int64_t stride_bytes[3];  // layer, k/v, page
+  int64_t head_bytes;   // page_size * head_dim * element size
+  int64_t token_bytes;  // head_dim * element size
+  CacheStride stride_bytes;
 };
 
 cudaError_t copy_pages(const CopyPagesParams& p, cudaStream_t stream);

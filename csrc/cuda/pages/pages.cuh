@@ -19,12 +19,12 @@ __device__ __forceinline__ int64_t max_len(const PageState& s) {
   return len < INT32_MAX ? len : INT32_MAX;
 }
 __device__ __forceinline__ bool is_len(const PageState& s, int32_t len) { return len >= 0 && len <= max_len(s); }
-__device__ __forceinline__ bool has_error(const PageState& s) { return s.status[kError] != kOk; }
+__device__ __forceinline__ bool has_error(const PageState& s) { return s.status->error != kOk; }
 __device__ __forceinline__ bool bad_num_free(const PageState& s) {
-  return s.status[kNumFree] < 0 || s.status[kNumFree] > s.num_pages;
+  return s.status->num_free < 0 || s.status->num_free > s.num_pages;
 }
 __device__ __forceinline__ void refuse(const PageState& s) {
-  if (ptx::thread() == 0) s.status[kError] = kBadArgument;
+  if (ptx::thread() == 0) s.status->error = kBadArgument;
 }
 
 // 32-bit arithmetic: lengths are int32 in the state, and page_size is at most 2^31 - 1.
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kMaxPageThreads, 1) _fork_branches_kernel(cons
   const PageState& s = p.state;
   if (has_error(s)) return;
   const int n = static_cast<int>(p.n), num_warps = ptx::num_threads() / ptx::kWarpSize;
-  const int32_t num_free = s.status[kNumFree];
+  const int32_t num_free = s.status->num_free;
   bool bad = bad_num_free(s);
   for (int i = ptx::thread(); i < n; i += ptx::num_threads()) {
     if (is_row(s, p.src[i]) && is_row(s, p.dst[i])) p.row_marks[p.dst[i]] = 0;
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kMaxPageThreads, 1) _fork_branches_kernel(cons
     for (int j = ptx::lane(); j < f.num_new; j += ptx::kWarpSize) f.old[j] = f.next[j];
     if (ptx::lane() == 0) s.seq_lens[p.dst[i]] = p.new_lens[i];
   }
-  if (ptx::thread() == 0) s.status[kNumFree] = num_free + all_freed;
+  if (ptx::thread() == 0) s.status->num_free = num_free + all_freed;
 }
 
 namespace pages {
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kMaxPageThreads, 1) _append_slots_kernel(const
     refuse(s);
     no_slots(p);
   };
-  const int32_t num_free = s.status[kNumFree];
+  const int32_t num_free = s.status->num_free;
   bool bad = bad_num_free(s);
   for (int i = ptx::thread(); i < n; i += ptx::num_threads()) {
     if (is_row(s, p.rows[i])) p.row_marks[p.rows[i]] = 0;
@@ -239,8 +239,8 @@ __global__ void __launch_bounds__(kMaxPageThreads, 1) _append_slots_kernel(const
   if (num_slots > p.num_slots) return refuse_all();
   if (num_needed > num_free) {
     if (ptx::thread() == 0) {
-      s.status[kError] = kOutOfPages;
-      s.status[kNumNeeded] = static_cast<int32_t>(num_needed < INT32_MAX ? num_needed : INT32_MAX);
+      s.status->error = kOutOfPages;
+      s.status->num_needed = static_cast<int32_t>(num_needed < INT32_MAX ? num_needed : INT32_MAX);
     }
     return no_slots(p);
   }
@@ -280,8 +280,8 @@ __global__ void __launch_bounds__(kMaxPageThreads, 1) _append_slots_kernel(const
   if (ptx::thread() != 0) return;
   *p.num_copies = num_copies;
   const auto left = static_cast<int32_t>(num_free - num_needed), used = static_cast<int32_t>(s.num_pages) - left;
-  s.status[kNumFree] = left;
-  if (used > s.status[kPeakUsed]) s.status[kPeakUsed] = used;
+  s.status->num_free = left;
+  if (used > s.status->peak_used) s.status->peak_used = used;
 }
 
 __global__ void __launch_bounds__(kMaxPageThreads, 1) _hold_pages_kernel(const __grid_constant__ HoldParams p) {
@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(kMaxPageThreads, 1) _hold_pages_kernel(const _
   const PageState& s = p.state;
   if (has_error(s)) return;
   const int n = static_cast<int>(p.n);
-  const int32_t num_free = s.status[kNumFree];
+  const int32_t num_free = s.status->num_free;
   bool bad = bad_num_free(s);
   for (int i = ptx::thread(); i < n; i += ptx::num_threads()) {
     const int32_t page = p.pages[i];
@@ -327,7 +327,7 @@ __global__ void __launch_bounds__(kMaxPageThreads, 1) _hold_pages_kernel(const _
     if (freed && place < s.num_pages) s.free_pages[place] = p.pages[i];
     all_freed += scan.total;
   }
-  if (ptx::thread() == 0) s.status[kNumFree] = num_free + all_freed;
+  if (ptx::thread() == 0) s.status->num_free = num_free + all_freed;
 }
 
 __global__ void __launch_bounds__(kMaxPageThreads, 1) _adopt_pages_kernel(const __grid_constant__ AdoptParams p) {

@@ -7,19 +7,17 @@
 
 #include <cstdint>
 
+#include "../../cpu/page_status.h"
 #include "../common/runtime.h"
 
 namespace treedecode::cuda {
-
-enum PagesStatus : int { kError = 0, kNumFree = 1, kNumNeeded = 2, kPeakUsed = 3, kStatusSize = 4 };
-enum PagesError : int32_t { kOk = 0, kOutOfPages = 1, kBadArgument = 2 };
 
 struct PageState {
   int32_t* refcount;    // [num_pages] references from page-table rows and from holders
   int32_t* free_pages;  // [num_pages] stack of free page ids; entries from num_free on are undefined
   int32_t* page_table;  // [max_branches, max_pages] entries from ceil(seq_len / page_size) on are undefined
   int32_t* seq_lens;    // [max_branches]
-  int32_t* status;      // [4] error (sticky), num_free, pages the refused op needed, most pages ever used at once
+  PageStatus* status;   // [1]
   int64_t num_pages;
   int64_t max_branches;
   int64_t max_pages;

@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <limits>
 
+#include "../common/scans.cuh"
 #include "compare_pages.cuh"
 #include "minima.cuh"
-#include "../common/scans.cuh"
 
 namespace treedecode::cuda {
 
@@ -215,16 +215,17 @@ class TreePlanner {
   }
 
   __device__ void cut() {
-    int64_t sums[2] = {};  // cost, tokens
+    enum { kCost, kTokens, kNum };
+    int64_t sums[kNum] = {};
     for_each(num_nodes_, [&](int node) {
       const int64_t tokens = own_tokens(node);
       if (tokens == 0) return;
-      sums[0] += num_tiles(node) * tokens;
-      sums[1] += tokens;
+      sums[kCost] += num_tiles(node) * tokens;
+      sums[kTokens] += tokens;
     });
     const int64_t* totals = block_scans(sums);
-    target_ = std::max(int64_t{1}, ceil_quotient(totals[0], cpu::kTilesPerWorker * p_.workers));
-    if (ptx::thread() == 0) p_.counts[2] = static_cast<int32_t>(totals[1]);
+    target_ = std::max(int64_t{1}, ceil_quotient(totals[kCost], cpu::kTilesPerWorker * p_.workers));
+    if (ptx::thread() == 0) p_.counts->unique_tokens = static_cast<int32_t>(totals[kTokens]);
     for_each(num_nodes_, [&](int node) {
       const int64_t tokens = own_tokens(node);
       if (tokens == 0) return;
@@ -283,41 +284,43 @@ class TreePlanner {
     }
     fits_ = totals[kNum] <= std::numeric_limits<int32_t>::max();
     if (ptx::thread() != 0) return;
-    p_.counts[0] = static_cast<int32_t>(done);
-    p_.counts[4] = static_cast<int32_t>(p_.page_size);
-    p_.counts[5] = static_cast<int32_t>(totals[kNum]);
+    p_.counts->num_chunks = static_cast<int32_t>(done);
+    p_.counts->page_size = static_cast<int32_t>(p_.page_size);
+    p_.counts->num_tiles = static_cast<int32_t>(totals[kNum]);
   }
 
   __device__ void write_node(int node, int64_t chunk, int64_t tile) const {
     const int64_t begin = token_begin(node), end = token_end_[node], tiles = num_tiles(node);
     int part = parts_before(node);
     for (int64_t at = begin; at < end; at += step_[node], ++chunk, tile += tiles) {
-      int32_t* out = p_.chunks + cpu::kChunkColumns * chunk;
-      out[0] = first_row(node);
-      out[1] = last_row(node);
-      out[2] = static_cast<int32_t>(at);
-      out[3] = static_cast<int32_t>(std::min(at + step_[node], end));
-      out[4] = part++;
-      out[5] = static_cast<int32_t>(tile);
+      p_.chunks[chunk] = {
+          .row_begin = first_row(node),
+          .row_end = last_row(node),
+          .token_begin = static_cast<int32_t>(at),
+          .token_end = static_cast<int32_t>(std::min(at + step_[node], end)),
+          .part = part++,
+          .tile_begin = static_cast<int32_t>(tile),
+      };
     }
   }
 
   __device__ void write_rows() {
     constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
     const Range mine = my_range(num_rows_);
-    int64_t sums[3] = {};  // query tokens, parts, tokens of paths
+    enum { kQueries, kParts, kPathTokens, kNum };
+    int64_t sums[kNum] = {};
     const auto parts_of = [&](int row) -> int64_t {
       const int leaf = 2 * row + 1;
       if (num_queries(leaf) == 0) return 0;
       return static_cast<int64_t>(q_len_of(p_, row)) * (parts_before(leaf) + num_chunks(leaf));
     };
     for (int row = mine.begin; row < mine.end; ++row) {
-      sums[0] += q_len_of(p_, row);
-      sums[1] += parts_of(row);
-      if (q_len_of(p_, row) > 0) sums[2] += seq_len_of(p_, row);
+      sums[kQueries] += q_len_of(p_, row);
+      sums[kParts] += parts_of(row);
+      if (q_len_of(p_, row) > 0) sums[kPathTokens] += seq_len_of(p_, row);
     }
     const int64_t* totals = block_scans(sums);
-    int64_t query = sums[0], part = sums[1];
+    int64_t query = sums[kQueries], part = sums[kParts];
     for (int row = mine.begin; row < mine.end; ++row) {
       p_.q_indptr[row] = static_cast<int32_t>(query);
       p_.part_indptr[row] = static_cast<int32_t>(part);
@@ -325,10 +328,12 @@ class TreePlanner {
       part += parts_of(row);
     }
     if (ptx::thread() != 0) return;
-    p_.q_indptr[num_rows_] = static_cast<int32_t>(totals[0]);
-    p_.part_indptr[num_rows_] = p_.counts[1] = static_cast<int32_t>(totals[1]);
-    p_.counts[3] = static_cast<int32_t>(totals[2]);
-    if (!fits_ || totals[0] > kMax || totals[1] > kMax || totals[2] > kMax) p_.counts[0] = -1;
+    p_.q_indptr[num_rows_] = static_cast<int32_t>(totals[kQueries]);
+    p_.part_indptr[num_rows_] = p_.counts->num_parts = static_cast<int32_t>(totals[kParts]);
+    p_.counts->path_tokens = static_cast<int32_t>(totals[kPathTokens]);
+    if (!fits_ || totals[kQueries] > kMax || totals[kParts] > kMax || totals[kPathTokens] > kMax) {
+      p_.counts->num_chunks = -1;
+    }
   }
 
   const PlanTreeParams& p_;

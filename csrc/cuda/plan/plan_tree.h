@@ -14,8 +14,8 @@ struct PlanTreeParams {
   const int32_t* q_lens;      // [num_rows], or null: 1 each
   int32_t* q_indptr;          // [num_rows + 1]
   int32_t* part_indptr;       // [num_rows + 1]
-  int32_t* chunks;            // [max_chunks, 6] row_begin, row_end, token_begin, token_end, part, tiles before
-  int32_t* counts;            // [6] num_chunks, num_parts, unique_tokens, path_tokens, page_size, num_tiles
+  cpu::FlatChunk* chunks;     // [max_chunks]
+  cpu::PlanCounts* counts;    // [1]
   int32_t* scratch;           // [plan_scratch(num_rows, max_pages)]
   int64_t num_rows;
   int64_t max_pages;
@@ -40,7 +40,7 @@ inline int64_t plan_scratch(int64_t num_rows, int64_t max_pages) {
   return num_rows * num_page_segments(max_pages) + (num_rows > kSharedRows ? tree_words(num_rows) : 0);
 }
 
-// Lengths that the CPU op refuses are clamped to what it takes. Where counts do not fit an int32, counts[0] is -1.
+// Lengths that the CPU op refuses are clamped to what it takes. Where counts do not fit an int32, num_chunks is -1.
 cudaError_t plan_tree(const PlanTreeParams& p, cudaStream_t stream);
 
 }  // namespace treedecode::cuda

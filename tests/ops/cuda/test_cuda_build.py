@@ -71,7 +71,7 @@ def test_wide_accesses(op):
 
 @cuda_library.needs_library
 def test_attention_uses_tensor_cores_and_asynchronous_copies():
-    found = cuda_library.mnemonics("attention_mma")
+    found = cuda_library.mnemonics("mma_")
     assert len(found) == sum("_tree_attention_mma_kernel" in kernel for kernel in BUDGET) * len(archs())
     for (kernel, _), opcodes in found.items():
         assert ("HMMA.16816.F32.BF16" if "bf16" in kernel else "HMMA.16816.F32") in opcodes, kernel

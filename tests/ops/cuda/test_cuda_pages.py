@@ -14,8 +14,8 @@ from support.page_cases import STATE_FIELDS, make_pool
 from support.tensors import int32
 
 from treedecode import ops, reference
+from treedecode.ops.pages import BAD_ARGUMENT, OK, OUT_OF_PAGES, STATUS_ERROR, STATUS_NUM_FREE
 
-OK, OUT_OF_PAGES, BAD_ARGUMENT = ops.pages.OK, ops.pages.OUT_OF_PAGES, ops.pages.BAD_ARGUMENT
 seeds = st.one_of(st.sampled_from([0, 1]), st.integers(2, 1000))
 
 
@@ -65,22 +65,22 @@ class Pair:
             cpu_slots, cuda_slots = torch.full((2, num_slots), -77).unbind()
             cpu_args += [self.cpu_kv, cpu_slots]
             cuda_args += [self.cuda_kv, cuda_slots.clone()]
-        before = [getattr(self.cuda, name).clone() for name in STATE_FIELDS]
+        before = {name: getattr(self.cuda, name).clone() for name in STATE_FIELDS}
         kv_before = self.cuda_kv.clone()
         run(op, *cuda_args, *args, **options)
         try:
             getattr(ops, op)(*cpu_args, *args)
         except ValueError:
-            assert self.cuda.status[0] == (before[4][0] or BAD_ARGUMENT)
-            self.cuda.status[0] = before[4][0]
-            assert all(torch.equal(getattr(self.cuda, n), old) for n, old in zip(STATE_FIELDS, before, strict=True))
+            assert self.cuda.status[STATUS_ERROR] == (before["status"][STATUS_ERROR] or BAD_ARGUMENT)
+            self.cuda.status[STATUS_ERROR] = before["status"][STATUS_ERROR]
+            assert all(torch.equal(getattr(self.cuda, name), old) for name, old in before.items())
             assert torch.equal(self.cuda_kv, kv_before)
             assert op != "append_slots" or (cuda_args[2] == -1).all()
             return False
         for name in names:
             got, want = getattr(self.cuda, name), getattr(self.cpu, name)
             if name == "free_pages":
-                got, want = got[: self.cpu.status[1]], want[: self.cpu.status[1]]
+                got, want = got[: self.cpu.status[STATUS_NUM_FREE]], want[: self.cpu.status[STATUS_NUM_FREE]]
             assert torch.equal(got, want), f"{name} after {op}: {got} instead of {want}"
         assert torch.equal(self.cuda_kv, self.cpu_kv)
         if op == "append_slots":
@@ -88,7 +88,7 @@ class Pair:
         return True
 
     def reset(self):
-        self.cpu.status[0] = self.cuda.status[0] = OK
+        self.cpu.status[STATUS_ERROR] = self.cuda.status[STATUS_ERROR] = OK
 
 
 @st.composite
@@ -106,7 +106,7 @@ def walks(draw):
         slots = torch.empty(int(q_lens.sum()), dtype=torch.int64)
         ops.append_slots(pair.cpu, pair.cpu_kv, slots, rows, q_lens)
         ops.fork_branches(pair.cpu, int32(*rng.integers(0, num_rows, n)), rows)
-        pair.cpu.status[0] = OK
+        pair.cpu.status[STATUS_ERROR] = OK
     used = torch.nonzero(pair.cpu.refcount).flatten().int()
     held = used[torch.from_numpy(rng.permutation(len(used))[: rng.integers(0, 4)])]
     ops.hold_pages(pair.cpu, held)
@@ -137,10 +137,10 @@ def test_valid_calls_match_the_cpu(run, walk, seed, data):
             used = torch.nonzero(pair.cpu.refcount).flatten().tolist()
             pages = int32(*rng.choice(used, 3)) if used else int32()
             assert pair.call("hold_pages", pages, True, seed=seed, run=run)
-            held = torch.cat([held, pages]) if not pair.cpu.status[0] else held
+            held = torch.cat([held, pages]) if not pair.cpu.status[STATUS_ERROR] else held
         elif kind == "drop":
             assert pair.call("hold_pages", held, False, seed=seed, run=run)
-            held = held if pair.cpu.status[0] else int32()
+            held = held if pair.cpu.status[STATUS_ERROR] else int32()
         else:
             empty = torch.nonzero(pair.cpu.seq_lens == 0).flatten().tolist()
             if empty and len(held):
@@ -195,7 +195,7 @@ def test_more_rows_than_threads(run, seed):
     assert pair.call("hold_pages", pages, True, seed=seed, run=run)
     assert pair.call("fork_branches", rows, rows, torch.zeros_like(rows), seed=seed, run=run)
     assert pair.call("hold_pages", pages.flip(0), False, seed=seed, run=run)
-    assert pair.cpu.status[1] == 3000
+    assert pair.cpu.status[STATUS_NUM_FREE] == 3000
 
 
 def test_default_lengths_and_empty_calls():
@@ -222,7 +222,7 @@ def test_the_error_is_sticky(seed):
     assert pair.cuda.status.tolist() == [OUT_OF_PAGES, 2, 3, 0]
     pair.reset()
     assert not pair.call("append_slots", int32(0, 0), int32(1, 1), seed=seed)
-    pair.cuda.status[0] = BAD_ARGUMENT
+    pair.cuda.status[STATUS_ERROR] = BAD_ARGUMENT
     slots = torch.zeros(1, dtype=torch.int64)
     page_kernels.append_slots(pair.cuda, pair.cuda_kv, slots, int32(0), seed=seed)
     assert slots.tolist() == [-1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import cuda_library
+from support import cuda_library, plan_cases
 from support import simt_kernels as simt
 from support.forests import UNUSED, as_tables, forests, tree_rows
 from support.gpu_cases import on_gpu
@@ -49,7 +49,7 @@ def run(*args, **how):
 
 
 def plain(q_indptr, part_indptr, chunks, counts):
-    return [q_indptr.tolist(), part_indptr.tolist(), chunks[: counts[0]].tolist(), counts.tolist()]
+    return plan_cases.plain(ops.TreePlan(q_indptr, part_indptr, chunks, counts))
 
 
 @settings(max_examples=60, deadline=None)
@@ -137,8 +137,8 @@ def test_lengths_that_the_cpu_refuses_are_clamped():
 
 def test_counts_that_do_not_fit_are_marked():
     page_table = torch.arange(3 * (1 << 10), dtype=torch.int32).view(3, -1)
-    *_, counts = run(page_table, torch.full((3,), 1 << 30, dtype=torch.int32), None, 1 << 20, 4, 4, 8)
-    assert counts[0] == -1
+    plan = ops.TreePlan(*run(page_table, torch.full((3,), 1 << 30, dtype=torch.int32), None, 1 << 20, 4, 4, 8))
+    assert plan.num_chunks == -1
 
 
 def test_every_barrier_is_needed():
@@ -189,6 +189,7 @@ def test_on_a_device(forest, heads, num_workers):
         ({"page_size": 0}, ValueError, "page_size: expected a positive number, got 0"),
         ({"num_qo_heads": 3}, ValueError, "num_qo_heads: expected a multiple of num_kv_heads, got 3"),
         ({"num_workers": -1}, ValueError, "num_workers: expected 0 .* or more, got -1"),
+        ({"head_dim": 100}, ValueError, "head_dim: expected a multiple of 8 up to 256, got 100"),
     ],
 )
 def test_bad_arguments(change, error, message):

@@ -13,10 +13,13 @@ def counted(case, num_workers):
     return plan, simt.traffic(lambda: attend(case, plan=plan))
 
 
+def num_queries(plan, chunk):
+    return int(plan.q_indptr[chunk.row_end] - plan.q_indptr[chunk.row_begin])
+
+
 def query_bytes(plan, num_qo_heads, head_dim):
     """A query is read for each chunk on its path."""
-    rows = plan.chunks[: plan.counts[0], :2].long()
-    return (plan.q_indptr[rows[:, 1]] - plan.q_indptr[rows[:, 0]]).sum().item() * num_qo_heads * head_dim * 2
+    return sum(num_queries(plan, chunk) for chunk in plan.named_chunks()) * num_qo_heads * head_dim * 2
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
@@ -44,7 +47,7 @@ def test_each_shared_page_is_read_once_for_each_kv_head(fan_out, pages, num_work
         dtype=torch.bfloat16,
     )  # fmt: skip
     plan, found = counted(case, num_workers)
-    keys_and_values = plan.counts[2].item() * heads[1] * head_dim * 2 * 2
+    keys_and_values = plan.unique_tokens.item() * heads[1] * head_dim * 2 * 2
     assert found["bytes"] == keys_and_values + query_bytes(plan, heads[0], head_dim)
 
 
@@ -53,8 +56,8 @@ def test_a_page_is_read_once_for_128_packed_rows():
         ragged(tree_rows([70], [20, 1]), 16), num_qo_heads=4, num_kv_heads=1, head_dim=64, dtype=torch.bfloat16
     )
     plan, found = counted(case, 4)
-    chunks = plan.chunks[: plan.counts[0]].long()
-    tiles = -(-(plan.q_indptr[chunks[:, 1]] - plan.q_indptr[chunks[:, 0]]) * 4 // 128)
-    assert tiles.max() == 3
-    tokens = ((chunks[:, 3] - chunks[:, 2]) * tiles).sum().item()
+    chunks = plan.named_chunks()
+    tiles = [-(-num_queries(plan, chunk) * 4 // 128) for chunk in chunks]
+    assert max(tiles) == 3
+    tokens = sum((chunk.token_end - chunk.token_begin) * n for chunk, n in zip(chunks, tiles, strict=True))
     assert found["bytes"] == tokens * 64 * 2 * 2 + query_bytes(plan, 4, 64)

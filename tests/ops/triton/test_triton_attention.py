@@ -91,8 +91,8 @@ def test_tiles_of_every_height():
     rows = tree_rows([4], [9, 1])
     forest = ragged([*rows, [500], list(range(600, 605))], 16)
     case = flat(make_case(forest, [1, 12, 8, 1, 2, 70], num_qo_heads=4, num_kv_heads=1, head_dim=16, dtype=FP16), 4)
-    chunks = case.plan.chunks[: case.plan.counts[0]].tolist()
-    packed = [4 * int(case.plan.q_indptr[end] - case.plan.q_indptr[begin]) for begin, end, *_ in chunks]
+    q_indptr, chunks = case.plan.q_indptr.tolist(), case.plan.named_chunks()
+    packed = [4 * (q_indptr[chunk.row_end] - q_indptr[chunk.row_begin]) for chunk in chunks]
     assert {min(128, max(16, triton.next_power_of_2(n))) for n in packed} == {16, 32, 64, 128}
     assert max(packed) > 128  # two tiles
     assert tree_attention.config(16, FP16, "cpu", 256).heights == (16, 32, 64, 128)
@@ -183,7 +183,7 @@ def test_any_plan(forest, heads, num_workers):
     if len(forest[1]):
         workers, max_parts = tree_attention.bounds(num_q, len(forest[1]), plan.chunks.shape[0], group)
         assert workers == max(1, num_workers // heads[1])
-        assert plan.counts[1] <= max_parts
+        assert plan.num_parts <= max_parts
 
 
 def test_plans_of_more_rows_than_a_block():
@@ -214,6 +214,7 @@ BAD = {
         {"page_table": torch.zeros(2, 4)}, {"page_table": int32(2)}, {"page_table": int32(4, 2).t()},
         {"seq_lens": int32(3)}, {"seq_lens": torch.zeros(2).long()}, {"seq_lens": int32(4)[::2]},
         {"q_lens": int32(1)}, {"page_size": 0}, {"num_kv_heads": 0}, {"num_qo_heads": 3}, {"head_dim": 0},
+        {"head_dim": 4}, {"head_dim": 20}, {"head_dim": 264},
     ],
     "tree_attention": [
         {"q": torch.zeros(2, 4)}, {"q": torch.zeros(2, 4, 16).double()}, {"q": torch.zeros(2, 3, 16)},

@@ -10,7 +10,7 @@ from support.tensors import int32
 from support.triton_cases import PageOps, assert_refused_in_the_same_words
 
 from treedecode import ops
-from treedecode.ops.pages import BAD_ARGUMENT, OK, OUT_OF_PAGES
+from treedecode.ops.pages import BAD_ARGUMENT, OK, OUT_OF_PAGES, STATUS_ERROR
 from treedecode.triton_kernels import page_state
 
 I32_MAX = 2**31 - 1
@@ -93,9 +93,9 @@ def test_random_calls(seed, page_size):
     held = []
     for _ in range(12):
         held = random_step(rng, pair, held)
-        if pair.status[0] != OK:
-            assert pair.status[0] == OUT_OF_PAGES
-            pair.cpu.status[0] = pair.device.status[0] = OK
+        if pair.status[STATUS_ERROR] != OK:
+            assert pair.status[STATUS_ERROR] == OUT_OF_PAGES
+            pair.cpu.status[STATUS_ERROR] = pair.device.status[STATUS_ERROR] = OK
 
 
 def test_status_words_are_those_of_the_ops():
@@ -231,7 +231,7 @@ def test_refused_values_change_nothing_but_the_status(name, change, args):
         getattr(ops, name)(pool.state, *args)
     assert_unchanged(pool, before)
     getattr(PageOps, name)(pool.state, *args)
-    before["status"][0] = BAD_ARGUMENT
+    before["status"][STATUS_ERROR] = BAD_ARGUMENT
     assert_unchanged(pool, before)
     assert slots is None or (slots == -1).all()
 
