@@ -28,7 +28,7 @@ def plain(model):
 
 
 def in_threads(*calls):
-    """What the calls return, each in a thread of its own."""
+    """Runs calls, each in a thread of its own, and returns their results."""
     results = [None] * len(calls)
 
     def run(i):

@@ -38,7 +38,7 @@ def decoder():
 
 @pytest.fixture
 def launches(monkeypatch):
-    """How many steps were in flight after each launch."""
+    """Records the number of steps in flight after each launch."""
     seen = []
     launch = ReplayedBatch.launch
     monkeypatch.setattr(ReplayedBatch, "launch", lambda run: (launch(run), seen.append(run.num_in_flight)))

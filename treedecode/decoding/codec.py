@@ -107,7 +107,8 @@ class Codec:
         """Converts a `stop` argument to the strings and tokens that end a branch.
 
         Raises:
-            TypeError, ValueError: it is none.
+            TypeError: it is neither strings nor token ids.
+            ValueError: a string is empty, or there is no tokenizer to find it with; an id is out of range.
         """
         special = self.matcher.special
         return parse_stop(stop, vocab_size=self.vocab_size, has_tokenizer=self.tokenizer is not None, special=special)

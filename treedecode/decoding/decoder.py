@@ -1,8 +1,8 @@
 """Decoder: a model, its pages, and the calls that decode on them."""
 
-import contextlib
 import os
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
@@ -53,7 +53,8 @@ class Decoder:
             model whose forward waits for the device, which capturing forbids.
 
     Raises:
-        TypeError, ValueError: the model is not supported, or an argument is out of range (named).
+        TypeError: the model is neither of Transformers nor an adapter.
+        ValueError: the model is not supported, or an argument is out of range (named).
         MemoryError: there is not as much memory as `kv_memory` and `max_branches` take.
     """
 
@@ -71,9 +72,9 @@ class Decoder:
         prefill_tokens: int = 512,
         cuda_graphs: bool = True,
     ) -> None:
-        sizes = {"page_size": page_size, "max_branches": max_branches, "prefill_tokens": prefill_tokens}
-        for name, value in sizes.items():
-            positive_int(name, value)
+        positive_int("page_size", page_size)
+        positive_int("max_branches", max_branches)
+        positive_int("prefill_tokens", prefill_tokens)
         model = as_adapter(model)
         if model.dtype not in _DTYPES:
             raise ValueError(f"model: expected float32, bfloat16 or float16, got {model.dtype}")
@@ -190,7 +191,8 @@ class Decoder:
             `[len(prompts)][num_branches]` completions.
 
         Raises:
-            TypeError, ValueError: an argument is wrong (named); nothing has been started then.
+            TypeError: an argument has the wrong type (named); nothing has been started then.
+            ValueError: an argument is out of range (named); nothing has been started then.
             OutOfBranches: frontiers hold every branch; those are not waited for, as they may be the caller's own.
             RuntimeError: the decoder is closed, or the call comes from a callback.
         """
@@ -258,7 +260,8 @@ class Decoder:
             `[len(prompts)][num_return_sequences]` completions.
 
         Raises:
-            TypeError, ValueError: an argument is wrong (named); nothing has been started then.
+            TypeError: an argument has the wrong type (named); nothing has been started then.
+            ValueError: an argument is out of range (named); nothing has been started then.
             OutOfBranches: frontiers or other calls hold the branches.
         """
         work = self.beam_search_async(
@@ -297,7 +300,8 @@ class Decoder:
             account: of `engine.meter`, to which all that grows from here is charged; -1 = none.
 
         Raises:
-            TypeError, ValueError: a prompt is wrong (named).
+            TypeError: a prompt is neither a string nor token ids (named).
+            ValueError: a prompt is empty or too long (named).
             OutOfBranches: there are more prompts than free branches.
         """
         ids, sampling = self.prompt_ids(prompts), sampling_or(sampling, Sampling())
@@ -355,15 +359,9 @@ class Decoder:
         """Takes back the branches of frontiers that are garbage, which otherwise happens with the next call."""
         self.engine.store.collect()
 
-    @contextlib.contextmanager
-    def paused(self, timeout: float) -> Iterator[bool]:
-        """Keeps forwards from starting within the block; yields False if one took longer than `timeout` seconds."""
-        is_paused = self.engine.store.lock.acquire(timeout=timeout)
-        try:
-            yield is_paused
-        finally:
-            if is_paused:
-                self.engine.store.lock.release()
+    def paused(self, timeout: float) -> AbstractContextManager[bool]:
+        """Keeps forwards from starting within a `with` block; False there if one took longer than `timeout` seconds."""
+        return self.engine.store.locked(timeout)
 
     def forget(self) -> None:
         """Drops all keys and values, those of prompts seen before included; branches keep their tokens."""

@@ -1,9 +1,10 @@
 """BranchStore: the table of branches, the page pool and the prefix index, kept in step with each other."""
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -218,6 +219,16 @@ class BranchStore:
                 raise AssertionError("BranchStore: rows are allocated that no handle holds")
             if (self.table.job[~held] >= 0).any() or (self.table.work[self.table.job < 0] != Work.NONE).any():
                 raise AssertionError("BranchStore: a row works without a job")
+
+    @contextlib.contextmanager
+    def locked(self, timeout: float) -> Iterator[bool]:
+        """Holds the lock within the block; yields False if it was not free within `timeout` seconds."""
+        is_locked = self.lock.acquire(timeout=timeout)
+        try:
+            yield is_locked
+        finally:
+            if is_locked:
+                self.lock.release()
 
     def lock_open(self) -> threading.RLock:
         """The lock, after what was abandoned has been released.

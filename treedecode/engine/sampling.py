@@ -28,7 +28,8 @@ class Sampling:
         min_new_tokens: no end-of-sequence token, stop token or stop string before this many new tokens.
 
     Raises:
-        TypeError, ValueError: a setting has the wrong type or is out of range.
+        TypeError: a setting has the wrong type.
+        ValueError: a setting is out of range.
     """
 
     temperature: float = 1.0
