@@ -1,4 +1,4 @@
-"""What a first user gets wrong on the command line: a line that names the argument, and nothing half-written."""
+"""Mistakes on the command line: a line names the wrong argument, and nothing is written."""
 
 import http.server
 import json
@@ -33,13 +33,13 @@ GATE = model_path() / "gate.safetensors"
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
-    """A model that is not the one the gate and the value head are of."""
+    """Saves a model, which the gate and the value head of the countdown model do not fit."""
     return str(save_tiny_model(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
-    """Runs a command that has to be refused in an empty folder; what it said, behind "error: "."""
+    """Runs a command in an empty folder that has to refuse it; returns the message behind "error: "."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
@@ -177,7 +177,7 @@ def test_a_study_of_fewer_problems_than_it_times_alone(refused):
 
 
 def with_hub(port, tmp_path, *arguments):
-    """Runs a command, in a process of its own, for which the hub is at a port of this machine; what it said."""
+    """Runs a command in a process for which the hub is at a port of this machine; returns its message."""
     places = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1"}
     environment = {**os.environ, **places, "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0"}
     program = "import sys; from treedecode.cli.main import main; sys.exit(main(sys.argv[1:]))"
@@ -282,7 +282,7 @@ def test_a_line_of_a_journal_that_cannot_be_read(tmp_path, line):
 
 
 def test_ctrl_c_in_the_training_of_a_gate(tmp_path):
-    """In a process of its own, interrupted when the first problem is on the disk; the same command goes on."""
+    """Interrupts a process when its first problem is on the disk; the same command goes on."""
     program = "import sys; from treedecode.cli.main import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", program, "gate", "train", "--num-problems", "300", "--chains", "4"]
     command += ["--max-chains", "2", "--out", str(tmp_path / "out")]

@@ -32,7 +32,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Outer(Base):
-    """What it is,
+    """Sums it up,
     in a line or two.
 
     More of it.
@@ -140,7 +140,7 @@ def test_the_settings_of_the_package_itself():
 
 def test_descriptions_have_all_settings_and_read_back():
     lines = list(describe(Outer))
-    assert lines[0] == "  What it is, in a line or two."
+    assert lines[0] == "  Sums it up, in a line or two."
     assert "    count=3  how many there are." in lines
     assert '    word="Wait, what"  what is said.' in lines
     assert "    share=none" in lines

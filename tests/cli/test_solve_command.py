@@ -36,7 +36,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def solve(model, data, capsys):
-    """Runs the command: exit status, standard output, standard error."""
+    """Runs the command; returns its exit status, standard output and standard error."""
 
     def run(*more, strategy="self_consistency:num_samples=3"):
         arguments = ["solve", "--strategy", strategy, "--budget-per-problem", "tokens=40", "--dtype", "float32"]
@@ -51,7 +51,7 @@ def solve(model, data, capsys):
 
 
 def table(out):
-    """The summary's lines by their first words."""
+    """Returns the lines of a summary by their first words."""
     return {line[:12].strip(): line[12:].strip() for line in out.splitlines()}
 
 
@@ -248,7 +248,7 @@ def test_progress_is_shown_on_request_only(solve):
 
 
 def test_ctrl_c_leaves_what_can_be_resumed(model, data, tmp_path):
-    """In a process of its own, interrupted when the first solution is on the disk."""
+    """Interrupts a process when its first solution is on the disk."""
     out = tmp_path / "out"
     program = "import sys; from treedecode.cli.main import main; sys.exit(main(sys.argv[1:]))"
     # one problem at a time, and each long enough to be interrupted in

@@ -1,4 +1,4 @@
-"""Going on from a journal: with solutions of the same run alone, and with all that it has spent."""
+"""Journals: a run goes on with the solutions of the same run alone, and with everything that it has spent."""
 
 import asyncio
 import itertools
@@ -34,7 +34,7 @@ class Weighted:
 
 
 def length():
-    """A new function each time, as in every process."""
+    """Makes a new function each time, as every process does."""
 
     def measure(text):
         return len(text)
@@ -83,14 +83,14 @@ def test_a_function_is_the_same_in_the_next_process(run):
         ({"num_pages": 20}, "max_tokens was 512 and is 80"),
     ],
 )
-def test_what_no_setting_says_counts_too(run, changed, named):
+def test_weights_prompts_answers_and_lengths_tell_runs_apart(run, changed, named):
     assert run() > 0
     with pytest.raises(ValueError, match=f"of another run: {named}"):
         run(**changed)
     assert run() == 0
 
 
-def test_a_prompt_is_what_it_reads_as_text_or_tokens(run):
+def test_prompts_are_compared_as_tokens(run):
     tokens = {"one": [2, 3], "two": [4, 5]}
     assert run(prompt=lambda problem: tokens[problem.id]) > 0
     assert run(prompt=lambda problem: tuple(tokens[problem.id])) == 0
@@ -107,7 +107,7 @@ SUMS = ("computed_tokens", "generated_tokens", "prompt_tokens", "flops", "kv_byt
 
 
 class Killed(Exception):
-    """The end of a process that had the time to give back what it held."""
+    """Ends a process that had the time to release its branches."""
 
 
 def best(dec, journal=None, **settings):
@@ -116,7 +116,7 @@ def best(dec, journal=None, **settings):
 
 
 def killed(dec, journal, after, **settings):
-    """A run that ends with its `after`-th solution."""
+    """Runs until solution number `after`."""
     count = itertools.count(1)
 
     def kill(solution):
@@ -128,13 +128,13 @@ def killed(dec, journal, after, **settings):
 
 
 def entries(journal, torn=False):
-    """The lines of a journal after the first; torn: without the last."""
+    """Reads the lines of a journal after the first; `torn` leaves the last one out."""
     return [json.loads(line) for line in journal.read_text().splitlines()[1 : -1 if torn else None]]
 
 
 @pytest.fixture
 def make(make_decoder):
-    """Decoders on which two problems at a time find room."""
+    """Makes decoders with branches for two problems at a time."""
     return lambda: make_decoder(FakeModel(eos_logit=1.5), max_branches=4)
 
 
@@ -168,7 +168,7 @@ def test_a_resumed_ledger_is_what_both_processes_did(tmp_path, monkeypatch, afte
     assert ledger.busy_seconds > before[-1]["spent"]["busy_seconds"] > 0
 
 
-def test_of_a_process_that_died_at_once_what_its_last_line_says_counts(make, tmp_path, monkeypatch):
+def test_the_last_line_of_a_killed_process_says_what_it_spent(make, tmp_path, monkeypatch):
     monkeypatch.setattr(search_run, "_SPENT_SECONDS", 0.0)  # it notes what it has spent at every turn
     journal, copies = tmp_path / "journal", []
 

@@ -1,4 +1,4 @@
-"""Search and what of Frontier only searches use: how branches go on, what is recorded, what is chosen."""
+"""Search, and the methods of Frontier that only searches use: growth, the record, and the best solution so far."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ TASK = FakeTask(end=(".",), max_new_tokens=20)
 
 
 def on_a_search(work, scorer=None, task=TASK, **options):
-    """Runs `work(search)` as a strategy would be, and what the record came to."""
+    """Runs `work(search)` as a run would run a strategy, and returns its result."""
     dec = talkative_decoder(**options)
 
     async def run():
@@ -40,7 +40,7 @@ def on_a_search(work, scorer=None, task=TASK, **options):
     return found
 
 
-def test_spread_is_in_place_of_its_parents():
+def test_spread_replaces_its_parents():
     async def work(search):
         table = search.decoder.engine.table
         root = await search.root()
@@ -100,7 +100,7 @@ def test_a_branch_without_room_is_finished():
     on_a_search(work, num_pages=20)
 
 
-def test_only_what_has_changed_is_scored():
+def test_only_chosen_branches_are_scored():
     asked = Recorder()
 
     async def work(search):

@@ -1,4 +1,4 @@
-"""What `solve` is given, refused before anything has been spent; and the names it goes by."""
+"""Arguments of `solve`: wrong ones are refused before anything is spent."""
 
 import asyncio
 import inspect
@@ -18,7 +18,7 @@ TASK = FakeTask()
 
 
 class Named(FakeTask):
-    """A task whose problems say that they are of it."""
+    """Gives problems that name it as their task."""
 
     def problems(self, *arguments, **settings):
         return [replace(problem, task=self) for problem in super().problems(*arguments, **settings)]
@@ -57,7 +57,7 @@ def test_solve_shows_its_arguments_and_refuses_others():
         td.solve(talkative_decoder(), TASK.problems(1))
 
 
-def test_the_task_is_that_of_the_problems():
+def test_the_task_of_the_problems_is_the_default():
     given = solve(LINES.problems(3), task=LINES)
     found = solve(LINES.problems(3), task=None)
     assert [one.answer for one in found.solutions] == [one.answer for one in given.solutions]
@@ -72,7 +72,7 @@ def test_a_problem_goes_to_other_processes_alone():
     assert again.task is None
 
 
-def test_little_room_for_solutions_is_told():
+def test_little_room_for_solutions_is_a_warning():
     prompts = {"test/0": [5] * 500, "test/1": [5] * 503}
     settings = {"prompt": lambda problem: prompts.get(problem.id, [5] * 498)}
     with pytest.warns(UserWarning, match=r"2 of 8 prompts leave a solution fewer than the 14 tokens .* 512 in all"):
@@ -128,7 +128,7 @@ def test_prompts_that_are_too_long_are_named(long):
         ({"prompt": lambda problem: [-1]}, ValueError, "problems: the prompt of 'test/0': expected token ids from 0"),
     ],
 )
-def test_what_is_no_problem_or_task(arguments, error, match):
+def test_wrong_arguments_are_named(arguments, error, match):
     with pytest.raises(error, match=match):
         solve(**arguments)
     assert solve.num_forwards == 0

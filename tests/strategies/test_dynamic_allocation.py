@@ -1,4 +1,4 @@
-"""Dynamic allocation on a model that is a hash: what it spends and gives back, and what its solutions depend on."""
+"""Dynamic allocation on a model that is a hash: its spending, its leftovers, and its solutions in any order."""
 
 import asyncio
 import json
@@ -28,11 +28,11 @@ from treedecode.verify.scorers import Likelihood
 
 
 class Killed(Exception):
-    """As good as the end of the process: nothing is done after it but giving back."""
+    """Stands for the end of the process, which only releases branches afterwards."""
 
 
 class Fixed(Digits):
-    """Chains of exactly 8 tokens, which never come to an end."""
+    """Cuts every chain at 8 tokens."""
 
     end, max_new_tokens = (), 8
 
@@ -42,7 +42,7 @@ PROBLEMS = [Problem(f"p{i}", f"the {word} {i}", str(i)) for i, word in enumerate
 
 
 def rates(problem, text):
-    """A verifier that is no oracle: some numbers in [0, 1)."""
+    """Scores a text by some number in [0, 1)."""
     return (sum(text.encode()) * 37 % 101) / 101
 
 
@@ -62,7 +62,7 @@ def run(dec, chosen, problems=PROBLEMS, **settings):
 
 
 def essence(result):
-    """All of a solution but the times."""
+    """Describes a solution, without its times."""
     return {
         s.problem.id: {k: v for k, v in s.to_json().items() if k not in ("seconds", "spending")}
         for s in result.solutions
@@ -287,7 +287,7 @@ def test_settings_are_checked(settings, message):
         strategy(**settings)
 
 
-def test_a_problem_gets_no_more_than_the_most(make_decoder):
+def test_a_problem_gets_no_more_chains_than_the_limit(make_decoder):
     for most, chains in ((None, 19), (7, 7)):
         eager = gate(None)
         eager.calibrators = (Isotonic(np.array([0.0]), np.array([0.0])), IDENTITY)  # nothing is ever solved

@@ -1,4 +1,4 @@
-"""What holds for every strategy: what it holds, what it leaves behind, what it costs, and what it depends on."""
+"""Properties of every strategy: its branches and leftovers, its cost and budget, and that others do not change it."""
 
 import asyncio
 
@@ -276,7 +276,7 @@ def test_pruning_a_sibling_changes_no_other_text(captured, seed):
     assert some == {name: every[name] for name in some}
 
 
-def test_seeds_are_the_runs():
+def test_branches_take_their_seeds_from_the_run():
     strategy = td.BestOfN(num_samples=3, sampling=td.Sampling(seed=1))
     with pytest.raises(ValueError, match="sampling: best_of_n has the seed 1; branches take theirs from the run's"):
         solve(talkative_decoder(), strategy)

@@ -1,12 +1,12 @@
-"""Beams of steps whose solutions end at different depths: who goes on, and what the answer is chosen from."""
+"""Beam search over steps and DVTS: the beams that go on, lookahead, and the choice among complete solutions."""
 
 from collections import Counter
 
 import numpy as np
 import pytest
 from support.fake_task import FakeTask, Recorder, rate
-from support.fakes import FakeModel, fake_decoder
-from support.strategy_cases import parents_of
+from support.fakes import FakeModel, FakeTokenizer, fake_decoder
+from support.strategy_cases import ENDLESS, parents_of, solve_one
 
 import treedecode as td
 from treedecode.strategies.step_beam_search import next_steps
@@ -15,7 +15,7 @@ TASK = FakeTask(max_new_tokens=30)  # more than five steps of four
 
 
 def solved(strategy, verifier, seed):
-    """A solution on a model without an end of sequence: complete is what ends in a full stop."""
+    """Solves a problem on a model without an end of sequence, so that solutions end in full stops alone."""
     decoder = fake_decoder(FakeModel(eos_logit=-50.0))
     result = td.solve(decoder, TASK.problems(1), strategy=strategy, task=TASK, verifier=verifier, seed=seed)
     decoder.check_integrity()
@@ -31,15 +31,55 @@ def complete_ones_get(score):
     [
         ([0, 0, 0, 1, 1], [0.5, 0.5, 0.5, 0.1, 0.2], 2, 6, [3, 3, 0, 3, 3]),  # of equals the first
         ([0, 0, 0], [0.1, 0.9, 0.5], 3, 8, [2, 3, 3]),  # what is left over goes to the best
-        ([2, 5], [0.1, 0.2], 4, 8, [8, 8]),  # fewer beams than places have more steps each
+        ([2, 5], [0.1, 0.2], 4, 8, [8, 8]),  # fewer beams than are kept have more steps each
     ],
 )
 def test_next_steps_by_hand(tree, scores, keep, num_steps, expected):
     assert next_steps(np.array(tree), np.array(scores), keep, num_steps).tolist() == expected
 
 
+def test_beams_go_on_from_the_best():
+    asked = Recorder()
+    solve_one(td.StepBeamSearch(num_beams=6, width=3), asked, task=ENDLESS)
+    assert [len(call) for call in asked.calls[:2]] == [6, 6]
+    for before, children in parents_of(asked.calls[:3]):
+        best = sorted(before, key=lambda one: -one[1])[:2]
+        assert [count > 0 for count in children] == [one in best for one in before]
+
+
+def test_lookahead_rates_the_steps_further_on():
+    plain, ahead = Recorder(), Recorder()
+    task = ENDLESS
+    solve_one(td.StepBeamSearch(num_beams=2, width=2), plain, task=task)
+    solve_one(td.StepBeamSearch(num_beams=2, width=2, lookahead=2), ahead, task=task)
+    for (step, _), (rolled, _) in zip(plain.calls[0], ahead.calls[0], strict=True):
+        assert rolled.startswith(step)
+        assert len(FakeTokenizer().encode(rolled)) > len(FakeTokenizer().encode(step))
+
+
+def test_trees_of_dvts_know_nothing_of_each_other():
+    asked, task = Recorder(), ENDLESS
+    solve_one(td.DVTS(num_beams=6, width=2), asked, task=task)
+    first = [text for text, _ in asked.calls[0]]
+
+    def other(problem, text):
+        score = rate(problem, text)
+        return 1 - score if any(text.startswith(begin) for begin in first[:2]) else score
+
+    changed = Recorder(other)
+    solve_one(td.DVTS(num_beams=6, width=2), changed, task=task)
+    for before, after in zip(asked.calls, changed.calls, strict=True):
+        assert len(before) == len(after) == 6
+        assert before[2:] == after[2:]
+    assert asked.calls[1][:2] != changed.calls[1][:2]
+    for before, children in parents_of(asked.calls[:3]):
+        for i in range(0, 6, 2):
+            pair = [score for _, score in before[i : i + 2]]
+            assert (children[i] > 0, children[i + 1] > 0) == (pair[0] >= pair[1], pair[0] < pair[1])
+
+
 @pytest.mark.parametrize("score", [0.0, 1.0])
-def test_complete_solutions_take_no_place_of_growing_beams(score):
+def test_complete_solutions_do_not_displace_growing_beams(score):
     mixed = 0
     for seed in range(8):
         asked = complete_ones_get(score)

@@ -1,4 +1,4 @@
-"""A task on the noise of `fakes.FakeModel`: solutions end in full stops or an end of sequence, or not at all."""
+"""Tasks and verifiers on the random texts of `fakes.FakeModel`."""
 
 import hashlib
 from dataclasses import dataclass
@@ -78,18 +78,18 @@ class Lines:
 
 
 def rate(problem, text):
-    """A verifier: some probability, of the problem and the text alone."""
+    """Scores a text by some probability, which depends on the problem and the text alone."""
     digest = hashlib.blake2b(f"{problem.id}/{text}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") / 2**32
 
 
 def talkative_decoder(**options):
-    """A decoder on a model that ends its text now and then."""
+    """Makes a decoder on a model that ends its text now and then."""
     return fake_decoder(FakeModel(eos_logit=1.5), **options)
 
 
 class Recorder:
-    """A verifier that remembers what it was asked: `calls[i]` is a list of (text, score)."""
+    """Scores texts, and records the (text, score) of every call in `calls`."""
 
     probability = True
 

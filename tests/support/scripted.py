@@ -1,11 +1,11 @@
-"""A model that says what a function of its text tells it to: for prompts whose answers matter."""
+"""A model whose answers are given by a function of the text before them."""
 
 import numpy as np
 from support import fakes
 
 
 class ByteTokenizer(fakes.FakeTokenizer):
-    """One token per byte, behind padding and end of sequence."""
+    """Has a token for every byte, after padding and end of sequence."""
 
     def __len__(self):
         return 258
@@ -22,7 +22,7 @@ class ScriptedModel(fakes.FakeModel):
 
 
 def follow(monkeypatch, marker, answer):
-    """From here on, models say `answer(text before the marker)` after a marker; a set of characters is a toss."""
+    """Makes models write `answer(text before the marker)` after a marker; of a set of characters one at random."""
     tokenizer = ByteTokenizer()
 
     def next_logits(tokens, vocab_size, eos_logit):

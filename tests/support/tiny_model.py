@@ -1,4 +1,4 @@
-"""A random Llama of one layer in a folder, with a tokenizer of bytes: what a command line can load."""
+"""Saves a random Llama of one layer, with a tokenizer of bytes, for commands that load a model."""
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers

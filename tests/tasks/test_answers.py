@@ -212,7 +212,7 @@ def test_equivalence_as_mathematics(math_verify, first, second, same):
     "answer",
     ["9^{9^{9^{9}}}", "9**9**9**9", "1000000!", r"\prod_{n=1}^{10000000} n", "(10^{999})^{999}", "10^{9*9*999}"],
 )
-def test_what_may_take_for_ever_is_compared_as_text(math_verify, answer, monkeypatch):
+def test_expressions_without_a_bound_are_compared_as_text(math_verify, answer, monkeypatch):
     monkeypatch.setattr(math_verify, "verify", lambda *args, **kwargs: pytest.fail("evaluated"))
     assert not equivalent(answer, "1")
     assert equivalent(answer, f"${answer}$.")

@@ -22,7 +22,7 @@ def problem(numbers, target):
 
 
 def by_value(expression):
-    """Value of an expression, and the numbers in it, by a parser of its own: Python's."""
+    """Evaluates an expression by Python's parser; returns its value and its numbers."""
 
     def walk(node):
         if isinstance(node, ast.Constant):
@@ -138,7 +138,7 @@ def key_of(numbers, target):
 
 
 def test_splits_are_disjoint():
-    """No training text asks for a problem of another split, from the generators that training and evaluation use."""
+    """Training texts ask for no problem of another split, in the generators that training and evaluation use."""
     seen = {split: set() for split in SPLITS}
     for count in TASK.counts:
         for seed in (0, 1):
@@ -268,7 +268,7 @@ def derivations(draw):
 
 
 def all_classes(numbers, target):
-    """Canonical forms of every solution, by exhaustive search over the texts."""
+    """Finds the canonical forms of all solutions, by exhaustive search over the texts."""
     found = set()
 
     def search(left, steps):

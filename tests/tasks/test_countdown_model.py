@@ -100,7 +100,7 @@ def test_it_writes_the_format(outs):
 
 
 def test_where_it_fails_it_is_mostly_not_by_wrong_arithmetic(outs):
-    """It comes to another number than the target, rather than claiming that a line comes to the target."""
+    """Most failures come to another number than the target; few claim the target by a false line."""
     reached, other = 0, 0
     for problem, completions in zip(PROBLEMS, outs, strict=True):
         for out in completions:

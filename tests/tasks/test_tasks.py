@@ -1,4 +1,4 @@
-"""Tasks: problems from files and generators, their answers, and the prompts made of them."""
+"""Tasks from files and generators: their problems, answers and prompts."""
 
 import itertools
 import json

@@ -221,7 +221,7 @@ def test_votes_are_numbers(answer, vote):
 
 
 def good_choice(before):
-    """The vote of a model that looks for the good candidate in the latest list it was given."""
+    """Votes for the good candidate of the latest list."""
     listed = before.rpartition("several ways")[2].split("Choice ")[1:]
     assert [choice[0] for choice in listed] == [str(k) for k in range(1, len(listed) + 1)]
     return f" {next(choice[0] for choice in listed if 'good' in choice)}.\n"

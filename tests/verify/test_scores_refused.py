@@ -1,4 +1,4 @@
-"""Verifiers whose scores a strategy cannot use are refused before anything is spent; functions, when they give such."""
+"""Scores that a strategy cannot use: refused before the run by the kind of verifier, or when a function returns one."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ WEIGHTED = [
 
 
 class Output(Recorder):
-    """What a reward model with one label says of its scores: nothing."""
+    """Scores like a reward model with one label, which may be any number."""
 
     probability = False
 

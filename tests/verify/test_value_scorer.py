@@ -1,4 +1,4 @@
-"""Scores of a value head: one evaluation for all that wait, each as if it had been alone."""
+"""Value: frontiers that wait together are scored in one evaluation, with the scores that each would have alone."""
 
 import asyncio
 
@@ -61,7 +61,7 @@ def test_frontiers_that_wait_together_are_scored_together_and_as_if_alone(dec, h
         np.testing.assert_allclose(one, head(hidden.clone()).detach().numpy(), rtol=1e-5)
 
 
-def test_who_is_cancelled_leaves_the_others_theirs(dec, head):
+def test_a_cancelled_frontier_leaves_the_others_their_scores(dec, head):
     value = Counted(head)
 
     async def some():

@@ -1,64 +1,54 @@
-"""What a model is made to do: go on after an answer, answer now, list next steps."""
+"""Tree of Thoughts: breadth first and depth first, with sampled and with proposed steps."""
 
 import pytest
 from support import scripted
-from support.fake_task import FakeTask, Recorder, talkative_decoder
-from support.strategy_cases import solve_one
+from support.fake_task import FakeTask, Recorder
+from support.strategy_cases import ENDLESS, parents_of, solve_one
 
 import treedecode as td
 from treedecode.verify import Vote
 
 
-class Answered(FakeTask):
-    """Any text has come to an answer."""
+@pytest.mark.parametrize("dead", [None, 0.5])
+def test_breadth_first_keeps_the_best_that_live(dead):
+    asked = Recorder()
+    task = ENDLESS
+    solve_one(td.TreeOfThoughts(depth=3, width=4, keep=2, dead=dead), asked, task=task)
+    for before, children in parents_of(asked.calls[:3]):
+        alive = [one for one in before if dead is None or one[1] >= dead] or before
+        best = sorted(alive, key=lambda one: -one[1])[:2]
+        assert [count > 0 for count in children] == [one in best for one in before]
+
+
+class Ninth(FakeTask):
+    """Texts of nine characters have come to their answer."""
 
     def is_final(self, text):
-        return True
+        return len(text) >= 9
+
+    def extract(self, text):
+        return text[8:9] or None
 
 
-def nodes_of(solution):
-    return [solution.tree.nodes[i] for i in solution.tree.path(len(solution.tree.nodes) - 1)][1:]
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_a_chain_goes_on_after_an_answer(seed):
-    task = Answered(max_new_tokens=60)
-    free = solve_one(td.ChainOfThought(), task=task, seed=seed)
-    least = sum(node.num_tokens for node in nodes_of(free)) + 8
-    solution = solve_one(td.ChainOfThought(min_tokens=least, wait="wait", max_waits=30), task=task, seed=seed)
-    steps = nodes_of(solution)
-    assert sum(step.num_tokens for step in steps) >= least
-    kinds = [step.kind for step in steps]
-    assert "given" in kinds
-    assert "generated" in kinds[kinds.index("given") :]
-
-
-def test_more_than_the_task_allows_is_refused():
-    with pytest.raises(ValueError, match="min_tokens: expected at most 14, all that the task allows, got 15"):
-        solve_one(td.ChainOfThought(min_tokens=15))
-
-
-@pytest.mark.parametrize("room", [0, 1, 5, 6, 7, 8, 20])
-def test_a_prompt_that_leaves_little_room_still_gets_what_there_is(room):
-    """Thought, and what forces the answer, share what the model has left."""
-    task = FakeTask(end=("nothing",), max_new_tokens=50)
-    [problem] = task.problems(1)
-    dec = talkative_decoder()
-    prompt = dec.encode(problem.prompt)
-    limit = dec.engine.table.max_tokens
-    prompt = (prompt * limit)[: limit - 1 - room]
-    strategy = td.ChainOfThought(min_tokens=40, max_tokens=45, answer_prompt="\nso ", wait="wait")
-    [solution] = td.solve(dec, [problem], strategy=strategy, task=task, prompt=lambda _: prompt).solutions
-    assert 0 < sum(node.num_tokens for node in nodes_of(solution)) <= room + 1
-    dec.check_integrity()
-
-
-def test_a_forced_answer_is_where_the_tree_says():
-    task = FakeTask(end=("nothing",), max_new_tokens=50)
-    solution = solve_one(td.ChainOfThought(max_tokens=9, answer_prompt="\nso ", answer_tokens=5), task=task)
-    [answer] = [i for i, node in enumerate(solution.tree.nodes) if node.status == "answer"]
-    assert solution.tree.text(answer) == solution.text
-    assert "\nso " in solution.text
+def test_depth_first_goes_into_the_best_child_and_back():
+    asked, task = Recorder(), ENDLESS
+    strategy = td.TreeOfThoughts(depth=2, width=3, keep=3, order="dfs", dead=0.4, max_visits=9)
+    solve_one(strategy, asked, task=task)
+    entered = []
+    for call in asked.calls[1:]:
+        [parent] = {old for old, _ in asked.calls[0] if call[0][0].startswith(old)}
+        if parent not in entered:
+            entered.append(parent)
+    expected = sorted((one for one in asked.calls[0] if one[1] >= 0.4), key=lambda one: -one[1])
+    assert entered == [text for text, _ in expected]
+    strategy = td.TreeOfThoughts(depth=2, width=3, keep=3, order="dfs", good=0.0)
+    enough, settings = Recorder(), {"stop": "nothing", "end": ("nothing",), "max_step_tokens": 3}
+    solution = solve_one(strategy, enough, task=Ninth(**settings))
+    assert len(enough.calls) == 3, "two levels and the first solution"
+    assert solution.text == enough.calls[-1][0][0]
+    unanswered = Recorder()
+    solve_one(strategy, unanswered, task=task)
+    assert len(unanswered.calls) > 3, "no solution is good without an answer"
 
 
 class Steps(FakeTask):
@@ -72,6 +62,8 @@ class Steps(FakeTask):
 
 
 STEPS = Steps(stop="\n", end=("\n\n",), max_step_tokens=20, max_new_tokens=60)
+
+
 MARKER = "\nNext:\n"
 
 
@@ -86,7 +78,7 @@ def propose(monkeypatch, answer, *, verifier, task=STEPS, **settings):
 
 
 def listing(before):
-    """What the model says to the root, and to those that have written a line."""
+    """Answers the question for next steps: of the root, and of states that have a line."""
     if not before.endswith("\n"):
         return "1. apple\n(2) bread\n- apple\n3: cherry\n4) date"
     last = before.splitlines()[-1].rpartition(". ")[2]
@@ -107,7 +99,7 @@ def test_proposals_are_the_children(monkeypatch, order):
         assert {node.kind for node in nodes[1:]} == {"given"}
 
 
-def test_half_a_step_is_none(monkeypatch):
+def test_a_step_that_was_cut_off_is_left_out(monkeypatch):
     asked = Recorder(lambda problem, text: {"b": 0.9}.get(text[0], 0.1))
     short = len("1. apple\n(2) bread\n- apple\n3: che")
     for solution in propose(monkeypatch, listing, verifier=asked, width=3, propose_tokens=short):
