@@ -1,4 +1,4 @@
-"""Allocation of a budget: closed forms, brute force over whole menus, the meeting of offline runs, the online price."""
+"""Division of a budget: closed forms, brute force over whole menus, the price of an online allocator."""
 
 import asyncio
 import itertools
@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treedecode.allocation.allocate import Bid, Grant, allocate, at_price, chain_gains, chain_needs, steps_of
-from treedecode.allocation.allocators import Record, Stream, Terms
+from treedecode.allocation.allocate import Bid, Grant, allocate, chain_gains, chain_needs, grant_at_price, steps_of
+from treedecode.allocation.allocators import BidHistory, OnlineAllocator, Policy
 
 
-def bid(alpha=1.0, beta=1.0, unsolved=1.0, cost=1.0, trees=(), tree_costs=(), num_chains=0, spent=0.0, alone=1.0):
-    return Bid(unsolved, alpha, beta, cost, trees, tree_costs, alone, spent, num_chains)
+def bid(alpha=1.0, beta=1.0, unsolved=1.0, cost=1.0, trees=(), tree_costs=(), num_chains=0, spent=0.0, single=1.0):
+    return Bid(unsolved, alpha, beta, cost, trees, tree_costs, single, spent, num_chains)
 
 
 def integral(f, alpha, beta):
@@ -87,8 +87,8 @@ def test_no_allocation_is_better_by_more_than_one_step(problems, budget):
         if sum(cost for _, cost in items) <= budget
     )
     grants, price = allocate(problems, budget, max_chains=max_chains)
-    found = [menu[grant] for menu, grant in zip(menus, grants, strict=True)]
-    gain, cost = sum(g for g, _ in found), sum(c for _, c in found)
+    granted = [menu[grant] for menu, grant in zip(menus, grants, strict=True)]
+    gain, cost = sum(g for g, _ in granted), sum(c for _, c in granted)
     assert cost <= budget + 1e-9
     steps = [steps_of(one, max_chains).gains for one in problems]
     assert gain >= best - max(step.max(initial=0) for step in steps) - 1e-9
@@ -100,7 +100,7 @@ def test_no_allocation_is_better_by_more_than_one_step(problems, budget):
 @given(st.lists(bids(), min_size=1, max_size=3), st.floats(0.01, 0.6))
 def test_what_a_price_buys_no_allocation_of_its_cost_betters(problems, price):
     menus = [{grant: (gain, cost) for grant, gain, cost in menu(one, 4)} for one in problems]
-    bought = [some[at_price(one, price, 4)] for one, some in zip(problems, menus, strict=True)]
+    bought = [some[grant_at_price(one, price, 4)] for one, some in zip(problems, menus, strict=True)]
     gain, cost = sum(g for g, _ in bought), sum(c for _, c in bought)
     best = max(
         sum(g for g, _ in items)
@@ -134,7 +134,7 @@ def test_a_plan_pays_for_a_chain_what_a_look_after_those_before_it_does():
 @settings(deadline=None, max_examples=40)
 @given(bids(), st.floats(0, 0.6))
 def test_a_price_takes_what_is_worth_most_at_it(one, price):
-    grant = at_price(one, price, 6)
+    grant = grant_at_price(one, price, 6)
     worth = {other: gain - price * cost for other, gain, cost in menu(one, 6)}
     assert worth[grant] == pytest.approx(max(worth.values()), abs=1e-12)
 
@@ -165,63 +165,63 @@ def test_a_step_that_does_not_fit_leaves_the_budget_to_cheaper_ones():
 
 @pytest.mark.parametrize(("budget", "start"), [(2.5, 0.05), (4.0, 0.5), (7.0, 0.05)])
 def test_online_spending_converges_to_the_budget(budget, start):
-    """The mean of a stream of 1,000 problems, whose chains come out at rates the bids know."""
+    """The mean over a stream of 1,000 problems, whose chains come out at rates the bids know."""
     rng = np.random.default_rng(0)
-    terms = Terms(budget, max_chains=24, wave=4, floor=0)
+    policy = Policy(budget, max_chains=24, wave=4, floor=0)
     names = [str(i) for i in range(1000)]
-    stream = Stream(terms, names, {}, price=start, step=0.05, lag=16)
+    allocator = OnlineAllocator(policy, names, {}, price=start, step=0.05, lag=16)
     spent, lengths = np.zeros(len(names)), rng.uniform(5, 50, len(names))
     ended = 0
     for i, name in enumerate(names):
         while ended <= i - 16:  # in whatever order: only what came `lag` before counts
-            stream.leave(names[ended], spent[ended])
+            allocator.leave(names[ended], spent[ended])
             ended += 1
         rate, length = rng.beta(0.4, 1.2), lengths[i]
         chains, solved = 2, rng.random() < 1 - (1 - rate) ** 2
         while True:
             known = rate * 1e6, (1 - rate) * 1e6, float(not solved)
-            one = bid(*known, length, alone=length, num_chains=chains, spent=chains * length)
-            grant = drive(stream, name, one)
+            one = bid(*known, length, single=length, num_chains=chains, spent=chains * length)
+            grant = drive(allocator, name, one)
             if grant.ends:
                 break
             solved = solved or rng.random() < 1 - (1 - rate) ** grant.num_chains
             chains += grant.num_chains
         spent[i] = chains * length
     # the way from the first price to where it settles counts, and no more than that
-    settled = abs(np.log(stream.price / start)) / (0.05 * len(names))
+    settled = abs(np.log(allocator.price / start)) / (0.05 * len(names))
     assert spent.sum() / lengths.sum() == pytest.approx(budget, rel=settled + 0.03)
     assert spent[500:].sum() / lengths[500:].sum() == pytest.approx(budget, rel=0.05)
 
 
-def drive(stream, name, one):
+def drive(allocator, name, one):
     """A decision that needs not wait."""
-    coroutine = stream.decide(Asking(name), one)
+    coroutine = allocator.decide(FakeSearch(name), one)
     with pytest.raises(StopIteration) as end:
         coroutine.send(None)
     return end.value.value
 
 
-class Asking:
-    """As much of a Search as a stream sees."""
+class FakeSearch:
+    """As much of a Search as an online allocator sees."""
 
     def __init__(self, name):
         self.problem = self
         self.id = name
 
 
-def test_an_online_price_depends_on_earlier_problems_only_and_is_restored_from_records():
-    terms, lag = Terms(3.0, max_chains=16, wave=4, floor=0), 3
+def test_an_online_price_depends_on_earlier_problems_only_and_is_restored_from_histories():
+    policy, lag = Policy(3.0, max_chains=16, wave=4, floor=0), 3
     names = [str(i) for i in range(12)]
     spends = np.random.default_rng(3).uniform(2, 9, 12)
     firsts = [bid(0.3 + i / 4, 1.5, unsolved=0.9 - i / 20, num_chains=2, spent=2.0) for i in range(12)]
 
     def prices(order, known=()):
-        records = {names[i]: Record([firsts[i]], spends[i]) for i in known}
-        stream = Stream(terms, names, records, price=0.1, step=0.05, lag=lag)
+        histories = {names[i]: BidHistory([firsts[i]], spends[i]) for i in known}
+        allocator = OnlineAllocator(policy, names, histories, price=0.1, step=0.05, lag=lag)
         for i in order:
-            stream._members[i].offer(firsts[i])
-            stream.leave(names[i], spends[i])
-        return stream._opening.known, stream._prices.known
+            allocator._states[i].take(firsts[i])
+            allocator.leave(names[i], spends[i])
+        return allocator._opening.known, allocator._prices.known
 
     straight = prices(range(12))
     assert prices([3, 1, 0, 2, *range(11, 3, -1)]) == straight
@@ -239,8 +239,8 @@ def test_the_first_problems_of_a_stream_spend_the_budget_by_their_bids():
     for budget in (2.0, 4.0):
         found = []
         for _ in range(30):
-            terms, names = Terms(budget, max_chains=24, wave=1, floor=0), [str(i) for i in range(16)]
-            stream = Stream(terms, names, {}, price=0.05, step=0.05, lag=16)
+            policy, names = Policy(budget, max_chains=24, wave=1, floor=0), [str(i) for i in range(16)]
+            allocator = OnlineAllocator(policy, names, {}, price=0.05, step=0.05, lag=16)
             lengths, spent = rng.uniform(5, 50, 16), 0.0
             for i, length in enumerate(lengths):
                 alpha, beta = rng.uniform(0.3, 2), rng.uniform(0.5, 6)
@@ -248,8 +248,8 @@ def test_the_first_problems_of_a_stream_spend_the_budget_by_their_bids():
                 solved = rng.random() < rate
                 while True:  # a gate that is right: what it believes after so many failures
                     belief = alpha, beta + chains, float(not solved)
-                    one = bid(*belief, length, alone=length, num_chains=chains, spent=chains * length)
-                    if drive(stream, str(i), one).ends:
+                    one = bid(*belief, length, single=length, num_chains=chains, spent=chains * length)
+                    if drive(allocator, str(i), one).ends:
                         break
                     solved = solved or rng.random() < rate
                     chains += 1
@@ -260,27 +260,27 @@ def test_the_first_problems_of_a_stream_spend_the_budget_by_their_bids():
 
 def test_a_problem_waits_for_the_first_bids_before_it():
     async def run():
-        stream = Stream(Terms(3.0, 8, 1, 0), ["a", "b", "c", "d"], {}, price=0.1, step=0.05, lag=2)
-        second = asyncio.ensure_future(stream.decide(Asking("b"), bid(num_chains=1, spent=1.0)))
-        third = asyncio.ensure_future(stream.decide(Asking("c"), bid(num_chains=1, spent=1.0)))
+        allocator = OnlineAllocator(Policy(3.0, 8, 1, 0), ["a", "b", "c", "d"], {}, price=0.1, step=0.05, lag=2)
+        second = asyncio.ensure_future(allocator.decide(FakeSearch("b"), bid(num_chains=1, spent=1.0)))
+        third = asyncio.ensure_future(allocator.decide(FakeSearch("c"), bid(num_chains=1, spent=1.0)))
         await asyncio.sleep(0)
         assert not second.done()
-        await stream.decide(Asking("a"), bid(num_chains=1, spent=1.0))
+        await allocator.decide(FakeSearch("a"), bid(num_chains=1, spent=1.0))
         await asyncio.wait_for(second, 1)
-        fourth = asyncio.ensure_future(stream.decide(Asking("d"), bid(num_chains=1, spent=1.0)))
+        fourth = asyncio.ensure_future(allocator.decide(FakeSearch("d"), bid(num_chains=1, spent=1.0)))
         await asyncio.sleep(0)
         assert not third.done()
-        assert stream.price == 0.1
-        stream.leave("a", 7.0)
+        assert allocator.price == 0.1
+        allocator.leave("a", 7.0)
         await asyncio.wait_for(third, 1)  # the one before it is under way still
-        assert stream.price > 0.1
+        assert allocator.price > 0.1
         await asyncio.sleep(0)
         assert not fourth.done()
-        stream.leave("b", 7.0)
+        allocator.leave("b", 7.0)
         await asyncio.wait_for(fourth, 1)
 
     asyncio.run(run())
     # one that ended without a bid keeps nobody waiting
-    stream = Stream(Terms(3.0, 8, 1, 0), ["a", "b"], {}, price=0.1, step=0.05, lag=2)
-    stream.leave("a", 0.0)
-    drive(stream, "b", bid(num_chains=1, spent=1.0))
+    allocator = OnlineAllocator(Policy(3.0, 8, 1, 0), ["a", "b"], {}, price=0.1, step=0.05, lag=2)
+    allocator.leave("a", 0.0)
+    drive(allocator, "b", bid(num_chains=1, spent=1.0))

@@ -8,7 +8,7 @@ from support.gates import known_costs
 import treedecode as td
 from treedecode.allocation.cost_quantiles import LEVELS, prompt_vector
 from treedecode.allocation.gate import Gate
-from treedecode.allocation.provenance import Origin
+from treedecode.allocation.provenance import Provenance
 from treedecode.allocation.training.fit import train
 from treedecode.allocation.training.fit_costs import fit_costs
 from treedecode.allocation.training.rollouts import Rollouts, collect
@@ -159,7 +159,7 @@ def test_quantiles_are_calibrated_and_rise():
             tree_tokens=np.zeros((count, 0)),
             tree_kv_bytes=np.zeros((count, 0)),
             menu=np.zeros((0, 3), int),
-            origin=Origin("scores", "lengths", 64, 2),
+            provenance=Provenance("scores", "lengths", 64, 2),
         )
 
     costs = fit_costs(rollouts(0)[1], rollouts(1)[1], 0)

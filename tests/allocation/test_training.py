@@ -1,4 +1,4 @@
-"""Training and judging a gate, on problems whose success rates are known; the audit, with gaps that were planted."""
+"""Training and evaluation of a gate, on problems whose success rates are known."""
 
 import json
 from dataclasses import replace
@@ -8,15 +8,15 @@ import pytest
 import torch
 from support.fake_task import Digits
 
-from treedecode.allocation.allocators import Terms
+from treedecode.allocation.allocators import Policy
 from treedecode.allocation.chains import Chain, confidence, selected
-from treedecode.allocation.features import NAMES, Prefill, vector
+from treedecode.allocation.features import FEATURE_NAMES, PromptFeatures, feature_vector
 from treedecode.allocation.gate import Gate
-from treedecode.allocation.provenance import Origin
+from treedecode.allocation.provenance import Provenance
 from treedecode.allocation.training.evaluate import evaluate, table
-from treedecode.allocation.training.fit import beta_binomial_nll, look, measure, train
+from treedecode.allocation.training.fit import beta_binomial_nll, make_examples, measure, train
 from treedecode.allocation.training.rollouts import Rollouts, collect
-from treedecode.allocation.training.simulate import Replay, orders
+from treedecode.allocation.training.simulate import Replay, random_orders
 from treedecode.cli.main import main
 from treedecode.common.intervals import wilson
 from treedecode.strategies import TreeOfThoughts
@@ -52,7 +52,7 @@ def population(num_problems=400, num_chains=24, *, seed=0, trees=0, verifier=Tru
         tree_tokens=np.full((num_problems, trees), 2.0),
         tree_kv_bytes=np.full((num_problems, trees), 2.0),
         menu=np.array([[3, 5, 5]] * trees, np.int64).reshape(-1, 3),
-        origin=Origin("scores" if verifier else "", "population", 64, 2),
+        provenance=Provenance("scores" if verifier else "", "population", 64, 2),
     )
 
 
@@ -88,15 +88,15 @@ def test_selection_is_by_score_or_by_votes_and_answers_come_first():
 
 
 def test_features_are_what_their_names_say():
-    prompt = Prefill(10, 1.5, np.array([7.0, 8.0], np.float32))
+    prompt = PromptFeatures(10, 1.5, np.array([7.0, 8.0], np.float32))
     chains = [
         chain(0.2, 4, -1.0, -2.0),
         chain(0.9, 6, -0.5, -3.0),
         chain(0.95, 8, -3.0, -4.0),
         chain(0.4, 2, -1.5, -2.5),
     ]
-    values = vector(prompt, chains, np.array([0, 1, -1, 0]))
-    named = dict(zip(NAMES, values.tolist(), strict=False))
+    values = feature_vector(prompt, chains, np.array([0, 1, -1, 0]))
+    named = dict(zip(FEATURE_NAMES, values.tolist(), strict=False))
     expected = {
         "log_prompt_tokens": np.log(10),
         "prompt_entropy": 1.5,
@@ -117,8 +117,8 @@ def test_features_are_what_their_names_say():
         "other_score": 0.4,
     }
     assert named == pytest.approx(expected)
-    assert values[len(NAMES) :].tolist() == [7.0, 8.0]
-    assert np.isfinite(vector(prompt, [chain()], np.array([-1]))).all()
+    assert values[len(FEATURE_NAMES) :].tolist() == [7.0, 8.0]
+    assert np.isfinite(feature_vector(prompt, [chain()], np.array([-1]))).all()
 
 
 # -- fitting --
@@ -133,30 +133,33 @@ def test_the_beta_binomial_likelihood_sums_to_one_and_has_its_mean():
         assert float((p * k).sum()) == pytest.approx(10 * alpha / (alpha + beta))
 
 
-def test_looks_count_what_mends_among_the_chains_not_seen():
+def test_examples_count_the_unseen_chains_that_correct_the_answer():
     _, data = population(30, trees=1)
-    found = look(data, min_chains=2, max_chains=9, looks=5, rng=np.random.default_rng(0))
-    assert len(found) == 150
-    assert ((found.trials >= 24 - 9) & (found.trials <= 24 - 2)).all()
+    examples = make_examples(data, min_chains=2, max_chains=9, per_problem=5, rng=np.random.default_rng(0))
+    assert len(examples) == 150
+    assert ((examples.trials >= 24 - 9) & (examples.trials <= 24 - 2)).all()
     total = np.repeat(data.right[:, :24].sum(axis=1), 5)
     # with this verifier a right chain always beats a wrong one, and an answer is right if any chain was
-    np.testing.assert_array_equal(found.hits[~found.solved], total[~found.solved])
-    np.testing.assert_array_equal(found.trees[~found.solved, 0], np.repeat(data.right[:, 24], 5)[~found.solved])
+    np.testing.assert_array_equal(examples.hits[~examples.solved], total[~examples.solved])
+    np.testing.assert_array_equal(
+        examples.trees[~examples.solved, 0], np.repeat(data.right[:, 24], 5)[~examples.solved]
+    )
     with pytest.raises(ValueError, match=r"max_chains: expected from min_chains = 2 to less than the 24 chains"):
-        look(data, min_chains=2, max_chains=24, looks=1, rng=np.random.default_rng(0))
+        make_examples(data, min_chains=2, max_chains=24, per_problem=1, rng=np.random.default_rng(0))
 
 
 def test_a_gate_is_calibrated_and_better_than_a_constant(trained):
     gate, figures = trained
     assert sum(figures["problems"].values()) == 400
     _, other = population(seed=9)
-    examples = look(other, min_chains=2, max_chains=12, looks=4, rng=np.random.default_rng(1))
-    for found in (figures, measure(gate, examples)):
+    examples = make_examples(other, min_chains=2, max_chains=12, per_problem=4, rng=np.random.default_rng(1))
+    on_others = measure(gate, examples)
+    for measured in (figures, on_others):
         for name in ("solved", "chains"):
-            assert found[name]["log_likelihood"] > found[name]["log_likelihood_of_a_constant"]
-            assert found[name]["auc"] > 0.7
-    assert found["solved"]["ece"] < 0.03
-    assert found["chains"]["ece"] < 0.06
+            assert measured[name]["log_likelihood"] > measured[name]["log_likelihood_of_a_constant"]
+            assert measured[name]["auc"] > 0.7
+    assert on_others["solved"]["ece"] < 0.03
+    assert on_others["chains"]["ece"] < 0.06
 
 
 def test_a_gate_comes_back_from_its_file(trained, tmp_path):
@@ -206,19 +209,18 @@ def test_collected_rollouts_are_what_the_decoder_did(make_decoder, tmp_path):
     assert data.hidden.shape == (3, 0)
     assert data.has_scores
     verifier_name = "TextScorer(fn=<function test_collected_rollouts_are_what_the_decoder_did.<locals>.verifier>, "
-    assert data.origin == Origin(verifier_name + "probability=False, workers=0)", "digits", 52, 2)
-    alone = data.tokens.mean(axis=1)
-    searched = np.rint(data.tree_tokens[:, 0] * alone)
+    assert data.provenance == Provenance(verifier_name + "probability=False, workers=0)", "digits", 52, 2)
+    searched = np.rint(data.tree_tokens[:, 0] * data.tokens.mean(axis=1))
     solutions = [json.loads(line) for line in (tmp_path / "journal").read_text().splitlines()[1:]]
     for solution in solutions:
         i = data.ids.tolist().index(solution["id"])
-        found = [node for node in solution["tree"]["nodes"] if node["kind"] == "generated"][:5]
+        nodes = [node for node in solution["tree"]["nodes"] if node["kind"] == "generated"][:5]
         assert data.tokens[i].sum() + searched[i] == solution["spending"]["generated_tokens"]
-        digits = [next((c for c in node["text"] if c.isdigit()), None) for node in found]
-        done = [node["text"].endswith("\n") for node in found]
-        assert data.tokens[i].tolist() == [node["num_tokens"] for node in found]
+        digits = [next((c for c in node["text"] if c.isdigit()), None) for node in nodes]
+        done = [node["text"].endswith("\n") for node in nodes]
+        assert data.tokens[i].tolist() == [node["num_tokens"] for node in nodes]
         np.testing.assert_allclose(
-            data.logprobs[i], [node["logprob"] / node["num_tokens"] for node in found], rtol=1e-5
+            data.logprobs[i], [node["logprob"] / node["num_tokens"] for node in nodes], rtol=1e-5
         )
         assert data.right[i, :5].tolist() == [digit == str(i) for digit in digits]
         assert (data.classes[i, :5] >= 0).tolist() == [
@@ -254,16 +256,16 @@ def test_the_command_trains_and_judges(tmp_path, capsys):
 
 def test_a_replay_spends_what_it_may_and_counts_what_was_right():
     _, data = population(60, trees=1)
-    replay = Replay(data, orders(data, np.random.default_rng(0)))
+    replay = Replay(data, random_orders(data, np.random.default_rng(0)))
     uniform = replay.uniform(5)
     in_order = np.take_along_axis(data.right[:, :24], replay.orders, axis=1)
     np.testing.assert_array_equal(uniform.right, in_order[:, :5].any(axis=1))
     np.testing.assert_array_equal(
         uniform.cost, np.take_along_axis(data.tokens, replay.orders, axis=1)[:, :5].sum(axis=1)
     )
-    both = replay.outcome(np.full(60, 2), np.zeros(60, np.int64))
+    both = replay.result(np.full(60, 2), np.zeros(60, np.int64))
     np.testing.assert_array_equal(both.right, in_order[:, :2].any(axis=1) | data.right[:, 24])
-    best = replay.dynamic(replay.by_oracle(), Terms(4.0, 20, 4, 0), 2)
+    best = replay.offline(replay.oracle_bidder(), Policy(4.0, 20, 4, 0), 2)
     assert best.multiple == pytest.approx(4, rel=0.1)
     solved = in_order[:, :2].any(axis=1)
     assert (best.chains[solved] == 2).all(), "the oracle spends nothing on what is right already"
@@ -272,7 +274,9 @@ def test_a_replay_spends_what_it_may_and_counts_what_was_right():
 def test_dynamic_beats_uniform_and_comes_near_the_oracle(trained):
     gate, _ = trained
     _, data = population(300, seed=5)
-    report = evaluate(gate, data, budgets=(4,), probes=2, wave=4, repeats=1, looks=2, permutations=99, floors=(0, 3))
+    report = evaluate(
+        gate, data, budgets=(4,), probes=2, wave=4, repeats=1, examples_per_problem=2, permutations=99, floors=(0, 3)
+    )
     [row] = report["budgets"]
     assert row["spent"] == pytest.approx(4, rel=0.05)
     assert row["gain_over_uniform"] > 0.03
@@ -293,7 +297,9 @@ def test_dynamic_beats_uniform_and_comes_near_the_oracle(trained):
 def test_policies_that_agree_on_all_problems_may_differ_on_others(trained):
     gate, _ = trained
     _, data = population(60, seed=5)
-    [row] = evaluate(gate, data, budgets=(2,), probes=2, repeats=1, looks=2, permutations=9, floors=(0,))["budgets"]
+    [row] = evaluate(
+        gate, data, budgets=(2,), probes=2, repeats=1, examples_per_problem=2, permutations=9, floors=(0,)
+    )["budgets"]
     assert row["gain_over_uniform"] == 0, "with the probes the budget is spent"
     low, high = row["gain_over_uniform_interval"]
     assert low == -high == pytest.approx(-wilson(0, 60).high)
@@ -306,10 +312,10 @@ def test_the_price_of_a_budget_meets_it(trained, budget):
     assert (np.diff(costs) > 0).all()
     assert (np.diff(prices) < 0).all()
     _, data = population(300, seed=7)
-    replay = Replay(data, orders(data, np.random.default_rng(0)))
-    spent = replay.at_price(replay.by_gate(gate, 1), Terms(budget, 13, 1, 0), gate.price(budget), 1)
+    replay = Replay(data, random_orders(data, np.random.default_rng(0)))
+    result = replay.at_price(replay.gate_bidder(gate, 1), Policy(budget, 13, 1, 0), gate.price(budget), 1)
     # 60 problems told the price; spends of a problem differ by about 4 chains
-    assert spent.multiple == pytest.approx(min(budget, costs[-1]), abs=3 * 4 / np.sqrt(60))
+    assert result.multiple == pytest.approx(min(budget, costs[-1]), abs=3 * 4 / np.sqrt(60))
 
 
 def test_tree_searches_are_used_where_they_pay():
@@ -317,11 +323,11 @@ def test_tree_searches_are_used_where_they_pay():
     gate, figures = train(data, max_chains=12, max_epochs=8)
     assert figures["trees"][0]["auc"] > 0.6
     _, other = population(200, seed=6, trees=1)
-    replay = Replay(other, orders(other, np.random.default_rng(0)))
-    spent = replay.dynamic(replay.by_gate(gate, 4), Terms(5.0, 16, 4, 0), 2)
-    searched = spent.trees >= 0
+    replay = Replay(other, random_orders(other, np.random.default_rng(0)))
+    result = replay.offline(replay.gate_bidder(gate, 4), Policy(5.0, 16, 4, 0), 2)
+    searched = result.trees >= 0
     assert 0.02 < searched.mean() < 0.9
-    assert spent.multiple == pytest.approx(5, rel=0.1)
+    assert result.multiple == pytest.approx(5, rel=0.1)
 
 
 def test_a_gate_without_verifier_goes_by_votes():

@@ -15,11 +15,11 @@ from support.gates import gate as gate_for
 
 import treedecode as td
 from treedecode.allocation.allocate import Bid
-from treedecode.allocation.allocators import Record
+from treedecode.allocation.allocators import BidHistory
 from treedecode.allocation.calibration import Isotonic
-from treedecode.allocation.features import NAMES
+from treedecode.allocation.features import FEATURE_NAMES
 from treedecode.allocation.gate import Gate
-from treedecode.allocation.provenance import Origin
+from treedecode.allocation.provenance import Provenance
 from treedecode.search.solve import solve_async
 from treedecode.strategies.dynamic_allocation import DynamicAllocation
 from treedecode.tasks.base import Problem
@@ -131,9 +131,9 @@ def test_a_run_that_goes_on_from_a_journal_ends_like_one_that_was_never_interrup
 def test_notes_are_json_that_reads_back_exactly(make_decoder):
     for solution in run(make_decoder(), strategy()).solutions:
         assert json.loads(json.dumps(solution.notes)) == solution.notes
-        record = Record.by_problem({"": solution.notes})[""]
-        assert [bid.to_json() for bid in record.bids] == solution.notes["bids"]
-        assert record.bids == [Bid.from_json(bid) for bid in solution.notes["bids"]]
+        history = BidHistory.by_problem({"": solution.notes})[""]
+        assert [bid.to_json() for bid in history.bids] == solution.notes["bids"]
+        assert history.bids == [Bid.from_json(bid) for bid in solution.notes["bids"]]
 
 
 @pytest.mark.parametrize("mode", ["offline", "online"])
@@ -227,7 +227,7 @@ def test_hidden_states_are_read_where_the_gate_wants_them(make_decoder):
         run(make_decoder(), chosen)
     with pytest.raises(ValueError, match=r"gate: Gate\(\w+\) reads hidden states of 4, and this model's have 3"):
         run(make_decoder(WithHidden()), strategy(gate=gate(hidden_size=4)))
-    assert len(NAMES) == 17
+    assert len(FEATURE_NAMES) == 17
 
 
 def test_a_gate_says_whether_there_is_to_be_a_verifier(make_decoder):
@@ -249,7 +249,7 @@ def test_a_gate_is_for_its_task_and_its_model(make_decoder, tmp_path):
     origins = []
     for name in ("first.jsonl", "second.jsonl"):
         (tmp_path / name).write_text('{"question": "a", "answer": "1"}\n')
-        origins.append(Origin.of(SimpleNamespace(model=FakeModel), Jsonl(tmp_path / name), None))
+        origins.append(Provenance.of(SimpleNamespace(model=FakeModel), Jsonl(tmp_path / name), None))
     assert origins[0] == origins[1]
 
 
@@ -300,7 +300,9 @@ def test_the_description_tells_gates_apart():
     assert repr(strategy()) == repr(strategy())
     assert repr(strategy()) != repr(strategy(gate=gate(trees=1, seed=1)))
     assert repr(strategy()) != repr(
-        strategy(gate=Gate(replace(gate().config, origin=replace(gate().config.origin, task="x")), *parts(gate())))
+        strategy(
+            gate=Gate(replace(gate().config, provenance=replace(gate().config.provenance, task="x")), *parts(gate()))
+        )
     )
 
 

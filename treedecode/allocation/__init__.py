@@ -1,1 +1,1 @@
-"""The gate: what a few probes of a problem say about how much more compute it is worth."""
+"""Learned compute allocation: a gate predicts what more compute is worth to a problem, allocators divide a budget."""

@@ -1,13 +1,13 @@
-"""Allocation: one budget over many problems, at one price.
+"""Divides one budget among many problems, at one price for all (2410.04707, section 3).
 
-A problem's menu is what it may be given: up to so many chains more, as long as it needs them, or one tree search. Each
-item has an expected gain, the probability that it turns a wrong answer into a right one, and an expected cost. Of all
-problems, the steps with the most gain per cost are taken until the budget is spent; the ratio where that happens is the
-price lambda, the multiplier of the budget constraint (2410.04707, section 3).
+A problem's menu lists what it may be granted: further chains, sampled as long as it needs them, or one tree search.
+Each item has an expected gain, the probability that it turns a wrong answer into a right one, and an expected cost. The
+steps with the most gain per cost, of all problems, are taken until the budget is spent. The ratio at which that happens
+is the price lambda, the multiplier of the budget constraint.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,15 +16,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Bid:
-    """What the gate believes of a problem, and what compute costs there. Costs have one unit, whichever it is.
+    """The gate's beliefs about a problem, and the costs of compute there. All costs have the same unit.
 
     Attributes:
         unsolved: P(the answer it would give now is wrong).
-        alpha, beta: of the Beta distribution of the probability that a further chain mends it, given that it is wrong.
-        chain_cost: of a further chain, given what is shared.
-        trees, tree_costs: by tree search of the gate's menu: P(it mends the answer), given that it is wrong; its cost.
-        alone: what one chain alone costs, the unit of a budget.
-        spent: what the problem has cost so far.
+        alpha, beta: of the Beta distribution of P(a further chain corrects the answer), given that it is wrong.
+        chain_cost: of a further chain, which shares the prompt with others of its wave.
+        trees: P(the tree search corrects the answer), given that it is wrong, for each search of the gate's menu.
+        tree_costs: of each search of the menu.
+        single_chain_cost: of one chain that shares nothing, the unit of a budget.
+        spent: cost of the problem so far.
         num_chains: sampled so far.
     """
 
@@ -34,39 +35,54 @@ class Bid:
     chain_cost: float
     trees: tuple[float, ...]
     tree_costs: tuple[float, ...]
-    alone: float
+    single_chain_cost: float
     spent: float
     num_chains: int
 
     def to_json(self) -> dict[str, Any]:
-        """Its attributes."""
-        return {**vars(self), "trees": list(self.trees), "tree_costs": list(self.tree_costs)}
+        """Returns the attributes, as the notes of a journal have them."""
+        return {_JSON_KEYS.get(name, name): _to_list(value) for name, value in vars(self).items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Bid":
-        """The bid that `to_json` described."""
-        bid = cls(**data)
+        """Makes the bid that `to_json` described."""
+        bid = cls(**{field.name: data[_JSON_KEYS.get(field.name, field.name)] for field in fields(cls)})
         return replace(bid, trees=tuple(bid.trees), tree_costs=tuple(bid.tree_costs))
+
+
+_JSON_KEYS = {"single_chain_cost": "alone"}  # attributes that journals know by another name
+
+
+def _to_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)
 class Grant:
-    """What a problem is given: `num_chains` further chains, or the `tree`-th search of the menu; neither = it ends."""
+    """The compute that a problem is given.
+
+    Attributes:
+        num_chains: further chains.
+        tree: index of a tree search in the menu; -1 = none.
+    """
 
     num_chains: int = 0
     tree: int = -1
 
     @property
     def ends(self) -> bool:
-        """Whether the problem gets nothing more."""
+        """True if the problem gets nothing more."""
         return self.num_chains == 0 and self.tree < 0
 
 
 def chain_gains(alpha: float, beta: float, unsolved: float, num_chains: int) -> np.ndarray:
-    """`[num_chains]` gains of the first further chain, the second, ...: `unsolved * E[p (1 - p)^(n - 1)]`.
+    """Computes the gains of the first further chain, the second, ...: `unsolved * E[p (1 - p)^(n - 1)]`.
 
-    With p ~ Beta(alpha, beta) the expectation is B(alpha + 1, beta + n - 1) / B(alpha, beta), a product of ratios. It
+    With p ~ Beta(alpha, beta) the expectation is B(alpha + 1, beta + n - 1) / B(alpha, beta), a product of ratios that
     falls with n.
+
+    Returns:
+        `[num_chains]` gains.
     """
     j = np.arange(num_chains)
     falls = (beta + j) / (alpha + beta + 1 + j)
@@ -74,12 +90,17 @@ def chain_gains(alpha: float, beta: float, unsolved: float, num_chains: int) -> 
 
 
 def chain_needs(alpha: float, beta: float, unsolved: float, num_chains: int, wave: int = 1) -> np.ndarray:
-    """`[num_chains]` P(the first further chain is sampled), the second, ...: P(the m in earlier waves mend nothing).
+    """Computes the probabilities that the first further chain is sampled, the second, ...
 
-    That is `1 - unsolved + unsolved * E[(1 - p)^m]`. Once a chain has mended the answer, the gate sees it and asks for
-    no more, so what is planned costs less than it may. An answer that is right already no chain mends: there all that
-    is planned is sampled, as far as the gate does not know it. Gain over need of a chain is then what it gains where
-    it is sampled, P(wrong | nothing mended so far) times its chance: a plan and a new look ask the same price of it.
+    A chain is sampled if none of the m chains in earlier waves has corrected the answer, which has probability
+    `1 - unsolved + unsolved * E[(1 - p)^m]`. After a correction the gate asks for no more chains, so a plan is expected
+    to cost less than all of its chains. An answer that is right from the start is never corrected: all planned chains
+    are sampled, as far as the gate does not know that it is right. The ratio of a chain's gain to this probability is
+    its gain where it is sampled, P(wrong | nothing corrected so far) times its success rate. So a chain has the same
+    price in a plan as in a bid that is made after the chains before it.
+
+    Returns:
+        `[num_chains]` probabilities.
     """
     j = np.arange(max(0, num_chains - 1))
     after = np.concatenate([[1.0], np.cumprod((beta + j) / (alpha + beta + j))])
@@ -88,11 +109,11 @@ def chain_needs(alpha: float, beta: float, unsolved: float, num_chains: int, wav
 
 @dataclass(frozen=True)
 class Steps:
-    """Ways up a problem's menu, each better than staying where it begins; their gain per cost falls.
+    """The steps by which a problem's grant grows, each with a lower gain per cost than the one before.
 
     Attributes:
         gains, costs: `[n]` of each step.
-        grants: what has been given after each.
+        grants: the whole grant after each step.
     """
 
     gains: np.ndarray
@@ -105,21 +126,20 @@ class Steps:
         return self.gains / self.costs
 
 
-@lru_cache(maxsize=1 << 12)  # most bids stand for many rounds
+@lru_cache(maxsize=1 << 12)  # most bids last for many rounds
 def steps_of(bid: Bid, max_chains: int, wave: int = 1) -> Steps:
-    """The upper concave hull of a menu over (expected cost, gain), from nothing: all that any price can choose.
+    """Computes the upper concave hull of a menu over (expected cost, gain), which holds all that a price can choose.
 
     Args:
-        max_chains: a problem gets at most so many, with those it has.
+        max_chains: the most chains of a problem, with those it has.
         wave: chains sampled at a time.
     """
-    more = max(0, max_chains - bid.num_chains)
-    gains = np.r_[
-        0.0, np.cumsum(chain_gains(bid.alpha, bid.beta, bid.unsolved, more)), np.multiply(bid.unsolved, bid.trees)
-    ]
-    needs = chain_needs(bid.alpha, bid.beta, bid.unsolved, more, wave)
+    num_further = max(0, max_chains - bid.num_chains)
+    of_chains = np.cumsum(chain_gains(bid.alpha, bid.beta, bid.unsolved, num_further))
+    gains = np.r_[0.0, of_chains, np.multiply(bid.unsolved, bid.trees)]
+    needs = chain_needs(bid.alpha, bid.beta, bid.unsolved, num_further, wave)
     costs = np.r_[0.0, bid.chain_cost * np.cumsum(needs), bid.tree_costs]
-    grants = [Grant(n) for n in range(more + 1)] + [Grant(tree=i) for i in range(len(bid.trees))]
+    grants = [Grant(n) for n in range(num_further + 1)] + [Grant(tree=i) for i in range(len(bid.trees))]
     hull: list[int] = []
     for i in np.lexsort((-gains, costs)):
         if hull and gains[i] <= gains[hull[-1]]:
@@ -134,8 +154,8 @@ def _slope(gains: np.ndarray, costs: np.ndarray, begin: int, end: int) -> float:
     return (gains[end] - gains[begin]) / (costs[end] - costs[begin])
 
 
-def at_price(bid: Bid, price: float, max_chains: int, wave: int = 1) -> Grant:
-    """What a problem takes at a price: all steps whose gain per cost is at least that."""
+def grant_at_price(bid: Bid, price: float, max_chains: int, wave: int = 1) -> Grant:
+    """Returns the grant of a problem at a price: all steps whose gain per cost is at least that."""
     steps = steps_of(bid, max_chains, wave)
     count = int((steps.slopes >= price).sum())
     return steps.grants[count - 1] if count else Grant()
@@ -146,11 +166,12 @@ def allocate(
 ) -> tuple[list[Grant], float]:
     """Divides a budget among problems so that the expected number of right answers is the highest.
 
-    Exact up to the last step that does not fit: no allocation of the budget gains more than this one and that step.
+    The result is exact up to the last step that does not fit: no allocation of the budget gains more than this one and
+    that step.
 
     Args:
-        budget: what all may still cost together, as expected.
-        max_chains: of one problem, with those it has.
+        budget: the expected cost that all problems may still have together.
+        max_chains: the most chains of one problem, with those it has.
         floor: chains that every problem gets in any case, with those it has, before the rest is divided.
         wave: chains sampled at a time.
 
@@ -158,31 +179,32 @@ def allocate(
         a grant for each problem, and the price: the gain per cost of the first step that was too expensive; 0 where the
         budget is enough for all that gain.
     """
-    owed = [max(0, min(floor, max_chains) - bid.num_chains) for bid in bids]
-    left = budget - sum(bid.chain_cost * more for bid, more in zip(bids, owed, strict=True))
+    num_owed = [max(0, min(floor, max_chains) - bid.num_chains) for bid in bids]
+    remaining = budget - sum(bid.chain_cost * owed for bid, owed in zip(bids, num_owed, strict=True))
     menus = [steps_of(bid, max_chains, wave) for bid in bids]
-    grants = [Grant(more) for more in owed]
-    which = np.repeat(np.arange(len(bids)), [len(steps.grants) for steps in menus])
-    within = np.concatenate([np.zeros(0, np.int64), *(np.arange(len(steps.grants)) for steps in menus)])
+    grants = [Grant(owed) for owed in num_owed]
+    problem_of_step = np.repeat(np.arange(len(bids)), [len(steps.grants) for steps in menus])
+    index_of_step = np.concatenate([np.zeros(0, np.int64), *(np.arange(len(steps.grants)) for steps in menus)])
     slopes = np.concatenate([np.zeros(0), *(steps.slopes for steps in menus)])
-    paid = np.zeros(len(bids))  # of what steps cost
-    for i, (bid, more) in enumerate(zip(bids, owed, strict=True)):
-        if more:
-            paid[i] = bid.chain_cost * chain_needs(bid.alpha, bid.beta, bid.unsolved, more, wave).sum()
-    reached, open_ = np.zeros(len(bids)), np.ones(len(bids), bool)
+    paid = np.zeros(len(bids))  # of the cost of a problem's steps
+    for i, (bid, owed) in enumerate(zip(bids, num_owed, strict=True)):
+        if owed:
+            paid[i] = bid.chain_cost * chain_needs(bid.alpha, bid.beta, bid.unsolved, owed, wave).sum()
+    reached = np.zeros(len(bids))  # cost of a problem's steps so far
+    is_open = np.ones(len(bids), bool)
     price = 0.0
-    for i in np.lexsort((within, which, -slopes)):
-        problem, step = int(which[i]), int(within[i])
-        if not open_[problem]:
+    for i in np.lexsort((index_of_step, problem_of_step, -slopes)):
+        problem, step = int(problem_of_step[i]), int(index_of_step[i])
+        if not is_open[problem]:
             continue
         grant = menus[problem].grants[step]
         reached[problem] += menus[problem].costs[step]
         cost = max(0.0, reached[problem] - paid[problem])  # the floor may have paid for it
-        if cost > left:
-            open_[problem] = False
+        if cost > remaining:
+            is_open[problem] = False
             price = max(price, float(slopes[i]))
         elif grant.tree >= 0 or grant.num_chains > grants[problem].num_chains:
-            left -= cost
+            remaining -= cost
             paid[problem] += cost
             grants[problem] = grant
     return grants, price

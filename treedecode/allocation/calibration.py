@@ -1,4 +1,4 @@
-"""Calibration of probabilities: isotonic regression, and how far off they are."""
+"""Calibration of probabilities: isotonic regression, and measures of its error."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ class Isotonic:
 
 
 def fit_isotonic(x: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None) -> Isotonic:
-    """The non-decreasing function of `x` with the least weighted squared error to `y`.
+    """Fits the non-decreasing function of `x` with the least weighted squared error to `y`.
 
     Pool adjacent violators (Ayer et al., 1955): neighbours in the wrong order become a block with their mean. Each
     block's two ends are knots.
@@ -35,20 +35,20 @@ def fit_isotonic(x: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None
     if len(x) == 0:
         raise ValueError("x: is empty; there is nothing to calibrate on")
     weights = np.ones(len(x)) if weights is None else np.asarray(weights, np.float64)
-    at, index = np.unique(x, return_inverse=True)  # equal x have one value
+    positions, index = np.unique(x, return_inverse=True)  # equal x have one value
     mass = np.bincount(index, weights)
     means = np.bincount(index, weights * y) / mass
-    blocks: list[tuple[float, float, int]] = []  # mean, mass, how many of `at`
+    blocks: list[tuple[float, float, int]] = []  # mean, mass, number of positions
     for mean, weight in zip(means.tolist(), mass.tolist(), strict=True):
         count = 1
         while blocks and blocks[-1][0] >= mean:
-            other, more, members = blocks.pop()
-            mean = (mean * weight + other * more) / (weight + more)
-            weight, count = weight + more, count + members
+            other_mean, other_weight, other_count = blocks.pop()
+            mean = (mean * weight + other_mean * other_weight) / (weight + other_weight)
+            weight, count = weight + other_weight, count + other_count
         blocks.append((mean, weight, count))
     ends = np.cumsum([count for _, _, count in blocks])
     begins = ends - [count for _, _, count in blocks]
-    knots = np.stack([at[begins], at[ends - 1]], axis=1).ravel()
+    knots = np.stack([positions[begins], positions[ends - 1]], axis=1).ravel()
     values = np.repeat([mean for mean, _, _ in blocks], 2)
     keep = np.r_[True, (np.diff(knots) > 0) | (np.diff(values) > 0)]  # a block of one has one knot
     return Isotonic(knots[keep], values[keep])
@@ -57,14 +57,18 @@ def fit_isotonic(x: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None
 def expected_calibration_error(
     predicted: np.ndarray, happened: np.ndarray, weights: np.ndarray | None = None, *, num_bins: int = 15
 ) -> float:
-    """Mean over bins of |mean prediction - share that happened|, bins holding (nearly) equal numbers of predictions.
+    """Computes the mean over bins of |mean prediction - share that happened|.
+
+    Bins hold equal numbers of predictions, as far as equal predictions allow.
 
     Args:
-        predicted, happened: `[n]`, probabilities and outcomes (or shares of them); weights: `[n]`, of the outcomes.
+        predicted: `[n]` probabilities.
+        happened: `[n]` outcomes, or shares of them.
+        weights: `[n]` of the outcomes.
     """
     weights = np.ones(len(predicted)) if weights is None else np.asarray(weights, np.float64)
     order = np.argsort(predicted, kind="stable")
-    # equal predictions stay together: which of them are in a bin would be a matter of their order
+    # equal predictions stay together, or their order would decide which of them are in a bin
     rank = np.searchsorted(predicted[order], predicted)
     bins = rank * min(num_bins, len(predicted)) // len(predicted)
     gaps = np.bincount(bins, weights * (predicted - happened))
@@ -72,7 +76,7 @@ def expected_calibration_error(
 
 
 def auc(predicted: np.ndarray, happened: np.ndarray) -> float:
-    """P(an outcome that happened was thought likelier than one that did not), ties half; nan where all are alike."""
+    """Computes P(an outcome that happened was predicted above one that did not), ties half; nan where all are alike."""
     happened = np.asarray(happened, bool)
     _, index, tied = np.unique(predicted, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(tied) - (tied - 1) / 2)[index]

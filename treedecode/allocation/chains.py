@@ -1,4 +1,4 @@
-"""Chains: sampled solutions as the gate sees them, after their branches have been given back."""
+"""Chains: sampled solutions as the gate sees them, after their branches have been released."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 from treedecode.decoding.frontier import Frontier
 from treedecode.search.search import Outcome, Search
 
-WINDOW = 8  # tokens of a window whose mean log-probability is looked at; about a step of arithmetic
+WINDOW = 8  # tokens whose mean log-probability is compared along a chain; about a step of arithmetic
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Chain:
 
     Attributes:
         text: of the solution.
-        answer: what it comes to; None = nothing, or it was cut.
+        answer: extracted from the text; None = the solution has none, or was cut.
         score: the verifier's; None without one.
         num_tokens: generated.
         logprob: mean log-probability of its tokens, nats.
@@ -35,25 +35,24 @@ class Chain:
 
     @property
     def outcome(self) -> Outcome:
-        """It as an answer to the problem."""
+        """The chain as an answer to the problem."""
         return Outcome(self.answer, self.text, self.score, self.node)
 
 
 async def chains_of(search: Search, frontier: Frontier) -> list[Chain]:
-    """The chains of a frontier that was sampled to the end; scored where the search has a verifier."""
+    """Reads the chains of a frontier that was sampled to the end, and scores them where the search has a verifier."""
     scores = await search.score(frontier) if search.has_scorer else None
-    found = []
-    for i, (logprobs, text, answer) in enumerate(
-        zip(frontier.logprobs(), search.texts(frontier), search.answers(frontier), strict=True)
-    ):
+    solutions = zip(frontier.logprobs(), search.texts(frontier), search.answers(frontier), strict=True)
+    chains = []
+    for i, (logprobs, text, answer) in enumerate(solutions):
         score = None if scores is None else float(scores[i])
         mean, worst = confidence(logprobs.astype(np.float64))
-        found.append(Chain(text, answer, score, len(logprobs), mean, worst, int(frontier.nodes[i])))
-    return found
+        chains.append(Chain(text, answer, score, len(logprobs), mean, worst, int(frontier.nodes[i])))
+    return chains
 
 
 def confidence(logprobs: np.ndarray) -> tuple[float, float]:
-    """Mean log-probability, and the lowest mean over `WINDOW` tokens in a row; no tokens: zeros."""
+    """Returns the mean log-probability, and the lowest mean over `WINDOW` tokens in a row; zeros without tokens."""
     if len(logprobs) == 0:
         return 0.0, 0.0
     sums = np.concatenate([[0.0], np.cumsum(logprobs)])
@@ -62,9 +61,10 @@ def confidence(logprobs: np.ndarray) -> tuple[float, float]:
 
 
 def selected(chains: Sequence[Chain], classes: np.ndarray) -> int:
-    """Index of the chain whose answer is taken: the best scored, without scores the first of the largest class.
+    """Returns the index of the chain whose answer is taken.
 
-    Of equals the first. Chains without an answer are taken only where no other is.
+    With scores it is the best scored chain, without them the first of the largest class of equal answers; of equals the
+    first. A chain without an answer is taken only where no other has one.
 
     Args:
         classes: `[n]`, equal for equal answers, -1 = no answer (`Search.classes`).

@@ -1,4 +1,4 @@
-"""Features: what the gate reads of a problem, at prefill and after some chains."""
+"""Features that the gate reads of a problem: of its prompt, and of its chains so far."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ import torch
 from treedecode.allocation.chains import Chain, selected
 from treedecode.decoding.frontier import Frontier
 
-# A gate is for one version of these. Names in the order of the vector.
-VERSION = 1
-NAMES = (
+# A gate is for one version of the features. Names are in the order of the vector.
+FEATURE_VERSION = 1
+FEATURE_NAMES = (
     "log_prompt_tokens",
     "prompt_entropy",  # of the next token after the prompt, nats
     "log_chains",
@@ -33,8 +33,8 @@ NAMES = (
 
 
 @dataclass(frozen=True)
-class Prefill:
-    """What is known before anything is generated.
+class PromptFeatures:
+    """Features of a prompt, known before anything is generated.
 
     Attributes:
         num_tokens: of the prompt.
@@ -47,9 +47,12 @@ class Prefill:
     hidden: np.ndarray
 
 
-async def prefill(root: Frontier, *, wants_hidden: bool) -> list[Prefill]:
-    """Reads the features of prompts at the roots on them: a token is computed once more for each of logits and hidden
-    state."""
+async def prompt_features(root: Frontier, *, wants_hidden: bool) -> list[PromptFeatures]:
+    """Reads the features of prompts from their roots, which computes the last token again for logits and hidden state.
+
+    Args:
+        root: branches that hold the prompts alone.
+    """
     logits = await root.logits()
     logprobs = torch.log_softmax(logits.double(), dim=-1)
     # a masked token has probability 0 and log-probability -inf
@@ -57,23 +60,26 @@ async def prefill(root: Frontier, *, wants_hidden: bool) -> list[Prefill]:
     hidden = np.zeros((len(root), 0), np.float32)
     if wants_hidden:
         hidden = (await root.hidden()).float().numpy(force=True)
-    parts = zip(root.num_tokens.tolist(), entropies.tolist(), hidden, strict=True)
-    return [Prefill(*part) for part in parts]
+    prompts = zip(root.num_tokens.tolist(), entropies.tolist(), hidden, strict=True)
+    return [PromptFeatures(*prompt) for prompt in prompts]
 
 
-def vector(prompt: Prefill, chains: Sequence[Chain], classes: np.ndarray) -> np.ndarray:
-    """The features of a problem after at least one chain, `[len(NAMES) + hidden_size]` float32.
+def feature_vector(prompt: PromptFeatures, chains: Sequence[Chain], classes: np.ndarray) -> np.ndarray:
+    """Computes the features of a problem after at least one chain.
 
     Args:
         classes: `[n]`, equal for equal answers, -1 = no answer.
+
+    Returns:
+        `[len(FEATURE_NAMES) + hidden_size]` float32.
     """
     n = len(chains)
     answered = classes >= 0
     counts = np.bincount(classes[answered], minlength=1)
     logprobs = np.array([chain.logprob for chain in chains])
     worst = np.array([chain.worst_logprob for chain in chains])
-    one = selected(chains, classes)
-    same = (classes == classes[one]) & answered
+    best = selected(chains, classes)
+    same = (classes == classes[best]) & answered
     scores = np.array([0.0 if chain.score is None else chain.score for chain in chains])
     others = scores[answered & ~same]
     values = {
@@ -89,10 +95,10 @@ def vector(prompt: Prefill, chains: Sequence[Chain], classes: np.ndarray) -> np.
         "best_worst_logprob": worst.max(),
         "log_tokens": np.log1p(np.mean([chain.num_tokens for chain in chains])),
         "selected_share": same.mean(),
-        "selected_logprob": logprobs[one],
-        "selected_worst_logprob": worst[one],
-        "best_score": scores[one],
+        "selected_logprob": logprobs[best],
+        "selected_worst_logprob": worst[best],
+        "best_score": scores[best],
         "mean_score": scores.mean(),
         "other_score": others.max() if len(others) else scores.min(),
     }
-    return np.concatenate([[values[name] for name in NAMES], prompt.hidden]).astype(np.float32)
+    return np.concatenate([[values[name] for name in FEATURE_NAMES], prompt.hidden]).astype(np.float32)

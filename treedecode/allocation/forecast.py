@@ -1,4 +1,4 @@
-"""Forecast: quantiles of what a run will cost, from a gate that has read its prompts."""
+"""Forecasts the cost of a run, from a gate that has read its prompts."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -8,39 +8,39 @@ import numpy as np
 
 from treedecode.allocation.chain_costs import UNITS, kv_sizes
 from treedecode.allocation.cost_quantiles import prompt_vector
-from treedecode.allocation.cost_samples import CostDraws
-from treedecode.allocation.features import Prefill, prefill
+from treedecode.allocation.cost_samples import GateCostSamples
+from treedecode.allocation.features import PromptFeatures, prompt_features
 from treedecode.allocation.gate import Gate
 from treedecode.common.arrays import IntArray
 from treedecode.common.validation import one_of
 from treedecode.decoding.decoder import Decoder, Prompt
 from treedecode.search.strategy import Strategy
 
-_SIDE_BY_SIDE = 64  # prompts computed at a time
+_PROMPTS_AT_A_TIME = 64
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run may cost.
+    """Samples of the cost of a run.
 
     Attributes:
         unit: "tokens" generated, or "kv_bytes" read.
-        draws: `[num_problems, num_draws]` float64, each column a way the run may go.
+        draws: `[num_problems, num_draws]` float64 costs; a column is one way that the run may go.
     """
 
     unit: str
     draws: np.ndarray
 
     def quantile(self, level: float | Sequence[float]) -> np.ndarray:
-        """What the whole run stays within, with probability `level` (of its shape)."""
+        """Returns the cost that the whole run stays within with probability `level`; of the shape of `level`."""
         return np.quantile(self.draws.sum(axis=0), level)
 
     def problem_quantile(self, level: float) -> np.ndarray:
-        """`[num_problems]` the same of each problem alone."""
+        """Returns the costs `[num_problems]` that each problem stays within with probability `level`."""
         return np.quantile(self.draws, level, axis=1)
 
     def within(self, limit: float) -> float:
-        """P(the whole run costs no more than `limit`), the odds that such a budget is enough."""
+        """Returns P(the whole run costs no more than `limit`)."""
         return float((self.draws.sum(axis=0) <= limit).mean())
 
 
@@ -54,26 +54,28 @@ def forecast(
     num_draws: int = 1000,
     seed: int = 0,
 ) -> Forecast:
-    """Quantiles of what a strategy will spend on problems, before it runs, by recalibrated quantile regression.
+    """Forecasts the cost of a strategy on problems before it runs, by recalibrated quantile regression.
 
-    The prompts are computed, and nothing is generated; a run on the same decoder finds them in the prefix index. How
-    long chains will be is what the gate has learned from its training problems: of another task, another model or
-    another sampling it says nothing. Nor is there a guarantee for theirs: a gate's figures have the share of held-out
-    costs within the 95% that it names (`within_95`; of the countdown gate 92% of chains and 92% to 94% of searches).
-    What a verifier generates or reads is not in it, and KV bytes are of every problem apart: what problems have in
-    common, worked examples for instance, is read less often than that.
+    The prompts are computed and nothing is generated; a run on the same decoder finds them in the prefix index. The
+    gate has learned the lengths of chains from its training problems, and knows nothing of another task, model or
+    sampling. There is no guarantee for its own task either: a gate's figures have the share of held-out costs within
+    the 95% that it predicts (`within_95`; for the countdown gate 92% of chains and 92% to 94% of searches). The
+    forecast leaves out what a verifier generates or reads. It counts the KV bytes of every problem apart, although
+    prefixes that problems have in common, worked examples for instance, are read less often than that.
 
     Args:
         prompts: of the problems.
-        strategy: one whose cost follows from how long chains are (of those that may stop early, and of dynamic
-            allocation, what they spend at most), or a tree search of the gate's menu.
-        gate: a gate or its file; by default the strategy's own.
+        strategy: one whose cost follows from the lengths of chains, or a tree search of the gate's menu. For one that
+            may stop early, and for dynamic allocation, the forecast is of the most that it spends.
+        gate: a gate or its file; None = the strategy's own.
         unit: "tokens" generated, or "kv_bytes" read.
-        num_draws: ways the run may go that are drawn, from `seed`.
+        num_draws: samples of the cost, drawn from `seed`.
 
     Raises:
-        FileNotFoundError, ValueError: nothing is known of the strategy, there is no gate, it is missing or another
-            model's, or an argument is out of range (named). TypeError, ValueError: a prompt is wrong (named).
+        FileNotFoundError: the gate's file is missing.
+        TypeError: a prompt is wrong (named).
+        ValueError: nothing is known of the strategy, there is no gate or it is another model's, or an argument is out
+            of range (named).
     """
     ids = decoder.prompt_ids(list(prompts))
     return forecasts(decoder, ids, strategy=strategy, gate=gate, units=[unit], num_draws=num_draws, seed=seed)[0]
@@ -89,13 +91,14 @@ def forecasts(
     num_draws: int = 1000,
     seed: int = 0,
 ) -> list[Forecast]:
-    """`forecast` in several units, of prompts that are computed once for all of them.
+    """Makes a `forecast` in each of several units; prompts are computed once for all of them.
 
     Args:
         prompts: token ids `[n]` of each, checked.
 
     Raises:
-        FileNotFoundError, ValueError: as `forecast`.
+        FileNotFoundError: as `forecast`.
+        ValueError: as `forecast`.
     """
     gate = getattr(strategy, "gate", None) if gate is None else gate
     if isinstance(gate, (str, os.PathLike)):
@@ -108,26 +111,25 @@ def forecasts(
         raise ValueError(f"num_draws: expected at least 1, got {num_draws}")
     gate.check_model(decoder.model)
     costs, hidden_size = gate.costs, gate.config.hidden_size
-    known = decoder.run(_prefills(decoder, prompts, wants_hidden=hidden_size > 0))
-    quantiles = costs(np.stack([prompt_vector(prompt, hidden_size) for prompt in known]))
-    factors, sizes = costs.factors.numpy(), kv_sizes(decoder)
-    found = []
+    features = decoder.run(_read_prompts(decoder, prompts, wants_hidden=hidden_size > 0))
+    quantiles = costs(np.stack([prompt_vector(prompt, hidden_size) for prompt in features]))
+    mean_factors, errors, sizes = costs.factors.numpy(), costs.errors.numpy(), kv_sizes(decoder)
+    results = []
     for unit in units:
         rng = np.random.default_rng(seed)
-        errors = rng.normal(size=(num_draws, len(costs.errors))) * costs.errors.numpy()
-        drawn = factors * (1 + errors).clip(min=0)
+        factors = mean_factors * (1 + rng.normal(size=(num_draws, len(errors))) * errors).clip(min=0)
         draws = [
-            strategy.cost(CostDraws(gate, prompt, some, drawn, unit=unit, rng=rng, **sizes))
-            for prompt, some in zip(known, quantiles, strict=True)
+            strategy.cost(GateCostSamples(gate, prompt, row, factors, unit=unit, rng=rng, **sizes))
+            for prompt, row in zip(features, quantiles, strict=True)
         ]
-        found.append(Forecast(unit, np.stack(draws)))
-    return found
+        results.append(Forecast(unit, np.stack(draws)))
+    return results
 
 
-async def _prefills(decoder: Decoder, prompts: Sequence[IntArray], *, wants_hidden: bool) -> list[Prefill]:
-    found: list[Prefill] = []
-    for begin in range(0, len(prompts), _SIDE_BY_SIDE):
-        some = list(prompts[begin : begin + _SIDE_BY_SIDE])
-        with await decoder.roots(some) as root:
-            found += await prefill(root, wants_hidden=wants_hidden)
-    return found
+async def _read_prompts(decoder: Decoder, prompts: Sequence[IntArray], *, wants_hidden: bool) -> list[PromptFeatures]:
+    features: list[PromptFeatures] = []
+    for begin in range(0, len(prompts), _PROMPTS_AT_A_TIME):
+        batch = list(prompts[begin : begin + _PROMPTS_AT_A_TIME])
+        with await decoder.roots(batch) as root:
+            features += await prompt_features(root, wants_hidden=wants_hidden)
+    return features

@@ -1,13 +1,14 @@
-"""Gate: from features to beliefs about a problem, calibrated, in one file.
+"""The gate: maps features of a problem to calibrated beliefs about it, and is kept in one file.
 
-A chain or a tree search mends a wrong answer when its own is right and is taken in its place: the verifier scores it
-higher, or there was no answer. Without a verifier every right one counts as taken.
+A chain or a tree search corrects a wrong answer when its own answer is right and is taken in its place: the verifier
+scores it higher, or there was no answer. Without a verifier every right answer counts as taken.
 """
 
 import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 
 from treedecode.allocation.calibration import Isotonic
 from treedecode.allocation.cost_quantiles import CostQuantiles, tensors_under
-from treedecode.allocation.features import NAMES, VERSION
-from treedecode.allocation.provenance import Origin
+from treedecode.allocation.features import FEATURE_NAMES, FEATURE_VERSION
+from treedecode.allocation.provenance import Provenance
 from treedecode.models.adapter import ModelAdapter, require_hidden_states
 
 if TYPE_CHECKING:
@@ -34,10 +35,10 @@ _MIN_PAIR, _MAX_PAIR = 0.1, 1000.0  # alpha + beta: from all or nothing to a kno
 
 @dataclass(frozen=True)
 class TreeSearch:
-    """A tree search that the gate can advise: `TreeOfThoughts(depth, width, keep)`.
+    """A tree search that a gate can grant: `TreeOfThoughts(depth, width, keep)`.
 
     Attributes:
-        tokens, kv_bytes: its mean cost in the training data, in units of what one chain alone costs.
+        tokens, kv_bytes: mean costs in the training data, in units of the cost of a single chain.
     """
 
     depth: int
@@ -54,25 +55,25 @@ class TreeSearch:
 
 @dataclass(frozen=True)
 class GateConfig:
-    """What a gate was trained for.
+    """Describes the data that a gate was trained on.
 
     Attributes:
         hidden_size: of the model whose hidden states it reads; 0 = it reads none.
         min_chains, max_chains: it was trained after so many chains.
-        origin: verifier, task and model it was trained with, and so has to be used with.
-        menu: tree searches it knows.
-        prices: pairs (mean cost of a problem in units of one chain alone, price in expected right answers per chain at
-            which problems come to that), costs rising: where a stream begins. () = not known.
+        provenance: verifier, task and model it was trained with, and so has to be used with.
+        menu: tree searches that it can grant.
+        prices: pairs (mean cost of a problem in units of the cost of a single chain, price in expected right answers
+            per chain that leads to this cost), costs rising: where an online allocation begins. () = not known.
         features: version of the features.
     """
 
     hidden_size: int
     min_chains: int
     max_chains: int
-    origin: Origin
+    provenance: Provenance
     menu: tuple[TreeSearch, ...] = ()
     prices: tuple[tuple[float, float], ...] = ()
-    features: int = VERSION
+    features: int = FEATURE_VERSION
 
     def __post_init__(self) -> None:
         if self.menu and not self.uses_verifier:
@@ -80,23 +81,36 @@ class GateConfig:
 
     @property
     def uses_verifier(self) -> bool:
-        """Whether chains were scored in training, and so have to be in use."""
-        return self.origin.verifier != ""
+        """True if chains were scored in training, and so have to be in use."""
+        return self.provenance.verifier != ""
 
     @property
     def num_features(self) -> int:
         """Length of a feature vector."""
-        return len(NAMES) + self.hidden_size
+        return len(FEATURE_NAMES) + self.hidden_size
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the attributes, as a gate's file has them."""
+        return {"origin" if name == "provenance" else name: value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "GateConfig":
+        """Makes the configuration that `to_json` described."""
+        values = dict(data)
+        values["provenance"] = Provenance(**values.pop("origin"))
+        values["menu"] = tuple(TreeSearch(**entry) for entry in values["menu"])
+        values["prices"] = tuple((cost, price) for cost, price in values["prices"])
+        return cls(**values)
 
 
 @dataclass(frozen=True)
 class Beliefs:
-    """Of `n` problems.
+    """Beliefs about `n` problems.
 
     Attributes:
         solved: `[n]` P(the answer selected so far is right).
-        alpha, beta: `[n]`, of the Beta distribution of P(a further chain mends the answer), given that it is wrong.
-        trees: `[n, len(menu)]` P(a tree search mends it), given that it is wrong.
+        alpha, beta: `[n]`, of the Beta distribution of P(a further chain corrects the answer), given that it is wrong.
+        trees: `[n, len(menu)]` P(a tree search corrects the answer), given that it is wrong.
     """
 
     solved: np.ndarray
@@ -104,8 +118,8 @@ class Beliefs:
     beta: np.ndarray
     trees: np.ndarray
 
-    def terms(self, problem: int) -> dict[str, Any]:
-        """What is believed of one problem, as a `Bid` has it."""
+    def of_problem(self, problem: int) -> dict[str, Any]:
+        """Returns the beliefs about one problem, as fields of a `Bid`."""
         return {
             "unsolved": 1 - float(self.solved[problem]),
             "alpha": float(self.alpha[problem]),
@@ -115,7 +129,7 @@ class Beliefs:
 
 
 class GateNetwork(nn.Module):
-    """Standardised features -> raw beliefs: three outputs, and one for each tree search of the menu."""
+    """Maps standardised features to raw beliefs: three outputs, and one for each tree search of the menu."""
 
     def __init__(self, num_features: int, num_trees: int, width: int = 64, dropout: float = 0.0) -> None:
         super().__init__()
@@ -136,8 +150,12 @@ class GateNetwork(nn.Module):
                 module.reset_parameters()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`[n, num_features]` -> logits of solved `[n]`, of the success rate's mean `[n]`, its alpha + beta `[n]`, and
-        logits of the trees `[n, num_trees]`."""
+        """Computes raw beliefs from `[n, num_features]`.
+
+        Returns:
+            logits of solved `[n]`, logits of the success rate's mean `[n]`, its alpha + beta `[n]`, and logits of the
+            trees `[n, num_trees]`.
+        """
         out = self.heads(self.body(x))
         total = out[:, 2].clamp(math.log(_MIN_PAIR), math.log(_MAX_PAIR)).exp()
         return out[:, 0], out[:, 1], total, out[:, 3:]
@@ -150,7 +168,7 @@ class Gate:
         network: in evaluation mode.
         mean, std: `[num_features]` float32 of the training features.
         calibrators: of P(solved), of the mean success rate, and of each tree search.
-        costs: quantiles of what a chain and each tree search will cost, for forecasts.
+        costs: quantiles of the costs of a chain and of each tree search, for forecasts.
     """
 
     def __init__(
@@ -166,7 +184,7 @@ class Gate:
         self.mean, self.std, self.calibrators, self.costs = mean, std, calibrators, costs
 
     def __repr__(self) -> str:
-        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self.config.to_json(), sort_keys=True).encode())
         for name, tensor in sorted(self._tensors().items()):
             if name.startswith("costs."):
                 continue  # no solution depends on a forecast
@@ -174,7 +192,7 @@ class Gate:
         return f"Gate({digest.hexdigest()[:16]})"
 
     def check(self, decoder: "Decoder", task: "Task", scorer: Any) -> None:
-        """Checks that a run is what the gate was trained for: scores of another verifier say nothing to it.
+        """Checks that the gate was trained for a run: it knows nothing of another verifier's scores.
 
         Args:
             scorer: the run's verifier; None = it has none.
@@ -182,16 +200,16 @@ class Gate:
         Raises:
             ValueError: another verifier, task or model (named, with the gate), or a model that gives no hidden states.
         """
-        self.config.origin.require(Origin.of(decoder, task, scorer), self)
+        self.config.provenance.require(Provenance.of(decoder, task, scorer), self)
         self.check_model(decoder.model)
 
     def check_model(self, model: ModelAdapter) -> None:
-        """Checks that a decoder's model is what the gate was trained for, and that the gate can read it.
+        """Checks that the gate was trained for a decoder's model, and can read its hidden states.
 
         Raises:
-            ValueError: it is another, gives no hidden states, or of another size.
+            ValueError: it is another model, or its hidden states are missing or of another size.
         """
-        self.config.origin.require_model(model, self)
+        self.config.provenance.require_model(model, self)
         size = self.config.hidden_size
         if size:
             require_hidden_states(model)
@@ -199,9 +217,9 @@ class Gate:
             raise ValueError(f"gate: {self!r} reads hidden states of {size}, and this model's have {model.hidden_size}")
 
     def price(self, budget: float) -> float:
-        """The price at which problems like those of the training cost `budget` chains in the mean.
+        """Returns the price at which problems like those of the training cost `budget` chains in the mean.
 
-        Between the prices that were tried it is interpolated, in logarithms; beyond them it is the first or the last.
+        It is interpolated, in logarithms, between the prices that were tried; beyond them it is the first or the last.
 
         Raises:
             ValueError: the gate knows no prices.
@@ -212,15 +230,15 @@ class Gate:
         return float(np.exp(np.interp(np.log(budget), costs, prices)))
 
     def believe(self, features: np.ndarray) -> Beliefs:
-        """Beliefs about problems, from `[n, num_features]` features.
+        """Predicts beliefs about problems, from `[n, num_features]` features.
 
         Raises:
-            ValueError: features of another number.
+            ValueError: the features have another shape.
         """
         if features.ndim != 2 or features.shape[1] != self.config.num_features:
             raise ValueError(
-                f"features: expected [n, {self.config.num_features}] for this gate, {len(NAMES)} and a hidden state "
-                f"of {self.config.hidden_size}, got {list(features.shape)}"
+                f"features: expected [n, {self.config.num_features}] for this gate, {len(FEATURE_NAMES)} and a hidden "
+                f"state of {self.config.hidden_size}, got {list(features.shape)}"
             )
         raw = raw_beliefs(self.network, (torch.from_numpy(features) - self.mean) / self.std)
         solved, rate, *trees = self.calibrators
@@ -244,16 +262,17 @@ class Gate:
         return {**tensors, "mean": self.mean, "std": self.std}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one safetensors file; what the gate was trained for is in its metadata."""
+        """Writes one safetensors file, with the configuration in its metadata."""
         tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
-        save_file(tensors, path, metadata={"schema": SCHEMA, "config": json.dumps(asdict(self.config))})
+        save_file(tensors, path, metadata={"schema": SCHEMA, "config": json.dumps(self.config.to_json())})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Gate":
-        """The gate that `save` wrote.
+        """Loads the gate that `save` wrote.
 
         Raises:
-            FileNotFoundError: no such file. ValueError: it is no gate, or of another version.
+            FileNotFoundError: there is no such file.
+            ValueError: it is no gate, or of another version.
         """
         if not os.path.isfile(path):
             raise FileNotFoundError(f"path: no file {os.fspath(path)}")
@@ -265,14 +284,11 @@ class Gate:
             raise ValueError(f"path: {os.fspath(path)} is no gate: {error}") from error
         if metadata.get("schema") != SCHEMA:
             raise ValueError(f"path: {os.fspath(path)} has the schema {metadata.get('schema')!r}, not {SCHEMA!r}")
-        values = json.loads(metadata["config"])
-        values["menu"] = tuple(TreeSearch(**entry) for entry in values["menu"])
-        values["prices"] = tuple((cost, price) for cost, price in values["prices"])
-        config = GateConfig(**{**values, "origin": Origin(**values["origin"])})
-        if config.features != VERSION:
+        config = GateConfig.from_json(json.loads(metadata["config"]))
+        if config.features != FEATURE_VERSION:
             raise ValueError(
-                f"path: {os.fspath(path)} reads version {config.features} of the features, and this is {VERSION}; "
-                "train it anew"
+                f"path: {os.fspath(path)} reads version {config.features} of the features, and this is "
+                f"{FEATURE_VERSION}; train it anew"
             )
         weights = tensors_under("network.", tensors)
         network = GateNetwork(config.num_features, len(config.menu), width=len(weights["heads.weight"].T))
@@ -285,7 +301,7 @@ class Gate:
 
 @torch.inference_mode()
 def raw_beliefs(network: GateNetwork, x: Tensor) -> Beliefs:
-    """What the network alone believes, of `[n, num_features]` standardised features."""
+    """Computes the network's beliefs, not calibrated, from `[n, num_features]` standardised features."""
     solved, rate, total, trees = (part.double() for part in network(x))
     mean = rate.sigmoid().clamp(_MIN_RATE, 1 - _MIN_RATE)
     parts = (solved.sigmoid(), mean * total, (1 - mean) * total, trees.sigmoid())

@@ -1,4 +1,4 @@
-"""Origin: which verifier, task and model chains are of. A gate knows no others than those it was trained on."""
+"""Provenance: verifier, task and model of a run. A gate serves runs with the provenance of its training data alone."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -8,18 +8,19 @@ from treedecode.verify.scorers import scorer_name
 
 if TYPE_CHECKING:
     from treedecode.decoding.decoder import Decoder
+    from treedecode.models.adapter import ModelAdapter
     from treedecode.tasks.base import Task
 
 _TRAIN = "train a gate for it (`treedecode gate train`)"
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where chains come from.
+class Provenance:
+    """The verifier, the task and the model that chains are of.
 
     Attributes:
         verifier: the `repr` of the scorer, without addresses; "" = there was none.
-        task: its name; "jsonl" of problems from a file, whichever: training and use have different files.
+        task: its name; "jsonl" for problems from any file, as training and use have different files.
         vocab_size, num_layers: of the model.
     """
 
@@ -29,14 +30,13 @@ class Origin:
     num_layers: int
 
     @classmethod
-    def of(cls, decoder: "Decoder", task: "Task", scorer: Any) -> "Origin":
-        """That of a run; `scorer` is None without a verifier."""
-        verifier = scorer_name(scorer)
-        name = "jsonl" if isinstance(task, Jsonl) else task.name
-        return cls(verifier, name, decoder.model.vocab_size, decoder.model.num_layers)
+    def of(cls, decoder: "Decoder", task: "Task", scorer: Any) -> "Provenance":
+        """Returns the provenance of a run; `scorer` is None without a verifier."""
+        task_name = "jsonl" if isinstance(task, Jsonl) else task.name
+        return cls(scorer_name(scorer), task_name, decoder.model.vocab_size, decoder.model.num_layers)
 
-    def require(self, other: "Origin", gate: Any) -> None:
-        """Checks that a run is of this origin, that of a gate.
+    def require(self, other: "Provenance", gate: Any) -> None:
+        """Checks that a run has this provenance, that of a gate.
 
         Raises:
             ValueError: it has another verifier, task or model; names the gate and both.
@@ -46,14 +46,22 @@ class Origin:
             raise ValueError(f"task: {gate!r} was trained on {self.task!r}, and the run is of {other.task!r}; {_TRAIN}")
         self.require_model(other, gate)
 
-    def require_verifier(self, other: str, gate: Any) -> None:
-        """The same of a verifier's `scorer_name` alone."""
-        if other != self.verifier:
-            mine, has = self.verifier or "no verifier", other or "none"
-            raise ValueError(f"verifier: {gate!r} was trained with {mine}, and the run has {has}; {_TRAIN}")
+    def require_verifier(self, verifier: str, gate: Any) -> None:
+        """Checks the verifier alone, given by its `scorer_name`.
 
-    def require_model(self, model: Any, gate: Any) -> None:
-        """The same of a decoder's model alone."""
-        mine, has = (f"{one.vocab_size} tokens and {one.num_layers} layers" for one in (self, model))
-        if has != mine:
-            raise ValueError(f"model: {gate!r} was trained on one of {mine}, and the run's has {has}; {_TRAIN}")
+        Raises:
+            ValueError: it is another.
+        """
+        if verifier != self.verifier:
+            expected, given = self.verifier or "no verifier", verifier or "none"
+            raise ValueError(f"verifier: {gate!r} was trained with {expected}, and the run has {given}; {_TRAIN}")
+
+    def require_model(self, model: "ModelAdapter | Provenance", gate: Any) -> None:
+        """Checks the model alone.
+
+        Raises:
+            ValueError: it has another vocabulary or other layers.
+        """
+        expected, given = (f"{each.vocab_size} tokens and {each.num_layers} layers" for each in (self, model))
+        if given != expected:
+            raise ValueError(f"model: {gate!r} was trained on one of {expected}, and the run's has {given}; {_TRAIN}")

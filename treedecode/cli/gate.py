@@ -102,7 +102,7 @@ def _rollouts(
     verifier = verifier_named(arguments.verifier, task, model)
     scorer = scorer_of(verifier)
     if gate is not None:
-        gate.config.origin.require_verifier(scorer_name(scorer), gate)
+        gate.config.provenance.require_verifier(scorer_name(scorer), gate)
     tree_searches_of(menu, TreeOfThoughts, verifier)  # reports a mistake before the model is loaded
     with decoder_for(model) as decoder:
         if gate is not None:

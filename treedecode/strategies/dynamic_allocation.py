@@ -8,10 +8,10 @@ from typing import Any, ClassVar, cast
 import numpy as np
 
 from treedecode.allocation.allocate import Bid
-from treedecode.allocation.allocators import Meeting, Record, Stream, Terms
+from treedecode.allocation.allocators import BidHistory, OfflineAllocator, OnlineAllocator, Policy
 from treedecode.allocation.chain_costs import UNITS, chain_costs, kv_sizes
 from treedecode.allocation.chains import Chain, chains_of, selected
-from treedecode.allocation.features import Prefill, prefill, vector
+from treedecode.allocation.features import PromptFeatures, feature_vector, prompt_features
 from treedecode.allocation.gate import Gate
 from treedecode.common.validation import int_in, number_in, one_of
 from treedecode.engine.sampling import Sampling
@@ -35,8 +35,9 @@ class DynamicAllocation(Strategy):
         mode: "offline" divides the budget among all problems of the run after each wave; "online" takes them as a
             stream, at a price that follows what earlier ones spent.
         unit: of cost: "tokens" generated, or "kv_bytes" read.
-        price, step, lag: "online": the price after that of the first bids, in expected right answers per chain (None:
-            the gate's for that budget), how fast it moves, and how many problems later spending counts (`Stream`).
+        price: "online": the price after the opening bids, in expected right answers per chain; None = the gate's price
+            of the budget.
+        step, lag: "online": how fast the price moves, and how many problems later costs count (`OnlineAllocator`).
         sampling: in place of the run's.
     """
 
@@ -89,12 +90,14 @@ class DynamicAllocation(Strategy):
         """The tree searches of the gate's menu."""
         return [TreeOfThoughts(*item.shape, sampling=self.sampling) for item in self._gate.config.menu]
 
-    def share(self, problems: Sequence[str], notes: Mapping[str, Mapping[str, Any]]) -> Meeting | Stream:
-        terms, known = Terms(self.budget, self._chain_limit, self.wave, self.floor), Record.by_problem(notes)
+    def share(
+        self, problems: Sequence[str], notes: Mapping[str, Mapping[str, Any]]
+    ) -> OfflineAllocator | OnlineAllocator:
+        policy, histories = Policy(self.budget, self._chain_limit, self.wave, self.floor), BidHistory.by_problem(notes)
         if self.mode == "offline":
-            return Meeting(terms, problems, known)
+            return OfflineAllocator(policy, problems, histories)
         price = self.price or self._gate.price(self.budget)
-        return Stream(terms, problems, known, price=price, step=self.step, lag=self.lag)
+        return OnlineAllocator(policy, problems, histories, price=price, step=self.step, lag=self.lag)
 
     def cost(self, samples: CostSamples) -> np.ndarray:
         if samples.unit != self.unit:
@@ -113,7 +116,7 @@ class DynamicAllocation(Strategy):
 
     async def _solve(self, search: Search) -> Outcome:
         with await search.root() as root:
-            [prompt] = await prefill(root, wants_hidden=self._gate.config.hidden_size > 0)
+            [prompt] = await prompt_features(root, wants_hidden=self._gate.config.hidden_size > 0)
             with root.spread(self.probes) as probes:
                 await search.complete(probes, self.sampling)
                 chains = await chains_of(search, probes)
@@ -133,15 +136,15 @@ class DynamicAllocation(Strategy):
                 await search.complete(more, self.sampling)
                 chains += await chains_of(search, more)
 
-    def _bid(self, search: Search, prompt: Prefill, chains: list[Chain], classes: np.ndarray) -> Bid:
+    def _bid(self, search: Search, prompt: PromptFeatures, chains: list[Chain], classes: np.ndarray) -> Bid:
         sizes = kv_sizes(search.decoder)
-        beliefs = self._gate.believe(vector(prompt, chains, classes)[None])
-        alone, further = chain_costs(self.unit, prompt.num_tokens, chains, wave=self.wave, **sizes)
+        beliefs = self._gate.believe(feature_vector(prompt, chains, classes)[None])
+        single, further = chain_costs(self.unit, prompt.num_tokens, chains, wave=self.wave, **sizes)
         return Bid(
-            **beliefs.terms(0),
+            **beliefs.of_problem(0),
             chain_cost=further,
-            alone=alone,
-            tree_costs=tuple(getattr(item, self.unit) * alone for item in self._gate.config.menu),
+            single_chain_cost=single,
+            tree_costs=tuple(getattr(item, self.unit) * single for item in self._gate.config.menu),
             spent=self._spent(search),
             num_chains=len(chains),
         )

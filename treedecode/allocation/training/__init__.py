@@ -1,1 +1,1 @@
-"""Training a gate and judging it: rollouts, fit, comparison with the oracle and with uniform allocation, audit."""
+"""Trains and evaluates a gate: rollouts, fit, comparison with the oracle and with uniform allocation, audit."""

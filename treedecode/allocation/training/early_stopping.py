@@ -1,4 +1,4 @@
-"""Early stopping."""
+"""Fits a network until its loss on other data stops falling."""
 
 import copy
 from collections.abc import Callable
@@ -10,27 +10,27 @@ from torch import nn
 def fit_until_best(
     network: nn.Module, epoch: Callable[[], None], loss: Callable[[], float], *, max_epochs: int, patience: int
 ) -> float:
-    """Runs epochs until `patience` of them have not been better; the network has the weights of the best afterwards.
+    """Runs epochs until the loss has not fallen for `patience` of them, and restores the best weights.
 
     Args:
-        epoch: one pass over what is fitted.
-        loss: of the network as it is, on what is not.
+        epoch: one pass over the data that the network is fitted to.
+        loss: the network's present loss on other data.
 
     Returns:
         the best loss.
     """
-    best, best_weights, since = float("inf"), copy.deepcopy(network.state_dict()), 0
+    best_loss, best_weights, num_worse = float("inf"), copy.deepcopy(network.state_dict()), 0
     for _ in range(max_epochs):
         network.train()
         epoch()
         network.eval()
         with torch.inference_mode():
-            now = loss()
-        since += 1
-        if now < best:
-            best, best_weights, since = now, copy.deepcopy(network.state_dict()), 0
-        elif since >= patience:
+            current_loss = loss()
+        num_worse += 1
+        if current_loss < best_loss:
+            best_loss, best_weights, num_worse = current_loss, copy.deepcopy(network.state_dict()), 0
+        elif num_worse >= patience:
             break
     network.load_state_dict(best_weights)
     network.eval()
-    return best
+    return best_loss

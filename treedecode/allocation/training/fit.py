@@ -1,4 +1,4 @@
-"""Fitting a gate to rollouts."""
+"""Fits a gate to rollouts."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,25 +10,26 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from treedecode.allocation.calibration import Isotonic, auc, expected_calibration_error, fit_isotonic
 from treedecode.allocation.chains import selected
-from treedecode.allocation.features import vector
+from treedecode.allocation.features import feature_vector
 from treedecode.allocation.gate import Gate, GateConfig, GateNetwork, TreeSearch, raw_beliefs
 from treedecode.allocation.training.early_stopping import fit_until_best
 from treedecode.allocation.training.fit_costs import fit_costs, measure_costs
 from treedecode.allocation.training.fit_prices import fit_prices
 from treedecode.allocation.training.rollouts import Rollouts
+from treedecode.allocation.training.simulate import KNOWN_RATE
 
-_LEAST = 20  # problems
+_MIN_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Looks at problems, each after some of its chains in some order.
+    """Training examples, each a problem after some of its chains in some order.
 
     Attributes:
         features: `[n, num_features]` float32.
-        solved: `[n]` bool, the answer selected from those chains is right.
-        hits, trials: `[n]`, how many of the other chains mend it, of how many.
-        trees: `[n, m]` bool, tree searches that mend it.
+        solved: `[n]` bool: the answer selected from those chains is right.
+        trials, hits: `[n]` numbers of the other chains, and of those among them that correct the answer.
+        trees: `[n, m]` bool: the tree searches that correct it.
     """
 
     features: np.ndarray
@@ -41,41 +42,42 @@ class Examples:
         return len(self.features)
 
 
-def look(data: Rollouts, *, min_chains: int, max_chains: int, looks: int, rng: np.random.Generator) -> Examples:
-    """`looks` examples of every problem, after `min_chains` to `max_chains` chains, few as often as many (log-uniform).
+def make_examples(
+    data: Rollouts, *, min_chains: int, max_chains: int, per_problem: int, rng: np.random.Generator
+) -> Examples:
+    """Makes examples after `min_chains` to `max_chains` chains, few as often as many (log-uniform).
 
     Raises:
         ValueError: no chain would be left to learn from.
     """
     _check_chains(data.num_chains, min_chains, max_chains)
     features, solved, hits, trees = [], [], [], []
-    sizes = np.exp(rng.uniform(np.log(min_chains), np.log(max_chains + 1), (len(data), looks))).astype(np.int64)
+    shape = (len(data), per_problem)
+    sizes = np.exp(rng.uniform(np.log(min_chains), np.log(max_chains + 1), shape)).astype(np.int64)
     for problem in range(len(data)):
         chains, prompt = data.chains(problem), data.prompt(problem)
         for size in sizes[problem]:
             order = rng.permutation(data.num_chains)
             seen, unseen = order[:size], order[size:]
-            some, classes = [chains[i] for i in seen], data.classes[problem, seen]
-            chosen = int(seen[selected(some, classes)])
-            mends = data.mends(problem, chosen)
-            features.append(vector(prompt, some, classes))
+            first_chains, classes = [chains[i] for i in seen], data.classes[problem, seen]
+            chosen = int(seen[selected(first_chains, classes)])
+            corrects = data.corrects(problem, chosen)
+            features.append(feature_vector(prompt, first_chains, classes))
             solved.append(data.right[problem, chosen])
-            hits.append(mends[unseen].sum())
-            trees.append(mends[data.num_chains :])
-    counts = sizes.ravel()
-    return Examples(
-        np.array(features), np.array(solved), np.array(hits), data.num_chains - counts, np.array(trees, bool)
-    )
+            hits.append(corrects[unseen].sum())
+            trees.append(corrects[data.num_chains :])
+    trials = data.num_chains - sizes.ravel()
+    return Examples(np.array(features), np.array(solved), np.array(hits), trials, np.array(trees, bool))
 
 
 def check_sizes(num_problems: int, num_chains: int, *, min_chains: int = 1, max_chains: int = 16) -> None:
-    """Checks that so many problems, with so many chains each, are enough to train on.
+    """Checks that there are enough problems, and chains of each, to train on.
 
     Raises:
         ValueError: there are too few.
     """
-    if num_problems < _LEAST:
-        raise ValueError(f"num_problems: expected at least {_LEAST} to split, got {num_problems}")
+    if num_problems < _MIN_PROBLEMS:
+        raise ValueError(f"num_problems: expected at least {_MIN_PROBLEMS} to split, got {num_problems}")
     _check_chains(num_chains, min_chains, max_chains)
 
 
@@ -88,7 +90,11 @@ def _check_chains(num_chains: int, min_chains: int, max_chains: int) -> None:
 
 
 def beta_binomial_nll(hits: Tensor, trials: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-    """`[n]` negative log-likelihood of the counts, nats."""
+    """Computes the negative log-likelihoods of counts under Beta-binomial distributions.
+
+    Returns:
+        `[n]`, nats.
+    """
     misses = trials - hits
     chosen = torch.lgamma(trials + 1) - torch.lgamma(hits + 1) - torch.lgamma(misses + 1)
     return _log_beta(alpha, beta) - _log_beta(alpha + hits, beta + misses) - chosen
@@ -99,7 +105,10 @@ def _log_beta(alpha: Tensor, beta: Tensor) -> Tensor:
 
 
 def _loss(network: GateNetwork, batch: tuple[Tensor, ...]) -> Tensor:
-    """The negative log-likelihood of all that a gate predicts, per example: what comes next only where it is wrong."""
+    """Computes the mean negative log-likelihood of a batch.
+
+    Further chains and tree searches count only where the selected answer is wrong.
+    """
     x, solved, hits, trials, trees = batch
     logit, rate, total, tree_logits = network(x)
     mean = rate.sigmoid().clamp(1e-4, 1 - 1e-4)
@@ -120,7 +129,7 @@ def train(
     *,
     min_chains: int = 1,
     max_chains: int = 16,
-    looks: int = 8,
+    examples_per_problem: int = 8,
     width: int = 64,
     dropout: float = 0.2,
     weight_decay: float = 0.02,
@@ -130,29 +139,31 @@ def train(
     batch_size: int = 256,
     seed: int = 0,
 ) -> tuple[Gate, dict[str, Any]]:
-    """A gate, and its figures on problems that neither its weights nor its calibration have seen.
+    """Trains a gate, and measures it on problems that neither its weights nor its calibration have seen.
 
-    Problems are split 70 : 15 : 15. The first part is fitted, by the likelihood of whether the selected answer is right
-    (Bernoulli), of how many further chains mend it (Beta-binomial), and of whether tree searches do, and by the pinball
-    loss of what they cost; the second ends the fit, calibrates (isotonic), and tells the prices of budgets; the third
-    is measured. Hidden states are read only where the second part is the likelier for it: from hundreds of problems a
-    network learns them by heart.
+    Problems are split 70 : 15 : 15. The first part is fitted: by the likelihood of whether the selected answer is right
+    (Bernoulli), of the number of further chains that correct it (Beta-binomial) and of whether tree searches do, and by
+    the pinball loss of costs. The second part ends the fit, calibrates the beliefs (isotonic regression) and sets the
+    prices of budgets. The third part is measured. Hidden states are read only if that makes the second part more
+    likely: from hundreds of problems a network learns them by heart.
+
+    Returns:
+        the gate, and its figures as JSON.
 
     Raises:
-        ValueError: too few problems to split, or an argument does not fit the rollouts (named).
+        ValueError: there are too few problems to split, or an argument does not fit the rollouts (named).
     """
     check_sizes(len(data), data.num_chains, min_chains=min_chains, max_chains=max_chains)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(data))
     ends = [int(len(data) * share) for share in (0.7, 0.85)]
     parts = [data.rows(np.sort(part)) for part in np.split(order, ends)]
-    fitted, calibrated, held_out = (
-        look(part, min_chains=min_chains, max_chains=max_chains, looks=looks, rng=rng) for part in parts
-    )
+    sizes = {"min_chains": min_chains, "max_chains": max_chains, "per_problem": examples_per_problem}
+    fitted, calibrated, held_out = (make_examples(part, **sizes, rng=rng) for part in parts)
     menu = _menu(data)
-    found = []
+    fits = []
     for hidden_size in sorted({0, data.hidden.shape[1]}):
-        config = GateConfig(hidden_size, min_chains, max_chains, data.origin, menu)
+        config = GateConfig(hidden_size, min_chains, max_chains, data.provenance, menu)
         first, second = (
             replace(part, features=part.features[:, : config.num_features]) for part in (fitted, calibrated)
         )
@@ -169,18 +180,18 @@ def train(
             batch_size=batch_size,
             seed=seed,
         )
-        found.append((loss, config, network, mean, std, _calibrators(network, second, mean, std)))
-    _, config, network, mean, std, calibrators = min(found, key=lambda one: one[0])
-    rest = (network, mean, std, calibrators, fit_costs(parts[0], parts[1], config.hidden_size, seed=seed))
-    prices = fit_prices(Gate(config, *rest), parts[1], seed=seed)
-    gate = Gate(replace(config, prices=prices), *rest)
+        fits.append((loss, config, network, mean, std, _calibrators(network, second, mean, std)))
+    _, config, network, mean, std, calibrators = min(fits, key=lambda fit: fit[0])
+    fitted_parts = (network, mean, std, calibrators, fit_costs(parts[0], parts[1], config.hidden_size, seed=seed))
+    prices = fit_prices(Gate(config, *fitted_parts), parts[1], seed=seed)
+    gate = Gate(replace(config, prices=prices), *fitted_parts)
     held_out = replace(held_out, features=held_out.features[:, : gate.config.num_features])
     problems = {name: len(part) for name, part in zip(("fitted", "calibrated", "held_out"), parts, strict=True)}
     return gate, {"problems": problems, **measure(gate, held_out), "costs": measure_costs(gate, parts[2])}
 
 
 def _menu(data: Rollouts) -> tuple[TreeSearch, ...]:
-    """The tree searches of the rollouts, with their mean costs."""
+    """Returns the tree searches of the rollouts, with their mean costs."""
     tokens, kv_bytes = data.tree_tokens.mean(axis=0), data.tree_kv_bytes.mean(axis=0)
     return tuple(
         TreeSearch(depth, width, keep, float(tokens[i]), float(kv_bytes[i]))
@@ -200,7 +211,7 @@ def _fit(
     batch_size: int,
     seed: int,
 ) -> tuple[float, GateNetwork]:
-    """Fits until `patience` epochs have not been better on the second part; the best loss there, and its weights."""
+    """Fits a network to the first part, and returns its best loss on the second with the network of that loss."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=weight_decay)
 
     def epoch() -> None:
@@ -222,9 +233,9 @@ def _calibrators(network: GateNetwork, examples: Examples, mean: Tensor, std: Te
     raw = raw_beliefs(network, (torch.from_numpy(examples.features) - mean) / std)
     solved = fit_isotonic(raw.solved, examples.solved.astype(np.float64))
     wrong = ~examples.solved
-    if not wrong.any():  # nothing is known of what mends an answer; the network is as good as anything
-        same = Isotonic(np.array([0.0, 1.0]), np.array([0.0, 1.0]))
-        return (solved, *[same] * (1 + raw.trees.shape[1]))
+    if not wrong.any():  # nothing tells what corrects an answer; the network is as good as anything
+        identity = Isotonic(np.array([0.0, 1.0]), np.array([0.0, 1.0]))
+        return (solved, *[identity] * (1 + raw.trees.shape[1]))
     rates = (raw.alpha / (raw.alpha + raw.beta))[wrong]
     trials = examples.trials[wrong]
     rate = fit_isotonic(rates, examples.hits[wrong] / trials, trials)
@@ -233,22 +244,23 @@ def _calibrators(network: GateNetwork, examples: Examples, mean: Tensor, std: Te
 
 
 def measure(gate: Gate, examples: Examples) -> dict[str, Any]:
-    """Figures of a gate on examples: log-likelihoods (nats, mean) beside those of a constant, ECE and AUC.
+    """Measures a gate on examples: mean log-likelihoods (nats) beside those of a constant, ECE and AUC.
 
-    "solved": whether the selected answer is right. Where it is wrong, "chains": how many further chains mend it (AUC:
-    whether any does; the constant is one Bernoulli rate for all), and by tree search "trees": whether it does.
+    "solved" is of whether the selected answer is right. "chains" is, where it is wrong, of the number of further chains
+    that correct it (the AUC is of whether any does; the constant is one Bernoulli rate for all). "trees" is, by tree
+    search, of whether it corrects the answer.
     """
     beliefs = gate.believe(examples.features)
     wrong = ~examples.solved
     alpha, beta = beliefs.alpha[wrong], beliefs.beta[wrong]
     hits, trials = examples.hits[wrong], examples.trials[wrong]
     rates = alpha / (alpha + beta)
-    k, n = (torch.from_numpy(array.astype(np.float64)) for array in (hits, trials))
+    counts = (torch.from_numpy(hits.astype(np.float64)), torch.from_numpy(trials.astype(np.float64)))
     constant = torch.full((len(hits),), max(float(hits.sum() / trials.sum()), 1e-9) if len(hits) else 0.5).double()
-    known = 1e9  # alpha + beta of a rate that is known
+    known_rate = constant * KNOWN_RATE, (1 - constant) * KNOWN_RATE
     chains = {
-        "log_likelihood": -_mean(beta_binomial_nll(k, n, torch.from_numpy(alpha), torch.from_numpy(beta))),
-        "log_likelihood_of_a_constant": -_mean(beta_binomial_nll(k, n, constant * known, (1 - constant) * known)),
+        "log_likelihood": -_mean(beta_binomial_nll(*counts, torch.from_numpy(alpha), torch.from_numpy(beta))),
+        "log_likelihood_of_a_constant": -_mean(beta_binomial_nll(*counts, *known_rate)),
         "ece": expected_calibration_error(rates, hits / trials, trials) if len(hits) else None,
         "auc": auc(rates, hits > 0),
         "mean_rate": float(hits.sum() / trials.sum()) if len(hits) else None,
@@ -271,7 +283,7 @@ def _bernoulli(predicted: np.ndarray, happened: np.ndarray) -> dict[str, Any]:
         return {}
 
     def log_likelihood(probability: np.ndarray) -> float:
-        clipped = np.clip(probability, 1e-4, 1 - 1e-4)  # isotonic calibration says 0 and 1
+        clipped = np.clip(probability, 1e-4, 1 - 1e-4)  # isotonic calibration gives 0 and 1
         return float(np.where(happened, np.log(clipped), np.log1p(-clipped)).mean())
 
     return {

@@ -1,4 +1,4 @@
-"""What chance alone may do: intervals of an audit's gaps, and p-values of several tests together."""
+"""Intervals of an audit's gaps, and corrected p-values of several tests."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,15 +8,15 @@ import numpy as np
 def bootstrap(
     statistic: Callable[[np.ndarray], float], count: int, *, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """The 95% percentile interval of a statistic under problems drawn anew, with replacement (Efron, 1979).
+    """Computes the 95% percentile interval of a statistic over problems resampled with replacement (Efron, 1979).
 
-    For statistics that are no means and may not exist. `treedecode.common.intervals` has BCa intervals for means. Of an
-    audit's gaps those hold the truth less often (measured: `docs/decisions/allocation.md`).
+    It is for statistics that are no means and may not exist. The BCa intervals of `treedecode.common.intervals`, which
+    are for means, cover the truth of an audit's gaps less often (measured: `docs/decisions/allocation.md`).
 
     Args:
-        statistic: of the problems with given indices `[count]`; nan where it does not exist, which is left out.
-        count: problems there are.
-        seed: of the draws. Statistics with the same seed see the same problems.
+        statistic: computes it of the problems with given indices `[count]`; nan = it does not exist, and is left out.
+        count: number of problems.
+        seed: of the resampling; statistics with the same seed see the same problems.
 
     Returns:
         both ends; nan where the statistic never exists.
@@ -31,9 +31,10 @@ def bootstrap(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values corrected for being several (Holm, 1979): P(any is below a level by chance) is at most that level.
+    """Corrects the p-values of several tests (Holm, 1979).
 
-    It holds however the tests depend on one another. A nan is no test, and stays.
+    P(any corrected value is below a level by chance) is at most that level, however the tests depend on one another. A
+    nan is no test, and stays.
     """
     p = np.asarray(p_values, np.float64)
     corrected = np.full(len(p), np.nan)

@@ -1,4 +1,4 @@
-"""Rollouts: chains and tree searches on training problems, and how they came out."""
+"""Rollouts: chains and tree searches on training problems, with their outcomes."""
 
 import json
 import os
@@ -11,8 +11,8 @@ import numpy as np
 
 from treedecode.allocation.chain_costs import kv_tokens
 from treedecode.allocation.chains import Chain, chains_of
-from treedecode.allocation.features import Prefill, prefill
-from treedecode.allocation.provenance import Origin
+from treedecode.allocation.features import PromptFeatures, prompt_features
+from treedecode.allocation.provenance import Provenance
 from treedecode.decoding.decoder import Decoder
 from treedecode.engine.sampling import Sampling
 from treedecode.search.search import Outcome, Search
@@ -31,14 +31,16 @@ class Rollouts:
 
     Attributes:
         ids, groups: `[n]` str; a problem without a group has "".
-        prompt_tokens, prompt_entropy: `[n]`; hidden: `[n, hidden_size]` float32: features of the prompt.
+        prompt_tokens, prompt_entropy: `[n]` features of the prompt.
+        hidden: `[n, hidden_size]` float32, of the prompt.
         classes: `[n, c + m]` int64, equal for equal answers of a problem, -1 = no answer; chains first.
         scores: `[n, c + m]` float64 of the verifier; nan without one.
-        tokens: `[n, c]` int64; logprobs, worst_logprobs: `[n, c]`, as in `Chain`.
+        tokens: `[n, c]` int64, generated.
+        logprobs, worst_logprobs: `[n, c]`, as in `Chain`.
         right: `[n, c + m]` bool, by the task.
-        tree_tokens, tree_kv_bytes: `[n, m]` float64, what the searches cost in units of what one chain alone does.
+        tree_tokens, tree_kv_bytes: `[n, m]` float64 costs of the searches, in units of the cost of a single chain.
         menu: `[m, 3]` int64, (depth, width, keep) of the searches.
-        origin: verifier, task and model they are of.
+        provenance: of the run that they are from.
     """
 
     ids: np.ndarray
@@ -55,7 +57,7 @@ class Rollouts:
     tree_tokens: np.ndarray
     tree_kv_bytes: np.ndarray
     menu: np.ndarray
-    origin: Origin
+    provenance: Provenance
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -67,23 +69,24 @@ class Rollouts:
 
     @property
     def has_scores(self) -> bool:
-        """Whether there was a verifier."""
-        return self.origin.verifier != ""
+        """True if there was a verifier."""
+        return self.provenance.verifier != ""
 
-    def rows(self, which: np.ndarray) -> "Rollouts":
-        """Some of the problems."""
-        return replace(self, **{name: getattr(self, name)[which] for name in _ARRAYS if name != "menu"})
+    def rows(self, problems: np.ndarray) -> "Rollouts":
+        """Returns the rollouts of the problems with given indices."""
+        return replace(self, **{name: getattr(self, name)[problems] for name in _ARRAYS if name != "menu"})
 
     def without_hidden(self) -> "Rollouts":
-        """The same for a gate that reads no hidden states."""
+        """Returns the rollouts for a gate that reads no hidden states."""
         return replace(self, hidden=self.hidden[:, :0])
 
-    def prompt(self, problem: int) -> Prefill:
-        """What is known of a problem before anything is generated."""
-        return Prefill(int(self.prompt_tokens[problem]), float(self.prompt_entropy[problem]), self.hidden[problem])
+    def prompt(self, problem: int) -> PromptFeatures:
+        """Returns the features of a problem's prompt."""
+        num_tokens, entropy = int(self.prompt_tokens[problem]), float(self.prompt_entropy[problem])
+        return PromptFeatures(num_tokens, entropy, self.hidden[problem])
 
     def chains(self, problem: int) -> list[Chain]:
-        """Its chains, without their texts."""
+        """Returns the chains of a problem, without their texts."""
         return [
             Chain(
                 text="",
@@ -96,10 +99,13 @@ class Rollouts:
             for i in range(self.num_chains)
         ]
 
-    def mends(self, problem: int, chosen: int) -> np.ndarray:
-        """`[c + m]` bool: which chains and trees give the right answer, and are taken in place of the chosen chain.
+    def corrects(self, problem: int, chosen: int) -> np.ndarray:
+        """Tells which chains and trees give the right answer, and are taken in place of the chosen chain.
 
-        Without a verifier a right answer counts as taken: how many votes it will need is not known.
+        Without a verifier a right answer counts as taken, because the number of votes it will need is not known.
+
+        Returns:
+            `[c + m]` bool.
         """
         if not self.has_scores:
             return self.right[problem]
@@ -110,14 +116,15 @@ class Rollouts:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes an npz file."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}
-        np.savez_compressed(path, **arrays, origin=np.array(json.dumps(asdict(self.origin))))
+        np.savez_compressed(path, **arrays, origin=np.array(json.dumps(asdict(self.provenance))))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Rollouts":
-        """The rollouts that `save` wrote.
+        """Loads the rollouts that `save` wrote.
 
         Raises:
-            FileNotFoundError: no such file. ValueError: it holds something else.
+            FileNotFoundError: there is no such file.
+            ValueError: it holds something else.
         """
         if not zipfile.is_zipfile(path):
             if not os.path.isfile(path):
@@ -127,16 +134,16 @@ class Rollouts:
             missing = {*_ARRAYS, "origin"} - set(arrays)
             if missing:
                 raise ValueError(f"path: {os.fspath(path)} holds no rollouts: {sorted(missing)} are missing")
-            origin = Origin(**json.loads(arrays["origin"].item()))
-            return cls(**{name: arrays[name] for name in _ARRAYS}, origin=origin)
+            provenance = Provenance(**json.loads(arrays["origin"].item()))
+            return cls(**{name: arrays[name] for name in _ARRAYS}, provenance=provenance)
 
 
-_ARRAYS = tuple(attribute.name for attribute in fields(Rollouts) if attribute.name != "origin")
+_ARRAYS = tuple(attribute.name for attribute in fields(Rollouts) if attribute.name != "provenance")
 
 
 @dataclass(frozen=True)
 class Collect(Strategy):
-    """Samples what a gate is trained on; its answer is that of the first chain.
+    """Samples the chains and tree searches that a gate is trained on; its answer is that of the first chain.
 
     Args:
         num_chains: of every problem.
@@ -158,7 +165,7 @@ class Collect(Strategy):
 
     async def solve(self, search: Search) -> Outcome:
         with await search.root() as root:
-            [prompt] = await prefill(root, wants_hidden=self.wants_hidden)
+            [prompt] = await prompt_features(root, wants_hidden=self.wants_hidden)
             with root.spread(self.num_chains) as frontier:
                 await search.complete(frontier)
                 chains = await chains_of(search, frontier)
@@ -195,20 +202,19 @@ def collect(
     journal: str | None = None,
     **settings: Any,
 ) -> Rollouts:
-    """Runs chains and tree searches on problems.
+    """Runs chains and tree searches on problems, and keeps what a gate is trained on.
 
     Args:
         tree_search: makes the tree searches of the menu.
         menu: shapes of tree searches, which need a verifier.
         journal: goes on with an earlier call's, as `solve` does.
-        settings: further ones of `solve`.
+        settings: further arguments of `solve`.
 
     Raises:
-        ValueError: tree searches without a verifier, or one that there cannot be.
+        ValueError: the menu has a tree search that there cannot be, or there is no verifier for it.
     """
     searches = tree_searches_of(menu, tree_search, verifier)
-    wants_hidden = decoder.model.hidden_size > 0
-    strategy = Collect(num_chains, tuple(menu), wants_hidden, tuple(searches))
+    strategy = Collect(num_chains, tuple(menu), decoder.model.hidden_size > 0, tuple(searches))
     result = solve(
         decoder,
         problems,
@@ -225,7 +231,7 @@ def collect(
     prompts = [note["prompt"] for note in notes]
     tokens = _column(notes, "num_tokens")
     prompt_tokens = np.array([prompt["num_tokens"] for prompt in prompts])
-    bytes_alone = decoder.meter.token_bytes * kv_tokens(prompt_tokens[:, None], tokens)
+    chain_bytes = decoder.meter.token_bytes * kv_tokens(prompt_tokens[:, None], tokens)
     costs = np.array([note["costs"] for note in notes], np.float64).reshape(len(notes), len(menu), 2)
     return Rollouts(
         ids=np.array([solution.problem.id for solution in result.solutions]),
@@ -240,9 +246,9 @@ def collect(
         worst_logprobs=_column(notes, "worst_logprob"),
         right=np.array([note["right"] for note in notes], bool),
         tree_tokens=costs[:, :, 0] / tokens.mean(axis=1, keepdims=True),
-        tree_kv_bytes=costs[:, :, 1] / bytes_alone.mean(axis=1, keepdims=True),
+        tree_kv_bytes=costs[:, :, 1] / chain_bytes.mean(axis=1, keepdims=True),
         menu=np.array(menu, np.int64).reshape(-1, 3),
-        origin=Origin.of(decoder, task, scorer_of(verifier)),
+        provenance=Provenance.of(decoder, task, scorer_of(verifier)),
     )
 
 
@@ -264,5 +270,5 @@ def tree_searches_of(menu: Sequence[TreeShape], tree_search: TreeSearchFactory, 
 
 
 def _column(notes: Sequence[dict[str, Any]], name: str) -> np.ndarray:
-    """`[n, c]` of a field of the chains."""
+    """Returns a field of the chains, `[n, c]`."""
     return np.array([[chain[name] for chain in note["chains"]] for note in notes])
