@@ -1,6 +1,6 @@
-"""The main job on a real model: 16 answers to a word problem with a majority vote, then beam search; and Transformers.
+"""Samples 16 answers to a word problem and votes, then searches with beams; Transformers does the same for comparison.
 
-Run it with `make demo`, or `python -m examples.demo --help` in an environment that has treedecode installed.
+`make demo` runs it, or `python -m examples.demo` in an environment that has treedecode installed.
 """
 
 import argparse
@@ -36,14 +36,12 @@ Answer: In 7 days she walks 7 * 2 = 14 miles. With the extra miles she walks 14 
 """
 QUESTION = "A train has 4 cars with 20 seats in each car. How many seats does the train have?"
 SOLUTION = "80"
-
-
 MAX_NEW_TOKENS = 64
 
 
 @dataclass
-class Run:
-    """What one way of doing the work gave."""
+class Completions:
+    """The texts that one way of decoding gave, and its cost."""
 
     texts: list[str]
     num_tokens: int
@@ -54,73 +52,73 @@ class Run:
 
 
 def final_answer(text: str) -> str | None:
-    """The number after "####" in a solution."""
-    found = re.search(r"####\s*(-?[\d,]+)", text)
-    return found[1].replace(",", "") if found else None
+    """Returns the number after "####" in a solution; None without one."""
+    match = re.search(r"####\s*(-?[\d,]+)", text)
+    return match[1].replace(",", "") if match else None
 
 
 def vote(texts: Sequence[str]) -> tuple[str | None, str]:
-    """The answer most texts end in, those without one abstaining, and the count of votes as text."""
+    """Returns the answer that most texts end in, and the votes as text. Texts without an answer do not vote."""
     votes = collections.Counter(answer for text in texts if (answer := final_answer(text)) is not None)
-    first = votes.most_common(6)
-    return (first[0][0] if first else None), ", ".join(f"{answer} x{count}" for answer, count in first)
+    ranking = votes.most_common(6)
+    return (ranking[0][0] if ranking else None), ", ".join(f"{answer} x{count}" for answer, count in ranking)
 
 
 @contextlib.contextmanager
 def progress(dec: td.Decoder, prompt_len: int, num_new: int) -> Iterator[None]:
-    """Progress bars for prefill and decode, fed from the decoder's own counters while the block runs."""
-    done = threading.Event()
+    """Shows a bar for prefill and then one for decoding while the block runs, from the decoder's own counters."""
+    ended = threading.Event()
 
     def counts() -> tuple[int, int]:
         stats = dec.stats
         return stats.num_prefill_tokens + stats.num_prefix_tokens, stats.num_decode_tokens
 
-    before = counts()
+    num_prefilled, num_decoded = counts()
 
-    def watch() -> None:
-        ended = False
-        for index, (name, total) in enumerate((("prefill", prompt_len), ("decode", num_new))):
-            with tqdm(total=total, desc=f"  {name}", unit="tok") as bar:
-                begun = -1  # of the next bar: the prompt's last tokens may count as the first of decoding
-                while not ended and bar.n < total and begun < 1:
-                    ended = done.wait(0.1)
-                    done_now = [now - start for now, start in zip(counts(), before, strict=True)]
-                    bar.update(min(total, done_now[index]) - bar.n)
-                    begun = done_now[1] if index == 0 else 0
-                bar.total = bar.n  # branches may stop early
+    def show() -> None:
+        with tqdm(total=prompt_len, desc="  prefill", unit="tok") as bar:
+            # The forward of the prompt's last tokens may count as decoding: the first decoded token ends this bar too.
+            while bar.n < prompt_len and counts()[1] == num_decoded and not ended.wait(0.1):
+                bar.update(min(prompt_len, counts()[0] - num_prefilled) - bar.n)
+            bar.update(prompt_len - bar.n)
+        with tqdm(total=num_new, desc="  decode", unit="tok") as bar:
+            while bar.n < num_new and not ended.wait(0.1):
+                bar.update(min(num_new, counts()[1] - num_decoded) - bar.n)
+            bar.update(min(num_new, counts()[1] - num_decoded) - bar.n)
+            bar.total = bar.n  # branches may stop early
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    thread = threading.Thread(target=show)
+    thread.start()
     try:
         yield
     finally:
-        done.set()
-        watcher.join()
+        ended.set()
+        thread.join()
 
 
-def sample(dec: td.Decoder, prompt: list[int], num_branches: int) -> Run:
-    """Self-consistency's first half: `num_branches` solutions of one prompt."""
+def sample(dec: td.Decoder, prompt: list[int], num_branches: int) -> Completions:
+    """Samples `num_branches` solutions of one prompt."""
     sampling = td.Sampling(temperature=0.5, top_p=0.95, seed=0)
     begin = time.perf_counter()
     with progress(dec, len(prompt), num_branches * MAX_NEW_TOKENS):
         (outs,) = dec.generate(
             [prompt], num_branches=num_branches, sampling=sampling, max_new_tokens=MAX_NEW_TOKENS, stop="\n"
         )
-    return Run([out.text for out in outs], sum(len(out.token_ids) for out in outs), time.perf_counter() - begin)
+    return Completions([out.text for out in outs], sum(len(out.token_ids) for out in outs), time.perf_counter() - begin)
 
 
-def beam_search(dec: td.Decoder, prompt: list[int], num_beams: int) -> Run:
-    """The likeliest solutions, best first."""
+def beam_search(dec: td.Decoder, prompt: list[int], num_beams: int) -> Completions:
+    """Searches for the likeliest solutions, best first."""
     begin = time.perf_counter()
     with progress(dec, len(prompt), num_beams * MAX_NEW_TOKENS):
         (outs,) = dec.beam_search([prompt], num_beams=num_beams, max_new_tokens=MAX_NEW_TOKENS, stop="\n")
-    # A beam search computes `num_beams` tokens a step; which of them end up in a result is known only at its end.
+    # Every step computes a token of each beam, also of beams that end in no result.
     num_steps = max(len(out.token_ids) for out in outs)
-    return Run([out.text for out in outs], num_steps * num_beams, time.perf_counter() - begin)
+    return Completions([out.text for out in outs], num_steps * num_beams, time.perf_counter() - begin)
 
 
-class _Steps(StoppingCriteria):
-    """Moves a bar on with every step of `transformers.generate`, and never stops it."""
+class StepBar(StoppingCriteria):
+    """Advances a bar with every step of `transformers.generate`, and never stops it."""
 
     def __init__(self, bar: tqdm) -> None:
         self.bar = bar
@@ -132,8 +130,8 @@ class _Steps(StoppingCriteria):
 
 def transformers_generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], **settings: object
-) -> Run:
-    """The same work by Transformers: every sequence has a prompt and a cache of its own."""
+) -> Completions:
+    """Decodes with Transformers, where every sequence has a copy of the prompt and a cache of its own."""
     torch.manual_seed(0)
     ids = torch.tensor([prompt])
     begin = time.perf_counter()
@@ -145,14 +143,14 @@ def transformers_generate(
             stop_strings="\n",
             tokenizer=tokenizer,
             pad_token_id=tokenizer.eos_token_id,
-            stopping_criteria=StoppingCriteriaList([_Steps(bar)]),
+            stopping_criteria=StoppingCriteriaList([StepBar(bar)]),
             **settings,
         )
     seconds = time.perf_counter() - begin
-    new = [[t for t in row if t != tokenizer.eos_token_id] for row in out[:, len(prompt) :].tolist()]
+    new_ids = [[t for t in row if t != tokenizer.eos_token_id] for row in out[:, len(prompt) :].tolist()]
     num_beams = settings.get("num_beams")
-    num_tokens = sum(map(len, new)) if num_beams is None else max(map(len, new)) * int(str(num_beams))
-    return Run([tokenizer.decode(row) for row in new], num_tokens, seconds)
+    num_tokens = sum(map(len, new_ids)) if num_beams is None else max(map(len, new_ids)) * int(str(num_beams))
+    return Completions([tokenizer.decode(row) for row in new_ids], num_tokens, seconds)
 
 
 def mib(num_bytes: float) -> str:
@@ -160,7 +158,7 @@ def mib(num_bytes: float) -> str:
 
 
 def memory_line(dec: td.Decoder, num_branches: int, prompt_len: int, num_tokens: int) -> str:
-    """What the decoder held at its peak, and what a cache per branch would hold."""
+    """Compares the decoder's memory at its peak with that of a cache per branch."""
     pool = dec.pool
     copied = (num_branches * prompt_len + num_tokens) * pool.page_bytes / pool.page_size
     held = pool.peak_used_pages * pool.page_bytes
@@ -177,24 +175,24 @@ def main() -> None:
     arguments = parser.parse_args()
     branches, beams = arguments.branches, arguments.beams
 
-    print("Download: SmolLM2-135M-Instruct (kept for later runs)", flush=True)
+    print("Downloading SmolLM2-135M-Instruct (kept for later runs)", flush=True)
     path = gguf_path()
-    print("Load: unpacking the weights takes a while the first time", flush=True)
+    print("Loading it (the first time the weights are unpacked)", flush=True)
     begin = time.perf_counter()
     dec = td.Decoder.from_pretrained(path, dtype=torch.bfloat16)
     print(f"  {time.perf_counter() - begin:.1f} s")
     prompt = dec.encode(f"{EXAMPLES}Question: {QUESTION}\nAnswer:")
     dec.generate([dec.encode("Hello")], num_branches=2, max_new_tokens=2)  # first calls set up threads and buffers
 
-    print(f"\n{QUESTION}\n(right: {SOLUTION}; {len(prompt)} prompt tokens with four worked examples)", flush=True)
+    print(f"\n{QUESTION}\n(the answer is {SOLUTION}; {len(prompt)} prompt tokens with worked examples)", flush=True)
     sampled = sample(dec, prompt, branches)
     print(f"\n{branches} branches\n  {sampled.speed()}")
     print(f"  {memory_line(dec, branches, len(prompt), sampled.num_tokens)}")
     winner, votes = vote(sampled.texts)
     print(f"  votes: {votes}")
-    print(f"  majority: {winner}; for instance:{next((t for t in sampled.texts if final_answer(t) == winner), '')}")
+    print(f"  majority: {winner}; one of them:{next((t for t in sampled.texts if final_answer(t) == winner), '')}")
 
-    searcher = td.Decoder(dec.model, dec.tokenizer)  # its own pages: nothing of the first run is found in its index
+    searcher = td.Decoder(dec.model, dec.tokenizer)  # its prefix index does not hold the prompt yet
     searched = beam_search(searcher, prompt, beams)
     print(f"\nBeam search, {beams} beams\n  {searched.speed()}")
     print(f"  {memory_line(searcher, beams, len(prompt), searched.num_tokens)}")
@@ -205,21 +203,21 @@ def main() -> None:
     print("\ntransformers.generate, the same model and prompt", flush=True)
     model, tokenizer = load_pretrained(path, dtype=torch.bfloat16)
     transformers_generate(model, tokenizer, prompt[:8], num_beams=2)
-    theirs = transformers_generate(
+    peer_sampled = transformers_generate(
         model, tokenizer, prompt, do_sample=True, temperature=0.5, top_p=0.95, top_k=0, num_return_sequences=branches
     )
-    print(f"  num_return_sequences={branches}: {theirs.speed()}")
-    print(
-        f"    votes: {vote(theirs.texts)[1]}",
-        flush=True,
-    )
-    their_beams = transformers_generate(
+    print(f"  num_return_sequences={branches}: {peer_sampled.speed()}")
+    print(f"    votes: {vote(peer_sampled.texts)[1]}", flush=True)
+    peer_searched = transformers_generate(
         model, tokenizer, prompt, do_sample=False, num_beams=beams, num_return_sequences=beams
     )
-    print(f"  num_beams={beams}: {their_beams.speed()}\n    best:{their_beams.texts[0].rstrip()}")
+    print(f"  num_beams={beams}: {peer_searched.speed()}\n    best:{peer_searched.texts[0].rstrip()}")
 
     print("\n| | treedecode | transformers | tokens/s ratio |\n|---|---|---|---|")
-    for name, ours, peer in ((f"{branches} samples", sampled, theirs), (f"{beams} beams", searched, their_beams)):
+    for name, ours, peer in (
+        (f"{branches} samples", sampled, peer_sampled),
+        (f"{beams} beams", searched, peer_searched),
+    ):
         ratio = ours.num_tokens / ours.seconds / (peer.num_tokens / peer.seconds)
         print(f"| {name} | {ours.seconds:.1f} s | {peer.seconds:.1f} s | {ratio:.1f}x |")
 
