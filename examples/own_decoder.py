@@ -1,4 +1,4 @@
-"""A decoder of your own on the ops alone: a prompt forks into a tree of branches that share its KV pages."""
+"""Decodes with the ops and no Decoder: a prompt forks into a tree of branches that share its KV pages."""
 
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer

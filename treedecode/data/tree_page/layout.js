@@ -135,7 +135,7 @@ function layOut() {
   bounds = { width: deepest < 0 ? 0 : columnLeft[deepest] + columnWidth[deepest], height: numLeaves * row };
   drawAll();
 }
-function size(i, room) { // as many lines as the text takes, the room has and the eye likes
+function size(i, room) { // as many lines as the text takes and the room has, within a limit
   const fit = Math.floor((room - PADDING) / LINE), limit = nodes[i].kind === "prompt" ? 8 : 3;
   hasNumbers[i] = fit > 1;
   const needed = Math.ceil((1.06 * textWidth[i]) / (width(i) - frame(i)));
