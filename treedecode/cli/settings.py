@@ -17,7 +17,9 @@ _ARGUMENT = re.compile(r"^    (\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)", re.MULTILINE
 _TEXTS = tuple[str, ...]
 
 
-def parse(cls: type[T], text: str, what: str, others: Mapping[str, Callable[[], str]] | None = None, **fixed: Any) -> T:
+def parse(
+    cls: type[T], text: str, what: str, defaults: Mapping[str, Callable[[], str]] | None = None, **fixed: Any
+) -> T:
     """Makes an instance of a dataclass from `name=value,name=value`; empty text gives the defaults.
 
     Values are read by the types of the fields: numbers, strings (quoted where they hold commas or line breaks), true or
@@ -26,7 +28,7 @@ def parse(cls: type[T], text: str, what: str, others: Mapping[str, Callable[[], 
 
     Args:
         what: names the whole in messages, for instance "budget".
-        others: give the text of settings that `text` leaves out.
+        defaults: give the text of settings that `text` leaves out.
         fixed: fields that have no setting, and their values.
 
     Raises:
@@ -35,7 +37,7 @@ def parse(cls: type[T], text: str, what: str, others: Mapping[str, Callable[[], 
         TypeError: of the dataclass's own checks.
     """
     pairs = dict(_pairs(text, what))
-    pairs |= {name: given() for name, given in (others or {}).items() if name not in pairs}
+    pairs |= {name: default() for name, default in (defaults or {}).items() if name not in pairs}
     return _build(cls, pairs, what, fixed)
 
 

@@ -112,8 +112,8 @@ def strategy_named(text: str, gate: "Callable[[], str] | None" = None) -> "Strat
     if name not in STRATEGIES:
         raise ValueError(f"strategy: no {name!r}; there are {', '.join(STRATEGIES)} (--strategy help says more)")
     strategy = STRATEGIES[name]
-    others = {"gate": gate} if gate is not None and "gate" in settings_of(strategy) else {}
-    return parse(strategy, settings, f"strategy {name}", others)
+    defaults = {"gate": gate} if gate is not None and "gate" in settings_of(strategy) else {}
+    return parse(strategy, settings, f"strategy {name}", defaults)
 
 
 def _solve(arguments: argparse.Namespace) -> int:

@@ -1,1 +1,1 @@
-"""One problem under way, and runs over many problems."""
+"""Search works on one problem for a strategy; solve runs a strategy on many problems."""

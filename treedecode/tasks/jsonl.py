@@ -154,7 +154,7 @@ def _problem(row: Any, default_id: str) -> Problem:
 
 def _text(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
-    if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and math.isfinite(value)):
+    if type(value) is int or (type(value) is float and math.isfinite(value)):
         value = str(value)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{key}: expected a text, got {value!r}")
