@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from treedecode.common.validation import integer, number, shown
 
@@ -81,4 +80,6 @@ def root_seed(sampling: Sampling) -> np.ndarray:
     """Returns the seed that was asked for, or draws a fresh one."""
     if sampling.seed is not None:
         return np.array(sampling.seed, np.int64)
+    import torch  # takes seconds, and settings alone do not need it
+
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64).numpy()
