@@ -35,8 +35,7 @@ class DynamicAllocation(Strategy):
         mode: "offline" divides the budget among all problems of the run after each wave; "online" takes them as a
             stream, at a price that follows what earlier ones spent.
         unit: of cost: "tokens" generated, or "kv_bytes" read.
-        price: "online": the price after the opening bids, in expected right answers per chain; None = the gate's price
-            of the budget.
+        price: "online": after the opening bids, in expected right answers per chain; None = the gate's for the budget.
         step, lag: "online": how fast the price moves, and how many problems later costs count (`OnlineAllocator`).
         sampling: in place of the run's.
     """
@@ -90,9 +89,7 @@ class DynamicAllocation(Strategy):
         """The tree searches of the gate's menu."""
         return [TreeOfThoughts(*item.shape, sampling=self.sampling) for item in self._gate.config.menu]
 
-    def share(
-        self, problems: Sequence[str], notes: Mapping[str, Mapping[str, Any]]
-    ) -> OfflineAllocator | OnlineAllocator:
+    def share(self, problems: Sequence[str], notes: Mapping[str, Mapping[str, Any]]) -> Any:
         policy, histories = Policy(self.budget, self._chain_limit, self.wave, self.floor), BidHistory.by_problem(notes)
         if self.mode == "offline":
             return OfflineAllocator(policy, problems, histories)
