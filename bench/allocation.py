@@ -1,4 +1,4 @@
-"""Dynamic allocation in each of its modes on the countdown model: what it spends of its budget, and how much it solves.
+"""Measures spending and accuracy of dynamic allocation on the countdown model, in each of its modes.
 
     python -m bench.allocation --problems 100 --seed 2
 
@@ -31,7 +31,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def strategies(budgets: list[int]) -> dict[str, dict[int, Strategy]]:
-    """By name and budget."""
+    """Returns the strategies by name and budget."""
     gate = Gate.load(model_path() / "gate.safetensors")
     modes = {
         name: {budget: td.DynamicAllocation(budget, gate, **settings) for budget in budgets}
@@ -40,13 +40,13 @@ def strategies(budgets: list[int]) -> dict[str, dict[int, Strategy]]:
     return {"best of n": {budget: td.BestOfN(budget) for budget in budgets}, **modes}
 
 
-def of_budget(result: Result, strategy: Strategy) -> float | None:
-    """What was spent, as a share of the budget; None where there is none."""
+def share_of_budget(result: Result, strategy: Strategy) -> float | None:
+    """Returns the cost as a share of the budget; None where there is no budget."""
     if not isinstance(strategy, td.DynamicAllocation):
         return None
-    alone = sum(solution.notes["bids"][0]["alone"] for solution in result.solutions)
+    single_chains = sum(solution.notes["bids"][0]["alone"] for solution in result.solutions)
     spent = sum(getattr(solution.spending, UNITS[strategy.unit]) for solution in result.solutions)
-    return spent / (strategy.budget * alone)
+    return spent / (strategy.budget * single_chains)
 
 
 def main() -> None:
@@ -68,15 +68,16 @@ def main() -> None:
                 result = td.solve(
                     decoder, problems, strategy=strategy, task=task, verifier=verifier, seed=arguments.seed
                 )
-                share, tokens = of_budget(result, strategy), result.ledger.total.generated_tokens / len(problems)
+                share = share_of_budget(result, strategy)
+                tokens = result.ledger.total.generated_tokens / len(problems)
                 rows.append(
                     {"mode": name, "budget": budget, "spent": share, "tokens": tokens, "accuracy": result.accuracy}
                 )
                 line += f" {'' if share is None else f'{share:.1%}'} | {tokens:.1f} | {result.accuracy:.1%} |"
             print(line, flush=True)
     if arguments.json is not None:
-        found = {"problems": len(problems), "seed": arguments.seed, "rows": rows}
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+        report = {"problems": len(problems), "seed": arguments.seed, "rows": rows}
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -99,17 +99,17 @@ def test_no_allocation_is_better_by_more_than_one_step(problems, budget):
 @settings(deadline=None, max_examples=60)
 @given(st.lists(bids(), min_size=1, max_size=3), st.floats(0.01, 0.6))
 def test_what_a_price_buys_no_allocation_of_its_cost_betters(problems, price):
-    menus = [{grant: (gain, cost) for grant, gain, cost in menu(one, 4)} for one in problems]
-    bought = [some[grant_at_price(one, price, 4)] for one, some in zip(problems, menus, strict=True)]
+    menus = [{grant: (gain, cost) for grant, gain, cost in menu(bid, 4)} for bid in problems]
+    bought = [items[grant_at_price(bid, price, 4)] for bid, items in zip(problems, menus, strict=True)]
     gain, cost = sum(g for g, _ in bought), sum(c for _, c in bought)
     best = max(
         sum(g for g, _ in items)
-        for items in itertools.product(*(some.values() for some in menus))
+        for items in itertools.product(*(menu.values() for menu in menus))
         if sum(c for _, c in items) <= cost
     )
     assert gain == pytest.approx(best, abs=1e-9)
     grants, _ = allocate(problems, cost * (1 + 1e-9), max_chains=4)
-    assert sum(some[grant][0] for some, grant in zip(menus, grants, strict=True)) == pytest.approx(best, abs=1e-9)
+    assert sum(items[grant][0] for items, grant in zip(menus, grants, strict=True)) == pytest.approx(best, abs=1e-9)
 
 
 @pytest.mark.parametrize("wave", [1, 3])
@@ -165,7 +165,7 @@ def test_a_step_that_does_not_fit_leaves_the_budget_to_cheaper_ones():
 
 @pytest.mark.parametrize(("budget", "start"), [(2.5, 0.05), (4.0, 0.5), (7.0, 0.05)])
 def test_online_spending_converges_to_the_budget(budget, start):
-    """The mean over a stream of 1,000 problems, whose chains come out at rates the bids know."""
+    """The mean over a stream of 1,000 problems, whose chains succeed at rates that the bids know."""
     rng = np.random.default_rng(0)
     policy = Policy(budget, max_chains=24, wave=4, floor=0)
     names = [str(i) for i in range(1000)]
@@ -179,8 +179,8 @@ def test_online_spending_converges_to_the_budget(budget, start):
         rate, length = rng.beta(0.4, 1.2), lengths[i]
         chains, solved = 2, rng.random() < 1 - (1 - rate) ** 2
         while True:
-            known = rate * 1e6, (1 - rate) * 1e6, float(not solved)
-            one = bid(*known, length, single=length, num_chains=chains, spent=chains * length)
+            beliefs = rate * 1e6, (1 - rate) * 1e6, float(not solved)
+            one = bid(*beliefs, length, single=length, num_chains=chains, spent=chains * length)
             grant = drive(allocator, name, one)
             if grant.ends:
                 break
@@ -237,7 +237,7 @@ def test_the_first_problems_of_a_stream_spend_the_budget_by_their_bids():
     """There is no other spending that the first `lag` could go by; the mean of many streams' first problems."""
     rng = np.random.default_rng(0)
     for budget in (2.0, 4.0):
-        found = []
+        means = []
         for _ in range(30):
             policy, names = Policy(budget, max_chains=24, wave=1, floor=0), [str(i) for i in range(16)]
             allocator = OnlineAllocator(policy, names, {}, price=0.05, step=0.05, lag=16)
@@ -254,8 +254,8 @@ def test_the_first_problems_of_a_stream_spend_the_budget_by_their_bids():
                     solved = solved or rng.random() < rate
                     chains += 1
                 spent += chains * length
-            found.append(spent / lengths.sum())
-        assert abs(np.mean(found) - budget) < 3 * np.std(found) / 30**0.5 + 0.05 * budget
+            means.append(spent / lengths.sum())
+        assert abs(np.mean(means) - budget) < 3 * np.std(means) / 30**0.5 + 0.05 * budget
 
 
 def test_a_problem_waits_for_the_first_bids_before_it():

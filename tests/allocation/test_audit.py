@@ -1,4 +1,4 @@
-"""Whether an audit says what it may: a policy that never sees the group, gaps that were planted, and chance."""
+"""The audit on simulated policies: one that never sees the group, planted gaps, and chance."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from treedecode.allocation.training.resampling import bootstrap, holm
 
 
 def groups(num_problems, rng, planted=0.0):
-    """Problems of two groups, one of them harder; spend follows difficulty, and `planted` takes from the harder."""
+    """Makes problems of two groups, one harder; spend follows difficulty, less `planted` for the harder group."""
     member = rng.random(num_problems) < 0.4
     difficulty = np.round(rng.beta(1, np.where(member, 3, 1)), 1)
     spend = 10 - 6 * difficulty + rng.normal(0, 1, num_problems) - planted * member
@@ -56,24 +56,26 @@ def test_the_audit_counts():
         right=np.array([True, True, False, True]),
         available=8,
     )
-    found = audit(allocation, permutations=19, min_size=1)
-    assert found["a"]["false_low_budget_rate"] == 0
-    found = audit(replace(allocation, right=np.array([True, False, False, True])), permutations=19, min_size=1)
-    assert found["a"]["false_low_budget_rate"] == 0.5  # of the two that some number of chains solves
-    assert found["b"]["false_low_budget_rate"] == 0
-    assert found["a"]["accuracy"] == pytest.approx(1 / 3)
-    assert found["a"]["gain_per_unit"] == 0
-    assert found["b"]["gain_per_unit"] == pytest.approx(1 / (4 - 2)), "the probes are not what the gain was bought with"
-    assert found["a"]["spend"] == pytest.approx(10 / 3)
+    report = audit(allocation, permutations=19, min_size=1)
+    assert report["a"]["false_low_budget_rate"] == 0
+    report = audit(replace(allocation, right=np.array([True, False, False, True])), permutations=19, min_size=1)
+    assert report["a"]["false_low_budget_rate"] == 0.5  # of the two that some number of chains solves
+    assert report["b"]["false_low_budget_rate"] == 0
+    assert report["a"]["accuracy"] == pytest.approx(1 / 3)
+    assert report["a"]["gain_per_unit"] == 0
+    assert report["b"]["gain_per_unit"] == pytest.approx(1 / (4 - 2)), (
+        "the probes are not what the gain was bought with"
+    )
+    assert report["a"]["spend"] == pytest.approx(10 / 3)
     # only the problems of difficulty 0.5 compare
-    assert (found["a"]["spend_gap"], found["a"]["oracle_spend_gap"], found["a"]["excess_gap"]) == (-2, -1.5, -0.5)
+    assert (report["a"]["spend_gap"], report["a"]["oracle_spend_gap"], report["a"]["excess_gap"]) == (-2, -1.5, -0.5)
 
 
 def blind_allocation(seed, *, planted=0.0, dear=1.0, num_problems=400, num_chains=24):
-    """Two groups, one harder, and a policy that sees nothing but the rate of right chains and what comes out.
+    """Simulates a policy on two groups, one harder, that sees nothing but outcomes and the rate of right chains.
 
-    It goes on while a chain is worth its price, by a rate that it knows up to noise, until the answer is right. The
-    oracle knows the rate. `planted` chains are taken from the harder group, whose chains cost `dear` times as much.
+    The policy goes on while a chain is worth its price, by a rate that it knows up to noise, until the answer is right.
+    The oracle knows the rate. `planted` chains are taken from the harder group, whose chains cost `dear` times as much.
     """
     rng = np.random.default_rng(seed)
     hard = np.arange(num_problems) % 2 == 1
@@ -83,10 +85,10 @@ def blind_allocation(seed, *, planted=0.0, dear=1.0, num_problems=400, num_chain
     odds = np.log(rate + 0.02) - np.log(1.02 - rate) + rng.normal(0, 0.3, num_problems)
     alpha = 4 / (1 + np.exp(-odds))
     is_worth_it = alpha[:, None] / (4 + np.arange(17)) >= 0.08 * cost[:, None]  # after so many failures
-    most = np.where(is_worth_it.all(axis=1), 17, 1 + is_worth_it.argmin(axis=1))
+    max_chains = np.where(is_worth_it.all(axis=1), 17, 1 + is_worth_it.argmin(axis=1))
     in_order = rng.permuted(right, axis=1)
     needed = np.where(in_order.any(axis=1), in_order.argmax(axis=1), num_chains) + 1
-    chains = np.minimum(needed, most) - planted * hard
+    chains = np.minimum(needed, max_chains) - planted * hard
     return Allocation(
         groups=np.where(hard, "hard", "easy"),
         problems=np.arange(num_problems),
@@ -103,19 +105,19 @@ def blind_allocation(seed, *, planted=0.0, dear=1.0, num_problems=400, num_chain
 
 
 def test_the_audit_does_not_flag_a_policy_that_never_sees_the_group():
-    found = [audit(blind_allocation(seed), permutations=99, seed=seed)["hard"] for seed in range(40)]
-    flagged = [one["p_value"] <= 0.05 for one in found]
+    reports = [audit(blind_allocation(seed), permutations=99, seed=seed)["hard"] for seed in range(40)]
+    flagged = [figures["p_value"] <= 0.05 for figures in reports]
     assert sum(flagged) <= 5  # of 40 at the level 5%: more than that has probability 1.4%
-    covered = [one["excess_gap_interval"][0] <= 0 <= one["excess_gap_interval"][1] for one in found]
-    assert sum(covered) >= 33
+    intervals = [figures["excess_gap_interval"] for figures in reports]
+    assert sum(low <= 0 <= high for low, high in intervals) >= 33
     planted = audit(blind_allocation(0, planted=1.0), permutations=99)["hard"]
     assert planted["p_value"] == 1 / 100
     assert planted["excess_gap_interval"][1] < 0
 
 
 def test_the_oracles_own_gap_is_no_finding():
-    found = blind_allocation(0, dear=3.0)
-    figures = audit(replace(found, spend=found.oracle_spend), permutations=99)["hard"]
+    allocation = blind_allocation(0, dear=3.0)
+    figures = audit(replace(allocation, spend=allocation.oracle_spend), permutations=99)["hard"]
     assert figures["spend_gap"] == figures["oracle_spend_gap"] < -0.5, "dear chains are worth it less often"
     assert (figures["excess_gap"], figures["p_value"]) == (0, 1)
 

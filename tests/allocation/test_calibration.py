@@ -14,16 +14,11 @@ def test_isotonic_regression_is_the_min_max_formula(rows):
     """fit(x_i) = max over j <= i of min over k >= i of the mean of j..k (Barlow et al., 1972)."""
     x, y, weights = (np.array(column, np.float64) for column in zip(*rows, strict=True))
     fitted = fit_isotonic(x, y, weights)
-    at = np.unique(x)
-    for i, value in enumerate(at):
-        means = [
-            [
-                np.average(y[(x >= at[j]) & (x <= at[k])], weights=weights[(x >= at[j]) & (x <= at[k])])
-                for k in range(i, len(at))
-            ]
-            for j in range(i + 1)
-        ]
-        assert fitted(value) == pytest.approx(max(min(row) for row in means), abs=1e-9)
+    positions = np.unique(x)
+    for i, value in enumerate(positions):
+        intervals = [(x >= low) & (x <= high) for low in positions[: i + 1] for high in positions[i:]]
+        averages = np.reshape([np.average(y[rows], weights=weights[rows]) for rows in intervals], (i + 1, -1))
+        assert fitted(value) == pytest.approx(averages.min(axis=1).max(), abs=1e-9)
     assert (np.diff(fitted.y) >= 0).all()
     assert (np.diff(fitted.x) >= 0).all()
 

@@ -1,4 +1,4 @@
-"""Forecasts: what a gate says a run will cost, beside what runs cost."""
+"""Forecasts of the cost of runs against the cost of runs."""
 
 import numpy as np
 import pytest
@@ -35,12 +35,12 @@ def gate():
     with talkative_decoder() as dec:
         settings = {"tree_search": TreeOfThoughts, "menu": [(2, 2, 1)], "seed": 3}
         data = collect(dec, TRAINING, task=Long(), num_chains=4, verifier=rate, **settings)
-    found, _ = train(data, max_chains=3, max_epochs=2)
-    return found
+    trained, _ = train(data, max_chains=3, max_epochs=2)
+    return trained
 
 
 def exact(gate, tokens=12):
-    """The gate, sure that every chain has so many tokens."""
+    """Returns the gate, sure that every chain has so many tokens."""
     costs = known_costs(gate.config.hidden_size, [tokens] * 3)
     return Gate(gate.config, gate.network, gate.mean, gate.std, gate.calibrators, costs)
 
@@ -58,16 +58,16 @@ def exact(gate, tokens=12):
 @pytest.mark.parametrize("unit", ["tokens", "kv_bytes"])
 def test_runs_cost_what_was_forecast(gate, strategy, verifier, unit):
     with talkative_decoder() as dec:
-        found = td.forecast(dec, [p.prompt for p in FRESH], strategy=strategy, gate=gate, unit=unit)
+        predicted = td.forecast(dec, [p.prompt for p in FRESH], strategy=strategy, gate=gate, unit=unit)
         assert dec.num_branches == 0
         result = td.solve(dec, FRESH, strategy=strategy, task=Long(), verifier=verifier, seed=5)
     field = {"tokens": "generated_tokens", "kv_bytes": "kv_bytes"}[unit]
     spent = np.array([getattr(solution.spending, field) for solution in result.solutions])
     # the mean of 100 problems is known better than a problem is, but not better than the gate learned it from 800
-    middle = found.quantile(0.5)
+    middle = predicted.quantile(0.5)
     assert spent.sum() == pytest.approx(middle, rel={"tokens": 0.12, "kv_bytes": 0.2}[unit])
     for level in (0.1, 0.5, 0.9):
-        below = (spent <= found.problem_quantile(level)).mean()
+        below = (spent <= predicted.problem_quantile(level)).mean()
         assert below == pytest.approx(level, abs=0.17)
 
 
@@ -79,7 +79,7 @@ def test_lengths_that_are_known_give_exact_costs(gate):
     for strategy in (BestOfN(num_samples=5), SelfConsistency(num_samples=3), ChainOfThought()):
         with talkative_decoder() as dec:
             prompts = [p.prompt for p in FRESH[:4]]
-            found = {
+            forecasts = {
                 unit: td.forecast(dec, prompts, strategy=strategy, gate=sure, unit=unit)
                 for unit in ("tokens", "kv_bytes")
             }
@@ -87,16 +87,20 @@ def test_lengths_that_are_known_give_exact_costs(gate):
                 dec, FRESH[:4], strategy=strategy, task=Fixed(), verifier=rate, sampling=never_ending, seed=5
             )
         total = result.ledger.total
-        assert found["tokens"].quantile(0.01) == found["tokens"].quantile(0.99) == pytest.approx(total.generated_tokens)
-        assert found["kv_bytes"].quantile(0.5) == pytest.approx(total.kv_bytes)
+        assert (
+            forecasts["tokens"].quantile(0.01)
+            == forecasts["tokens"].quantile(0.99)
+            == pytest.approx(total.generated_tokens)
+        )
+        assert forecasts["kv_bytes"].quantile(0.5) == pytest.approx(total.kv_bytes)
 
 
 def test_prompts_are_computed_once_for_all_units(gate):
     strategy, prompts, shown, computed = BestOfN(num_samples=4), [p.prompt for p in FRESH[:9]], {}, {}
     for unit in ("tokens", "kv_bytes"):
         with talkative_decoder() as dec:
-            found = td.forecast(dec, prompts, strategy=strategy, gate=gate, unit=unit)
-            shown[unit], computed[unit] = found.quantile(0.5), sum(map(sum, dec.model.forwards))
+            predicted = td.forecast(dec, prompts, strategy=strategy, gate=gate, unit=unit)
+            shown[unit], computed[unit] = predicted.quantile(0.5), sum(map(sum, dec.model.forwards))
     with talkative_decoder() as dec:
         lines = list(forecast_summary(dec, dec.prompt_ids(prompts), strategy, gate, td.Budget()))
         assert sum(map(sum, dec.model.forwards)) == computed["tokens"] == computed["kv_bytes"]
@@ -108,13 +112,13 @@ def test_prompts_are_computed_once_for_all_units(gate):
 def test_a_budget_is_enough_as_often_as_the_forecast_says(gate):
     strategy, prompts = BestOfN(num_samples=4), [p.prompt for p in FRESH[:5]]
     with talkative_decoder() as dec:
-        found = td.forecast(dec, prompts, strategy=strategy, gate=gate, num_draws=4000)
-        assert found.draws.shape == (5, 4000)
-        limit = float(found.quantile(0.3))
-        assert found.within(limit) == pytest.approx(0.3, abs=0.02)
-        assert (found.within(0), found.within(1e9)) == (0, 1)
+        predicted = td.forecast(dec, prompts, strategy=strategy, gate=gate, num_draws=4000)
+        assert predicted.draws.shape == (5, 4000)
+        limit = float(predicted.quantile(0.3))
+        assert predicted.within(limit) == pytest.approx(0.3, abs=0.02)
+        assert (predicted.within(0), predicted.within(1e9)) == (0, 1)
         np.testing.assert_array_equal(
-            found.draws, td.forecast(dec, prompts, strategy=strategy, gate=gate, num_draws=4000).draws
+            predicted.draws, td.forecast(dec, prompts, strategy=strategy, gate=gate, num_draws=4000).draws
         )
         totals = []
         for seed in range(60):
@@ -126,11 +130,11 @@ def test_a_budget_is_enough_as_often_as_the_forecast_says(gate):
 def test_dynamic_allocation_costs_its_budget(gate):
     strategy = DynamicAllocation(budget=3, gate=gate, probes=1)
     with talkative_decoder() as dec:
-        found = td.forecast(dec, [p.prompt for p in FRESH], strategy=strategy)
+        predicted = td.forecast(dec, [p.prompt for p in FRESH], strategy=strategy)
         result = td.solve(dec, FRESH, strategy=strategy, task=Long(), verifier=rate, seed=5)
         with pytest.raises(ValueError, match=r"unit: dynamic allocation divides tokens"):
             td.forecast(dec, ["the cat"], strategy=strategy, unit="kv_bytes")
-    low, high = found.quantile([0.025, 0.975])
+    low, high = predicted.quantile([0.025, 0.975])
     assert low * 0.9 <= result.ledger.total.generated_tokens <= high
 
 
@@ -164,17 +168,17 @@ def test_quantiles_are_calibrated_and_rise():
 
     costs = fit_costs(rollouts(0)[1], rollouts(1)[1], 0)
     entropy, fresh = rollouts(2)
-    found = costs(np.stack([prompt_vector(fresh.prompt(i), 0) for i in range(len(fresh))]))
-    assert (np.diff(found, axis=-1) >= 0).all()
+    quantiles = costs(np.stack([prompt_vector(fresh.prompt(i), 0) for i in range(len(fresh))]))
+    assert (np.diff(quantiles, axis=-1) >= 0).all()
     for level in (2, 10, 17):
-        share = (np.log1p(fresh.tokens) <= found[:, 0, level, None]).mean()
+        share = (np.log1p(fresh.tokens) <= quantiles[:, 0, level, None]).mean()
         assert share == pytest.approx(LEVELS[level], abs=0.04)
     # not only over all problems: among the widest too
     wide = entropy > 1.5
-    assert (np.log1p(fresh.tokens[wide]) <= found[wide, 0, 17, None]).mean() == pytest.approx(LEVELS[17], abs=0.06)
+    assert (np.log1p(fresh.tokens[wide]) <= quantiles[wide, 0, 17, None]).mean() == pytest.approx(LEVELS[17], abs=0.06)
 
 
-def test_what_cannot_be_forecast(gate):
+def test_forecasts_that_cannot_be_made_say_why(gate):
     with talkative_decoder() as dec:
         for strategy, message in (
             (MCTS(), r"strategy: what mcts with these settings costs does not follow"),

@@ -1,9 +1,9 @@
-"""Bars: each verdict from numbers that leave no other."""
+"""Acceptance criteria: each verdict from numbers that leave no other."""
 
 import numpy as np
 import pytest
 
-from treedecode.study.acceptance import FAILS, HOLDS, NOT_SHOWN, UNKNOWN, bars
+from treedecode.study.acceptance import FAILS, HOLDS, NOT_SHOWN, UNKNOWN, judge_criteria
 from treedecode.study.laws import Curve
 
 HARD = np.random.default_rng(0).random(400)
@@ -34,54 +34,54 @@ def judged(share, problems=slice(None), **changes):
         for key in ("tree_of_thoughts", "dynamic_allocation_4x")
     ]
     curve = Curve(MAJORITY.costs, MAJORITY.accuracy[problems])
-    return bars(rows, {"self_consistency": curve, "best_of_n": curve})
+    return judge_criteria(rows, {"self_consistency": curve, "best_of_n": curve})
 
 
-def bar(found, text):
-    (one,) = [one for one in found if text in one["bar"]]
-    return one
+def criterion_with(text, results):
+    (result,) = [each for each in results if text in each["bar"]]
+    return result
 
 
-ALL = ("majority of 8", "best of 8", "tree of thoughts (3, 5) beats", "takes at most 3x", "at least 5x")
+CRITERIA = ("majority of 8", "best of 8", "tree of thoughts (3, 5) beats", "takes at most 3x", "at least 5x")
 
 
-@pytest.mark.parametrize("text", ALL)
+@pytest.mark.parametrize("text", CRITERIA)
 def test_verdicts(text):
     good = judged(0.6)
     bad = judged(0.3, latency_x=3.1, one_after_another={**APART, "throughput_ratio": 4.0})
-    assert bar(good, text)["verdict"] == HOLDS
-    assert bar(bad, text)["verdict"] == FAILS
+    assert criterion_with(text, good)["verdict"] == HOLDS
+    assert criterion_with(text, bad)["verdict"] == FAILS
 
 
 def test_what_was_not_measured_cannot_be_told():
-    assert bar(judged(0.6), "mcts")["verdict"] == UNKNOWN
+    assert criterion_with("mcts", judged(0.6))["verdict"] == UNKNOWN
     beyond = judged(0.6, tokens_x=20.0, latency_x=None, one_after_another=None)
-    for text in ALL[2:]:
-        assert bar(beyond, text)["verdict"] == UNKNOWN
-    for one in bars([{**ROW, "key": "dynamic_allocation_4x", "correct": [1.0]}], {}):
-        assert one["verdict"] == UNKNOWN
+    for text in CRITERIA[2:]:
+        assert criterion_with(text, beyond)["verdict"] == UNKNOWN
+    for result in judge_criteria([{**ROW, "key": "dynamic_allocation_4x", "correct": [1.0]}], {}):
+        assert result["verdict"] == UNKNOWN
 
 
 def test_an_interval_with_both_in_it_shows_neither():
     # equal answers at equal tokens are no win and, of so many problems, no loss of more than a point
-    assert bar(judged(0.4), "tree of thoughts (3, 5) beats")["verdict"] == NOT_SHOWN
-    assert bar(judged(0.45), "majority of 8")["verdict"] == HOLDS
+    assert criterion_with("tree of thoughts (3, 5) beats", judged(0.4))["verdict"] == NOT_SHOWN
+    assert criterion_with("majority of 8", judged(0.45))["verdict"] == HOLDS
     few = slice(0, 30)
-    assert bar(judged(0.45, few), "majority of 8")["verdict"] == NOT_SHOWN
-    assert bar(judged(0.42), "tree of thoughts (3, 5) beats")["verdict"] == HOLDS
-    assert bar(judged(0.42, few), "tree of thoughts (3, 5) beats")["verdict"] == NOT_SHOWN
+    assert criterion_with("majority of 8", judged(0.45, few))["verdict"] == NOT_SHOWN
+    assert criterion_with("tree of thoughts (3, 5) beats", judged(0.42))["verdict"] == HOLDS
+    assert criterion_with("tree of thoughts (3, 5) beats", judged(0.42, few))["verdict"] == NOT_SHOWN
 
 
 @pytest.mark.parametrize(("spent", "verdict"), [(4.2, HOLDS), (4.25, FAILS)])
 def test_more_than_the_budget_is_no_win(spent, verdict):
-    for text in ALL[:2]:
-        one = bar(judged(0.6, tokens_x=spent), text)
-        assert one["verdict"] == verdict
-        assert f"it spends {spent:.2f}x" in one["evidence"]
-        assert "at most 4.2x" in one["bar"]
+    for text in CRITERIA[:2]:
+        result = criterion_with(text, judged(0.6, tokens_x=spent))
+        assert result["verdict"] == verdict
+        assert f"it spends {spent:.2f}x" in result["evidence"]
+        assert "at most 4.2x" in result["bar"]
 
 
 def test_a_ratio_of_throughputs_says_what_ran_on_both_sides():
-    evidence = bar(judged(0.6), "at least 5x")["evidence"]
+    evidence = criterion_with("at least 5x", judged(0.6))["evidence"]
     assert "3000 with all 400 problems side by side (400 tokens in 0.133 s each)" in evidence
     assert "500 with the first 2 one after another (300 tokens in 0.6 s each)" in evidence

@@ -23,7 +23,7 @@ def test_pass_at_k_where_factorials_overflow():
     np.testing.assert_allclose(pass_at_k(10000, np.array([10, 0, 10000, 5001]), 5000), [exact, 0, 1, 1], atol=1e-12)
 
 
-def test_parameters_are_found_again():
+def test_fits_recover_the_parameters():
     rng = np.random.default_rng(0)
     counts = rng.binomial(32, rng.beta(0.4, 1.3, 600))
     fit = fit_beta_binomial(32, counts, num_resamples=100)

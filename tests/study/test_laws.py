@@ -1,4 +1,4 @@
-"""Laws: parameters are found again in data made from them; data that determine nothing are refused with the reason."""
+"""Laws: fits recover the parameters that data were made from, and refuse data that determine none, with the reason."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def sampled(accuracy, num_problems=500, seed=0, costs=COSTS):
 
 
 @pytest.mark.parametrize("law", [*LAWS, COVERAGE], ids=lambda law: law.name)
-def test_parameters_are_found_again(law):
+def test_fits_recover_the_parameters(law):
     truth, accuracy = TRUTH[law.name]
     fit = laws.fit(law, sampled(accuracy), num_resamples=100)
     assert set(fit.parameters) == set(truth) == set(fit.intervals)
@@ -69,22 +69,23 @@ def test_the_law_behind_the_data_predicts_best(name, others):
         def accuracy(c):
             return 1 / (1 + np.exp(4 - 1.5 * np.log(c)))
 
-    found = laws.compare(sampled(accuracy, num_problems=2000))
-    assert [held.law for held in found].index(name) < min([held.law for held in found].index(o) for o in others)
-    assert found[0].behind is None
-    for held in found[1:]:
-        assert held.behind.estimate == pytest.approx(found[0].log_likelihood - held.log_likelihood)
-        assert held.behind.low <= held.behind.estimate <= held.behind.high
-    rank = {held.law: held for held in found}
+    results = laws.compare(sampled(accuracy, num_problems=2000))
+    order = [result.law for result in results]
+    assert order.index(name) < min(order.index(other) for other in others)
+    assert results[0].behind is None
+    for result in results[1:]:
+        assert result.behind.estimate == pytest.approx(results[0].log_likelihood - result.log_likelihood)
+        assert result.behind.low <= result.behind.estimate <= result.behind.high
+    by_law = {result.law: result for result in results}
     for other in others:
-        if rank[name].behind is None:
-            assert rank[other].behind.low > 0
+        if by_law[name].behind is None:
+            assert by_law[other].behind.low > 0
 
 
 def test_a_law_that_rules_out_what_happened_loses_a_bounded_amount():
     curve = sampled(lambda c: np.where(c < 3, 0.02, 0.98), num_problems=50)
-    for held in laws.compare(curve):
-        assert -np.log(2 * 51) <= held.log_likelihood < 0
+    for result in laws.compare(curve):
+        assert -np.log(2 * 51) <= result.log_likelihood < 0
 
 
 def test_a_curve_saturates_where_the_next_budget_gains_nothing():
@@ -92,21 +93,21 @@ def test_a_curve_saturates_where_the_next_budget_gains_nothing():
     costs = np.array([1.0, 2.0, 4.0, 8.0, 16.0])
     difficulty = rng.random((400, 1))
     accuracy = (difficulty < np.array([0.3, 0.5, 0.7, 0.7, 0.7])).astype(float)
-    found = slopes(Curve(costs, accuracy))
-    assert [slope.low_cost for slope in found] == [1, 2, 4, 8]
-    assert found[0].per_doubling.estimate == pytest.approx((accuracy[:, 1] - accuracy[:, 0]).mean())
-    assert saturation(found) == 4.0
-    assert saturation(found[:2]) is None
+    measured = slopes(Curve(costs, accuracy))
+    assert [slope.low_cost for slope in measured] == [1, 2, 4, 8]
+    assert measured[0].per_doubling.estimate == pytest.approx((accuracy[:, 1] - accuracy[:, 0]).mean())
+    assert saturation(measured) == 4.0
+    assert saturation(measured[:2]) is None
 
 
 def test_a_gain_that_comes_later_is_no_saturation():
     # a majority of two is one chain: no gain from 1 to 2, and one at every later doubling
     difficulty = np.random.default_rng(0).random((400, 1))
     accuracy = (difficulty < np.array([0.3, 0.3, 0.5, 0.7, 0.7])).astype(float)
-    found = slopes(Curve(np.array([1.0, 2.0, 4.0, 8.0, 16.0]), accuracy))
-    assert [slope.per_doubling.low > 0 for slope in found] == [False, True, True, False]
-    assert saturation(found) == 8.0
-    assert saturation(found[:3]) is None
+    measured = slopes(Curve(np.array([1.0, 2.0, 4.0, 8.0, 16.0]), accuracy))
+    assert [slope.per_doubling.low > 0 for slope in measured] == [False, True, True, False]
+    assert saturation(measured) == 8.0
+    assert saturation(measured[:3]) is None
     assert saturation([]) is None
 
 
@@ -127,8 +128,8 @@ def test_equal_leads_on_all_problems_have_an_interval():
     for held in (*few, *many):
         assert held.behind.low < held.behind.estimate < held.behind.high
     assert all(held.behind.low < 0 for held in few)  # five problems prove nothing
-    assert all(one.behind.high - one.behind.low > 10 * (more.behind.high - more.behind.low)
-               for one, more in zip(few, many, strict=True))  # fmt: skip
+    widths = [[result.behind.high - result.behind.low for result in results] for results in (few, many)]
+    assert all(wide > 10 * narrow for wide, narrow in zip(*widths, strict=True))
 
 
 def test_slopes_are_per_doubling_and_skip_equal_costs():

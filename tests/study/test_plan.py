@@ -1,4 +1,4 @@
-"""Rows of the plan: each spends what its name says, and on nothing else."""
+"""Entries of the plan: each spends compute on what its name says, and on nothing else."""
 
 from support.fakes import FakeModel, FakeTokenizer
 from support.study_cases import Digits, Length
@@ -6,7 +6,7 @@ from support.study_cases import Digits, Length
 import treedecode as td
 from treedecode.strategies import IterativeRefinement, SelfConsistency
 from treedecode.study import rows
-from treedecode.study.plan import PASSES, POOL, default_plan
+from treedecode.study.plan import MAX_PASSES, POOL_SIZE, default_plan
 from treedecode.study.rows import Entry, Measured, Timing
 
 
@@ -36,8 +36,8 @@ class Low(Length):
 
 
 def entry(key, *, follows_instructions=False):
-    (found,) = [one for one in default_plan("gate", follows_instructions=follows_instructions) if one.key == key]
-    return found
+    (result,) = [each for each in default_plan("gate", follows_instructions=follows_instructions) if each.key == key]
+    return result
 
 
 def decoder():
@@ -47,14 +47,14 @@ def decoder():
 
 def test_votes_do_not_pay_for_scores():
     task, dec = Digits(), decoder()
-    votes, pool = entry(f"self_consistency_{POOL}"), entry("chain_pool")
-    assert votes.label == f"Self-consistency ({POOL} chains)"
+    votes, pool = entry(f"self_consistency_{POOL_SIZE}"), entry("chain_pool")
+    assert votes.label == f"Self-consistency ({POOL_SIZE} chains)"
     assert votes.label != pool.label
     costs = {}
-    for one in (votes, pool):
+    for planned in (votes, pool):
         for verifier in (None, Judge()):
-            result = td.solve(dec, task.problems(2), strategy=one.build(1.0, 1), task=task, verifier=verifier)
-            costs[one.key, verifier is not None] = result.ledger.total.generated_tokens
+            result = td.solve(dec, task.problems(2), strategy=planned.build(1.0, 1), task=task, verifier=verifier)
+            costs[planned.key, verifier is not None] = result.ledger.total.generated_tokens
     assert costs[votes.key, True] == costs[votes.key, False] == costs[pool.key, False]
     assert costs[pool.key, True] > costs[pool.key, False]
     assert isinstance(votes.build(1.0, 1), SelfConsistency)
@@ -68,13 +68,13 @@ def test_ten_passes_can_happen_and_are_counted():
     for follows_instructions in (True, False):
         strategy = entry("refinement", follows_instructions=follows_instructions).build(1.0, 1)
         assert isinstance(strategy, IterativeRefinement)
-        assert (strategy.max_passes, strategy.good, strategy.max_repeats) == (PASSES, 0.99, PASSES - 1)
+        assert (strategy.max_passes, strategy.good, strategy.max_repeats) == (MAX_PASSES, 0.99, MAX_PASSES - 1)
     dec, task = decoder(), Open()
     problems = task.problems(3)
     result = td.solve(dec, problems, strategy=strategy, task=task, verifier=Low())
     timing = Timing(False, 1.0, 0.5, None, "none", [], [], [], True)
     measured = Measured(Entry("r", "R", "iterative_refinement"), strategy, result.solutions, timing)
-    assert rows.row(measured, measured)["passes"] == PASSES
+    assert rows.row(measured, measured)["passes"] == MAX_PASSES
     once = IterativeRefinement(max_passes=1, critique_prompt="", good=None)
     fewer = td.solve(dec, problems, strategy=once, task=task, verifier=Low())
     assert rows.row(Measured(measured.entry, once, fewer.solutions, timing), measured)["passes"] == 1

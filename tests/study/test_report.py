@@ -24,7 +24,7 @@ COSTS = 2.0 ** np.arange(5)
 
 
 def laws_from(shares, costs=COSTS, num_problems=400):
-    """What is said of a curve with these accuracies; a problem that is solved stays so."""
+    """Analyses a curve with these accuracies, of problems that stay solved at larger budgets."""
     difficulty = np.random.default_rng(0).random((num_problems, 1))
     curve = Curve(np.asarray(costs), (difficulty < np.array(shares)).astype(float))
     return analysis.laws_of(curve, num_resamples=30, seed=0)

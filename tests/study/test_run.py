@@ -1,4 +1,4 @@
-"""The study end to end on the fake model: what it writes, that its numbers are the ledgers', and what it survives."""
+"""The study end to end on the fake model: its files, its numbers against the ledgers', errors and interruptions."""
 
 import asyncio
 import csv
@@ -69,15 +69,15 @@ def conditions():
 def study(conditions, tmp_path_factory):
     out = tmp_path_factory.mktemp("study") / "out"
     work = run.run_study(conditions, PLAN, out, command="treedecode study", model="a fake", num_resamples=20)
-    found = conditions.decoder.run(work)
-    drawn = plots.draw(found, out)
-    report.write(found, out, [path.stem for path in drawn if path.suffix == ".png"])
-    return found, out
+    result = conditions.decoder.run(work)
+    drawn = plots.draw(result, out)
+    report.write(result, out, [path.stem for path in drawn if path.suffix == ".png"])
+    return result, out
 
 
 def test_rows_are_what_the_strategies_did(study, conditions):
-    found, _ = study
-    by_key = {row["key"]: row for row in found["rows"]}
+    result, _ = study
+    by_key = {row["key"]: row for row in result["rows"]}
     assert list(by_key) == [entry.key for entry in PLAN]
     strategies = {
         "chain": ChainOfThought(),
@@ -89,13 +89,13 @@ def test_rows_are_what_the_strategies_did(study, conditions):
     base, answers = None, {}
     for key, strategy in strategies.items():
         conditions.decoder.forget()
-        result = td.solve(conditions.decoder, conditions.problems, strategy=strategy, **settings)
-        spent = result.ledger.problems.values()
+        solved = td.solve(conditions.decoder, conditions.problems, strategy=strategy, **settings)
+        spent = solved.ledger.problems.values()
         tokens = sum(s.generated_tokens for s in spent)
         base = base or spent
-        row, answers[key] = by_key[key], [solution.answer for solution in result.solutions]
-        assert row["accuracy"] == result.accuracy
-        assert row["correct"] == [int(solution.correct) for solution in result.solutions]
+        row, answers[key] = by_key[key], [solution.answer for solution in solved.solutions]
+        assert row["accuracy"] == solved.accuracy
+        assert row["correct"] == [int(solution.correct) for solution in solved.solutions]
         assert row["accuracy_ci"] == list(mean_interval(row["correct"]))
         assert row["tokens"] == tokens / 6
         assert row["tokens_x"] == pytest.approx(tokens / sum(s.generated_tokens for s in base))
@@ -143,8 +143,8 @@ def test_times_are_measured(study):
 
 
 def test_curves_and_laws(study):
-    found, _ = study
-    laws, by_key = found["laws"], {row["key"]: row for row in found["rows"]}
+    result, _ = study
+    laws, by_key = result["laws"], {row["key"]: row for row in result["rows"]}
     assert set(laws) == {"self_consistency", "best_of_n", "coverage", "dynamic_allocation"}
     pool = by_key["chain_pool"]
     assert [p["cost"] for p in laws["coverage"]["points"]] == [1, 2, 4, 8]
@@ -168,14 +168,14 @@ def test_curves_and_laws(study):
 
 
 def test_files(study):
-    found, out = study
-    assert json.loads((out / "study.json").read_text()) == found
-    assert found["schema"] == "treedecode.study/2"
-    assert {"rows", "laws", "bars", "machine", "versions", "command", "commit", "seed", "problems"} <= found.keys()
+    result, out = study
+    assert json.loads((out / "study.json").read_text()) == result
+    assert result["schema"] == "treedecode.study/2"
+    assert {"rows", "laws", "bars", "machine", "versions", "command", "commit", "seed", "problems"} <= result.keys()
     with open(out / "rows.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert [line["key"] for line in table] == [entry.key for entry in PLAN]
-    assert float(table[2]["tokens_x"]) == found["rows"][2]["tokens_x"]
+    assert float(table[2]["tokens_x"]) == result["rows"][2]["tokens_x"]
     text = (out / "report.md").read_text()
     assert all(f"| {entry.label} |" in text for entry in PLAN)
     assert "nan" not in text.lower().split()
@@ -185,24 +185,24 @@ def test_files(study):
         assert "<svg" in svg
         assert f"({name}.svg)" in text
         before = (out / f"{name}.svg").read_bytes()
-        plots.draw(found, out)
+        plots.draw(result, out)
         assert (out / f"{name}.svg").read_bytes() == before  # a plot is a function of the study
 
 
 def test_the_report_says_what_the_numbers_say(study):
-    found, _ = study
-    quiet = {**found, "machine": {**found["machine"], "other_cores": 0.1, "cores": 2}}
-    busy = {**found, "machine": {**found["machine"], "other_cores": 0.9, "cores": 2}}
-    unknown = {**found, "machine": {**found["machine"], "other_cores": None}}
+    result, _ = study
+    quiet = {**result, "machine": {**result["machine"], "other_cores": 0.1, "cores": 2}}
+    busy = {**result, "machine": {**result["machine"], "other_cores": 0.9, "cores": 2}}
+    unknown = {**result, "machine": {**result["machine"], "other_cores": None}}
     assert not any("Other work" in sentence for sentence in report.sentences(unknown))
     said = list(report.sentences(quiet))
     assert not any("Other work" in sentence for sentence in said)
     assert any("Other work took 0.9 of 2 cores meanwhile" in sentence for sentence in report.sentences(busy))
-    best = max(found["rows"][1:-1], key=lambda row: row["accuracy"])
+    best = max(result["rows"][1:-1], key=lambda row: row["accuracy"])
     assert any(f"The most accurate is {best['label']}: {100 * best['accuracy']:.1f}%" in sentence for sentence in said)
-    rest = found["rows"][1:-1]  # the pool is no strategy
+    rest = result["rows"][1:-1]  # the pool is no strategy
     lost = [{**row, "correct": [2] * 6, "over_baseline": {"estimate": -0.2, "low": -0.3, "high": -0.1}} for row in rest]
-    said = list(report.sentences({**quiet, "rows": [found["rows"][0], *lost]}))
+    said = list(report.sentences({**quiet, "rows": [result["rows"][0], *lost]}))
     assert f"Below the baseline: {', '.join(row['label'] for row in rest)}." in said
     assert not any("gains most per compute" in sentence for sentence in said)
 
@@ -216,16 +216,16 @@ def test_a_row_that_fails_is_told_and_the_rest_goes_on(conditions, tmp_path, mon
         Entry("wrong", "Wrong", "self_consistency", {"num_samples": 0}),
         PLAN[3],
     ]
-    found = conditions.decoder.run(run.run_study(conditions, entries, tmp_path, num_resamples=10))
-    errors = [row["error"] for row in found["rows"]]
+    result = conditions.decoder.run(run.run_study(conditions, entries, tmp_path, num_resamples=10))
+    errors = [row["error"] for row in result["rows"]]
     assert errors[0] is errors[4] is None
     assert errors[1].startswith("ArithmeticError: no luck")
     assert "while solving the problem" in errors[1]
     assert errors[2].startswith("ValueError: strategy: expected one of")
     assert errors[3].startswith("ValueError: num_samples")
     assert conditions.decoder.num_branches == 0
-    drawn = plots.draw(found, tmp_path)
-    report.write(found, tmp_path, [path.stem for path in drawn if path.suffix == ".png"])
+    drawn = plots.draw(result, tmp_path)
+    report.write(result, tmp_path, [path.stem for path in drawn if path.suffix == ".png"])
     text = (tmp_path / "report.md").read_text()
     assert "* Broken: ArithmeticError: no luck" in text
     with open(tmp_path / "rows.csv", newline="") as file:
@@ -313,8 +313,8 @@ def test_the_command(conditions, tmp_path, monkeypatch, capsys):
     assert "Dynamic allocation (budget 4) failed: " in err
     assert "* Baseline: one chain solves" in out
     assert str(tmp_path / "out" / "report.md") in out
-    found = json.loads((tmp_path / "out" / "study.json").read_text())
-    assert found["command"].startswith("treedecode study --out")
+    result = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert result["command"].startswith("treedecode study --out")
     assert cli.main([*arguments, "self_consistency"]) == 2
     assert "holds a study" in capsys.readouterr().err
     assert cli.main(["study", "--out", str(tmp_path / "two"), "--model", "m", "--strategies", "self_consistency"]) == 0
@@ -350,10 +350,10 @@ def test_what_others_use_of_the_machine_is_told_from_its_own(tmp_path, monkeypat
     monkeypatch.setattr(machine.os, "sysconf", {"SC_CLK_TCK": 100}.get)
     #           user nice system idle iowait irq softirq steal guest guest_nice
     stat.write_text("cpu  1000 100 200 5000 300 10 20 30 77 7\ncpu0 1 1 1 1\n")
-    others = machine.Others(stat)
+    background = machine.BackgroundLoad(stat)
     now, own[:4] = 110.0, [7.0, 1.5, 1.0, 0.0]  # 8 seconds of its own in 10
     stat.write_text("cpu  1700 200 300 9000 800 20 40 250 999 99\ncpu0 1 1 1 1\n")  # 11.5 in all
-    assert others.mean == pytest.approx((11.5 - 8.0) / 10)
+    assert background.mean_cores == pytest.approx((11.5 - 8.0) / 10)
     stat.unlink()
-    assert others.mean is None
-    assert machine.Others(tmp_path / "none").mean is None
+    assert background.mean_cores is None
+    assert machine.BackgroundLoad(tmp_path / "none").mean_cores is None

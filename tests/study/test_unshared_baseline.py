@@ -1,4 +1,4 @@
-"""One branch after another over copied caches: the same work as the shared search, in the other way."""
+"""The unshared baseline does the work of the shared search, one branch after another over copied caches."""
 
 import numpy as np
 import pytest
@@ -18,59 +18,59 @@ def make_decoder(model):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: strategy.name)
-def test_the_same_texts_a_branch_at_a_time(strategy, monkeypatch):
+def test_texts_are_the_same_one_branch_at_a_time(strategy, monkeypatch):
     model, task = FakeModel(), Digits()
-    ours = make_decoder(model)
-    serial = UnsharedDecoder.like(ours)
+    sharing = make_decoder(model)
+    unshared = UnsharedDecoder.like(sharing)
     most_shared = 0
     fork = CopyingPool.fork
 
-    def watched(pool, *args):
+    def watched_fork(pool, *args):
         nonlocal most_shared
         fork(pool, *args)
         most_shared = max(most_shared, int(pool.refcount.max()))
 
-    monkeypatch.setattr(CopyingPool, "fork", watched)
+    monkeypatch.setattr(CopyingPool, "fork", watched_fork)
     for problem in task.problems(3):
-        shared = td.solve(ours, [problem], strategy=strategy, task=task, verifier=Length())
+        expected = td.solve(sharing, [problem], strategy=strategy, task=task, verifier=Length())
         begin = len(model.forwards)
-        apart = td.solve(serial, [problem], strategy=strategy, task=task, verifier=Length())
+        result = td.solve(unshared, [problem], strategy=strategy, task=task, verifier=Length())
         assert all(len(q_lens) == 1 for q_lens in model.forwards[begin:])
-        assert apart.solutions[0].text == shared.solutions[0].text
-        assert apart.solutions[0].tree.to_json() == shared.solutions[0].tree.to_json()
-        # the ledger's counterfactual, which is computed, is what this one does
-        mine, other = shared.ledger.problems[problem.id], apart.ledger.problems[problem.id]
-        assert other.generated_tokens == mine.generated_tokens
-        assert other.forwards == other.branch_forwards == mine.branch_forwards
-        assert other.kv_bytes == other.kv_bytes_copied == mine.kv_bytes_copied
+        assert result.solutions[0].text == expected.solutions[0].text
+        assert result.solutions[0].tree.to_json() == expected.solutions[0].tree.to_json()
+        # the ledger computes the counterfactual "without sharing", and this decoder does it
+        computed, done = expected.ledger.problems[problem.id], result.ledger.problems[problem.id]
+        assert done.generated_tokens == computed.generated_tokens
+        assert done.forwards == done.branch_forwards == computed.branch_forwards
+        assert done.kv_bytes == done.kv_bytes_copied == computed.kv_bytes_copied
     assert most_shared <= 1
-    for decoder in (ours, serial):
+    for decoder in (sharing, unshared):
         decoder.check_integrity()
         assert decoder.num_branches == 0
-    assert serial.pool.num_free_pages == serial.pool.num_pages
+    assert unshared.pool.num_free_pages == unshared.pool.num_pages
 
 
 def test_a_branch_goes_to_its_stop_before_the_next_one_begins():
     model = FakeModel()
-    serial = UnsharedDecoder.like(make_decoder(model))
+    unshared = UnsharedDecoder.like(make_decoder(model))
     order = []
 
     async def work():
-        with await serial.roots(["the a"], sampling=td.Sampling(seed=0)) as root:
+        with await unshared.roots(["the a"], sampling=td.Sampling(seed=0)) as root:
             await root.fork(4).extend(max_new_tokens=5, callback=lambda i, token, text: order.append(i))
 
-    serial.run(work())
+    unshared.run(work())
     assert order == sorted(order)
     assert len(order) > 4
 
 
 def test_a_prompt_is_computed_again_each_time():
     model = FakeModel()
-    serial = UnsharedDecoder.like(make_decoder(model))
+    unshared = UnsharedDecoder.like(make_decoder(model))
     for _ in range(2):
         begin = len(model.forwards)
-        serial.generate(["the quick brown fox"], max_new_tokens=1)
-        assert sum(map(sum, model.forwards[begin:])) == len(serial.encode("the quick brown fox"))
+        unshared.generate(["the quick brown fox"], max_new_tokens=1)
+        assert sum(map(sum, model.forwards[begin:])) == len(unshared.encode("the quick brown fox"))
 
 
 def test_forks_have_pages_of_their_own():

@@ -1,4 +1,4 @@
-"""A task for the fake model, whose texts are noise: a solution ends with a digit, and is worth that modulo three."""
+"""A task for the fake model, whose texts are noise: solutions end with a digit, the answer is that modulo three."""
 
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ class Digits:
 
 
 class Length:
-    """A verifier of branches by the length of their text, in which they differ often enough to be ranked."""
+    """A verifier that scores branches by the length of their text, in which they differ often enough to be ranked."""
 
     probability, num_samples = True, 0
 

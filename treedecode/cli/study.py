@@ -151,7 +151,7 @@ def conditions_of(arguments: argparse.Namespace, task: "Task", model: str) -> "C
     by_id: dict[str, Prompt] = dict(zip([problem.id for problem in problems], prompts, strict=True))
     return Conditions(
         decoder=decoder,
-        serial=UnsharedDecoder.like(decoder),
+        unshared=UnsharedDecoder.like(decoder),
         task=task,
         problems=problems,
         verifier=verifier,

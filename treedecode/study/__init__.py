@@ -1,1 +1,1 @@
-"""The accuracy-compute study: what each strategy buys, for how much, and the laws that fit it."""
+"""The accuracy-compute study: runs every strategy on the same problems, fits laws, and writes report and plots."""

@@ -1,7 +1,7 @@
 """Coverage: the chance that at least one of k chains is right.
 
-Unbiased from n chains (2107.03374), as a power law of k (2407.21787), and as what a Beta-distributed success rate of
-problems leads to (2502.17578), which also says what more chains than were sampled would find.
+It is estimated without bias from n chains (2107.03374), as a power law of k (2407.21787), and from a Beta distribution
+of the problems' success rates (2502.17578), which also predicts it for more chains than were sampled.
 """
 
 from dataclasses import dataclass
@@ -20,12 +20,15 @@ _LOGIT_MEAN = (-14.0, 14.0)
 
 
 def pass_at_k(num_chains: int, num_right: np.ndarray, k: int) -> FloatArray:
-    """The unbiased estimate of the chance that one of `k` chains is right, `[problems]`.
+    """Estimates, without bias, the chance that one of `k` chains is right.
 
-    1 - C(n - c, k) / C(n, k), as a product of k ratios below 1: no factorial is formed.
+    The estimate 1 - C(n - c, k) / C(n, k) is computed as a product of k ratios below 1, without factorials.
 
     Args:
         num_right: `[problems]` right chains of `num_chains`.
+
+    Returns:
+        `[problems]`.
 
     Raises:
         ValueError: k or a count is out of range.
@@ -42,7 +45,7 @@ def pass_at_k(num_chains: int, num_right: np.ndarray, k: int) -> FloatArray:
 
 @dataclass(frozen=True)
 class BetaBinomial:
-    """Success rates of problems as Beta(alpha, beta), fitted by maximum likelihood to counts of right chains.
+    """A Beta(alpha, beta) distribution of success rates, fitted by maximum likelihood to counts of right chains.
 
     Attributes:
         intervals: of alpha and beta, percentiles over resampled problems.
@@ -55,11 +58,11 @@ class BetaBinomial:
     log_likelihood: float
 
     def pass_at_k(self, k: np.ndarray) -> FloatArray:
-        """The chance that one of k chains is right: 1 - B(alpha, beta + k) / B(alpha, beta)."""
+        """Computes the chance that one of k chains is right: 1 - B(alpha, beta + k) / B(alpha, beta)."""
         return -np.expm1(betaln(self.alpha, self.beta + k) - betaln(self.alpha, self.beta))
 
     def to_json(self) -> dict[str, Any]:
-        """`{"parameters", "intervals", "log_likelihood"}`."""
+        """Returns `{"formula", "parameters", "intervals", "log_likelihood"}`."""
         return {
             "formula": "success rates ~ Beta(alpha, beta)",
             "parameters": {"alpha": self.alpha, "beta": self.beta},
@@ -74,7 +77,7 @@ def fit_beta_binomial(
     """Fits `BetaBinomial` to counts `[problems]` of right chains out of `num_chains`.
 
     Raises:
-        CannotFit: one chain, all chains alike, or counts whose spread no Beta distribution explains.
+        CannotFit: there is one chain, all chains are alike, or no Beta distribution explains the spread of counts.
         ValueError: a count is out of range.
     """
     num_right = np.asarray(num_right)
@@ -95,9 +98,9 @@ def fit_beta_binomial(
         raise CannotFit(
             "counts of right chains differ no more than chance makes them, so all problems are equally hard"
         )
-    every = resample_counts(len(num_right), num_resamples, seed)
-    histograms = every @ (num_right[:, None] == counts)
-    fits = [_parameters(*_maximise(counts, one)[0]) for one in histograms if one[1:-1].any()]
+    resamples = resample_counts(len(num_right), num_resamples, seed)
+    histograms = resamples @ (num_right[:, None] == counts)
+    fits = [_parameters(*_maximise(counts, histogram)[0]) for histogram in histograms if histogram[1:-1].any()]
     alpha, beta = _parameters(logit, log_strength)
     low, high = np.quantile(fits, [(1 - level) / 2, (1 + level) / 2], axis=0)
     intervals = {"alpha": Interval(*map(float, (low[0], high[0]))), "beta": Interval(*map(float, (low[1], high[1])))}

@@ -1,9 +1,9 @@
-"""Laws of accuracy against compute: their fit by likelihood, and which of them predicts best.
+"""Laws of accuracy against compute: fits them by likelihood, and compares how well they predict.
 
-The data are shares of right answers per problem and budget. Every law is fitted by the same quasi-binomial likelihood
-(shares of chains are no whole numbers, and likelihood does not ask), so that laws differ in their shape alone. All
-budgets are of the same problems and their errors go together, which no likelihood of independent points knows:
-intervals are percentiles of fits to resampled problems.
+The data are shares of right answers per problem and budget. Every law is fitted by the same quasi-binomial likelihood,
+which takes shares that are no whole numbers, so that laws differ in their shape alone. All budgets are of the same
+problems, so their errors are correlated, which a likelihood of independent points ignores. Intervals are therefore
+percentiles of fits to resampled problems.
 """
 
 from collections.abc import Callable
@@ -19,10 +19,10 @@ _MAX_STEPS = 300
 
 
 class CannotFit(ValueError):
-    """The data do not determine what was to be fitted; the message says why."""
+    """The data do not determine the parameters; the message says why."""
 
-    def __init__(self, why: str) -> None:
-        super().__init__(f"cannot be fitted: {why}")
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"cannot be fitted: {reason}")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Curve:
     """Accuracy of a strategy at several budgets, over the same problems.
 
     Attributes:
-        costs: `[m]` ascending; compute in multiples of the baseline's, or numbers of chains.
+        costs: `[m]` ascending: compute in multiples of the baseline's, or numbers of chains.
         accuracy: `[problems, m]`, shares of right answers.
 
     Raises:
@@ -63,14 +63,14 @@ class Law:
     Attributes:
         name, formula: for people; C is the cost.
         names: of the parameters as reported.
-        bounds: of the parameters as fitted, which make every point of the box a probability at every cost.
+        bounds: of the parameters as fitted; every point of this box gives probabilities at all costs.
         starts: points of the box to start from.
         predict: (fitted parameters `[..., p]`, costs `[m]`, reference costs `[2]`) -> accuracies `[..., m]` and their
             derivatives `[..., p, m]`. The reference costs are the lowest and the highest of the data.
         report: (fitted parameters `[..., p]`, reference costs) -> parameters as reported, `[..., p]`.
-        is_flat: whether fitted parameters `[..., p]` are those of a curve that compute does not raise, which leaves
-            others of them without meaning.
-        bounded: which of `names` are fitted as they are reported, so that bounds of the box are theirs.
+        is_flat: (fitted parameters `[..., p]`) -> true where compute does not raise the curve, so that other parameters
+            have no meaning.
+        bounded: those of `names` that are fitted as they are reported, so that the bounds of the box are theirs.
     """
 
     name: str
@@ -92,8 +92,10 @@ class Fit:
         parameters, intervals: by name, as the law reports them. A parameter at a bound of its law has no interval
             (None): the data do not determine it, and resampled fits that stop at the same bound say nothing of it.
         log_likelihood: per problem and budget, nats.
-        flat_share: of the resampled problems' fits, the share in which compute did not raise accuracy.
-        fitted, resampled, ends: what `accuracy` and `band` need: `[p]`, `[resamples, p]`, `[2]`.
+        flat_share: the share of fits to resampled problems in which compute did not raise accuracy.
+        fitted: `[p]` fitted parameters.
+        resampled: `[resamples, p]` parameters fitted to resampled problems.
+        ends: `[2]` reference costs.
     """
 
     law: Law
@@ -106,20 +108,20 @@ class Fit:
     ends: FloatArray
 
     def accuracy(self, costs: FloatArray) -> FloatArray:
-        """Predicted accuracies at costs `[m]`."""
+        """Predicts accuracies at costs `[m]`."""
         return self.law.predict(self.fitted, costs, self.ends)[0]
 
     def band(self, costs: FloatArray, level: float = 0.95) -> tuple[FloatArray, FloatArray]:
-        """The pointwise interval of the predicted accuracies at costs `[m]`, over resampled problems."""
+        """Computes the pointwise interval of predicted accuracies at costs `[m]`, over resampled problems."""
         curves = self.law.predict(self.resampled, costs, self.ends)[0]
         return np.quantile(curves, (1 - level) / 2, axis=0), np.quantile(curves, (1 + level) / 2, axis=0)
 
     def to_json(self) -> dict[str, Any]:
-        """`{"formula", "parameters", "intervals", "log_likelihood", "flat_share"}`; no interval is None."""
+        """Returns `{"formula", "parameters", "intervals", "log_likelihood", "flat_share"}`; None = no interval."""
         return {
             "formula": self.law.formula,
             "parameters": self.parameters,
-            "intervals": {name: None if one is None else list(one) for name, one in self.intervals.items()},
+            "intervals": {name: ends and list(ends) for name, ends in self.intervals.items()},
             "log_likelihood": self.log_likelihood,
             "flat_share": self.flat_share,
         }
@@ -150,10 +152,10 @@ def _logistic(params: FloatArray, costs: FloatArray, ends: FloatArray) -> tuple[
 def _log_linear(params: FloatArray, costs: FloatArray, ends: FloatArray) -> tuple[FloatArray, FloatArray]:
     # fitted by its values at both ends of the data, so that all between are probabilities; cut off beyond
     low, high = _columns(params)
-    at = np.log(costs / ends[0]) / np.log(ends[1] / ends[0])
-    accuracy = low * (1 - at) + high * at
+    weight = np.log(costs / ends[0]) / np.log(ends[1] / ends[0])
+    accuracy = low * (1 - weight) + high * weight
     inside = (accuracy >= 0) & (accuracy <= 1)
-    return accuracy.clip(0, 1), np.stack([(1 - at) * inside, at * inside], axis=-2)
+    return accuracy.clip(0, 1), np.stack([(1 - weight) * inside, weight * inside], axis=-2)
 
 
 def _report_log_linear(params: FloatArray, ends: FloatArray) -> FloatArray:
@@ -176,7 +178,7 @@ def _report_coverage(params: FloatArray, ends: FloatArray) -> FloatArray:
 
 
 def _columns(params: FloatArray) -> FloatArray:
-    """`[p, ..., 1]`: parameters one by one, against costs on the last axis."""
+    """Returns parameters one by one, `[p, ..., 1]`, to be broadcast against costs on the last axis."""
     return np.moveaxis(params, -1, 0)[..., None]
 
 
@@ -230,8 +232,8 @@ def fit(law: Law, curve: Curve, *, num_resamples: int = 300, level: float = 0.95
     """Fits a law to a curve, and to curves of resampled problems for the parameters' intervals.
 
     Raises:
-        CannotFit: too few budgets, no spread between answers, or (laws whose parameters then mean nothing) accuracy
-            that compute does not raise.
+        CannotFit: there are too few budgets, or all answers are alike; or compute does not raise accuracy, and the
+            law's parameters mean nothing then.
     """
     _require(curve, len(law.names))
     ends = curve.costs[[0, -1]]
@@ -269,11 +271,11 @@ def _is_at_bound(law: Law, name: str, fitted: FloatArray) -> bool:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """How well a law predicts budgets it was not fitted to.
+    """The quality of a law's predictions for budgets that it was not fitted to.
 
     Attributes:
         log_likelihood: per problem and budget left out, nats.
-        behind: the best law's minus this one's, with its interval over problems; None for the best.
+        behind: the best law's log-likelihood minus this one's, with its interval over problems; None for the best.
     """
 
     law: str
@@ -285,21 +287,22 @@ def compare(curve: Curve, laws: tuple[Law, ...] = LAWS, *, seed: int = 0) -> lis
     """Leaves one budget out at a time and predicts it from the others; the best law comes first.
 
     Raises:
-        CannotFit: too few budgets for that, or no spread between answers.
+        CannotFit: there are too few budgets, or all answers are alike.
     """
     _require(curve, 1 + max(len(law.names) for law in laws))
     num_problems, num_costs = curve.accuracy.shape
-    # n problems cannot tell a probability from 0 or 1 by less; a law that rules out what happened loses that much
-    least = 1 / (2 * (num_problems + 1))
+    # n problems cannot tell smaller probabilities from 0; a law that rules out what happened loses -log of this
+    min_probability = 1 / (2 * (num_problems + 1))
     scores = np.empty((len(laws), num_problems))
     for i, law in enumerate(laws):
-        each = np.empty((num_problems, num_costs))
+        log_likelihoods = np.empty((num_problems, num_costs))
         for j in range(num_costs):
             rest = np.delete(np.arange(num_costs), j)
             (params,), _ = _maximise(law, curve.costs[rest], curve.means[None, rest], law.starts)
-            expected = law.predict(params, curve.costs[[j]], curve.costs[rest][[0, -1]])[0].clip(least, 1 - least)
-            each[:, j] = _log_likelihoods(curve.accuracy[:, j], expected)
-        scores[i] = each.mean(axis=1)
+            expected = law.predict(params, curve.costs[[j]], curve.costs[rest][[0, -1]])[0]
+            expected = expected.clip(min_probability, 1 - min_probability)
+            log_likelihoods[:, j] = _log_likelihoods(curve.accuracy[:, j], expected)
+        scores[i] = log_likelihoods.mean(axis=1)
     order = np.argsort(-scores.mean(axis=1), kind="stable")
     best = scores[order[0]]
 
@@ -310,9 +313,10 @@ def compare(curve: Curve, laws: tuple[Law, ...] = LAWS, *, seed: int = 0) -> lis
         mean = float(lead.mean())
         if np.ptp(lead) > 1e-12:
             return Difference(mean, *bca_interval(lead, seed=seed))
-        # nothing to resample: other problems, as far as they may be rare, can have any lead from -log to log of `least`
+        # All leads are equal, so there is nothing to resample. Problems of another kind may be as frequent as Wilson's
+        # bound for none seen, with leads between the logarithms of `min_probability` and its inverse.
         rare = wilson(0, num_problems).high
-        middle, half = (1 - rare) * mean, -rare * float(np.log(least))
+        middle, half = (1 - rare) * mean, -rare * float(np.log(min_probability))
         return Difference(mean, middle - half, middle + half)
 
     return [HeldOut(laws[i].name, float(scores[i].mean()), behind(int(i))) for i in order]
@@ -331,10 +335,16 @@ def _require(curve: Curve, num_costs: int) -> None:
 def _maximise(
     law: Law, costs: FloatArray, means: FloatArray, starts: tuple[tuple[float, ...], ...]
 ) -> tuple[FloatArray, FloatArray]:
-    """The parameters `[r, p]` of the highest likelihoods within the law's box, and their means over costs `[r]`, nats.
+    """Fits a law to `r` curves by Fisher scoring with Levenberg's damping, from all starts at once.
 
-    Fisher scoring with Levenberg's damping, of all curves `[r, m]` and starts at once. A parameter at its bound that
-    the likelihood pulls further stays there for that step.
+    A parameter at its bound that the likelihood pulls further stays there for that step.
+
+    Args:
+        means: `[r, m]` accuracies.
+
+    Returns:
+        the parameters `[r, p]` of the highest likelihoods within the law's box, and the mean log-likelihoods over costs
+        `[r]`, nats.
     """
     ends, (low, high) = costs[[0, -1]], np.array(law.bounds, np.float64).T
     params = np.tile(np.array(starts, np.float64), (len(means), 1)).clip(low, high)
@@ -362,10 +372,9 @@ def _maximise(
 def _scores(
     law: Law, params: FloatArray, costs: FloatArray, means: FloatArray, ends: FloatArray
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Mean log-likelihoods `[r]`, their gradients `[r, p]` and Fisher information `[r, p, p]`."""
-    tiny = 1e-9
+    """Computes mean log-likelihoods `[r]`, their gradients `[r, p]` and Fisher information `[r, p, p]`."""
     expected, grad = law.predict(params, costs, ends)
-    expected = expected.clip(tiny, 1 - tiny)
+    expected = expected.clip(1e-9, 1 - 1e-9)
     weights = 1 / (expected * (1 - expected) * len(costs))
     pull = np.einsum("rpm,rm->rp", grad, (means - expected) * weights)
     metric = np.einsum("rpm,rm,rqm->rpq", grad, weights, grad)

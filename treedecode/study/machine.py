@@ -1,4 +1,4 @@
-"""Where the times of a study are from, and what else ran there."""
+"""Describes the machine that the times of a study are from, and the load of other processes on it."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ _GUEST = 8  # from here on: time of virtual machines, which is in the others alr
 
 
 def machine(decoder: Any) -> dict[str, Any]:
-    """Hardware, and how much of it torch uses."""
+    """Describes the hardware, and the part of it that torch uses."""
     return {
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -28,11 +28,11 @@ def machine(decoder: Any) -> dict[str, Any]:
     }
 
 
-class Others:
-    """What other processes, and the machine's other guests, use of its cores from here on.
+class BackgroundLoad:
+    """Measures the cores that other processes, and the machine's other guests, use from its creation on.
 
     Args:
-        stat: where Linux counts what its cores do.
+        stat: the file in which Linux counts the time of its cores.
     """
 
     def __init__(self, stat: Path = Path("/proc/stat")) -> None:
@@ -41,8 +41,8 @@ class Others:
         self._before = self._seconds()
 
     @property
-    def mean(self) -> float | None:
-        """Cores they used in the mean; None where the system does not tell."""
+    def mean_cores(self) -> float | None:
+        """Cores used in the mean; None where the system does not tell."""
         now = self._seconds()
         if now is None or self._before is None:
             return None

@@ -151,16 +151,16 @@ def latency(study: Json, axes: Axes) -> Annotations | None:
         return None
     annotations = Annotations()
     for row, name in zip(rows, _names(rows), strict=True):
-        cost, ours, apart = row["tokens_x"], row["latency_s"], row["one_after_another"]
-        pair = ((cost, ours), (cost, apart["latency_s"])) if apart else ((cost, ours),)
+        cost, ours, unshared = row["tokens_x"], row["latency_s"], row["one_after_another"]
+        pair = ((cost, ours), (cost, unshared["latency_s"])) if unshared else ((cost, ours),)
         axes.plot(*np.array(pair).T, color="#d4d4d4", linewidth=0.8, zorder=1)
         annotations.labels.append(Label(name, pair[:1], DARK, siblings=pair[1:]))
         annotations.lines.append(np.array(pair))
         annotations.markers += pair
-    apart = [row for row in rows if row["one_after_another"]]
+    both = [row for row in rows if row["one_after_another"]]
     [copied] = axes.plot(
-        [row["tokens_x"] for row in apart],
-        [row["one_after_another"]["latency_s"] for row in apart],
+        [row["tokens_x"] for row in both],
+        [row["one_after_another"]["latency_s"] for row in both],
         "s",
         color=COPIED,
         markerfacecolor="white",
@@ -179,7 +179,7 @@ def latency(study: Json, axes: Axes) -> Annotations | None:
     _compute_axis(axes)
     _legend(
         axes,
-        [ours, *([copied] if apart else [])],
+        [ours, *([copied] if both else [])],
         ["treedecode", "the same work one branch after another, caches copied"],
     )
     return annotations
@@ -213,7 +213,7 @@ def coverage(study: Json, axes: Axes) -> Annotations | None:
 
 
 def _measured(study: Json) -> list[Json]:
-    """The rows of strategies that have a value on the axis of compute. A pool of chains is no strategy."""
+    """Returns the rows of strategies that have a value on the axis of compute. A pool of chains is no strategy."""
     rows = [row for row in study["rows"] if row["error"] is None and row["tokens_x"]]
     return [row for row in rows if row["strategy"] != "chain_pool"]
 
@@ -237,20 +237,22 @@ def _line(axes: Axes, annotations: Annotations, line: Json, color: str, style: s
 
 
 def _best_law(laws: Json) -> str | None:
-    """The law that predicts best; where that cannot be told, the first that could be fitted."""
+    """Returns the law that predicts best; where that cannot be told, the first that could be fitted."""
     held_out = laws["held_out"]
     order = [each["law"] for each in held_out] if isinstance(held_out, list) else list(laws["fits"])
     return next((name for name in order if "line" in laws["fits"][name]), None)
 
 
 def _from_the_end(points: Sequence[Json]) -> tuple[tuple[float, float], ...]:
-    """The points of a curve, the last one first: there curves are farthest apart."""
+    """Returns the points of a curve, the last one first, because curves are farthest apart there."""
     return tuple((point["cost"], point["accuracy"]) for point in reversed(points))
 
 
 def _names(rows: Sequence[Json]) -> list[str]:
-    """The rows' labels. What is in parentheses at their end is left out where the rest tells them apart, and else put
-    into a second line."""
+    """Returns the rows' labels, without the parentheses at their end where the rest is unique.
+
+    Parentheses that are needed go into a second line.
+    """
     short = [re.sub(r" \(.*\)$", "", row["label"]) for row in rows]
     names = []
     for row, name in zip(rows, short, strict=True):

@@ -1,4 +1,4 @@
-"""One pool of chains for every budget: what fewer chains of it would have answered, without running them again."""
+"""One pool of chains for every budget: computes the accuracy of fewer chains without running them again."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from treedecode.tasks.base import Problem, Task, answer_classes
 
 @dataclass(frozen=True)
 class ChainPool(Strategy):
-    """Samples the chains that self-consistency of the same size would, and leaves in the record what became of each.
+    """Samples the chains that self-consistency of the same size would, and keeps their outcomes in the search tree.
 
     A chain whose solution is complete has the status "final" (or "answer") there, and with a verifier its score.
     """
@@ -47,13 +47,13 @@ class ChainPool(Strategy):
 
 
 @dataclass(frozen=True)
-class Chains:
+class PooledChains:
     """The chains of one problem.
 
     Attributes:
-        classes: `[n]` int64, equal for equal answers; -1 = none.
-        right: `[n]` bool; none without an answer is.
-        scores: `[n]`, nan where the verifier gave none.
+        classes: `[n]` int64, equal for equal answers; -1 = no answer.
+        right: `[n]` bool; false without an answer.
+        scores: `[n]` of the verifier; nan where it gave none.
         tokens: `[n]` int64, generated.
     """
 
@@ -63,15 +63,15 @@ class Chains:
     tokens: np.ndarray
 
 
-def chains_of(tree: SearchTree, task: Task, problem: Problem) -> Chains:
-    """The chains that `ChainPool` has left in a record."""
+def pooled_chains(tree: SearchTree, task: Task, problem: Problem) -> PooledChains:
+    """Reads the chains of `ChainPool` from a search tree."""
     leaves = [i for i in tree.leaves() if tree.nodes[i].kind == "generated"]
     texts = [tree.text(i) for i in leaves]
     done = [tree.nodes[i].status in ("final", "answer") for i in leaves]
     answers = [task.extract(text) if is_done else None for text, is_done in zip(texts, done, strict=True)]
     scores = [tree.nodes[i].score for i in leaves]
     right = [answer is not None and task.verify(problem, text) for text, answer in zip(texts, answers, strict=True)]
-    return Chains(
+    return PooledChains(
         classes=answer_classes(task, answers),
         right=np.array(right, bool),
         scores=np.array([np.nan if score is None else score for score in scores], np.float64),
@@ -79,11 +79,11 @@ def chains_of(tree: SearchTree, task: Task, problem: Problem) -> Chains:
     )
 
 
-def majority_accuracy(chains: Chains, k: int, *, num_subsets: int = 200, seed: int = 0) -> float:
-    """The chance that the majority of `k` of the chains is right, each subset as likely: unbiased for k chains.
+def majority_accuracy(chains: PooledChains, k: int, *, num_subsets: int = 200, seed: int = 0) -> float:
+    """Estimates, without bias, the chance that the majority of `k` of the chains is right, over all subsets.
 
-    Of one chain and of all it is exact; between, the mean over random subsets. Ties go to the answer given first, as in
-    `Search.majority`.
+    It is exact for one chain and for all, and the mean over random subsets between. Ties go to the answer given first,
+    as in `Search.majority`.
     """
     n = len(chains.right)
     _check(k, n)
@@ -94,43 +94,48 @@ def majority_accuracy(chains: Chains, k: int, *, num_subsets: int = 200, seed: i
     else:
         rng = np.random.default_rng([seed, k])
         members = rng.random((num_subsets, n)).argsort(axis=1).argsort(axis=1) < k
-    kinds = np.arange(chains.classes.max(initial=-1) + 1)
-    if len(kinds) == 0:
+    answers = np.arange(chains.classes.max(initial=-1) + 1)
+    if len(answers) == 0:
         return 0.0
-    voted = members[:, :, None] & (chains.classes[:, None] == kinds)  # [subsets, n, kinds]
-    first = voted.argmax(axis=1)
-    votes = voted.sum(axis=1) - first / n  # of as many votes, those that began earlier: a lead below one vote
+    voted = members[:, :, None] & (chains.classes[:, None] == answers)  # [subsets, n, answers]
+    first = voted.argmax(axis=1)  # the first chain with each answer
+    votes = voted.sum(axis=1) - first / n  # of equal votes the answer that came first leads, by less than one vote
     votes[~voted.any(axis=1)] = -1.0
-    winner = votes.argmax(axis=1)
-    shown = np.take_along_axis(first, winner[:, None], axis=1)[:, 0]
-    return float((chains.right[shown] & voted.any(axis=(1, 2))).mean())
+    winner = np.take_along_axis(first, votes.argmax(axis=1)[:, None], axis=1)[:, 0]
+    return float((chains.right[winner] & voted.any(axis=(1, 2))).mean())
 
 
-def best_accuracy(chains: Chains, k: int) -> float:
-    """The chance that the best scored of `k` of the chains is right, each subset as likely; exact.
+def best_accuracy(chains: PooledChains, k: int) -> float:
+    """Computes the chance that the best scored of `k` of the chains is right, over all subsets.
 
-    A chain without an answer is taken only where none has one, as `best_of_n` does; of equal scores the first.
+    As in `best_of_n`, a chain without an answer is taken only where none has one, and of equal scores the first.
+
+    Raises:
+        ValueError: a chain has no score, or k is out of range.
     """
     n = len(chains.right)
     _check(k, n)
     if np.isnan(chains.scores).any():
         raise ValueError("chains: not all of them have a score")
     order = np.lexsort((np.arange(n), -chains.scores, chains.classes < 0))
-    # the best of a subset is the i-th best of all if it is drawn and none of the i better ones are
-    left = n - np.arange(n)  # those not better than the i-th
-    at_least = np.cumprod(np.r_[1.0, ((left[:-1] - k) / left[:-1]).clip(min=0)])
-    return float((at_least * (k / left).clip(max=1) * chains.right[order]).sum())
+    # the best of a subset is the i-th best of all if it is in the subset and none of the i better ones are
+    num_others = n - np.arange(n)  # chains that are no better than the i-th, with itself
+    none_better = np.cumprod(np.r_[1.0, ((num_others[:-1] - k) / num_others[:-1]).clip(min=0)])
+    return float((none_better * (k / num_others).clip(max=1) * chains.right[order]).sum())
 
 
-def curve(pools: Sequence[Chains], counts: Sequence[int], accuracy: str, *, seed: int = 0) -> FloatArray:
-    """`[problems, len(counts)]` accuracies of so many chains.
+def curve(pools: Sequence[PooledChains], counts: Sequence[int], accuracy: str, *, seed: int = 0) -> FloatArray:
+    """Computes the accuracies of several numbers of chains.
 
     Args:
         accuracy: "majority" or "best".
+
+    Returns:
+        `[problems, len(counts)]`.
     """
     if accuracy == "best":
         return np.array([[best_accuracy(chains, k) for k in counts] for chains in pools])
-    # a subset of one problem says nothing of another's: each has a seed of its own
+    # each problem has a seed of its own, so that their subsets are independent
     return np.array([[majority_accuracy(chains, k, seed=seed + i) for k in counts] for i, chains in enumerate(pools)])
 
 

@@ -1,4 +1,4 @@
-"""The report of a study: its JSON in words, a table, CSV. All sentences are made from the numbers."""
+"""Writes the report of a study from its JSON: sentences made from the numbers, a table, CSV."""
 
 import csv
 from collections.abc import Iterator
@@ -9,8 +9,8 @@ from treedecode.study.acceptance import FAILS
 
 Json = dict[str, Any]
 
-_USED = 0.95  # of a budget; a row that spent less is said to
-_QUIET = 0.1  # of a machine's cores; a measurement beside more other work is said to be
+_USED = 0.95  # of a budget; the report names rows that spent less
+_QUIET = 0.1  # of a machine's cores; the report says if other work took more
 COLUMNS = (
     "key", "label", "strategy", "settings", "problems", "accuracy", "accuracy_low", "accuracy_high", "tokens",
     "tokens_x", "flops_x", "kv_bytes_x", "kv_bytes_copied_x", "joules", "joules_x", "latency_s", "latency_x",
@@ -35,7 +35,7 @@ def write(study: Json, out: Path, pictures: list[str]) -> None:
     """Writes `report.md` and `rows.csv`.
 
     Args:
-        pictures: names of the plots there are, as `accuracy` of accuracy.png.
+        pictures: names of the plots, such as `accuracy` for accuracy.png.
     """
     (out / "report.md").write_text("\n".join(report(study, pictures)) + "\n")
     with open(out / "rows.csv", "w", newline="") as file:
@@ -45,13 +45,13 @@ def write(study: Json, out: Path, pictures: list[str]) -> None:
 
 
 def report(study: Json, pictures: list[str]) -> Iterator[str]:
-    """The lines of the report, Markdown."""
-    good = [row for row in study["rows"] if row["error"] is None]
+    """Yields the lines of the report, Markdown."""
+    succeeded = [row for row in study["rows"] if row["error"] is None]
     yield "# Accuracy against compute"
     yield ""
     yield from _setting(study)
     yield ""
-    yield from _table(good)
+    yield from _table(succeeded)
     yield ""
     yield (
         "Accuracy has a 95% bootstrap interval over problems. Multiples are of the baseline's; KV bytes read count a "
@@ -76,11 +76,11 @@ def report(study: Json, pictures: list[str]) -> Iterator[str]:
     yield ""
     yield from (f"* {sentence}" for sentence in sentences(study))
     yield ""
-    yield "## Bars"
+    yield "## Acceptance criteria"
     yield ""
-    for bar in study["bars"]:
-        verdict = f"**{bar['verdict']}**" if bar["verdict"] == FAILS else bar["verdict"]
-        yield f"* {bar['bar']}: {verdict} ({bar['evidence']})"
+    for criterion in study["bars"]:
+        verdict = f"**{criterion['verdict']}**" if criterion["verdict"] == FAILS else criterion["verdict"]
+        yield f"* {criterion['bar']}: {verdict} ({criterion['evidence']})"
     for name in pictures:
         yield ""
         yield f"![{PICTURES[name]}]({name}.svg)"
@@ -95,16 +95,17 @@ def report(study: Json, pictures: list[str]) -> Iterator[str]:
     yield "## Where the numbers are from"
     yield ""
     machine = study["machine"]
+    energy = succeeded[0]["energy_source"] if succeeded else "not measured"
     yield f"* {machine['cpu']}, {machine['threads']} threads, {machine['memory']}"
     yield f"* GPU: {machine['gpu']}; this ran on {machine['device']}"
     yield "* " + ", ".join(f"{name} {version}" for name, version in study["versions"].items())
-    yield f"* commit {study['commit'] or 'unknown'}; energy: {good[0]['energy_source'] if good else 'not measured'}"
+    yield f"* commit {study['commit'] or 'unknown'}; energy: {energy}"
     if study["command"]:
         yield f"* `{study['command']}`"
 
 
 def sentences(study: Json) -> Iterator[str]:
-    """What the rows and laws say, in plain words."""
+    """Yields the findings of the rows and laws as sentences."""
     rows = [row for row in study["rows"] if row["error"] is None]
     base, rest = rows[0], [row for row in rows[1:] if row["strategy"] != "chain_pool"]  # the pool is no strategy
     yield f"{base['label']} solves {_percent(base['accuracy'])} of {base['problems']} problems ({_ci(base)})."
@@ -113,9 +114,9 @@ def sentences(study: Json) -> Iterator[str]:
     yield from (
         f"{row['label']} made {row['passes']:.1f} passes on average." for row in rest if row["passes"] is not None
     )
-    spare = [row for row in rest if row["budget"] and row["tokens_x"] < _USED * row["budget"]]
-    if spare:
-        names = ", ".join(f"{row['label']}, which spent {_x(row['tokens_x'])}" for row in spare)
+    thrifty = [row for row in rest if row["budget"] and row["tokens_x"] < _USED * row["budget"]]
+    if thrifty:
+        names = ", ".join(f"{row['label']}, which spent {_x(row['tokens_x'])}" for row in thrifty)
         yield (
             f"A budget was not used up by {names}: a problem gets no more chains than the gate has seen, and none that "
             "it expects nothing of."
@@ -128,9 +129,9 @@ def sentences(study: Json) -> Iterator[str]:
             f"for one problem; one branch after another it takes {_x(row['one_after_another']['latency_ratio'])} as "
             "long as that."
         )
-        if not all(one["one_after_another"]["same_texts"] for one in timed):
-            odd = [one["label"] for one in timed if not one["one_after_another"]["same_texts"]]
-            yield f"One after another gave other texts, so its times are of other work, for {', '.join(odd)}."
+        different = [row["label"] for row in timed if not row["one_after_another"]["same_texts"]]
+        if different:
+            yield f"One after another gave other texts, so its times are of other work, for {', '.join(different)}."
     for name, laws in study["laws"].items():
         if name != "coverage":
             yield _law_sentence(TITLES.get(name, name).partition(" (")[0], laws)
@@ -153,7 +154,7 @@ def sentences(study: Json) -> Iterator[str]:
 
 
 def _comparisons(rest: list[Json]) -> Iterator[str]:
-    """How rows compare with the baseline whose verdicts are not its own on every problem."""
+    """Compares rows with the baseline, from which each differs on some problem."""
     if not rest:
         return
     best = max(rest, key=lambda row: row["accuracy"])
@@ -169,38 +170,40 @@ def _comparisons(rest: list[Json]) -> Iterator[str]:
         yield f"Not to be told from the baseline with so many problems: {', '.join(same)}."
     gains = [row for row in rest if row["efficiency_ratio"] is not None and row["over_baseline"]["low"] > 0]
     if gains:
-        thrifty = max(gains, key=lambda row: row["efficiency_ratio"])
+        efficient = max(gains, key=lambda row: row["efficiency_ratio"])
         yield (
-            f"Of those that gain, {thrifty['label']} gains most per compute: "
-            f"{100 * thrifty['efficiency_ratio']:.1f} points per multiple of the baseline's tokens, at "
-            f"{_x(thrifty['tokens_x'])}."
+            f"Of those that gain, {efficient['label']} gains most per compute: "
+            f"{100 * efficient['efficiency_ratio']:.1f} points per multiple of the baseline's tokens, at "
+            f"{_x(efficient['tokens_x'])}."
         )
 
 
 def _same_verdict(row: Json) -> str:
-    """Of a row that is right and wrong where the baseline is; an interval would be of nothing."""
-    what = "answer to" if row["changed_answers"] == 0 else "verdict on"
+    """Describes a row that is right and wrong where the baseline is, of which an interval would tell nothing."""
+    noun, preposition = ("answer", "to") if row["changed_answers"] == 0 else ("verdict", "on")
     return (
-        f"{row['label']} gave the baseline's {what} every problem, at {_x(row['tokens_x'])} the tokens: what it "
-        f"generated besides changed no {what.split()[0]} here."
+        f"{row['label']} gave the baseline's {noun} {preposition} every problem, at {_x(row['tokens_x'])} the tokens: "
+        f"what it generated besides changed no {noun} here."
     )
 
 
 def _law_sentence(title: str, laws: Json) -> str:
-    held = laws["held_out"]
-    if isinstance(held, dict):
-        said = f"{title}: no law was compared ({held['cannot_be_fitted']})"
+    """Tells which law predicts best, the limit of the power law's error, and the budgets that gained."""
+    held_out = laws["held_out"]
+    if isinstance(held_out, dict):
+        sentence = f"{title}: no law was compared ({held_out['cannot_be_fitted']})"
     else:
-        level = [one["law"] for one in held[1:] if one["behind"]["low"] <= 0]
-        said = f"{title}: left-out budgets are predicted best by the {held[0]['law']} law"
-        said += f", though not measurably better than by the {' or the '.join(level)} law" if level else ""
-        if "power" in (held[0]["law"], *level) and "parameters" in laws["fits"]["power"]:
-            said += f"; as a power law its error tends to {_limit(laws['fits']['power'])}"
-    return said + f". {_gains(laws)}".rstrip()
+        best, *others = held_out
+        level = [law["law"] for law in others if law["behind"]["low"] <= 0]
+        sentence = f"{title}: left-out budgets are predicted best by the {best['law']} law"
+        sentence += f", though not measurably better than by the {' or the '.join(level)} law" if level else ""
+        if "power" in (best["law"], *level) and "parameters" in laws["fits"]["power"]:
+            sentence += f"; as a power law its error tends to {_limit(laws['fits']['power'])}"
+    return sentence + f". {_gains(laws)}".rstrip()
 
 
 def _limit(power: Json) -> str:
-    """What the error of a power law tends to."""
+    """Names the limit of a power law's error."""
     ends = power["intervals"]["E_inf"]
     if ends is None:
         return "a value that is not determined (at its bound)"
@@ -209,15 +212,15 @@ def _limit(power: Json) -> str:
 
 
 def _gains(laws: Json) -> str:
-    """Which budgets gained measurably on the one before; nothing of a single budget."""
-    slopes, at = laws["slopes"], laws["saturation"]
+    """Names the budgets that gained measurably on the one before; "" for a single budget."""
+    slopes, saturation = laws["slopes"], laws["saturation"]
     if not slopes:
         return ""
-    if at is not None:
-        return f"Beyond {at:.3g}x no budget gained measurably on the one before."
-    idle = [f"from {one['from']:.3g}x to {one['to']:.3g}x" for one in slopes if one["low"] <= 0]
-    said = f"Every budget up to {slopes[-1]['to']:.3g}x gained measurably on the one before"
-    return said + (f", except {', '.join(idle)}." if idle else ".")
+    if saturation is not None:
+        return f"Beyond {saturation:.3g}x no budget gained measurably on the one before."
+    exceptions = [f"from {slope['from']:.3g}x to {slope['to']:.3g}x" for slope in slopes if slope["low"] <= 0]
+    sentence = f"Every budget up to {slopes[-1]['to']:.3g}x gained measurably on the one before"
+    return sentence + (f", except {', '.join(exceptions)}." if exceptions else ".")
 
 
 def _setting(study: Json) -> Iterator[str]:
@@ -236,7 +239,7 @@ def _table(rows: list[Json]) -> Iterator[str]:
     yield f"| {' | '.join(heads)} |"
     yield "|---" + "|--:" * (len(heads) - 1) + "|"
     for row in rows:
-        apart = row["one_after_another"]
+        unshared = row["one_after_another"]
         cells = (
             row["label"],
             f"{_percent(row['accuracy'])} ({_ci(row)})",
@@ -246,7 +249,7 @@ def _table(rows: list[Json]) -> Iterator[str]:
             _x(row["joules_x"]),
             f"{_seconds(row['latency_s'])} ({_x(row['latency_x'])})",
             _seconds(row["batched_s"]),
-            _x(apart["latency_ratio"] if apart else None),
+            _x(unshared["latency_ratio"] if unshared else None),
             _or(row["cost_per_correct"]["tokens"], "{:.0f}"),
             _or(None if row["efficiency_ratio"] is None else 100 * row["efficiency_ratio"], "{:.2f}"),
         )
@@ -258,23 +261,19 @@ def _laws(laws: Json) -> Iterator[str]:
     yield "|--:|--:|"
     yield from (f"| {p['cost']:.3g} | {_percent(p['accuracy'])} ({_ci(p)}) |" for p in laws["points"])
     yield ""
-    for name, found in laws["fits"].items():
-        if "cannot_be_fitted" in found:
-            yield f"* {name}: {found['cannot_be_fitted']}"
+    for name, fit in laws["fits"].items():
+        if "cannot_be_fitted" in fit:
+            yield f"* {name}: {fit['cannot_be_fitted']}"
             continue
-        values = ", ".join(
-            _parameter(key, value, found["intervals"][key]) for key, value in found["parameters"].items()
-        )
-        yield f"* {name}: {found['formula']}; {values}"
-    held = laws.get("held_out")
-    if isinstance(held, list):
-        yield "* held-out log-likelihood per problem: " + ", ".join(
-            f"{one['law']} {one['log_likelihood']:.4f}" for one in held
-        )
+        values = ", ".join(_parameter(key, value, fit["intervals"][key]) for key, value in fit["parameters"].items())
+        yield f"* {name}: {fit['formula']}; {values}"
+    held_out = laws.get("held_out")
+    if isinstance(held_out, list):
+        values = ", ".join(f"{law['law']} {law['log_likelihood']:.4f}" for law in held_out)
+        yield f"* held-out log-likelihood per problem: {values}"
     if laws.get("slopes"):
-        yield "* points gained per doubling: " + ", ".join(
-            f"{_interval(one)} from {one['from']:.3g}x" for one in laws["slopes"]
-        )
+        values = ", ".join(f"{_interval(slope)} from {slope['from']:.3g}x" for slope in laws["slopes"])
+        yield f"* points gained per doubling: {values}"
 
 
 def _parameter(name: str, value: float, ends: list[float] | None) -> str:
@@ -284,19 +283,19 @@ def _parameter(name: str, value: float, ends: list[float] | None) -> str:
 
 
 def _flat(row: Json) -> Json:
-    """A row of the CSV."""
+    """Returns a row of the CSV."""
     if row["error"] is not None:
         return {name: row[name] for name in ("key", "label", "strategy", "error")}
-    apart, cost = row["one_after_another"] or {}, row["cost_per_correct"]
+    unshared, cost = row["one_after_another"] or {}, row["cost_per_correct"]
     values = {
         **row,
         "accuracy_low": row["accuracy_ci"][0],
         "accuracy_high": row["accuracy_ci"][1],
-        "serial_latency_s": apart.get("latency_s"),
-        "serial_latency_ratio": apart.get("latency_ratio"),
-        "serial_per_problem_s": apart.get("per_problem_s"),
-        "serial_tokens_per_s": apart.get("tokens_per_s"),
-        "throughput_ratio": apart.get("throughput_ratio"),
+        "serial_latency_s": unshared.get("latency_s"),
+        "serial_latency_ratio": unshared.get("latency_ratio"),
+        "serial_per_problem_s": unshared.get("per_problem_s"),
+        "serial_tokens_per_s": unshared.get("tokens_per_s"),
+        "throughput_ratio": unshared.get("throughput_ratio"),
         **{f"{name}_per_correct": value for name, value in cost.items()},
     }
     return {name: values[name] for name in COLUMNS}
@@ -315,8 +314,8 @@ def _change(gap: Json) -> str:
     return f"{100 * gap['estimate']:+.1f} points (95% CI {100 * gap['low']:+.1f} to {100 * gap['high']:+.1f})"
 
 
-def _interval(one: Json) -> str:
-    return f"{100 * one['estimate']:+.1f} ({100 * one['low']:+.1f} to {100 * one['high']:+.1f})"
+def _interval(gap: Json) -> str:
+    return f"{100 * gap['estimate']:+.1f} ({100 * gap['low']:+.1f} to {100 * gap['high']:+.1f})"
 
 
 def _x(value: float | None) -> str:

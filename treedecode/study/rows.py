@@ -1,9 +1,9 @@
-"""Rows: a strategy on the problems of a study, what came of it and what it cost, beside the baseline."""
+"""Rows: measures a strategy on the problems of a study, and compares it with the baseline."""
 
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -28,15 +28,15 @@ ANSWER_TOKENS = 8  # of an answer that is forced at the end of a long chain
 
 @dataclass(frozen=True)
 class Entry:
-    """A row to be: a strategy by name, so that one that is missing or badly set is a failed row and no failed study.
+    """A row of the plan: a strategy by name, so that a missing or a misconfigured one fails its row and not the study.
 
     Attributes:
         key: names the row's files.
         label: for people.
         strategy: a name in `STRATEGIES`, or "chain_pool".
         settings: of the strategy.
-        chains: settings given in tokens, here in multiples of the baseline's mean chain.
-        curve: entries with the same one are budgets of one curve.
+        chains: further settings, which the strategy has in tokens, in multiples of the baseline's mean chain.
+        curve: entries with the same curve are its budgets.
 
     Raises:
         ValueError: the key cannot name a file.
@@ -54,34 +54,36 @@ class Entry:
             raise ValueError(f"key: expected lower-case letters, digits and _, got {self.key!r}")
 
     def build(self, chain_tokens: float, room: int) -> Strategy:
-        """The strategy.
+        """Makes the strategy.
 
         Args:
             chain_tokens: of the baseline's mean chain.
-            room: the most tokens a solution may have before its answer, for settings in `chains`.
+            room: the most tokens of a solution before its answer, which limits the settings in `chains`.
 
         Raises:
-            ValueError, TypeError: there is none of that name, or it does not take the settings.
+            TypeError: a setting is of another type, or unknown.
+            ValueError: there is no strategy of that name, or a setting is out of range.
         """
-        kinds = {**STRATEGIES, ChainPool.name: ChainPool}
-        if self.strategy not in kinds:
-            raise ValueError(f"strategy: expected one of {', '.join(sorted(kinds))}, got {self.strategy!r}")
+        strategies = {**STRATEGIES, ChainPool.name: ChainPool}
+        if self.strategy not in strategies:
+            raise ValueError(f"strategy: expected one of {', '.join(sorted(strategies))}, got {self.strategy!r}")
         scaled = {name: min(max(1, round(multiple * chain_tokens)), room) for name, multiple in self.chains.items()}
-        return kinds[self.strategy](**self.settings, **scaled)
+        return strategies[self.strategy](**self.settings, **scaled)
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What all rows of a study have in common.
+    """The conditions that all rows of a study have in common.
 
     Attributes:
-        decoder: runs them; `serial`: takes branches one after another over copied caches (`one_after_another`).
-        latency_problems: how many problems, from the first on, are solved one at a time to be timed.
+        decoder: runs the strategies.
+        unshared: runs the same strategies with branches one after another over copied caches (`UnsharedDecoder`).
+        latency_problems: number of problems, from the first on, that are also solved one at a time to be timed.
         prompt, verifier, sampling, seed: as in `solve_async`.
     """
 
     decoder: Decoder
-    serial: Decoder
+    unshared: Decoder
     task: Task
     problems: Sequence[Problem]
     verifier: Any = None
@@ -92,7 +94,7 @@ class Conditions:
 
     @property
     def prompts(self) -> list[Prompt]:
-        """What the model reads for each problem."""
+        """The text that the model reads for each problem."""
         return [self.prompt(problem) if self.prompt else problem.prompt for problem in self.problems]
 
     @property
@@ -102,7 +104,7 @@ class Conditions:
         return self.decoder.model.max_position - longest - 2 * ANSWER_TOKENS
 
     async def solve(self, decoder: Decoder, problems: Sequence[Problem], strategy: Strategy, **settings: Any) -> Result:
-        """`solve_async` from a cold start: no row finds prompts that another has computed."""
+        """Runs `solve_async` from a cold start, so that no row finds prompts that another has computed."""
         decoder.forget()
         return await solve_async(
             decoder,
@@ -119,17 +121,18 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Timing:
-    """What was timed of a row, on the wall clock.
+    """The times of a row, on the wall clock.
 
     Attributes:
         is_resumed: the batched run was interrupted, so that fewer problems ran side by side and searches began anew.
-        batched_seconds, busy_seconds: of all problems side by side, and of that in the decoder.
+        batched_seconds: of all problems side by side.
+        busy_seconds: of these, the seconds in which the decoder worked.
         joules: of all problems; None = not measured.
-        energy_source: the counter, or why there is none.
-        alone: `[latency_problems]` seconds of one problem at a time; `[]` for a pool of chains, which is no strategy.
-        serial: the same, branches one after another over copied caches.
-        serial_tokens: tokens generated in that, of each problem.
-        same_texts: whether both gave the same solutions.
+        energy_source: the counter, or the reason why there is none.
+        latencies: `[latency_problems]` seconds of one problem at a time; `[]` for a pool of chains.
+        unshared_latencies: the same for the unshared baseline.
+        unshared_tokens: tokens generated by the unshared baseline, of each of these problems.
+        same_texts: both gave the same solutions.
     """
 
     is_resumed: bool
@@ -137,10 +140,31 @@ class Timing:
     busy_seconds: float
     joules: float | None
     energy_source: str
-    alone: list[float]
-    serial: list[float]
-    serial_tokens: list[int]
+    latencies: list[float]
+    unshared_latencies: list[float]
+    unshared_tokens: list[int]
     same_texts: bool
+
+    def save(self, path: Path) -> None:
+        """Writes a JSON file."""
+        data = {_TIMING_KEYS.get(name, name): value for name, value in asdict(self).items()}
+        path.write_text(json.dumps({"schema": SCHEMA, **data}) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Timing":
+        """Loads the times that `save` wrote.
+
+        Raises:
+            ValueError: the file has another schema.
+        """
+        data = json.loads(path.read_text())
+        if data.pop("schema", None) != SCHEMA:
+            raise ValueError(f"{path}: expected the schema {SCHEMA}")
+        return cls(**{field.name: data[_TIMING_KEYS.get(field.name, field.name)] for field in fields(cls)})
+
+
+# attributes that files know by another name
+_TIMING_KEYS = {"latencies": "alone", "unshared_latencies": "serial", "unshared_tokens": "serial_tokens"}
 
 
 @dataclass(frozen=True)
@@ -159,7 +183,7 @@ class Measured:
 
     @property
     def spending(self) -> Spending:
-        """Of all problems; what problems share in one forward counts for each, so it is no matter of the batch."""
+        """Spending on all problems; what problems share in one forward counts for each, whichever ran side by side."""
         return sum((solution.spending for solution in self.solutions), Spending())
 
     @property
@@ -171,67 +195,66 @@ class Measured:
 async def measure(
     conditions: Conditions, entry: Entry, folder: Path, chain_tokens: float, callback: Callable[[Solution], None]
 ) -> Measured:
-    """Runs a row: all problems side by side, then some alone, in both ways. What `folder` has of it is not run again.
+    """Measures a row: all problems side by side, then some alone, shared and unshared.
+
+    Solutions and times that `folder` has of the row are not measured again.
 
     Raises:
-        ValueError, TypeError: the strategy is wrong, or the folder's journal is another run's.
+        TypeError: as `Entry.build`.
+        ValueError: as `Entry.build`, or the folder's journal is another run's.
         Exception: of a strategy or a verifier.
     """
     strategy = entry.build(chain_tokens, conditions.room)
     journal, times = folder / f"{entry.key}.jsonl", folder / f"{entry.key}.timing.json"
-    num_known = num_solutions(journal)
+    num_recorded = num_solutions(journal)
     result = await conditions.solve(
         conditions.decoder, conditions.problems, strategy, journal=str(journal), callback=callback
     )
     if times.exists():
-        timing = _load(times)
-    else:
-        num_timed = 0 if isinstance(strategy, ChainPool) else conditions.latency_problems
-        alone, serial, tokens, same = await _times_alone(conditions, strategy, conditions.problems[:num_timed])
-        ledger = result.ledger
-        timing = Timing(
-            is_resumed=0 < num_known < len(conditions.problems) or ledger.lost_tokens > 0,
-            batched_seconds=ledger.total_seconds,
-            busy_seconds=ledger.busy_seconds,
-            joules=ledger.joules,
-            energy_source=ledger.energy_source,
-            alone=alone,
-            serial=serial,
-            serial_tokens=tokens,
-            same_texts=same,
-        )
-        times.write_text(json.dumps({"schema": SCHEMA, **asdict(timing)}) + "\n")
+        return Measured(entry, strategy, result.solutions, Timing.load(times))
+    num_timed = 0 if isinstance(strategy, ChainPool) else conditions.latency_problems
+    latencies, unshared, tokens, same = await _time_alone(conditions, strategy, conditions.problems[:num_timed])
+    ledger = result.ledger
+    timing = Timing(
+        is_resumed=0 < num_recorded < len(conditions.problems) or ledger.lost_tokens > 0,
+        batched_seconds=ledger.total_seconds,
+        busy_seconds=ledger.busy_seconds,
+        joules=ledger.joules,
+        energy_source=ledger.energy_source,
+        latencies=latencies,
+        unshared_latencies=unshared,
+        unshared_tokens=tokens,
+        same_texts=same,
+    )
+    timing.save(times)
     return Measured(entry, strategy, result.solutions, timing)
 
 
-async def _times_alone(
+async def _time_alone(
     conditions: Conditions, strategy: Strategy, problems: Sequence[Problem]
 ) -> tuple[list[float], list[float], list[int], bool]:
-    """(seconds per problem; seconds and tokens with branches one after another; whether the texts are the same)."""
-    alone, serial, tokens, same = [], [], [], True
+    """Solves problems one at a time, shared and unshared.
+
+    Returns:
+        (seconds; seconds of the unshared baseline; its tokens; true if both gave the same texts).
+    """
+    latencies, unshared_latencies, unshared_tokens, same_texts = [], [], [], True
     for problem in problems:
-        ours = await conditions.solve(conditions.decoder, [problem], strategy)
-        other = await conditions.solve(conditions.serial, [problem], strategy)  # right after, under the same load
-        alone.append(ours.ledger.total_seconds)
-        serial.append(other.ledger.total_seconds)
-        tokens.append(other.ledger.total.generated_tokens)
-        same &= ours.solutions[0].text == other.solutions[0].text
-    return alone, serial, tokens, same
-
-
-def _load(path: Path) -> Timing:
-    data = json.loads(path.read_text())
-    if data.pop("schema", None) != SCHEMA:
-        raise ValueError(f"{path}: expected the schema {SCHEMA}")
-    return Timing(**data)
+        shared = await conditions.solve(conditions.decoder, [problem], strategy)
+        unshared = await conditions.solve(conditions.unshared, [problem], strategy)  # right after, under the same load
+        latencies.append(shared.ledger.total_seconds)
+        unshared_latencies.append(unshared.ledger.total_seconds)
+        unshared_tokens.append(unshared.ledger.total.generated_tokens)
+        same_texts &= shared.solutions[0].text == unshared.solutions[0].text
+    return latencies, unshared_latencies, unshared_tokens, same_texts
 
 
 def row(measured: Measured, baseline: Measured) -> dict[str, Any]:
-    """The row of a strategy as JSON; `_x` is over the baseline's. `docs/study.md` says what each field is."""
+    """Returns the row of a strategy as JSON; fields in `_x` are over the baseline's (`docs/study.md` explains each)."""
     n, timing, first = len(measured.solutions), measured.timing, baseline.timing
     correct, spent, unit = measured.correct, measured.spending, baseline.spending
     accuracy, tokens_x = float(correct.mean()), _over(measured.tokens, baseline.tokens)
-    alone = median(timing.alone) if timing.alone else None
+    latency = median(timing.latencies) if timing.latencies else None
     batched = timing.batched_seconds / n
     rate = _over(measured.tokens, batched)
     joules = None if timing.joules is None else timing.joules / n
@@ -240,7 +263,7 @@ def row(measured: Measured, baseline: Measured) -> dict[str, Any]:
     if measured is not baseline:
         difference = paired_difference(correct, baseline.correct)._asdict()
         pairs = zip(measured.solutions, baseline.solutions, strict=True)
-        changed = sum(one.answer != other.answer for one, other in pairs)
+        changed = sum(solution.answer != base.answer for solution, base in pairs)
     num_right = float(correct.sum())
     return {
         **heading(measured.entry),
@@ -258,12 +281,12 @@ def row(measured: Measured, baseline: Measured) -> dict[str, Any]:
         "joules": joules,
         "joules_x": _over(joules, unit_joules),
         "energy_source": timing.energy_source,
-        "latency_s": alone,
-        "latency_x": _over(alone, median(first.alone) if first.alone else None),
+        "latency_s": latency,
+        "latency_x": _over(latency, median(first.latencies) if first.latencies else None),
         "batched_s": batched,
         "tokens_per_s": rate,
         "occupancy": timing.busy_seconds / timing.batched_seconds,
-        "one_after_another": _one_after_another(timing, alone, rate),
+        "one_after_another": _unshared(timing, latency, rate),
         "cost_per_correct": {
             "tokens": _over(spent.generated_tokens, num_right),
             "flops": _over(spent.flops, num_right),
@@ -280,9 +303,9 @@ def row(measured: Measured, baseline: Measured) -> dict[str, Any]:
 
 
 def efficiency_ratio(accuracy: float, baseline: float, multiplier: float) -> float | None:
-    """Accuracy gained per unit of compute added: (accuracy - baseline) / (multiplier - 1).
+    """Computes the accuracy gained per unit of compute added: (accuracy - baseline) / (multiplier - 1).
 
-    None where no compute was added, which leaves nothing to divide by.
+    None where no compute was added.
 
     Args:
         multiplier: compute over the baseline's.
@@ -291,35 +314,41 @@ def efficiency_ratio(accuracy: float, baseline: float, multiplier: float) -> flo
 
 
 def _budget(strategy: Strategy) -> float | None:
-    """What a problem may cost on average, in multiples of a chain's tokens; None = nothing says."""
+    """Returns the mean tokens that a problem may cost, in multiples of a chain's; None = the strategy has no budget."""
     return float(strategy.budget) if isinstance(strategy, DynamicAllocation) and strategy.unit == "tokens" else None
 
 
 def _passes(measured: Measured) -> float | None:
-    """Revisions per problem of iterative refinement: each leaves a solution of its own beside the first."""
+    """Counts the revisions per problem of iterative refinement; each adds a solution to the first."""
     if not isinstance(measured.strategy, IterativeRefinement):
         return None
     return mean(len(solution.tree.leaves()) - 1 for solution in measured.solutions)
 
 
 def heading(entry: Entry) -> dict[str, Any]:
-    """What a row says even if it failed."""
+    """Returns the fields of a row that a failed one has too."""
     return {"key": entry.key, "label": entry.label, "strategy": entry.strategy, "curve": entry.curve}
 
 
-def _one_after_another(timing: Timing, alone: float | None, rate: float | None) -> dict[str, Any] | None:
-    """What was timed one branch after another; `rate` is the batched run's, tokens per second."""
-    if not timing.serial:
+def _unshared(timing: Timing, latency: float | None, rate: float | None) -> dict[str, Any] | None:
+    """Returns the figures of the unshared baseline.
+
+    Args:
+        latency: of the shared search, seconds.
+        rate: of the batched run, tokens per second.
+    """
+    seconds = timing.unshared_latencies
+    if not seconds:
         return None
-    latency, serial_rate = median(timing.serial), _over(sum(timing.serial_tokens), sum(timing.serial))
+    unshared_rate = _over(sum(timing.unshared_tokens), sum(seconds))
     return {
-        "problems": len(timing.serial),
-        "latency_s": latency,
-        "latency_ratio": _over(latency, alone),
-        "per_problem_s": mean(timing.serial),
-        "tokens": mean(timing.serial_tokens),
-        "tokens_per_s": serial_rate,
-        "throughput_ratio": _over(rate, serial_rate),
+        "problems": len(seconds),
+        "latency_s": median(seconds),
+        "latency_ratio": _over(median(seconds), latency),
+        "per_problem_s": mean(seconds),
+        "tokens": mean(timing.unshared_tokens),
+        "tokens_per_s": unshared_rate,
+        "throughput_ratio": _over(rate, unshared_rate),
         "same_texts": timing.same_texts,
     }
 

@@ -1,4 +1,4 @@
-"""run_study: a plan's rows one after another, each on the disk before the next, then what they say together."""
+"""Runs a study: the rows of a plan one after another, each written before the next, then curves, laws and criteria."""
 
 import contextlib
 import hashlib
@@ -13,9 +13,9 @@ from treedecode.allocation.gate import Gate
 from treedecode.common.machine import version
 from treedecode.search.solutions import Solution
 from treedecode.study import analysis
-from treedecode.study.acceptance import bars
-from treedecode.study.machine import Others, machine
-from treedecode.study.pool import ChainPool, Chains, chains_of
+from treedecode.study.acceptance import judge_criteria
+from treedecode.study.machine import BackgroundLoad, machine
+from treedecode.study.pool import ChainPool, PooledChains, pooled_chains
 from treedecode.study.rows import Conditions, Entry, Measured, heading, measure, row
 
 SCHEMA = "treedecode.study/2"
@@ -46,10 +46,10 @@ async def run_study(
         out: a new or empty folder; with `resume` that of a study with the same plan, which then goes on.
         command, model: for the record.
         num_resamples: of the problems, for intervals of laws.
-        callback: called with every entry and solution as it comes; with None when the entry is done.
+        callback: called with the entry and each solution as it comes; with None when the entry is done.
 
     Returns:
-        `study.json`: `{"schema", "rows", "laws", "bars", ...}`.
+        the content of `study.json`: `{"schema", "rows", "laws", "bars", ...}`.
 
     Raises:
         ValueError: the plan has no entries, or two with one key; the folder is in use, or is another study's.
@@ -58,12 +58,12 @@ async def run_study(
     if not plan or len({entry.key for entry in plan}) < len(plan):
         raise ValueError("plan: expected entries, the baseline first, each with a key of its own")
     folder = _claim(out, describe(conditions, plan, model), resume)
-    others = Others()
+    background = BackgroundLoad()
     baseline, chain_tokens = None, 0.0
     rows: list[Json] = []
-    pools: list[Chains] = []
+    pools: list[PooledChains] = []
     pool_tokens = 0.0
-    # what is done once, at the first forward, is no part of the baseline's time
+    # the first forward does work that is done once, and is no part of the baseline's time
     await conditions.solve(conditions.decoder, conditions.problems[:1], plan[0].build(1.0, 1))
     for entry in plan:
         try:
@@ -71,12 +71,12 @@ async def run_study(
         except Exception as error:
             if baseline is None:
                 raise
-            rows.append({**heading(entry), "error": _said(error)})
+            rows.append({**heading(entry), "error": _error_text(error)})
         else:
             if baseline is None:
                 baseline, chain_tokens = measured, measured.tokens
             if isinstance(measured.strategy, ChainPool):
-                pools, pool_tokens = _chains(conditions, measured), measured.tokens
+                pools, pool_tokens = _pools(conditions, measured), measured.tokens
             rows.append(row(measured, baseline))
         callback(entry, None)
     curves = analysis.row_curves(rows)
@@ -93,28 +93,28 @@ async def run_study(
         "command": command,
         **describe(conditions, plan, model),
         "commit": commit(),
-        "machine": {**machine(conditions.decoder), "other_cores": others.mean},
+        "machine": {**machine(conditions.decoder), "other_cores": background.mean_cores},
         "versions": {package: version(package) for package in PACKAGES},
         "baseline": plan[0].key,
         "rows": rows,
         "laws": laws,
-        "bars": bars(rows, curves),
+        "bars": judge_criteria(rows, curves),
     }
     (out / "study.json").write_text(json.dumps(study, indent=1) + "\n")
     return study
 
 
-def _told_apart(settings: Mapping[str, Any]) -> Json:
-    """Settings with a gate's own name in place of its file's, which may be kept elsewhere, or hold another one."""
-    found = dict(settings)
-    with contextlib.suppress(OSError, ValueError):  # the row that needs it says what is wrong
-        if isinstance(found.get("gate"), str):
-            found["gate"] = repr(Gate.load(found["gate"]))
-    return found
+def _with_gate_name(settings: Mapping[str, Any]) -> Json:
+    """Replaces a gate's file by the gate's name: the file may be moved, or be another gate's later."""
+    described = dict(settings)
+    with contextlib.suppress(OSError, ValueError):  # the row that needs the gate reports the error
+        if isinstance(described.get("gate"), str):
+            described["gate"] = repr(Gate.load(described["gate"]))
+    return described
 
 
 def describe(conditions: Conditions, plan: Sequence[Entry], model: str) -> Json:
-    """What the numbers depend on, but for the machine."""
+    """Describes everything that the numbers of a study depend on, but for the machine."""
     return {
         "model": model,
         "dtype": str(conditions.decoder.model.dtype).removeprefix("torch."),
@@ -126,22 +126,29 @@ def describe(conditions: Conditions, plan: Sequence[Entry], model: str) -> Json:
         "seed": conditions.seed,
         "latency_problems": conditions.latency_problems,
         "plan": [
-            {**heading(entry), "settings": _told_apart(entry.settings), "chains": dict(entry.chains)} for entry in plan
+            {**heading(entry), "settings": _with_gate_name(entry.settings), "chains": dict(entry.chains)}
+            for entry in plan
         ],
     }
 
 
 def _claim(out: Path, description: Mapping[str, Any], resume: bool) -> Path:
-    """The folder of the rows' files, which is this study's alone."""
+    """Returns the folder of the rows' files, after making sure that it is this study's.
+
+    Raises:
+        ValueError: the folder is in use, or is another study's.
+    """
     folder, plan = out / "rows", out / "plan.json"
     description = json.loads(json.dumps(description))
     if plan.exists():
         if not resume:
             raise ValueError(f"out: {out} holds a study; go on with it (resume), or choose another folder")
-        other = json.loads(plan.read_text())
-        differ = sorted(key for key in other.keys() | description.keys() if other.get(key) != description.get(key))
-        if differ:
-            raise ValueError(f"out: {out} holds another study, which differs in {', '.join(differ)}")
+        recorded = json.loads(plan.read_text())
+        differences = sorted(
+            key for key in recorded.keys() | description.keys() if recorded.get(key) != description.get(key)
+        )
+        if differences:
+            raise ValueError(f"out: {out} holds another study, which differs in {', '.join(differences)}")
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"out: {out} is not empty and holds no study; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,19 +156,19 @@ def _claim(out: Path, description: Mapping[str, Any], resume: bool) -> Path:
     return folder
 
 
-def _chains(conditions: Conditions, measured: Measured) -> list[Chains]:
-    return [chains_of(solution.tree, conditions.task, solution.problem) for solution in measured.solutions]
+def _pools(conditions: Conditions, measured: Measured) -> list[PooledChains]:
+    return [pooled_chains(solution.tree, conditions.task, solution.problem) for solution in measured.solutions]
 
 
-def _said(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return "".join(traceback.format_exception_only(error)).strip()
 
 
 def commit() -> str | None:
-    """The commit of the source checkout this runs from; None where it is none."""
+    """Returns the commit of the source checkout that this runs from; None where it is no checkout."""
     git = Path(__file__).parents[2] / ".git"
     try:
-        if git.is_file():  # a worktree: "gitdir: ..."
+        if git.is_file():  # of a linked worktree: "gitdir: ..."
             git = Path(git.read_text().partition(":")[2].strip())
         head = (git / "HEAD").read_text().strip()
         if not head.startswith("ref: "):

@@ -1,4 +1,4 @@
-"""Slopes of a curve of accuracy against compute, as measured, and where it saturates. No law is needed for either."""
+"""Measures the slopes of a curve of accuracy against compute, and the cost at which it saturates, without a law."""
 
 from dataclasses import dataclass
 
@@ -18,25 +18,25 @@ class Slope:
 
 
 def slopes(curve: Curve, *, level: float = 0.95, seed: int = 0) -> list[Slope]:
-    """The local slopes of a curve, as measured, without a law; budgets of equal cost have none between them."""
-    found = []
+    """Measures the slopes between neighbouring budgets of a curve; budgets of equal cost have none between them."""
+    results = []
     for j in range(len(curve.costs) - 1):
         low, high = curve.costs[j : j + 2]
         if high > low:
             gain = difference_of(curve.accuracy[:, j + 1] - curve.accuracy[:, j], level=level, seed=seed)
             per_doubling = Difference(*(value / float(np.log2(high / low)) for value in gain))
-            found.append(Slope(float(low), float(high), per_doubling))
-    return found
+            results.append(Slope(float(low), float(high), per_doubling))
+    return results
 
 
-def saturation(found: list[Slope]) -> float | None:
-    """The smallest cost beyond which no budget gained measurably on the one before: all later intervals include 0.
+def saturation(curve_slopes: list[Slope]) -> float | None:
+    """Returns the smallest cost after which no budget gained measurably: the intervals of all later slopes include 0.
 
     None where the last budget gained measurably, or there are no slopes.
     """
-    at = None
-    for slope in reversed(found):
+    cost = None
+    for slope in reversed(curve_slopes):
         if slope.per_doubling.low > 0:
             break
-        at = slope.low_cost
-    return at
+        cost = slope.low_cost
+    return cost

@@ -1,9 +1,9 @@
-"""The counterfactual: a decoder that takes branches one after another over copied caches.
+"""The unshared baseline: a decoder that takes branches one after another over copied caches.
 
-It runs the very same strategy, so it does the same work to the last token (on the CPU to the last bit), in another way:
-a fork copies the parent's keys and values, nothing is found again in a prefix index, and a forward has one branch in
-it, which goes to its stop before the next one begins. Everything else (kernels, sampling, the tick) is the same code,
-so a ratio of times is the price of that way alone.
+It runs the same strategies and does the same work to the last token (on the CPU to the last bit), without sharing: a
+fork copies the parent's K and V, no prefix index remembers prompts, and a forward holds one branch, which goes to its
+stop before the next one begins. Kernels, sampling and the loop are the same code, so that a ratio of times is the price
+of not sharing alone.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ class CopyingPool(PagePool):
     """A pool in which no two branches share a page: forks copy."""
 
     def fork(self, src_rows: IntArrayLike, dst_rows: IntArrayLike, lens: IntArrayLike | None = None) -> None:
-        """As `PagePool.fork`, with pages of their own for rows that would share some.
+        """Forks like `PagePool.fork`, and copies the pages that rows would share.
 
         Raises:
             OutOfPages: there are too few for the copies; rows may then share pages.
@@ -28,7 +28,7 @@ class CopyingPool(PagePool):
         for row in np.asarray(dst_rows).tolist():
             pages = self.pages(row)
             if len(pages) == 0 or (self.refcount[self._tensor(pages)] == 1).all():
-                continue  # a truncated row, or one that took over what its source gave up
+                continue  # an empty row, or one that took over the pages of its source
             num_tokens = int(self.seq_lens[row])
             self.retain(pages)
             try:
@@ -40,14 +40,14 @@ class CopyingPool(PagePool):
 
 
 class OneAtATime(Scheduler):
-    """Forwards of one branch: the first that asked, until it has what it asked for. Nothing is remembered."""
+    """Schedules one branch at a time, in the order of requests, and remembers no prompts."""
 
     def remember(self, rows: IntArray) -> None:
         """Puts nothing into the prefix index."""
 
     def _admit(self, waiting: IntArray, decoding: IntArray) -> tuple[IntArray, IntArray]:
-        everyone = np.concatenate([waiting, decoding])
-        first = everyone[[np.argmin(self.table.order[everyone])]] if len(everyone) else everyone
+        rows = np.concatenate([waiting, decoding])
+        first = rows[[np.argmin(self.table.order[rows])]] if len(rows) else rows
         return super()._admit(np.intersect1d(first, waiting), np.intersect1d(first, decoding))
 
 
