@@ -1,4 +1,4 @@
-"""Rollouts of the countdown model: sampled solutions, the states they pass through, and how they came out."""
+"""Rollouts of the countdown model: sampled solutions, the states they pass through, and their outcomes."""
 
 import copy
 from collections.abc import Sequence
@@ -20,13 +20,12 @@ MAX_NEW_TOKENS = 64  # the solution of a problem of five numbers has 43
 class Rollouts:
     """Sampled solutions, a row each.
 
-    A state is what stands before the next line: a rollout passes through one at the end of its prompt and of every
-    line. `ends` marks their last tokens.
+    A state is the text before the next line: a rollout passes through one at the end of its prompt and of every line.
 
     Attributes:
         ids: `[n, length]` int64 prompt and solution, padded at the end.
-        ends: `[n, length]` bool, where there is a newline.
-        success: `[n]` bool, whether the solution is right.
+        ends: `[n, length]` bool: the last tokens of states, which are newlines.
+        success: `[n]` bool: the solution is right.
         counts: `[n]` int64, numbers of the problem.
     """
 
@@ -42,17 +41,17 @@ class Rollouts:
         return Rollouts(self.ids.to(device), self.ends.to(device), self.success.to(device), self.counts.to(device))
 
     def state_labels(self) -> Tensor:
-        """`[number of states]` bool: whether the rollout that passed through came out right, in order of `ends`."""
+        """Tells which states, in order of `ends`, are of rollouts that came out right, `[number of states]` bool."""
         return self.success[self.ends.nonzero()[:, 0]]
 
 
 def make_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> td.Decoder:
-    """A decoder on a bfloat16 copy of a model in training, since a decoder puts its own attention into a model."""
+    """Makes a decoder on a bfloat16 copy of a model in training, as a decoder puts its own attention into a model."""
     return td.Decoder(copy.deepcopy(model).to(torch.bfloat16).eval(), tokenizer, kv_memory="128MiB")
 
 
 def sample(dec: td.Decoder, problems: Sequence[Problem], *, branches: int, seed: int) -> list[list[td.Completion]]:
-    """`[len(problems)][branches]` solutions at temperature 1."""
+    """Samples solutions at temperature 1, `[len(problems)][branches]`."""
     return dec.generate(
         [problem.prompt for problem in problems],
         num_branches=branches,
@@ -62,14 +61,14 @@ def sample(dec: td.Decoder, problems: Sequence[Problem], *, branches: int, seed:
 
 
 def grades(problems: Sequence[Problem], outs: Sequence[Sequence[td.Completion]]) -> np.ndarray:
-    """`[len(problems), branches]` bool: which solutions are right."""
+    """Tells which solutions are right, `[len(problems), branches]` bool."""
     task = Countdown()
     pairs = zip(problems, outs, strict=True)
     return np.array([[task.verify(problem, out.text) for out in completions] for problem, completions in pairs])
 
 
 def roll_out(dec: td.Decoder, problems: Sequence[Problem], outs: Sequence[Sequence[td.Completion]]) -> Rollouts:
-    """The samples of `sample` as arrays."""
+    """Puts the solutions of `sample` into arrays."""
     rows, counts = [], []
     for problem, completions in zip(problems, outs, strict=True):
         prompt = dec.encode(problem.prompt)
@@ -84,6 +83,6 @@ def roll_out(dec: td.Decoder, problems: Sequence[Problem], outs: Sequence[Sequen
 
 
 def hidden_states(model: PreTrainedModel, rollouts: Rollouts) -> Tensor:
-    """`[number of states, hidden_size]`: what the model's head reads at the states' last tokens, in order of `ends`."""
-    # padding comes after all that is read, so causal attention needs no further mask
+    """Computes the final hidden states at the last tokens of all states, `[number of states, hidden_size]`."""
+    # padding comes after all tokens that are read, so causal attention needs no further mask
     return model.model(input_ids=rollouts.ids, use_cache=False).last_hidden_state[rollouts.ends]

@@ -1,4 +1,4 @@
-"""The tokenizer of the countdown model: a token for every number, word and sign, with the space before it."""
+"""The tokenizer of the countdown model: one token for every number, word and sign, with the space before it."""
 
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import WordLevel
@@ -9,9 +9,9 @@ SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Encodes every text of the task's format whose numbers are at most 999, and decodes it to the same characters.
+    """Makes a tokenizer for texts of the task with numbers up to 999, which decodes them to the same characters.
 
-    Tokens are joined without anything between them, so the text of a sequence is the texts of its tokens put together.
+    The text of a sequence is the concatenation of its tokens' texts.
     """
     words = ["\n", "Use", " to", " make", ",", " left", " =", " +", " -", " *", " /"]
     numbers = [str(number) for number in range(MAX_NUMBER + 1)]

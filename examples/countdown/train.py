@@ -6,9 +6,10 @@ One process per core, each on its share of every batch: on CPUs this is faster t
 was stopped goes on from its last checkpoint when the same command is given again.
 
 The model learns random derivations of solved problems. In the last `--value-steps`, in which the learning rate falls to
-0, it also learns to tell how its own rollouts will come out: next-token prediction alone never needs to know whether
-what is left still leads to the target, so its hidden states do not say. The value head of that phase is thrown away;
-`python -m examples.countdown.train_value` trains the one that ships, on rollouts of the finished model.
+0, it also learns to predict the outcome of its own rollouts. Next-token prediction alone does not need to know whether
+the remaining numbers still lead to the target, so without this phase the hidden states would not tell. The value head
+of the phase is thrown away; the one that ships is trained on rollouts of the finished model, by
+`python -m examples.countdown.train_value`.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from treedecode.models.value_head import ValueHead
 from treedecode.tasks.base import Problem
 from treedecode.tasks.countdown import Countdown
 
-CHUNK = 100  # steps whose data is drawn at once: a resumed run draws its chunk anew
+CHUNK = 100  # steps whose data is drawn at once; a resumed run draws its chunk anew
 BRANCHES = 8  # rollouts per problem
 MISSES = 0.25  # share of texts in the last phase that do not come to the target
 
@@ -65,7 +66,8 @@ def batches(
     first_step: int,
     last_phase: int,
 ) -> Iterator[list[tuple[Tensor, int]]]:
-    """For every step from `first_step` on, and for each count of numbers: `[batch_size, length]` ids, prompt length.
+    """Yields the batches of every step from `first_step` on: (`[batch_size, length]` ids, prompt length) by count of
+    numbers.
 
     Texts about the same count have the same length, so nothing is padded.
     """
@@ -85,7 +87,7 @@ def batches(
 
 
 def loss_sum(model: LlamaForCausalLM, ids: Tensor, prompt_len: int) -> Tensor:
-    """Cross entropy of the solutions' tokens, summed; the prompt is given, not learned."""
+    """Sums the cross entropy of the solutions' tokens; the prompt is given, not learned."""
     hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
     logits = model.lm_head(hidden[:, prompt_len - 1 :])
     return cross_entropy(logits.flatten(0, 1).float(), ids[:, prompt_len:].flatten(), reduction="sum")
@@ -94,7 +96,7 @@ def loss_sum(model: LlamaForCausalLM, ids: Tensor, prompt_len: int) -> Tensor:
 def value_batches(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, task: Countdown, *, batch_size: int, seed: int
 ) -> Iterator[Rollouts]:
-    """`CHUNK` batches of rollouts of the model as it is now, on training problems."""
+    """Yields `CHUNK` batches of rollouts of the present model on training problems."""
     problems = task.problems(CHUNK * batch_size // BRANCHES, split="train", seed=seed)
     with make_decoder(model, tokenizer) as dec:
         rollouts = roll_out(dec, problems, sample(dec, problems, branches=BRANCHES, seed=seed))
@@ -103,7 +105,7 @@ def value_batches(
 
 
 def value_loss(model: LlamaForCausalLM, head: ValueHead, rollouts: Rollouts) -> Tensor:
-    """Mean cross entropy of the rollouts' outcomes, over the states they passed through."""
+    """Computes the mean cross entropy of the rollouts' outcomes, over the states they passed through."""
     logits = head.logits(hidden_states(model, rollouts))
     return binary_cross_entropy_with_logits(logits, rollouts.state_labels().float())
 
@@ -111,7 +113,7 @@ def value_loss(model: LlamaForCausalLM, head: ValueHead, rollouts: Rollouts) -> 
 def pass_at_1(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], branches: int
 ) -> dict[str, float]:
-    """Share of sampled solutions that are right, overall and by count of numbers."""
+    """Measures the share of sampled solutions that are right, overall and by count of numbers."""
     with make_decoder(model, tokenizer) as dec:
         share = grades(problems, sample(dec, problems, branches=branches, seed=0)).mean(axis=1)
     groups = np.array([problem.group for problem in problems])
@@ -119,7 +121,7 @@ def pass_at_1(
 
 
 def optimizers(model: LlamaForCausalLM, head: ValueHead, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for embeddings and norms, and for the value head."""
+    """Makes Muon for the matrices of the layers, AdamW for embeddings, norms and the value head."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     adamw = partial(torch.optim.AdamW, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
@@ -128,7 +130,7 @@ def optimizers(model: LlamaForCausalLM, head: ValueHead, learning_rate: float) -
 
 
 def learning_rate_factor(step: int, steps: int, value_steps: int) -> float:
-    """Linear from 0 over 100 steps, then constant, then linear to 0 over the last `value_steps`."""
+    """Rises linearly from 0 over 100 steps, is constant, and falls linearly to 0 over the last `value_steps`."""
     return min((step + 1) / 100, 1.0, (steps - step) / value_steps)
 
 

@@ -2,9 +2,9 @@
 
     python -m examples.countdown.train_value --model runs/countdown/model
 
-A state is what stands before the next line: the prompt, and the prompt with some lines. Its label is whether the
-rollout that passed through it came out right, so the head learns the probability that one sampled on from there does
-(Monte Carlo, as in Math-Shepherd, 2312.08935, with the outcome of every visit in place of a mean of some).
+A state is the text before the next line: the prompt, or the prompt with some lines. Its label tells whether the rollout
+that passed through it came out right, so the head learns the success rate of rollouts from there (Monte Carlo, as in
+Math-Shepherd, 2312.08935, with the outcome of every visit in place of a mean over several).
 """
 
 import argparse
@@ -54,7 +54,7 @@ def all_hidden_states(model: Any, rollouts: Rollouts) -> Tensor:
 
 
 def measure(values: np.ndarray, rollouts: Rollouts) -> dict[str, float]:
-    """Figures of `[number of states]` values: over all states, and by how many lines a state has."""
+    """Measures `[number of states]` values: over all states, and by number of lines of a state."""
     success = rollouts.state_labels().numpy()
     rows = rollouts.ends.nonzero()[:, 0]
     counts = rollouts.counts[rows].numpy()
@@ -74,7 +74,7 @@ def measure(values: np.ndarray, rollouts: Rollouts) -> dict[str, float]:
 
 
 def pass_at_k(right: np.ndarray, k: int) -> float:
-    """Unbiased estimate (Chen et al., 2021, 2107.03374), mean over problems, from `[problems, samples]` grades."""
+    """Estimates pass@k without bias (2107.03374), as the mean over problems, from `[problems, samples]` grades."""
     n, c = right.shape[1], right.sum(axis=1)
     failing = np.ones(len(c))
     for i in range(k):
@@ -83,7 +83,7 @@ def pass_at_k(right: np.ndarray, k: int) -> float:
 
 
 def report_model(dec: td.Decoder, num_problems: int, branches: int) -> dict[str, Any]:
-    """pass@1 and pass@8 on test problems, and how problems spread: the figures of the model card."""
+    """Measures pass@1 and pass@8 on test problems, and the spread of problems, for the model card."""
     problems = Countdown().problems(num_problems, split="test")
     right = grades(problems, sample(dec, problems, branches=branches, seed=0))
     counts = np.array([len(problem.data["numbers"]) for problem in problems])

@@ -119,8 +119,8 @@ class _Candidates:
 
     def only(self, i: int) -> "_Candidates":
         """Returns the `i`-th alone."""
-        one = slice(i, i + 1)
-        return _Candidates(self.boxes[one], self.leaders[one], self.offsets[one], self.points[one], self.costs[one])
+        row = slice(i, i + 1)
+        return _Candidates(self.boxes[row], self.leaders[row], self.offsets[row], self.points[row], self.costs[row])
 
 
 def place_labels(axes: Axes, labels: Sequence[Label], obstacles: Obstacles, *, size: float) -> bool:
@@ -265,8 +265,8 @@ def _descend(every: _Candidates, slices: Sequence[slice], order: np.ndarray) -> 
     for _ in range(_MAX_SWEEPS):
         before = taken.copy()
         for i in order.tolist():
-            mine = slices[i]
-            best = mine.start + int((total[mine] - costs_beside[i, mine]).argmin())
+            own = slices[i]
+            best = own.start + int((total[own] - costs_beside[i, own]).argmin())
             if best != taken[i]:
                 taken[i] = best
                 total -= costs_beside[i]

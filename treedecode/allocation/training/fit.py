@@ -120,8 +120,8 @@ def _loss(network: GateNetwork, batch: tuple[Tensor, ...]) -> Tensor:
 
 def _tensors(examples: Examples, mean: Tensor, std: Tensor) -> tuple[Tensor, ...]:
     x = (torch.from_numpy(examples.features) - mean) / std
-    others = (examples.solved, examples.hits, examples.trials, examples.trees)
-    return (x, *(torch.from_numpy(array.astype(np.float32)) for array in others))
+    targets = (examples.solved, examples.hits, examples.trials, examples.trees)
+    return (x, *(torch.from_numpy(array.astype(np.float32)) for array in targets))
 
 
 def train(
