@@ -223,7 +223,7 @@ def _curve(axes: Axes, annotations: Annotations, points: Sequence[Json], color: 
     costs = [point["cost"] for point in points]
     values = np.array([point["accuracy"] for point in points])
     ends = np.array([point["accuracy_ci"] for point in points])
-    errors = np.abs(ends - values[:, None]).T * [[1], [1]]
+    errors = ((ends - values[:, None]) * [-1, 1]).clip(min=0).T
     axes.errorbar(costs, values, errors, fmt=marker, color=color, ecolor=(color, 0.6), markersize=5, elinewidth=0.9)
     annotations.markers += list(zip(costs, values.tolist(), strict=True))
     annotations.lines += [np.array([[cost, low], [cost, high]]) for cost, (low, high) in zip(costs, ends, strict=True)]
