@@ -35,7 +35,7 @@ def test_every_module_is_in_a_package_that_is_found():
     assert {path.parent for path in kernels.rglob("*.py")} == {kernels}  # setup.py names this one folder
 
 
-@pytest.mark.parametrize("folder", ["csrc", "tests", "examples"])
+@pytest.mark.parametrize("folder", ["csrc", "tests", "examples", "docs"])
 def test_a_source_distribution_has_all_that_builds_and_tests(folder):
     lines = [line.split() for line in (ROOT / "MANIFEST.in").read_text().splitlines()]
     (patterns,) = (rest for kind, name, *rest in lines if (kind, name) == ("recursive-include", folder))
