@@ -1,5 +1,5 @@
-// Argument checks of the op boundary. A failed check names the argument, what was expected and what came;
-// the leading "[ValueError]" / "[TypeError]" tells the Python front door which exception to raise.
+// Argument checks of the op boundary. A failed check names the argument, the expected value and the one it got. The
+// leading "[ValueError]" or "[TypeError]" tells the Python wrapper which exception to raise.
 #pragma once
 
 #include <sstream>

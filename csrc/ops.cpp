@@ -1,6 +1,6 @@
-// Every op's schema, in one place. Kernels are registered per backend in api/<op>.cpp and api/cuda/<op>.cpp. The CUDA
-// library compiles this file too, for a namespace in which its ops take tensors of any device and refuse them after
-// all other checks: so the checks are tested where there is no GPU.
+// The schemas of all ops. Kernels are registered per backend in api/<op>.cpp and api/cuda/<op>.cpp. The CUDA library
+// compiles this file too, for the namespace treedecode_cuda. Its ops take tensors of any device and refuse them after
+// all other checks, so that the checks are tested without a GPU.
 #include <torch/csrc/stable/library.h>
 
 #ifndef TD_LIBRARY

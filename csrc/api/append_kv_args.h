@@ -10,7 +10,7 @@ inline void check_kv_pages(const Tensor& pages, const char* name, const Tensor& 
   check_unit_stride(pages, name);
 }
 
-// All but the values in slots.
+// Checks all arguments, except for the values in slots.
 inline void check_append_kv(const Tensor& k, const Tensor& v, const Tensor& k_pages, const Tensor& v_pages,
                             const Tensor& slots) {
   check_shape(k, "k", "[num_tokens, num_kv_heads, head_dim]", {-1, -1, -1});

@@ -6,7 +6,7 @@
 
 namespace treedecode {
 
-// All but the values in cum_logprobs and group_indptr.
+// Checks all arguments, except for the values in cum_logprobs and group_indptr.
 inline void check_beam_prune(const Tensor& logits, const Tensor& cum_logprobs, const Tensor& group_indptr,
                              int64_t num_candidates, const std::optional<Tensor>& token_mask) {
   check_logits(logits);

@@ -18,7 +18,7 @@ inline void check_candidates(const Tensor& t, const char* name, const Tensor& sc
   check_contiguous(t, name);
 }
 
-// All but the values in tensors.
+// Checks all arguments, except for values in tensors.
 inline void check_beam_update(const Tensor& scores, const Tensor& parent, const Tensor& token, const Tensor& row_indptr,
                               const Tensor& beam_indptr, const Tensor& pool_scores, const Tensor& pool_lens,
                               const Tensor& pool_parents, const Tensor& pool_tokens, const Tensor& done,

@@ -1,4 +1,4 @@
-// _cpu_isa(isa) -> (active, detected, compiled): choose the CPU instruction set; -1 only asks.
+// _cpu_isa(isa) -> (active, detected, compiled): chooses the CPU instruction set; -1 changes nothing.
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>

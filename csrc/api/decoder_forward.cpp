@@ -1,5 +1,5 @@
-// decoder_forward: all layers of a decoder, its last norm and its language model head in one call, on the kernels of
-// the single ops and in their order: the results are the same to the last bit.
+// decoder_forward: runs all layers of a decoder, its last norm and its language model head in one call. It calls the
+// kernels of the single ops in their order, so the results are the same to the last bit.
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -18,13 +18,13 @@
 namespace treedecode {
 namespace {
 
-// What the layers write, in one allocation.
+// Allocates the buffers of the layers in one block of memory. Without a base it only counts their bytes.
 class Scratch {
  public:
   char* take(int64_t bytes) {
-    const int64_t at = size_;
+    const int64_t begin = size_;
     size_ += (bytes + 63) / 64 * 64;
-    return base_ ? base_ + at : nullptr;
+    return base_ ? base_ + begin : nullptr;
   }
   void rewind(void* base) {
     base_ = static_cast<char*>(base);
@@ -90,7 +90,8 @@ std::tuple<Tensor, Tensor> decoder_forward_cpu(Tensor x, Tensor cos, Tensor sin,
                                                std::vector<double> soft_caps, std::vector<int64_t> windows, double eps,
                                                bool unit_offset, std::string gate_name, int64_t num_qo_heads,
                                                int64_t intermediate_size, int64_t vocab_size) {
-  // -- arguments --
+  // Arguments.
+
   check_shape(x, "x", "[num_tokens, hidden_size]", {-1, -1});
   check_float_dtype(x, "x");
   check_contiguous(x, "x");
@@ -149,11 +150,11 @@ std::tuple<Tensor, Tensor> decoder_forward_cpu(Tensor x, Tensor cos, Tensor sin,
   std::vector<Layer> layers;
   int64_t widest = std::max({s.hidden_size, num_qo_heads * s.head_dim, intermediate_size});
   for (int64_t i = 0; i < num_layers; ++i) {
-    const auto at = static_cast<size_t>(i);
-    check_attention_numbers(sm_scales[at], windows[at], soft_caps[at], {"sm_scales", "windows", "soft_caps"});
+    const auto n = static_cast<size_t>(i);
+    check_attention_numbers(sm_scales[n], windows[n], soft_caps[n], {"sm_scales", "windows", "soft_caps"});
     const std::string prefix = "weights of layer " + std::to_string(i) + ": ";
     const Tensors t(weights, i * kLayerTensors, kLayerNames, prefix.c_str(), x.scalar_type());
-    layers.push_back(layer_of(t, s, gate, sm_scales[at], soft_caps[at], windows[at]));
+    layers.push_back(layer_of(t, s, gate, sm_scales[n], soft_caps[n], windows[n]));
   }
   const Tensors head(weights, num_layers * kLayerTensors, kHeadNames, "weights: ", x.scalar_type());
   const void* final_norm = head.vector(kFinalNorm, s.hidden_size);
@@ -189,7 +190,8 @@ std::tuple<Tensor, Tensor> decoder_forward_cpu(Tensor x, Tensor cos, Tensor sin,
   };
   check_plan(attention, s.num_tokens, num_pages, page_table.size(1), chunks.size(0), *rows_of<cpu::PlanCounts>(counts));
 
-  // -- layers --
+  // Layers.
+
   Tensor hidden = torch::stable::new_empty(x, {num_logits, s.hidden_size});
   Tensor logits = torch::stable::new_empty(x, {num_logits, vocab_size});
   if (s.num_tokens == 0) return {logits, hidden};
@@ -264,10 +266,11 @@ std::tuple<Tensor, Tensor> decoder_forward_cpu(Tensor x, Tensor cos, Tensor sin,
     in = b.x;
   }
 
-  // -- head --
+  // Head.
+
   if (num_logits == 0) return {logits, hidden};
   const int64_t row_bytes = s.hidden_size * s.element_size;
-  // A token may be asked for more than once, so there may be more logits than room for tokens in b.
+  // logit_rows may name a token more than once, so b may have too few rows for all logits.
   Tensor chosen = torch::stable::new_empty(hidden, {num_logits, s.hidden_size});
   for (int64_t i = 0; i < num_logits; ++i) {
     std::memcpy(static_cast<char*>(chosen.mutable_data_ptr()) + i * row_bytes,

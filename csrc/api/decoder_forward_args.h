@@ -1,4 +1,4 @@
-// The arguments of decoder_forward: weights by layer, checked and as addresses.
+// Checks the weights of decoder_forward, and turns them into addresses by layer.
 #pragma once
 
 #include <string>
@@ -9,7 +9,7 @@
 
 namespace treedecode {
 
-// Where a layer's tensors are in its part of `weights`; those a layer does not have are empty.
+// Positions of a layer's tensors in its part of `weights`. A tensor that the layer does not have is empty.
 enum LayerTensor {
   kInputNorm,
   kQkv,
@@ -26,7 +26,7 @@ enum LayerTensor {
   kSinks,
   kLayerTensors,
 };
-// And after those of all layers.
+// Positions of the head's tensors, after those of all layers.
 enum HeadTensor { kFinalNorm, kLmHead, kLmHeadBias, kHeadTensors };
 
 inline const char* const kLayerNames[] = {"input_norm", "qkv",         "qkv_bias",    "q_norm",  "k_norm",

@@ -5,7 +5,7 @@
 
 namespace treedecode {
 
-// The kernels' name of a tensor's dtype, which check_float_dtype has accepted.
+// Returns the DType of a tensor that check_float_dtype has accepted.
 inline DType kernel_dtype(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::BFloat16: return DType::BF16;

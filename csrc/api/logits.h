@@ -8,7 +8,7 @@
 
 namespace treedecode {
 
-// Not initialised.
+// Allocates memory that is not initialised.
 template <typename T>
 std::unique_ptr<T[]> scratch(int64_t n) {
   return std::unique_ptr<T[]>(new T[static_cast<size_t>(n > 0 ? n : 1)]);

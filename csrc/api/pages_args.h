@@ -1,4 +1,4 @@
-// Argument checks of the page ops, the same on every device: all but those that look at values of tensors.
+// Argument checks of the page ops, the same on every device. They do not read the values of tensors.
 #pragma once
 
 #include <optional>
@@ -25,7 +25,7 @@ inline const int32_t* indices(const std::optional<Tensor>& t, const char* name, 
   return t ? indices(*t, name, shape, n) : nullptr;
 }
 
-// State is the page state's struct of a backend. An op that uses no free pages or no table gives nullptr.
+// Returns the page state as the struct State of a backend. An op that uses no free pages or no table gives nullptr.
 template <typename State>
 State page_state(const Tensor& refcount, const Tensor* free_pages, const Tensor* page_table, const Tensor* seq_lens,
                  const Tensor& status, int64_t page_size) {
@@ -70,7 +70,7 @@ inline void check_slots(const Tensor& slots, const Tensor& kv, int64_t num_pages
   check_contiguous(slots, "slots");
 }
 
-// `row` and `num_tokens` are no tensors, so their values can be looked at everywhere.
+// Checks `row` and `num_tokens`, which are numbers, so that every device can check them.
 template <typename State>
 void check_adopt(const State& s, int64_t row, int64_t num_pages, int64_t num_tokens) {
   STD_TORCH_CHECK(row >= 0 && row < s.max_branches, "[ValueError] row: expected a row in 0 .. ", s.max_branches - 1,
@@ -83,7 +83,7 @@ void check_adopt(const State& s, int64_t row, int64_t num_pages, int64_t num_tok
                   num_tokens);
 }
 
-// What a backend's params of copy_pages have in common.
+// Sets the params of copy_pages that all backends have.
 template <typename Params>
 Params copy_params(const Tensor& kv, const int32_t* src, const int32_t* dst, const int32_t* num_tokens, int64_t n) {
   const auto size = static_cast<int64_t>(kv.element_size());
@@ -101,7 +101,7 @@ Params copy_params(const Tensor& kv, const int32_t* src, const int32_t* dst, con
   return p;
 }
 
-// copy_pages' own arguments.
+// Checks the arguments of copy_pages.
 template <typename Params>
 Params check_copy_pages(const Tensor& kv, const Tensor& src, const Tensor& dst,
                         const std::optional<Tensor>& num_tokens) {

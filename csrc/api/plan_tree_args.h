@@ -14,7 +14,7 @@ inline void check_lens(const Tensor& lens, const char* name, int64_t num_rows) {
   check_contiguous(lens, name);
 }
 
-// All but the values in seq_lens and q_lens.
+// Checks all arguments, except for the values in seq_lens and q_lens.
 inline void check_plan_tree(const Tensor& page_table, const Tensor& seq_lens, const std::optional<Tensor>& q_lens,
                             int64_t page_size, int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim,
                             int64_t num_workers) {

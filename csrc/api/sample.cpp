@@ -65,7 +65,8 @@ std::tuple<Tensor, Tensor, Tensor> sample_cpu(Tensor logits, Tensor temperature,
   torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 16384 / p.vocab), [&](int64_t begin, int64_t end) {
     const int64_t num_blocks = (p.vocab + cpu::SampleScratch::kBlock - 1) / cpu::SampleScratch::kBlock;
     const auto band = scratch<float>(p.vocab + 64), work = scratch<float>(p.vocab + 64);
-    const auto masses = scratch<double>(num_blocks), above = scratch<double>(num_blocks * cpu::SampleScratch::kBars);
+    const auto masses = scratch<double>(num_blocks),
+               above = scratch<double>(num_blocks * cpu::SampleScratch::kThresholds);
     const auto ends = scratch<int64_t>(num_blocks), ties = scratch<int64_t>(num_blocks);
     const auto keys = scratch<uint64_t>(cpu::SampleScratch::kKeys),
                seeds = scratch<uint64_t>(cpu::SampleScratch::kSeeds);

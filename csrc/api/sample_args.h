@@ -4,7 +4,7 @@
 
 namespace treedecode {
 
-// One value per row, or a single value for all rows.
+// Checks a setting: one value per row, or a single value for all rows.
 template <typename T>
 struct PerRow {
   const T* data;

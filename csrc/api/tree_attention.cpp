@@ -19,12 +19,12 @@
 namespace treedecode {
 namespace {
 
-// Memory a thread keeps between calls: an allocation of this size would be mapped and faulted in anew every time.
+// Memory that a thread keeps between calls: an allocation of this size would be mapped and faulted in on every call.
 class Workspace {
  public:
   void* get(int64_t bytes) {
     if (bytes > size_) {
-      size_ = 0;  // whatever happens below
+      size_ = 0;  // until the allocation has succeeded
       memory_.reset(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
       STD_TORCH_CHECK(memory_ != nullptr, "tree_attention: out of memory for ", bytes, " bytes of scratch");
       size_ = bytes;
@@ -42,12 +42,12 @@ class Workspace {
 
 struct Cell {  // one row block of one chunk; its kv heads all cost the same
   int64_t chunk, row_begin, row_end;
-  double begin;     // where it starts on the line of costs
-  double per_head;  // cycles, roughly
+  double begin;     // sum of the costs before it
+  double per_head;  // cost, in cycles, roughly
 };
 
-struct Segment {  // of one row, as far as the chunks before go
-  int64_t seen;   // the token they end at
+struct Segment {      // of one row, with the chunks so far
+  int64_t token_end;  // of the chunks
   int64_t chunks;
 };
 
@@ -71,7 +71,7 @@ std::vector<Cell> cells_of(const cpu::TreeAttentionParams& p, int64_t chunk_begi
   const int64_t group = p.num_qo_heads / p.num_kv_heads;
   std::vector<Cell> cells;
   cells.reserve(static_cast<size_t>(chunk_end - chunk_begin));
-  double at = 0.0;
+  double cost = 0.0;  // of the cells so far
   for (int64_t c = chunk_begin; c < chunk_end; ++c) {
     const cpu::ChainedChunk& chunk = p.chunks[c];
     const int64_t first_token = p.q_indptr[chunk.row_begin];
@@ -81,21 +81,21 @@ std::vector<Cell> cells_of(const cpu::TreeAttentionParams& p, int64_t chunk_begi
       int64_t from = chunk.token_end, to = chunk.token_begin, b = chunk.row_begin;
       for (int64_t token = first_token + r / group; token <= first_token + (end - 1) / group; ++token) {
         while (token >= p.q_indptr[b + 1]) ++b;
-        const cpu::Visible seen = cpu::visible_keys(p, b, token - p.q_indptr[b]);
-        from = std::min(from, seen.begin);
-        to = std::max(to, seen.end);
+        const cpu::Visible visible = cpu::visible_keys(p, b, token - p.q_indptr[b]);
+        from = std::min(from, visible.begin);
+        to = std::max(to, visible.end);
       }
       const int64_t tokens =
           std::max<int64_t>(std::min<int64_t>(to, chunk.token_end) - std::max<int64_t>(from, chunk.token_begin), 0);
-      cells.push_back({c, r, end, at, cost_of(p, tokens, end - r, element_size)});
-      at += cells.back().per_head * static_cast<double>(p.num_kv_heads);
+      cells.push_back({c, r, end, cost, cost_of(p, tokens, end - r, element_size)});
+      cost += cells.back().per_head * static_cast<double>(p.num_kv_heads);
     }
   }
   return cells;
 }
 
-// The work item where `share` of the total cost is reached. Rows are cut too, but not into pieces of a few rows: each
-// piece packs the keys again.
+// Returns the position at which `share` of the total cost is reached. A cell is cut between rows too, but not into
+// pieces of a few rows, because each piece packs the keys again.
 Position cut(const std::vector<Cell>& cells, int64_t num_kv_heads, double share) {
   const double total = cells.back().begin + cells.back().per_head * static_cast<double>(num_kv_heads);
   const double target = total * share;
@@ -106,14 +106,14 @@ Position cut(const std::vector<Cell>& cells, int64_t num_kv_heads, double share)
   const double heads = (target - cell.begin) / cell.per_head;
   const int64_t head = std::min(static_cast<int64_t>(heads), num_kv_heads - 1);
   const int64_t rows = cell.row_end - cell.row_begin;
-  constexpr int64_t kFewest = 12, kStep = 6;
+  constexpr int64_t kMinRows = 12, kStep = 6;
   const double part = heads - static_cast<double>(head);
   int64_t row = static_cast<int64_t>(std::lround(part * static_cast<double>(rows) / kStep)) * kStep;
-  if (rows < 2 * kFewest) {
+  if (rows < 2 * kMinRows) {
     row = part < 0.5 ? 0 : rows;
-  } else if (row < kFewest) {
+  } else if (row < kMinRows) {
     row = 0;
-  } else if (row > rows - kFewest) {
+  } else if (row > rows - kMinRows) {
     row = rows;
   }
   return {i, head, cell.row_begin + row};
@@ -153,7 +153,7 @@ void run_round(const cpu::TreeAttentionParams& p, const std::vector<Cell>& cells
 
 }  // namespace
 
-// One pass over the plan and the page ids of its chunks.
+// Checks the plan and the page ids of its chunks, in one pass.
 void check_plan(const cpu::TreeAttentionParams& p, int64_t num_q, int64_t num_pages, int64_t max_pages,
                 int64_t max_chunks, const cpu::PlanCounts& counts) {
   const int64_t num_chunks = counts.num_chunks, num_parts = counts.num_parts;
@@ -211,7 +211,7 @@ void check_plan(const cpu::TreeAttentionParams& p, int64_t num_q, int64_t num_pa
                       chunk.segment, " of row ", b, ", which has ", cpu::num_parts(p, b));
       Segment& segment = segments[first_segment[static_cast<size_t>(b)] + static_cast<size_t>(chunk.segment)];
       STD_TORCH_CHECK(
-          chunk.token_begin == segment.seen && chunk.token_begin < p.seq_lens[b] && chunk.round == segment.chunks,
+          chunk.token_begin == segment.token_end && chunk.token_begin < p.seq_lens[b] && chunk.round == segment.chunks,
           "[ValueError] plan: chunk ", c, " does not go on where the one before of row ", b, " ends");
       segment = {chunk.token_end, segment.chunks + 1};
       const int64_t last_page = (std::min(chunk.token_end, p.seq_lens[b]) - 1) / p.page_size;
@@ -233,9 +233,9 @@ void check_plan(const cpu::TreeAttentionParams& p, int64_t num_q, int64_t num_pa
   for (int64_t b = 0; b < p.num_rows; ++b) {
     const int64_t parts = cpu::num_parts(p, b), seq_len = p.seq_lens[b];
     for (int64_t i = 0; i < parts; ++i) {
-      const int64_t seen = segments[first_segment[static_cast<size_t>(b)] + static_cast<size_t>(i)].seen;
-      STD_TORCH_CHECK(seen >= std::min(seq_len, (i + 1) * cpu::kSegment), "[ValueError] plan: its chunks end at token ",
-                      seen, " of row ", b, ", which has ", seq_len);
+      const int64_t token_end = segments[first_segment[static_cast<size_t>(b)] + static_cast<size_t>(i)].token_end;
+      STD_TORCH_CHECK(token_end >= std::min(seq_len, (i + 1) * cpu::kSegment),
+                      "[ValueError] plan: its chunks end at token ", token_end, " of row ", b, ", which has ", seq_len);
     }
   }
 }
@@ -251,8 +251,8 @@ void launch(cpu::TreeAttentionParams p, const cpu::PlanCounts& counts, int64_t n
   const int64_t element_size = p.dtype == DType::F32 ? 4 : 2;
   bool merge = false;
   for (int64_t b = 0; b < p.num_rows; ++b) merge |= p.q_indptr[b] < p.q_indptr[b + 1] && cpu::num_parts(p, b) != 1;
-  const bool goes_on = num_chunks && p.chunks[num_chunks - 1].round > 0;
-  if (merge || goes_on) {
+  const bool has_rounds = num_chunks && p.chunks[num_chunks - 1].round > 0;
+  if (merge || has_rounds) {
     thread_local Workspace parts;
     p.parts = static_cast<float*>(parts.get(num_parts * p.num_qo_heads * cpu::part_stride(p.head_dim) * 4));
   }
@@ -264,7 +264,7 @@ void launch(cpu::TreeAttentionParams p, const cpu::PlanCounts& counts, int64_t n
     torch::stable::parallel_for(0, p.num_rows, std::max<int64_t>(1, 65536 / (p.num_qo_heads * p.head_dim)),
                                 [&](int64_t begin, int64_t end) { TD_DISPATCH(tree_attention_merge)(p, begin, end); });
   }
-  // Tokens that belong to no branch.
+  // Tokens that belong to no branch get zeros and -inf.
   const int64_t first_idle = p.q_indptr[p.num_rows] * p.num_qo_heads;
   const int64_t row_bytes = p.head_dim * element_size;
   std::fill_n(static_cast<char*>(p.out) + first_idle * row_bytes, (num_q * p.num_qo_heads - first_idle) * row_bytes,

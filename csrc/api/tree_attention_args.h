@@ -20,7 +20,7 @@ inline void check_index(const Tensor& t, const char* name, const char* text, std
   check_contiguous(t, name);
 }
 
-// The plan's chunks or counts, checked, as the structs that their rows are.
+// Returns the checked chunks or counts of a plan as the structs of their rows.
 template <typename Row>
 const Row* rows_of(const Tensor& t) {
   return reinterpret_cast<const Row*>(t.const_data_ptr<int32_t>());
@@ -57,7 +57,7 @@ inline void check_attention_numbers(double sm_scale, int64_t window_left, double
   check_value(window_left >= -1, names.window_left, "-1 (no limit) or more", window_left);
 }
 
-// All but the values in tensors.
+// Checks all arguments, except for values in tensors.
 inline void check_tree_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
                                  const Tensor& page_table, const Tensor& seq_lens, const Tensor& q_indptr,
                                  const Tensor& part_indptr, const Tensor& chunks, const Tensor& counts, double sm_scale,

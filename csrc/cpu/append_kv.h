@@ -1,4 +1,4 @@
-// append_kv: write new tokens' K and V into their cache slots.
+// append_kv: writes K and V of new tokens into their cache slots.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,7 @@ struct AppendKvParams {
   PageStride v_page_stride;
 };
 
-// Pure copies: one build serves every ISA.
+// Only copies, so one build serves every ISA.
 void append_kv(const AppendKvParams& p, int64_t token_begin, int64_t token_end);
 
 }  // namespace treedecode::cpu

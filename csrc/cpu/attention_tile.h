@@ -3,7 +3,7 @@
 // Everything packed is counted in *units* of four bytes: one fp32 value, or (Pairs) two neighbouring bf16 values that
 // `vdpbf16ps` multiplies and adds at once. Both products of attention then have one shape,
 //   c[row][lane] (+)= sum_u a[row][u] * b[u][lane],
-// with a's unit broadcast over lanes: lanes are keys for q k^T, and dimensions for p v.
+// with a's unit broadcast over lanes. Lanes are keys in q k^T, and dimensions in p v.
 #pragma once
 
 #include <cstdint>
@@ -44,7 +44,7 @@ static void multiply_block(const float* a,        // [Rows, depth] units, row st
                            int64_t a_stride,      //
                            const float* b,        // [depth, kPanel] units
                            int64_t depth,         //
-                           const float* rescale,  // [Rows] factor of the old c, or null: c starts from 0
+                           const float* rescale,  // [Rows] factor of the old c, or null: c begins at 0
                            float* c,              // [Rows, Cols * N], row stride c_stride
                            int64_t c_stride) {
   Vec acc[Rows][Cols];
@@ -90,7 +90,7 @@ static void multiply_rows(int64_t rows, const float* a, int64_t a_stride, const 
   }
 }
 
-// One panel of b against any number of rows: the panel stays in L1 while the rows pass.
+// Multiplies any number of rows by one panel of b, which stays in L1 meanwhile.
 template <bool Pairs>
 static void multiply_panel(int64_t rows, int64_t cols, const float* a, int64_t a_stride, const float* b, int64_t depth,
                            const float* rescale, float* c, int64_t c_stride) {
@@ -105,7 +105,7 @@ static void multiply_panel(int64_t rows, int64_t cols, const float* a, int64_t a
   }
 }
 
-// N x N transpose of 32-bit units in registers.
+// Transposes N x N units of 32 bits in registers.
 static inline void transpose(Vec (&r)[Vec::N]) {
 #if defined(TD_ISA_AVX512)
   __m512 t[16], u[16];
@@ -163,7 +163,7 @@ static inline void transpose(Vec (&r)[Vec::N]) {
 #endif
 }
 
-// Up to N units of one row of values from unit `u` on; units past `units` are 0.
+// Loads up to N units of one row of values from unit `u` on; units past `units` are 0.
 template <bool Pairs, typename T>
 static inline Vec load_units(const T* row, int64_t u, int64_t units) {
   const int n = units - u < Vec::N ? static_cast<int>(units - u) : Vec::N;
@@ -175,7 +175,7 @@ static inline Vec load_units(const T* row, int64_t u, int64_t units) {
   }
 }
 
-// Query rows as they are (Pairs) or widened to fp32.
+// Copies a query row, as it is (Pairs) or widened to fp32.
 template <bool Pairs, typename T>
 static inline void pack_row(const T* row, int64_t units, float* out /* [units] */) {
   for (int64_t u = 0; u < units; u += Vec::N) {
@@ -184,8 +184,8 @@ static inline void pack_row(const T* row, int64_t units, float* out /* [units] *
   }
 }
 
-// Keys transposed so that lanes are tokens. Tokens whose row is null or past num_tokens, up to a whole register, become
-// 0.
+// Packs keys transposed, so that lanes are tokens. Tokens whose row is null, and those past num_tokens up to a whole
+// register, become 0.
 template <bool Pairs, typename T>
 static void pack_keys(const T* const* rows,  // [num_tokens] each [head_dim]
                       const T* const* next,  // [num_next] rows to prefetch meanwhile
@@ -212,9 +212,9 @@ static void pack_keys(const T* const* rows,  // [num_tokens] each [head_dim]
   }
 }
 
-// Values with lanes over dimensions; a unit holds one token's value, or (Pairs) those of tokens 2u and 2u+1.
-// Tokens whose row is null or past num_tokens, up to a multiple of N units, become 0; so do dimensions past head_dim up
-// to a whole register.
+// Packs values, so that lanes are dimensions. A unit holds the value of one token, or (Pairs) those of tokens 2u and
+// 2u + 1. Tokens whose row is null, and those past num_tokens up to a multiple of N units, become 0; so do dimensions
+// past head_dim up to a whole register.
 template <bool Pairs, typename T>
 static void pack_values(const T* const* rows, const T* const* next, int64_t num_tokens, int64_t num_next,
                         int64_t head_dim,
@@ -257,9 +257,9 @@ static void pack_values(const T* const* rows, const T* const* next, int64_t num_
   }
 }
 
-// 2^(x - base) for a whole number `base`, x <= about base, to 2 ulp: 2^(floor(x) - base) * p(x - floor(x)), p of degree
-// 5 with p(0) = 1 (minimax of the relative error on [0, 1], 1e-7). Its digits depend on x alone. 0 below 2^-126; NaN
-// stays NaN.
+// Returns 2^(x - base) to 2 ulp, for a whole number `base` and x up to about base: 2^(floor(x) - base) * p(x -
+// floor(x)), with p of degree 5 and p(0) = 1 (minimax of the relative error on [0, 1], 1e-7). The digits depend on x
+// alone. Results below 2^-126 are 0; NaN stays NaN.
 static inline Vec exp2_above(Vec x, Vec base) {
 #if defined(TD_ISA_AVX512)
   const Vec r{_mm512_reduce_ps(x.v, 0x09)};
@@ -283,7 +283,7 @@ static inline Vec exp2_above(Vec x, Vec base) {
 #endif
 }
 
-// To about 2 ulp: x * p(x^2) for small |x|, where 1 - 2 / (e^2x + 1) would cancel.
+// Returns tanh(x) to about 2 ulp: x * p(x^2) for small |x|, where 1 - 2 / (e^2x + 1) would cancel.
 static inline Vec tanh(Vec x) {
   const Vec z = x * x;
   Vec p = Vec::set(-5.704986925e-3f);

@@ -31,7 +31,7 @@ float block_max(const T* x, int64_t begin, int64_t end) {
   return m.max();
 }
 
-// Sums chunk `item` and adds its best to the candidates. Returns false for a NaN or +inf among its logits.
+// Sums up chunk `item` and adds its best tokens to the candidates. Returns false for a NaN or +inf among its logits.
 template <typename T, bool Masked, bool WithSum>
 bool scan_chunk(const BeamPruneParams& p, int64_t item, Candidates& c) {
   const int64_t row = item / p.num_chunks;
@@ -64,12 +64,12 @@ bool scan_chunk(const BeamPruneParams& p, int64_t item, Candidates& c) {
           for (int j = 0; j < kWide; ++j) t[j] = (v[j] - base) * Vec::set(kLog2E);
           add_exp2(t, sums);
         } else {
-          // Nothing is summed that would betray them: NaN and +inf poison the sum, -inf is legal.
+          // No exponentials are summed that would show NaN and +inf, so these become NaN in the sum; -inf is legal.
           for (int j = 0; j < kWide; ++j) sums[j] = select(v[j] < Vec::set(kInf), sums[j], v[j] - v[j]);
         }
-        Vec top = v[0];
-        for (int j = 1; j < kWide; ++j) top = max(top, v[j]);
-        if (__builtin_expect((top > Vec::set(c.threshold)).any(), 0) && attempt == 0) {
+        Vec highest = v[0];
+        for (int j = 1; j < kWide; ++j) highest = max(highest, v[j]);
+        if (__builtin_expect((highest > Vec::set(c.threshold)).any(), 0) && attempt == 0) {
           for (int j = 0; j < kWide && i + j * Vec::N < end; ++j) {
             const Vec allowed = candidate_values<T, Masked>(load_n(x, i + j * Vec::N, end), mask, i + j * Vec::N);
             const uint32_t lanes = (allowed > Vec::set(c.threshold)).bits();
@@ -84,11 +84,12 @@ bool scan_chunk(const BeamPruneParams& p, int64_t item, Candidates& c) {
         total += sum;
         break;
       }
-      // The block is far above what came before (or has NaN): make it the reference and sum it again, it is in L1.
-      const float top = block_max(x, begin, end);
-      if (!WithSum || attempt == 1 || !(top < kInf) || !(top > ref)) return false;
-      total *= std::exp(static_cast<double>(ref) - top);
-      ref = top;
+      // The block is far above the ones before (or has NaN): its maximum becomes the base, and it is summed again from
+      // L1.
+      const float new_ref = block_max(x, begin, end);
+      if (!WithSum || attempt == 1 || !(new_ref < kInf) || !(new_ref > ref)) return false;
+      total *= std::exp(static_cast<double>(ref) - new_ref);
+      ref = new_ref;
     }
   }
   p.chunk_refs[item] = ref;
@@ -101,7 +102,8 @@ void scan_chunks(const BeamPruneParams& p, int64_t begin, int64_t end, uint64_t*
   Candidates candidates{buffer, seeds, p.row_k};
   for (int64_t item = begin; item < end; ++item) {
     p.chunk_counts[item] = scan_chunk<T, Masked, WithSum>(p, item, candidates) ? 0 : -1;
-    // Chunks of one row that follow each other share their candidates: what beats only its own chunk is never kept.
+    // Neighbouring chunks of one row share their candidates, so that a token which is only among the best of its own
+    // chunk is dropped at once.
     if (item + 1 < end && (item + 1) % p.num_chunks) continue;
     if (candidates.n > p.row_k) candidates.compact();
     uint64_t* out = p.chunk_keys + item * p.row_k;

@@ -23,8 +23,8 @@ struct BeamPruneParams {
   int32_t* token;               // [num_groups, k] out
   float* lse;                   // [rows] out
   uint64_t* chunk_keys;         // [rows, num_chunks, row_k] scratch: (logit, token) keys of each chunk's best
-  int64_t* chunk_counts;        // [rows, num_chunks] scratch: how many of them; -1 = a bad logit
-  float* chunk_refs;            // [rows, num_chunks] scratch: what the exponentials are relative to
+  int64_t* chunk_counts;        // [rows, num_chunks] scratch: number of chunk_keys; -1 = a bad logit
+  float* chunk_refs;            // [rows, num_chunks] scratch: base of the exponentials
   double* chunk_sums;           // [rows, num_chunks] scratch: sum of exp(x - ref)
   uint64_t* row_keys;           // [rows, row_k] scratch: (score, rank in the group) keys
   int32_t* row_tokens;          // [rows, row_k] scratch
@@ -33,7 +33,7 @@ struct BeamPruneParams {
   int64_t vocab;
   int64_t num_groups;
   int64_t k;
-  int64_t row_k;  // min(k, vocab): more no row can give
+  int64_t row_k;  // min(k, vocab), the most candidates that a row can give
   int64_t num_chunks;
   int64_t chunk_len;  // a multiple of 64
   int64_t logits_stride;
@@ -41,7 +41,7 @@ struct BeamPruneParams {
   DType dtype;
   bool is_logprobs;
 
-  // Keys waiting for a decision, per worker (Candidates::buffer_len).
+  // Keys in the buffer of each worker (Candidates::buffer_len).
   int64_t buffer_len() const { return 2 * row_k + 128; }
 };
 

@@ -9,22 +9,22 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// Log-sum-exp of a row from its chunks; NaN when one of them holds a bad logit.
+// Returns the log-sum-exp of a row, NaN when one of its chunks holds a bad logit.
 double row_lse(const BeamPruneParams& p, int64_t row) {
   const int64_t item = row * p.num_chunks;
-  float top = -kInf;
+  float row_ref = -kInf;
   for (int64_t c = 0; c < p.num_chunks; ++c) {
     if (p.chunk_counts[item + c] < 0) return std::numeric_limits<double>::quiet_NaN();
-    top = p.chunk_refs[item + c] > top ? p.chunk_refs[item + c] : top;
+    row_ref = p.chunk_refs[item + c] > row_ref ? p.chunk_refs[item + c] : row_ref;
   }
   if (p.is_logprobs) return 0.0;
-  if (top == -kInf) return -kInf;
+  if (row_ref == -kInf) return -kInf;
   double sum = 0.0;
   for (int64_t c = 0; c < p.num_chunks; ++c) {
     if (p.chunk_refs[item + c] == -kInf) continue;
-    sum += p.chunk_sums[item + c] * std::exp(static_cast<double>(p.chunk_refs[item + c]) - top);
+    sum += p.chunk_sums[item + c] * std::exp(static_cast<double>(p.chunk_refs[item + c]) - row_ref);
   }
-  return top + std::log(sum);
+  return row_ref + std::log(sum);
 }
 
 void rank_row(const BeamPruneParams& p, int64_t row, int64_t rank_base) {

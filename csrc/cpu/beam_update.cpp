@@ -6,7 +6,7 @@
 namespace treedecode::cpu {
 namespace {
 
-// Added, never assigned: the order among such beams and what rounding makes of it is part of the semantics.
+// Added to the score and never assigned: the order of such beams after rounding is part of the semantics.
 constexpr float kBanned = -1.0e9f;
 
 struct Group {
@@ -26,13 +26,14 @@ bool is_hit(const BeamUpdateParams& p, const Group& g, int64_t rank) {
   return false;
 }
 
-// The next rank from `rank` on whose candidate is (or is not) a hit; limit when there is none. Absent ones come last.
+// Returns the next rank from `rank` on whose candidate is (or is not) a hit; limit when there is none. Absent ones come
+// last.
 int64_t next_rank(const BeamUpdateParams& p, const Group& g, int64_t rank, bool hit) {
   while (rank < g.limit && g.parent[rank] >= 0 && is_hit(p, g, rank) != hit) ++rank;
   return rank < g.limit && g.parent[rank] >= 0 ? rank : g.limit;
 }
 
-// Merges two descending sequences, candidates that go on and candidates that hit an end with the ban added.
+// Merges two descending sequences: candidates that go on, and candidates that hit an end, with kBanned added.
 void choose_running(const BeamUpdateParams& p, const Group& g, int64_t row_begin, int64_t beam_begin,
                     int64_t num_beams) {
   int64_t open = next_rank(p, g, 0, false);
@@ -58,18 +59,18 @@ void choose_running(const BeamUpdateParams& p, const Group& g, int64_t row_begin
   }
 }
 
-// Only hits among the first num_beams candidates may finish. Both lists are descending, old entries win ties; the
-// merge runs backwards, so that the pool can be its own output.
+// Merges the candidates that hit an end into the pool, those among the first num_beams candidates. Both lists are
+// descending, and old entries win ties. The merge runs backwards, because the pool is updated in place.
 void merge_into_pool(const BeamUpdateParams& p, const Group& g, int64_t row_begin, int64_t beam_begin,
                      int64_t num_beams, int32_t new_len) {
   const float divisor = static_cast<float>(std::pow(static_cast<double>(new_len), p.length_penalty));
   float* scores = p.pool_scores + beam_begin;
-  const int64_t top = g.limit < num_beams ? g.limit : num_beams;
+  const int64_t num_eligible = g.limit < num_beams ? g.limit : num_beams;
 
   int64_t num_old = 0;  // of the winners
   int64_t end = 0;      // one past the last rank that wins
   for (int64_t rank = next_rank(p, g, 0, true), num_new = 0; num_old + num_new < num_beams;) {
-    if (rank < top && g.scores[rank] / divisor > scores[num_old]) {
+    if (rank < num_eligible && g.scores[rank] / divisor > scores[num_old]) {
       ++num_new;
       end = rank + 1;
       rank = next_rank(p, g, rank + 1, true);
@@ -101,7 +102,7 @@ void merge_into_pool(const BeamUpdateParams& p, const Group& g, int64_t row_begi
 
 bool is_final(const BeamUpdateParams& p, const Group& g, int64_t group, int64_t beam_begin, int64_t num_beams,
               int32_t new_len) {
-  if (next_rank(p, g, 0, false) == g.limit) return true;  // nothing left to continue
+  if (next_rank(p, g, 0, false) == g.limit) return true;  // no beam can go on
   bool full = true;
   for (int64_t i = beam_begin; i < beam_begin + num_beams; ++i) full = full && p.pool_lens[i] > 0;
   if (full && p.early_stopping == 1) return true;

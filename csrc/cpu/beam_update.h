@@ -1,4 +1,4 @@
-// beam_update: one beam-search step after pruning; sorts candidates into the running and the finished beams.
+// beam_update: one step of beam search after pruning. Sorts candidates into the running and the finished beams.
 #pragma once
 
 #include <cstdint>
@@ -29,12 +29,13 @@ struct BeamUpdateParams {
   int32_t early_stopping;  // 0 = heuristic, 1 = a full pool is final, 2 = never stop while a better beam is possible
 };
 
-// How many of a group's candidates count: enough that num_beams survive when every beam's best tokens are all EOS.
+// Returns how many of a group's candidates count: enough for num_beams running beams even if all EOS tokens are the
+// best.
 static inline int64_t beam_candidates(int64_t num_beams, int64_t num_eos) {
   return (num_eos < 1 ? 2 : 1 + num_eos) * num_beams;
 }
 
-// Comparisons and copies of a few numbers: one build serves every ISA.
+// Compares and copies a few numbers, so one build serves every ISA.
 void beam_update(const BeamUpdateParams& p, int64_t group_begin, int64_t group_end);
 
 }  // namespace treedecode::cpu

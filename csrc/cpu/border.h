@@ -1,4 +1,4 @@
-// Finding where top-k and top-p cut a row's ranking, without sorting it.
+// Finds the last token that top-k or top-p keeps of a row, without sorting it.
 #pragma once
 
 #include <cmath>
@@ -21,7 +21,7 @@ static inline Vec add_if(Mask m, Vec sum, Vec x) {
 #endif
 }
 
-// Writes the chosen lanes side by side; may scribble on Vec::N floats from `to` on. Returns how many there are.
+// Writes the chosen lanes side by side, and may overwrite Vec::N floats from `to` on. Returns how many are chosen.
 static inline int compress(float* to, Vec x, Mask m) {
 #if defined(TD_ISA_AVX512)
   _mm512_storeu_ps(to, _mm512_maskz_compress_ps(m.m, x.v));
@@ -35,7 +35,7 @@ static inline int compress(float* to, Vec x, Mask m) {
 #endif
 }
 
-// visit(v) for n floats; lanes past the end are `fill`.
+// Calls visit(v) for n floats; lanes past the end are `fill`.
 template <typename Visit>
 static inline __attribute__((always_inline)) void each_of(const float* x, int64_t n, float fill, const Visit& visit) {
   int64_t i = 0;
@@ -43,15 +43,15 @@ static inline __attribute__((always_inline)) void each_of(const float* x, int64_
   if (i < n) visit(Vec::load_n(x + i, static_cast<int>(n - i), fill));
 }
 
-// Where a filter cuts the ranking: it keeps every token above `value` and the first `ties` of those equal to it.
+// The border of a filter, which keeps every token above `value` and the first `ties` of those equal to it.
 struct Border {
   float value = -kInf;
   int64_t ties = std::numeric_limits<int64_t>::max();
 };
 
-// The border of the shortest prefix of the ranking that holds `target`. x are the tokens the border can be at, n > 0,
-// in any order; `base` is what the tokens above them hold. Tokens count their mass 2^((x - ref) * scale), or one each.
-// Eight-way search by value: each round keeps the eighth of the range the border is in.
+// Returns the border of the fewest best tokens whose masses reach `target`. x are the tokens that the border can be at,
+// n > 0, in any order; `base` is the mass of the tokens above them. The mass of a token is 2^((x - ref) * scale), or 1.
+// An eight-way search by value: each round keeps the eighth of the range that the border is in.
 template <bool Mass>
 Border find_border(const float* x /* [n] */, float* work /* [n + Vec::N], may be x */, int64_t n, double base,
                    double target, float ref, float scale) {
@@ -61,7 +61,7 @@ Border find_border(const float* x /* [n] */, float* work /* [n + Vec::N], may be
     if constexpr (!Mass) return 1.0;
     return std::exp2(static_cast<double>((v - ref) * scale));
   };
-  const auto at = [&](float value, int64_t count) {
+  const auto border_at = [&](float value, int64_t count) {
     const double weight = weight_of(value);
     const double wanted = std::ceil((target - base) / weight);
     const int64_t ties = wanted >= 1 ? (wanted < static_cast<double>(count) ? static_cast<int64_t>(wanted) : count) : 1;
@@ -71,14 +71,14 @@ Border find_border(const float* x /* [n] */, float* work /* [n + Vec::N], may be
     Vec low = Vec::set(kInf), high = Vec::set(-kInf);
     each_of(x, n, kInf, [&](Vec v) { low = min(v, low); });
     each_of(x, n, -kInf, [&](Vec v) { high = max(v, high); });
-    const float least = -(Vec::zero() - low).max(), most = high.max();
-    if (least == most) return at(least, n);
+    const float lowest = -(Vec::zero() - low).max(), highest = high.max();
+    if (lowest == highest) return border_at(lowest, n);
     float split[kSplits];
-    // Halves first: the difference of two large finite numbers may overflow.
+    // A sum of shares, since the difference of two large finite numbers may overflow.
     for (int j = 0; j < kSplits; ++j) {
       const float share = static_cast<float>(kSplits - j) / (kSplits + 1);
-      split[j] = least * (1 - share) + most * share;
-      if (!(split[j] < most)) split[j] = least;  // rounded up to the top: nothing would be above it
+      split[j] = lowest * (1 - share) + highest * share;
+      if (!(split[j] < highest)) split[j] = lowest;  // rounded up to the highest: no token would be above it
     }
     double above[kSplits] = {};
     for (int64_t begin = 0; begin < n; begin += kBorderBlock) {
@@ -95,7 +95,7 @@ Border find_border(const float* x /* [n] */, float* work /* [n + Vec::N], may be
     while (j < kSplits && base + above[j] < target) ++j;
     const float hi = j > 0 ? split[j - 1] : kInf, lo = j < kSplits ? split[j] : -kInf;
     if (j > 0) base += above[j - 1];
-    float* to = work;  // may be x: what is written, and scribbled on, has been read before
+    float* to = work;  // may be x: everything that is overwritten has been read before
     each_of(x, n, -kInf, [&](Vec v) __attribute__((always_inline)) {
       to += compress(to, v, (v > Vec::set(lo)) & (Vec::set(hi) >= v));
     });
@@ -109,7 +109,7 @@ Border find_border(const float* x /* [n] */, float* work /* [n + Vec::N], may be
     int64_t count = 1;
     while (i + count < n && key_value(keys[i + count]) == value) ++count;
     const double weight = static_cast<double>(count) * weight_of(value);
-    if (base + weight >= target || i + count == n) return at(value, count);
+    if (base + weight >= target || i + count == n) return border_at(value, count);
     base += weight;
     i += count;
   }

@@ -13,18 +13,18 @@ struct Candidates {
   static constexpr int64_t kMaxSeeds = 2048;
   static constexpr int64_t kMaxSorted = 64;
   static int64_t buffer_len(int64_t k) { return 2 * k + 128; }
-  // Elements between two looks at the threshold: so many that k candidates are a minority.
+  // Elements between two checks of the threshold: so many that k candidates are a minority.
   static int64_t block_len(int64_t k) { return k <= 64 ? 1024 : k <= 256 ? 4096 : 16384; }
 
   uint64_t* keys;   // [buffer_len(k)]
   uint64_t* seeds;  // [kMaxSeeds] scratch
   int64_t k;
   int64_t n = 0;
-  // A new candidate must be above it; at a tie the earlier token, which is already here, wins.
+  // A new candidate must be above it; at a tie the earlier token wins, which is among the candidates already.
   float threshold = -std::numeric_limits<float>::infinity();
   bool busy = true;                          // the last block brought many candidates
-  float seed = 0.0f;                         // at least k tokens of this block reach it,
-  int64_t seed_left = 0;                     // and once this many of them are here, later ones must be above it
+  float seed = 0.0f;                         // a logit that at least k tokens of this block reach
+  int64_t num_to_seed = 0;                   // after this many more of them, candidates must be above the seed
   int64_t num_inserted = 0, num_before = 0;  // in all; before the block
 
   void raise(float value) { threshold = value > threshold ? value : threshold; }
@@ -43,7 +43,7 @@ struct Candidates {
       if (!(value[lane] > threshold)) continue;
       put(make_key(value[lane], static_cast<uint32_t>(token + lane)));
       ++num_inserted;
-      if (value[lane] >= seed && --seed_left == 0) raise(seed);
+      if (value[lane] >= seed && --num_to_seed == 0) raise(seed);
     }
   }
 
@@ -53,16 +53,16 @@ struct Candidates {
       if (n == buffer_len(k)) compact();
       return;
     }
-    // Few: always the best so far in order, so that the threshold is as high as it can be.
+    // Few candidates are always sorted, so that the threshold is as high as it can be.
     int64_t j = n < k ? n++ : k - 1;
     for (; j > 0 && keys[j - 1] < key; --j) keys[j] = keys[j - 1];
     keys[j] = key;
     if (n == k) raise(key_value(keys[k - 1]));
   }
 
-  // Where the last block brought many candidates, raises the threshold to what at least k tokens of the next one reach:
-  // the k-th largest of at least k maxima over disjoint sets of lanes. Without this a row sorted upwards would make
-  // every element a candidate. load(i) gives lanes i to i + Vec::N.
+  // Raises the threshold before a block, if the last block brought many candidates, to one that at least k tokens of
+  // the block reach: the k-th largest of at least k maxima over disjoint sets of lanes. Without this, every element of
+  // an ascending row would be a candidate. load(i) returns lanes i to i + Vec::N.
   template <typename Load>
   void begin_block(int64_t begin, int64_t end, const Load& load) {
     busy |= 2 * (num_inserted - num_before) >= k;
@@ -80,9 +80,9 @@ struct Candidates {
     for (int64_t s = 0; s < num; ++s) seeds[s] = make_key(maxima[s], static_cast<uint32_t>(s));
     const float kth = key_value(keep_largest(seeds, num, k));
     if (!(kth > threshold)) return;
-    threshold = just_below(kth);  // the tokens that reach it are to come
+    threshold = just_below(kth);  // the tokens that reach it come later
     seed = kth;
-    seed_left = k;
+    num_to_seed = k;
   }
 };
 

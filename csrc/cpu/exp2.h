@@ -9,16 +9,12 @@ namespace treedecode::cpu::TD_ISA {
 
 constexpr float kLog2E = 1.44269504088896341f;
 
-// How many registers the long loops carry side by side: an exponential is one dependent chain of about 50 cycles, and
-// interleaving chains in the source leaves less to the core's scheduler.
-#if defined(TD_ISA_AVX512)
+// Registers that the long loops compute side by side: an exponential is one dependent chain of about 50 cycles, and
+// chains interleaved in the source leave less to the core's scheduler.
 constexpr int kWide = 4;
-#else
-constexpr int kWide = 4;
-#endif
 
-// kWide registers of x, in any order of the lanes: two instructions load and widen two registers of bf16, and in order
-// it takes four.
+// Loads kWide registers of x, with the lanes in any order: two instructions load and widen two registers of bf16, while
+// four are needed to keep the order.
 template <typename T>
 static inline __attribute__((always_inline)) void load_wide(const T* x /* [kWide * Vec::N] */, Vec (&v)[kWide]) {
   for (int j = 0; j < kWide; ++j) v[j] = Vec::load(x + j * Vec::N);
@@ -27,7 +23,7 @@ static inline __attribute__((always_inline)) void load_wide(const bf16* x, Vec (
   for (int j = 0; j < kWide; j += 2) Vec::load_pairs(x + j * Vec::N, v[j], v[j + 1]);
 }
 
-// 2^t, relative error below 2e-7 in fp32 arithmetic: -inf gives 0, +inf and anything from 128 on +inf, NaN itself.
+// 2^t, with a relative error below 2e-7 in fp32 arithmetic. -inf gives 0, 128 and more give +inf, NaN gives NaN.
 #if defined(TD_ISA_AVX512)
 // 2^(j / 32)
 alignas(64) constexpr float kPowers[32] = {
@@ -38,10 +34,10 @@ alignas(64) constexpr float kPowers[32] = {
 };
 
 // 2^t = 2^floor(t) * 2^(j/32) * p(r) with j / 32 + r the fraction of t: two registers hold the table, and p of degree 2
-// (minimax on [0, 1/32)) is enough. What bounds the loops over a vocabulary is the number of instructions.
+// (minimax on [0, 1/32)) is enough. The number of instructions bounds the loops over a vocabulary.
 template <int Num>
 static inline __attribute__((always_inline)) void exp2_parts(Vec (&t)[Num], Vec (&fraction)[Num], Vec (&p)[Num]) {
-  // Adding it leaves floor(32 t) in the low bits.
+  // t + shift has floor(32 t) in its low bits.
   const __m512 shift = _mm512_set1_ps(0x1.8p18f);
   const __m512 low = _mm512_load_ps(kPowers), high = _mm512_load_ps(kPowers + 16);
   Vec r[Num];
@@ -54,7 +50,7 @@ static inline __attribute__((always_inline)) void exp2_parts(Vec (&t)[Num], Vec 
   for (int j = 0; j < Num; ++j) p[j] = fma(p[j], r[j], Vec::set(1.0f));
 }
 
-// t becomes 2^t.
+// Replaces t by 2^t.
 template <int Num>
 static inline __attribute__((always_inline)) void exp2_inplace(Vec (&t)[Num]) {
   Vec fraction[Num], p[Num];
@@ -62,7 +58,7 @@ static inline __attribute__((always_inline)) void exp2_inplace(Vec (&t)[Num]) {
   for (int j = 0; j < Num; ++j) t[j] = {_mm512_scalef_ps((fraction[j] * p[j]).v, t[j].v)};  // scales by floor(t)
 }
 
-// sums += 2^t
+// Adds 2^t to sums.
 template <int Num>
 static inline __attribute__((always_inline)) void add_exp2(Vec (&t)[Num], Vec (&sums)[Num]) {
   Vec fraction[Num], p[Num];
@@ -104,7 +100,7 @@ static inline Vec exp2(Vec t) {
   return one[0];
 }
 
-// Lanes that a packed token mask allows among the Vec::N tokens from i on; i is a multiple of Vec::N.
+// Returns the lanes that a packed token mask allows among the Vec::N tokens from i on; i is a multiple of Vec::N.
 static inline Mask allowed_lanes(const int32_t* mask /* [ceil(vocab / 32)] */, int64_t i) {
   return mask_from_bits(static_cast<uint32_t>(mask[i >> 5]) >> (i & 31));
 }

@@ -11,7 +11,7 @@
 namespace treedecode::cpu {
 namespace {
 
-// Whether there are tile registers, and the system lets this process use them: it has to be asked (Linux 5.16).
+// True if the CPU has tile registers and the system lets this process use them, which it does on request (Linux 5.16).
 bool may_use_amx() {
 #if defined(TD_HAVE_X86_ISAS) && defined(__linux__)
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;

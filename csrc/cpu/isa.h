@@ -1,4 +1,4 @@
-// Run-time choice of the instruction set, and the vector vocabulary every CPU kernel is written in.
+// Chooses the instruction set of the CPU kernels at run time.
 //
 // Each csrc/cpu kernel source is compiled once per ISA with TD_ISA set to the ISA's namespace (see CMakeLists.txt).
 // A kernel `foo` is declared for all of them with TD_DECLARE_KERNEL and reached through TD_DISPATCH(foo).

@@ -16,8 +16,8 @@ static constexpr float from_ordered_bits(uint32_t u) {
   return std::bit_cast<float>(u & 0x80000000u ? u & 0x7fffffffu : ~u);
 }
 
-// The larger key is the better one: value descending, then index ascending. All keys of distinct indices differ, so
-// the best k are the same whatever order they come in.
+// The larger key is the better one: value descending, then index ascending. All keys of distinct indices differ, so the
+// best k do not depend on the order they come in.
 static constexpr uint64_t make_key(float value, uint32_t index) {
   return (static_cast<uint64_t>(ordered_bits(value)) << 32) | (0xffffffffu - index);
 }

@@ -7,9 +7,11 @@
 namespace treedecode::cpu::TD_ISA {
 namespace {
 
-constexpr int64_t kDims = 256;  // head_dim is worked through in blocks of this, so that the sums stay on the stack
+constexpr int64_t kDims = 256;  // a block of head_dim, so that the sums stay on the stack
 
-// Lanes are heads while the weights are computed, dimensions while they are applied. Parts are taken in order.
+// Merges the parts of one state for num_heads heads, in order. Lanes are heads while the weights are computed, and
+// dimensions while they are applied. Per head: m is the maximum of the parts' lse, l the sum of weights exp(lse - m),
+// acc that of weight * part_out.
 template <typename T>
 void merge_heads(const MergeStatesParams& p, int64_t state, int64_t head_begin, int num_heads) {
   const int64_t begin = p.merge_indptr[state];
@@ -19,21 +21,21 @@ void merge_heads(const MergeStatesParams& p, int64_t state, int64_t head_begin, 
   const T* part_out = static_cast<const T*>(p.part_out) + head_begin * p.part_stride.head;
   T* out = static_cast<T*>(p.out) + (state * p.num_heads + head_begin) * p.head_dim;
 
-  Vec top = none;
-  for (int64_t i = begin; i < end; ++i) top = max(top, Vec::load_n(part_lse + i * p.num_heads, num_heads));
-  // Where no part has a key, (-inf) - (-inf) would be NaN.
-  const Vec base = select(top > none, top, Vec::zero());
+  Vec m = none;
+  for (int64_t i = begin; i < end; ++i) m = max(m, Vec::load_n(part_lse + i * p.num_heads, num_heads));
+  // If no part has a key, (-inf) - (-inf) would be NaN.
+  const Vec base = select(m > none, m, Vec::zero());
 
   alignas(64) float weight[Vec::N];
-  alignas(64) float sum[Vec::N];
+  alignas(64) float l[Vec::N];
   alignas(64) float acc[Vec::N * kDims];  // [num_heads, dims]
   for (int64_t dim_begin = 0; dim_begin < p.head_dim || dim_begin == 0; dim_begin += kDims) {
     const int64_t dims = p.head_dim - dim_begin < kDims ? p.head_dim - dim_begin : kDims;
     for (int64_t i = 0; i < num_heads * dims; ++i) acc[i] = 0.0f;
-    Vec total = Vec::zero();
+    Vec weight_sum = Vec::zero();
     for (int64_t i = begin; i < end; ++i) {
       const Vec w = exp(Vec::load_n(part_lse + i * p.num_heads, num_heads) - base);
-      total += w;
+      weight_sum += w;
       w.store(weight);
       for (int h = 0; h < num_heads; ++h) {
         if (weight[h] == 0.0f) continue;  // its output may be anything, also NaN
@@ -43,14 +45,14 @@ void merge_heads(const MergeStatesParams& p, int64_t state, int64_t head_begin, 
         int64_t d = 0;
         for (; d + Vec::N <= dims; d += Vec::N) fma(scale, Vec::load(x + d), Vec::load(y + d)).store(y + d);
         if (d < dims) {
-          const int rest = static_cast<int>(dims - d);
-          fma(scale, Vec::load_n(x + d, rest), Vec::load_n(y + d, rest)).store_n(y + d, rest);
+          const int n = static_cast<int>(dims - d);
+          fma(scale, Vec::load_n(x + d, n), Vec::load_n(y + d, n)).store_n(y + d, n);
         }
       }
     }
-    total.store(sum);
+    weight_sum.store(l);
     for (int h = 0; h < num_heads; ++h) {
-      const Vec scale = Vec::set(sum[h] == 0.0f ? 0.0f : 1.0f / sum[h]);
+      const Vec scale = Vec::set(l[h] == 0.0f ? 0.0f : 1.0f / l[h]);
       const float* y = acc + h * dims;
       T* z = out + h * p.head_dim + dim_begin;
       for (int64_t d = 0; d < dims; d += Vec::N) {
@@ -61,7 +63,7 @@ void merge_heads(const MergeStatesParams& p, int64_t state, int64_t head_begin, 
   }
   base.store(weight);
   float* lse = p.lse + state * p.num_heads + head_begin;
-  for (int h = 0; h < num_heads; ++h) lse[h] = weight[h] + std::log(sum[h]);  // log(0) = -inf
+  for (int h = 0; h < num_heads; ++h) lse[h] = weight[h] + std::log(l[h]);  // log(0) = -inf
 }
 
 template <typename T>

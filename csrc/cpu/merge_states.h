@@ -1,4 +1,4 @@
-// merge_states: attention over several sets of keys from the attention over each.
+// merge_states: merges the attention to several sets of keys into the attention to all of them.
 #pragma once
 
 #include <cstdint>

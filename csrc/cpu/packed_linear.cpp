@@ -22,7 +22,7 @@ constexpr bool kBf16Dot = true;
 constexpr bool kBf16Dot = false;
 #endif
 constexpr int kMaxPanels = 4;          // panels of a register tile, when rows are few
-constexpr int64_t kRowsPerPass = 256;  // rows of x that stay in cache while the panels pass by
+constexpr int64_t kRowsPerPass = 256;  // rows of x that stay in cache during a pass over the panels
 
 // Sums of a row block and up to kMaxPanels panels, before the epilogue.
 struct Tile {
@@ -89,37 +89,37 @@ void multiply(const bf16* x, const bf16* w, int64_t k_size, int row, Tile& tile)
 }
 #endif
 
-// Packed x of one row block, as this instruction set multiplies it with weights of type T.
+// The type of packed x that this instruction set multiplies with weights of type T.
 template <typename T>
 using PackedX = std::conditional_t<kBf16Dot && std::is_same_v<T, bf16>, bf16, float>;
 
-// Sums of `rows` rows and PANELS panels into `tile`. Rows go in register tiles of a few fixed heights; the spare rows
-// of the last one are zeros of the packing.
+// Multiplies `rows` rows by PANELS panels into `tile`. Rows go in register tiles of a few fixed heights; the spare rows
+// of the last one are zeros.
 template <typename T, int PANELS>
 void block(const PackedX<T>* x, const T* w, int64_t k_size, int rows, Tile& tile) {
   constexpr int LIMIT = kAccumulators / (PANELS * kVecs);
   int row = 0;
   while (row < rows) {
-    const int left = rows - row;
+    const int remaining = rows - row;
     if constexpr (LIMIT >= 16) {
-      if (left > 8) return multiply<T, 16, PANELS>(x, w, k_size, row, tile);
+      if (remaining > 8) return multiply<T, 16, PANELS>(x, w, k_size, row, tile);
     }
     if constexpr (LIMIT >= 8) {
-      if (left > 6) {
+      if (remaining > 6) {
         multiply<T, 8, PANELS>(x, w, k_size, row, tile);
         row += 8;
         continue;
       }
     }
     if constexpr (LIMIT >= 4) {
-      if (left > 2) {
+      if (remaining > 2) {
         multiply<T, 4, PANELS>(x, w, k_size, row, tile);
         row += 4;
         continue;
       }
     }
     if constexpr (LIMIT >= 2) {
-      if (left > 1) {
+      if (remaining > 1) {
         multiply<T, 2, PANELS>(x, w, k_size, row, tile);
         row += 2;
         continue;
@@ -151,9 +151,9 @@ void finish(const PackedLinearParams& p, int64_t panel, const float (*sum)[kPane
     const T* residual = static_cast<const T*>(p.residual);
     if (residual) residual += (row_begin + r) * p.residual_stride + column;
     for (int c = 0; c < kPanel; c += Vec::N) {
-      const int64_t left = p.out_features - column - c;
-      if (left <= 0) break;
-      const int n = left < Vec::N ? static_cast<int>(left) : Vec::N;
+      const int64_t remaining = p.out_features - column - c;
+      if (remaining <= 0) break;
+      const int n = remaining < Vec::N ? static_cast<int>(remaining) : Vec::N;
       Vec y = Vec::load(sum[r] + c);
       if (bias) y = y + Vec::load(bias + c);
       if (up) {
@@ -185,7 +185,7 @@ void panels(const PackedLinearParams& p, int64_t panel, int64_t row_begin, int64
   }
 }
 
-// Gate and up are separate register tiles when rows are many: one tile takes 16 rows and reads x from cache once.
+// Computes gate and up in separate register tiles, for many rows: each takes 16 rows and reads x from cache once.
 template <typename T>
 void gate_up(const PackedLinearParams& p, int64_t panel, int64_t row_begin, int64_t row_end) {
   const T* w = static_cast<const T*>(p.weight) + panel * p.in_features * kPanel;
@@ -204,7 +204,7 @@ constexpr int64_t kTileK = 32;  // of a tile register: 16 rows of 64 bytes
 
 bool fits_tiles(const PackedLinearParams& p) { return p.dtype == DType::BF16 && p.in_features % kTileK == 0; }
 
-// Panels [begin, end), gates and ups counted one by one. Sums over k are in one order however many rows there are.
+// Computes panels [begin, end), gates and ups counted one by one. The order of sums over k does not depend on the rows.
 void run_tiles(const PackedLinearParams& p, int64_t begin, int64_t end) {
   const bool paired = p.gate != Gate::None;
   const int64_t units = p.in_features / 2;
@@ -250,7 +250,7 @@ void run_tiles(const PackedLinearParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// [16, in_features] bf16 per row block, rows beyond the last are zeros.
+// Packs row blocks of [16, in_features] bf16; rows beyond the last one are zeros.
 void pack_tiles(const PackedLinearParams& p, int64_t begin, int64_t end) {
   const size_t row_bytes = static_cast<size_t>(p.in_features) * sizeof(bf16);
   for (int64_t row = begin * kRowBlock; row < end * kRowBlock; ++row) {

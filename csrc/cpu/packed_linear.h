@@ -1,8 +1,8 @@
-// packed_linear: x W^T with weights laid out for few rows of x, and what follows it in a transformer layer.
+// packed_linear: x W^T with weights laid out for few rows of x, then a bias, a gate and a residual.
 //
-// Weights come in panels of 16 output features, so that a panel is read from memory once, in order, by whatever number
-// of rows. An output element is summed over k in one order, whatever the other rows are: a row's result does not depend
-// on how many rows there are.
+// Weights come in panels of 16 output features, so that a panel is read from memory once, in order, for any number of
+// rows. An output element is summed over k in the same order for any number of rows, so a row's result does not depend
+// on the other rows.
 #pragma once
 
 #include <cstdint>

@@ -8,7 +8,7 @@ namespace treedecode {
 enum PagesError : int32_t {
   kOk = 0,
   kOutOfPages = 1,
-  kBadArgument = 2,  // on the device, where nobody can raise
+  kBadArgument = 2,  // on the device, which cannot raise
 };
 
 struct PageStatus {

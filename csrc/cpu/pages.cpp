@@ -6,7 +6,7 @@
 namespace treedecode::cpu {
 namespace {
 
-// Marks by index that are all zero between calls; each op clears the marks it set.
+// Counters by index. The memory is kept between calls and all zero then: each op clears the marks it set.
 class Marks {
  public:
   explicit Marks(int64_t size) {
@@ -19,7 +19,7 @@ class Marks {
   Marks(const Marks&) = delete;
   Marks& operator=(const Marks&) = delete;
 
-  // The number of earlier marks of `i`.
+  // Marks `i`. Returns the number of earlier marks.
   int32_t add(int32_t i) {
     touched().push_back(i);
     return counts()[i]++;
@@ -52,10 +52,10 @@ Fault check_rows(const PageState& s, const int32_t* rows, int64_t n, const char*
   return {};
 }
 
-// What fits into a row of the table, and into its length.
+// Returns the longest length that fits into a row of the table, and into an int32.
 int64_t max_len(const PageState& s) { return std::min<int64_t>(s.max_pages * s.page_size, INT32_MAX); }
 
-// What the table says is an address here: a length or a page id out of range would read or write somewhere else.
+// Lengths and page ids are used as addresses: out of range, they would read or write other memory.
 bool len_in_range(const PageState& s, int32_t row) { return s.seq_lens[row] >= 0 && s.seq_lens[row] <= max_len(s); }
 
 Fault bad_len(const PageState& s, int32_t row) {
@@ -88,8 +88,8 @@ Fault fork_branches(const PageState& s, const ForkParams& p) {
     const int64_t len = new_len(i), limit = s.seq_lens[p.src[i]];
     if (len < 0 || len > limit) return {"lens", "lengths from 0 to the source's", limit, len, i};
     if (!pages_in_range(s, p.src[i], 0, s.pages_of(len))) return bad_page(s, p.src[i], 0);
-    const int64_t known = p.src[i] == p.dst[i] ? s.pages_of(len) : 0;
-    if (!pages_in_range(s, p.dst[i], known, s.pages_of(s.seq_lens[p.dst[i]]))) return bad_page(s, p.dst[i], known);
+    const int64_t checked = p.src[i] == p.dst[i] ? s.pages_of(len) : 0;
+    if (!pages_in_range(s, p.dst[i], checked, s.pages_of(s.seq_lens[p.dst[i]]))) return bad_page(s, p.dst[i], checked);
     num_entries += s.pages_of(len);
   }
   if (s.status->error) return {};
@@ -142,8 +142,8 @@ Fault append_slots(const PageState& s, const AppendParams& p, PageCopies& copies
   }
   if (num_slots > p.num_slots) return {"slots", "at least the sum of q_lens,", num_slots, p.num_slots, 0};
 
-  // Count. Of the rows that share a partial last page, the first refcount - 1 in this call copy it and the last one,
-  // if all sharers are here, writes in place: row i copies when refcount > 1 + (earlier sharers in this call).
+  // Count. Of the rows that share a partial last page, the first refcount - 1 in this call copy it. If all of them are
+  // in this call, the last one writes in place: row i copies when refcount > 1 + (earlier sharers in this call).
   thread_local std::vector<uint8_t> copied;
   copied.assign(p.n, 0);
   int64_t num_needed = 0;
@@ -177,8 +177,8 @@ Fault append_slots(const PageState& s, const AppendParams& p, PageCopies& copies
     }
   }
 
-  // Commit. The k-th page that the call takes, in row order and ascending position (a copy counts as the first), is the
-  // k-th from the top of the stack.
+  // Commit. The k-th page that the call takes is the k-th from the top of the stack. Pages are taken in the order of
+  // rows and of positions in a row; a copy comes first.
   const int32_t* top = s.free_pages + s.status->num_free;
   int64_t* slot = p.slots;
   for (int64_t i = 0; i < p.n; ++i) {

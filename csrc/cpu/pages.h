@@ -1,7 +1,7 @@
 // Page ops: fork, append, hold, adopt on the page state, and the copy of pages over all layers.
 //
-// Every op runs as check -> count -> commit. Check and count only read; commit cannot fail. So an op that is refused
-// has written nothing, and each phase is one loop over rows that a device kernel can take with one block. The caller's
+// Every op runs in phases: check, count, commit. Check and count only read, and commit cannot fail, so an op that is
+// refused has written nothing. Each phase is a loop over rows, as in the device kernels of one block. The caller's
 // thread does the bookkeeping (a few thousand integers); only page copies are spread over threads.
 #pragma once
 
@@ -51,7 +51,7 @@ struct AppendParams {
   int64_t num_slots;
 };
 
-// Copies of partial pages that an append asks for.
+// Copies of partial pages that the caller of an append must do.
 struct PageCopies {
   std::vector<int32_t> src;
   std::vector<int32_t> dst;
@@ -72,7 +72,7 @@ struct CopyPagesParams {
 };
 
 Fault fork_branches(const PageState& s, const ForkParams& p);
-// A refusal for lack of pages is no fault: it is in the status word, the slots are -1 and `copies` is empty.
+// Lack of pages is no fault: it sets the status to kOutOfPages, the slots are -1 and `copies` is empty.
 Fault append_slots(const PageState& s, const AppendParams& p, PageCopies& copies);
 Fault hold_pages(const PageState& s, const int32_t* pages /* [n] */, int64_t n, bool hold);
 // The caller has checked that the row exists, and that num_tokens end in the last of n <= max_pages pages.

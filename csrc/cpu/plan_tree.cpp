@@ -9,7 +9,7 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Length of the common beginning of a and b, at most n.
+// Returns the length of the common prefix of a and b, at most n.
 int64_t common_prefix(const int32_t* a, const int32_t* b, int64_t n) {
   constexpr int64_t kBlock = 16;
   int64_t i = 0;
@@ -22,23 +22,23 @@ int64_t common_prefix(const int32_t* a, const int32_t* b, int64_t n) {
   return i;
 }
 
-// A run of pages shared by the rows [row_begin, row_end) and no others. A leaf is what one row has alone, maybe
-// nothing.
+// A run of pages that the rows [row_begin, row_end) share, and no others. A leaf has the pages that only one row has,
+// maybe none.
 struct Node {
   int32_t row_begin, row_end;
   int32_t page_begin, page_end;
   int32_t parent = -1, first_child = -1, last_child = -1, next_sibling = -1;
   bool is_leaf;
   bool is_folded = false;
-  int32_t round = 0;        // of its last chunk, or of what it goes on from
-  int32_t num_parts = 0;    // down to its end
+  int32_t round = 0;        // of its last chunk, or of the last chunk above it
+  int32_t num_parts = 0;    // on the path down to its end
   int32_t level = 0;        // number of nodes with tokens above it
   int32_t first_fork = 0;   // the first row of its second child
   int64_t num_queries = 0;  // query tokens of its rows
   int64_t max_seq_len = 0;  // of its rows that have queries
 };
 
-// A chunk before the chunks are in their order.
+// A chunk, before the chunks are sorted.
 struct Cut {
   int32_t round;
   int64_t cost;
@@ -56,14 +56,14 @@ class Planner {
     chunks_.reserve(2 * n);
   }
 
-  // The longest-common-prefix interval tree of the rows, in one sweep with a stack of open intervals. A node is adopted
-  // by its parent when it closes; all that lies below it is known by then.
+  // Builds the tree of longest-common-prefix intervals of the rows, in one sweep with a stack of open intervals. A node
+  // gets its parent when its interval closes; everything below it is complete by then.
   void build_tree(const int32_t* shared) {
     const auto num_rows = static_cast<int32_t>(p_.num_rows);
     std::vector<int32_t> open{add_node(0, 0, /*is_leaf=*/false)};
     for (int32_t row = 0; row <= num_rows; ++row) {
       const int32_t depth = row < num_rows ? shared[row] : 0;
-      // A leaf is always closed: if it ends where the interval to come does, the two are siblings.
+      // A leaf always closes: if it ends where the next interval does, the two are siblings.
       while (nodes_[open.back()].is_leaf || nodes_[open.back()].page_end > depth) {
         const int32_t closed = open.back();
         open.pop_back();
@@ -77,8 +77,8 @@ class Planner {
     }
   }
 
-  // Goes down from the roots. Where keeping a node costs its rows more in extra partials than its children would pay
-  // for reading its pages once each, its pages are given to the children.
+  // Folds nodes into their children, from the roots down: where the partial results of a node cost more than each
+  // child's reading the pages of the node again, its pages go to the children.
   void fold() {
     for (int32_t i = next_in_preorder(0); i >= 0; i = next_in_preorder(i)) {
       Node& v = nodes_[i];
@@ -100,8 +100,8 @@ class Planner {
     }
   }
 
-  // Cuts every node at the borders of segments. A chunk that begins inside of a segment goes on where its parent's last
-  // one ended, so it comes one round later.
+  // Cuts every node at the borders of segments. A chunk that begins inside a segment continues the last chunk above it,
+  // so it comes one round later.
   void cut_chained() {
     for (int32_t i : order_) {
       Node& v = nodes_[i];
@@ -114,7 +114,7 @@ class Planner {
       for (int64_t next; begin < end; begin = next) {
         next = std::min(end, (begin / kSegment + 1) * kSegment);
         v.round = begin % kSegment ? v.round + 1 : 0;
-        // Rows that end in a page which a segment ends in too are not part of the next segment.
+        // A row that ends in the page in which a segment ends has no part in the next segment.
         for (int32_t row = v.row_begin, last; row < v.row_end; row = last) {
           last = row + 1;
           if (p_.seq_lens[row] <= begin) continue;
@@ -129,7 +129,7 @@ class Planner {
     });
   }
 
-  // Cuts every node into chunks of comparable cost. They may be computed at the same time, each a partial result.
+  // Cuts every node into chunks of comparable cost, each with its own partial results, so that all can run at once.
   void cut_flat() {
     struct Whole {
       int64_t begin, length, rows, num_tiles;
@@ -145,7 +145,7 @@ class Planner {
     }
     const int64_t target = std::max<int64_t>(1, ceil_div(total, kTilesPerWorker * p_.workers));
     struct Sorted {
-      int64_t of_size, order;
+      int64_t cost_class, order;
       int32_t node;
       int64_t step;
     };
@@ -162,15 +162,15 @@ class Planner {
       v.num_parts += static_cast<int32_t>(ceil_div(whole.length, step));
     }
     std::sort(sorted.begin(), sorted.end(), [](const Sorted& a, const Sorted& b) {
-      return a.of_size != b.of_size ? a.of_size < b.of_size : a.order < b.order;
+      return a.cost_class != b.cost_class ? a.cost_class < b.cost_class : a.order < b.order;
     });
     for (const Sorted& s : sorted) {
       const Node& v = nodes_[s.node];
       const Whole& whole = wholes[s.node];
       int32_t part = nodes_[v.parent].num_parts;
-      for (int64_t at = 0; at < whole.length; at += s.step) {
-        chunks_.push_back({0, 0, v.row_begin, v.row_end, static_cast<int32_t>(whole.begin + at),
-                           static_cast<int32_t>(whole.begin + std::min(at + s.step, whole.length)), part++,
+      for (int64_t offset = 0; offset < whole.length; offset += s.step) {
+        chunks_.push_back({0, 0, v.row_begin, v.row_end, static_cast<int32_t>(whole.begin + offset),
+                           static_cast<int32_t>(whole.begin + std::min(offset + s.step, whole.length)), part++,
                            whole.num_tiles});
       }
     }
@@ -264,7 +264,7 @@ class Planner {
   int64_t num_tokens(const Node& v) const { return token_at(v, v.page_end) - v.page_begin * p_.page_size; }
 
   const PlanTreeParams& p_;
-  std::vector<Node> nodes_;      // nodes_[0] stands above the roots and holds nothing
+  std::vector<Node> nodes_;      // nodes_[0] is the parent of the roots and has no pages
   std::vector<int32_t> leaves_;  // of the rows
   std::vector<int32_t> order_;   // nodes that have queries, parents before children
   std::vector<Cut> chunks_;

@@ -1,5 +1,5 @@
-// plan_tree: finds the rows that share pages, and cuts what they share into chunks. What a plan consists of, and the
-// costs by which it is cut, are the same on the device.
+// plan_tree: finds the rows that share pages, and cuts the shared pages into chunks. The layout of a plan and the costs
+// by which it is cut are the same on the device.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +19,8 @@ struct ChainedChunk {
   int32_t row_end;
   int32_t token_begin;
   int32_t token_end;
-  int32_t segment;  // that the tokens are in
-  int32_t round;    // 0: begins its segment; r: goes on from a chunk of round r - 1
+  int32_t segment;  // of the tokens
+  int32_t round;    // 0: begins its segment; r: continues a chunk of round r - 1
 };
 
 // A row of a flat plan's `chunks`, for a GPU.
@@ -29,16 +29,16 @@ struct FlatChunk {
   int32_t row_end;
   int32_t token_begin;
   int32_t token_end;
-  int32_t part;        // number of the partial result on the path
-  int32_t tile_begin;  // work tiles of the chunks before
+  int32_t part;        // index of the partial result on the path
+  int32_t tile_begin;  // number of work tiles of the chunks before
 };
 static_assert(sizeof(ChainedChunk) == sizeof(FlatChunk));
 
 struct PlanCounts {
-  int32_t num_chunks;     // -1: a count does not fit an int32, and the plan is none
+  int32_t num_chunks;     // -1: no plan, because a count does not fit an int32
   int32_t num_parts;      // partial results
-  int32_t unique_tokens;  // read once each
-  int32_t path_tokens;    // that the rows with queries would read each for itself
+  int32_t unique_tokens;  // tokens that are read, each once
+  int32_t path_tokens;    // tokens that rows with queries would read without sharing
   int32_t page_size;
   int32_t num_tiles;  // 0: a chained plan
 };
@@ -46,35 +46,36 @@ struct PlanCounts {
 inline constexpr int64_t kChunkColumns = sizeof(FlatChunk) / sizeof(int32_t);
 inline constexpr int64_t kNumCounts = sizeof(PlanCounts) / sizeof(int32_t);
 
-// Attention adds up the keys of one segment one after the other and segments separately, so where they are cut decides
-// about rounding: at multiples of this many tokens, whatever else is in the batch. A multiple of every tile of keys.
+// Tokens of a segment. Attention adds up the keys of one segment one after the other, and each segment separately, so
+// the borders of segments decide about rounding: they are at multiples of kSegment, whatever else is in the batch. A
+// multiple of every tile of keys.
 inline constexpr int64_t kSegment = 1024;
 
-// The cost model, in whole numbers so that every implementation of the op plans alike. The unit is one packed row
-// (query token x query head of a kv head) attending to one token.
+// The cost model, in whole numbers, so that every implementation of the op makes the same plan. The unit is one packed
+// row (query token x query head of a kv head) attending to one token.
 inline constexpr int64_t kReadRows = 16;    // reading one token's K and V costs as much as this many packed rows
 inline constexpr int64_t kPartTokens = 32;  // a packed row's partial costs as much as attending to this many tokens
 
-// A flat plan's chunks are cut by cost. What is cut is the work of one kv head; the others repeat it. A tile costs its
-// tokens, whatever rows it has: it waits for them, as long as 128 rows take less than reading what they attend to.
-inline constexpr int64_t kMaxLevels = 8;         // of shared nodes on a path, so that partial results have a bound
-inline constexpr int64_t kTileRows = 128;        // packed rows of one work tile at most
-inline constexpr int64_t kTilesPerWorker = 4;    // aimed at: enough for an even spread
-inline constexpr int64_t kMinChunkTokens = 128;  // shorter ones spend their time on latency
+// A flat plan's chunks are cut by cost, which is that of one kv head. A tile costs as much as it has tokens, however
+// many rows it has, because reading the tokens takes longer than computing 128 rows.
+inline constexpr int64_t kMaxLevels = 8;       // of shared nodes on a path, which bounds the number of partial results
+inline constexpr int64_t kTileRows = 128;      // packed rows of one work tile at most
+inline constexpr int64_t kTilesPerWorker = 4;  // the aim: enough to balance the load
+inline constexpr int64_t kMinChunkTokens = 128;  // shorter chunks are dominated by latency
 inline constexpr int64_t kRowTokens = 4;         // tokens of a chunk for each row of its tiles: a partial result
                                                  // (fp32, written and read) is as many bytes as two tokens (16 bit)
 inline constexpr int64_t kChunkStep = 64;        // a multiple of every tile of keys
-inline constexpr int64_t kNumClasses = 8;        // of cost, in which chunks are sorted
+inline constexpr int64_t kNumClasses = 8;        // classes of cost that chunks are sorted by
 
-// Tokens that a chunk should have at least, of a node with so many packed rows; `target` is the cost aimed at. That
-// every worker has something to do is worth more than few partial results.
+// Returns how many tokens a chunk should have at least, of a node with so many packed rows. `target` is the cost of a
+// chunk that balances the load, which matters more than few partial results.
 constexpr int64_t chunk_tokens(int64_t rows, int64_t target) {
-  const int64_t of_rows = std::min(kRowTokens * std::min(rows, kTileRows), 2 * target);
-  return std::max({kMinChunkTokens, target, of_rows});
+  const int64_t by_rows = std::min(kRowTokens * std::min(rows, kTileRows), 2 * target);
+  return std::max({kMinChunkTokens, target, by_rows});
 }
 
-// The class of tiles of this cost: the first one for more than 2 * target, and each next one down to 3/4 or 2/3 of the
-// one before.
+// Returns the class of tiles of this cost. Class 0 is for more than 2 * target, and each next class goes down to 3/4 or
+// 2/3 of the one before.
 constexpr int size_class(int64_t cost, int64_t target) {
   int i = 0;
   while (i < kNumClasses - 1 && cost << (i + 1) / 2 <= (i % 2 ? 3 : 2) * target) ++i;
@@ -97,16 +98,16 @@ struct PlanTreeParams {
   int64_t workers;     // thread blocks that share the work of one kv head; 0: a chained plan
 };
 
-// Worst case over all page tables of this shape: a forest with B leaves has at most 2B - 1 nodes that hold tokens. A
-// row's path crosses no more borders of segments than it has whole segments; a flat plan has no more cuts than tiles
-// aimed at.
+// Returns the largest number of chunks over all page tables of this shape. A forest with B leaves has at most 2B - 1
+// nodes that hold tokens. The path of a row crosses at most as many borders of segments as it has whole segments; a
+// flat plan has at most kTilesPerWorker cuts for each worker.
 inline int64_t max_chunks(int64_t num_rows, int64_t max_pages, int64_t page_size, int64_t workers) {
   const int64_t cuts = workers ? kTilesPerWorker * workers : num_rows * (max_pages * page_size / kSegment);
   return std::max<int64_t>(0, 2 * num_rows - 1) + (num_rows ? cuts : 0);
 }
 
-// shared[row] = number of leading pages that rows row - 1 and row share, for rows in [row_begin, row_end); shared[0] =
-// 0. Rows are independent, so the ranges may be computed in parallel.
+// Sets shared[row] to the number of leading pages that rows row - 1 and row share, for rows in [row_begin, row_end);
+// shared[0] = 0. Rows are independent, so that ranges may be computed in parallel.
 void common_pages(const PlanTreeParams& p, int32_t* shared, int64_t row_begin, int64_t row_end);  // [num_rows]
 
 // Writes the plan. Returns false, with the outputs half written, if a count does not fit an int32.

@@ -6,14 +6,14 @@ namespace treedecode::cpu::TD_ISA {
 namespace {
 
 template <typename T>
-Vec load_some(const T* p, int64_t left) {
-  return left >= Vec::N ? Vec::load(p) : Vec::load_n(p, static_cast<int>(left));
+Vec load_some(const T* p, int64_t n) {
+  return n >= Vec::N ? Vec::load(p) : Vec::load_n(p, static_cast<int>(n));
 }
 
 template <typename T>
-void store_some(T* p, Vec v, int64_t left) {
-  if (left >= Vec::N) v.store(p);
-  else v.store_n(p, static_cast<int>(left));
+void store_some(T* p, Vec v, int64_t n) {
+  if (n >= Vec::N) v.store(p);
+  else v.store_n(p, static_cast<int>(n));
 }
 
 template <typename T>
@@ -37,10 +37,10 @@ void run(const RmsNormParams& p, int64_t row_begin, int64_t row_end) {
       }
       const Vec scale = Vec::set(1.0f / std::sqrt(squares.sum() / static_cast<float>(p.size) + p.eps));
       for (int64_t i = 0; i < p.size; i += Vec::N) {
-        const int64_t left = p.size - i;
-        const Vec v = load_some(x + i, left) * scale;
-        const Vec w = load_some(weight + i, left);
-        store_some(out + i, p.unit_offset ? v * (w + Vec::set(1.0f)) : rounded<T>(v) * w, left);
+        const int64_t n = p.size - i;
+        const Vec v = load_some(x + i, n) * scale;
+        const Vec w = load_some(weight + i, n);
+        store_some(out + i, p.unit_offset ? v * (w + Vec::set(1.0f)) : rounded<T>(v) * w, n);
       }
     }
   }

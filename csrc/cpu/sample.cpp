@@ -9,63 +9,64 @@ namespace treedecode::cpu::TD_ISA {
 namespace {
 
 constexpr double kLn2 = 0.693147180559945309417;
-constexpr int64_t kMaxCandidates = 1024;  // a top_k up to this is found on the way, in the one pass
+constexpr int64_t kMaxCandidates = 1024;  // up to this top_k, the first pass collects the candidates
 
 template <typename T, bool Masked>
 struct RowSampler {
   Row<T, Masked> row;
   SampleSettings s;
   SampleScratch scratch;
-  float ref;  // what exponentials are relative to: at most the row's maximum, and not far below it
+  float ref;  // base of the exponentials: at most the row's maximum, and not far below it
   float inv_temperature;
   float scale;  // log2(e) / temperature
   Sums sums;
   Candidates candidates;
-  bool weighed = false;  // scratch.masses (and ties) are what the filters keep
+  bool has_masses = false;  // scratch.masses (and ties) are those of the kept tokens
 
   int64_t num_blocks() const { return (row.vocab + kBlock - 1) / kBlock; }
   bool tempered() const { return s.temperature != 1.0f; }
 
   template <Collect C>
-  Sums pass(const float* bars) {
+  Sums pass(const float* thresholds) {
     if (C == Collect::kCandidates) candidates = Candidates{scratch.keys, scratch.seeds, s.top_k};
-    // Candidates are weighed later, alone.
+    // The masses of candidates are computed later, for them alone.
     return tempered() && C != Collect::kCandidates
-               ? sum_row<C, true>(row, ref, inv_temperature, bars, scratch, &candidates)
-               : sum_row<C, false>(row, ref, 1.0f, bars, scratch, &candidates);
+               ? sum_row<C, true>(row, ref, inv_temperature, thresholds, scratch, &candidates)
+               : sum_row<C, false>(row, ref, 1.0f, thresholds, scratch, &candidates);
   }
 
   template <Collect C>
-  void read(const float* bars) {
-    sums = pass<C>(bars);
+  void read(const float* thresholds) {
+    sums = pass<C>(thresholds);
     const bool usable = sums.sum < 0x1p40 && sums.mass < 0x1p40 && sums.sum >= 0.5;
-    if (usable || !(sums.top < kInf) || sums.top == -kInf) return;
-    ref = sums.top;  // the probe missed tokens far above all others
-    sums = pass<C>(bars);
+    if (usable || !(sums.max < kInf) || sums.max == -kInf) return;
+    ref = sums.max;  // the probe missed tokens far above all others
+    sums = pass<C>(thresholds);
   }
 
-  // Where the probe's total is no guide to the row's, the row is split in a second pass, which finds it in the cache.
-  void read_and_split(const Probe& probe, float bars[kBars]) {
+  // Reads the row and splits it at two thresholds. If the probe is not representative, the split needs a second pass,
+  // which finds the row in the cache.
+  void read_and_split(const Probe& probe, float thresholds[kThresholds]) {
     const float tail = 1.0f - s.top_p;
     Probe::Masses masses;
-    probe.weigh(scale, masses);
-    if (masses.many) {
-      probe.bars(masses, tail * masses.total, scale, bars);
-      read<Collect::kBars>(bars);
+    probe.fill(scale, masses);
+    if (masses.is_representative) {
+      probe.thresholds(masses, tail * masses.total, scale, thresholds);
+      read<Collect::kBand>(thresholds);
       return;
     }
-    read<Collect::kNothing>(bars);
-    if (!(sums.top < kInf) || sums.top == -kInf) return;
-    // The row's mass, in the probe's units and for as many tokens as it has.
-    const double total = sums.mass * std::exp(static_cast<double>(ref - probe.top) * scale * kLn2) *
+    read<Collect::kNothing>(thresholds);
+    if (!(sums.max < kInf) || sums.max == -kInf) return;
+    // The row's mass, relative to the probe's maximum and scaled to the number of the probe's tokens.
+    const double total = sums.mass * std::exp(static_cast<double>(ref - probe.max_logit) * scale * kLn2) *
                          static_cast<double>(probe.n) / static_cast<double>(row.vocab);
-    probe.bars(masses, tail * static_cast<float>(total), scale, bars);
-    split_row(row, ref, scale, bars, scratch, sums);
+    probe.thresholds(masses, tail * static_cast<float>(total), scale, thresholds);
+    split_row(row, ref, scale, thresholds, scratch, sums);
   }
 
   double weight(float x) const { return std::exp(static_cast<double>(x - ref) * scale * kLn2); }
 
-  // All tokens in (lo, hi], in token order.
+  // Stores all logits in (lo, hi] in the band, in token order. Returns how many there are.
   int64_t collect(float lo, float hi) {
     float* band = scratch.band;
     const Vec low = Vec::set(lo), high = Vec::set(hi);
@@ -79,40 +80,42 @@ struct RowSampler {
     return band - scratch.band;
   }
 
-  Border top_p_border(const float* bars) {
-    // The best token is always kept: a target of 0 would be reached above a bar that nothing is above.
-    const double wanted = static_cast<double>(s.top_p) * sums.mass, least = std::numeric_limits<double>::min();
-    const double target = wanted > least ? wanted : least;
-    int bar = 0;
-    while (bar < kBars && sums.above[bar] < target) ++bar;
-    const int64_t n = bar == 1 ? sums.num_in_band  // as a rule: the probe's guess was right
-                               : collect(bar < kBars ? bars[bar] : -kInf, bar > 0 ? bars[bar - 1] : kInf);
-    if (n == 0) return {};  // below the lowest bar: top_p is so near 1 that rounding has eaten the rest
-    const double above = bar > 0 ? sums.above[bar - 1] : 0.0;
+  Border top_p_border(const float* thresholds) {
+    // A positive target, so that at least the best token is kept.
+    const double wanted = static_cast<double>(s.top_p) * sums.mass, smallest = std::numeric_limits<double>::min();
+    const double target = wanted > smallest ? wanted : smallest;
+    int i = 0;  // the border is between thresholds i - 1 and i
+    while (i < kThresholds && sums.above[i] < target) ++i;
+    const int64_t n = i == 1 ? sums.num_in_band  // as a rule: the probe's guess was right
+                             : collect(i < kThresholds ? thresholds[i] : -kInf, i > 0 ? thresholds[i - 1] : kInf);
+    if (n == 0) return {};  // below the lower threshold: top_p is so near 1 that, rounded, all tokens are kept
+    const double above = i > 0 ? sums.above[i - 1] : 0.0;
     const Border border = find_border<true>(scratch.band, scratch.work, n, above, target, ref, scale);
-    weigh_band(border, bar);
+    sum_masses_of_band(border, i);
     return border;
   }
 
-  // What each block keeps: what the first pass found above the band, and the kept part of the band.
-  void weigh_band(const Border& border, int bars_above) {
+  // Adds up the masses that each block keeps: those above the band, which the first pass has, and the kept part of the
+  // band.
+  void sum_masses_of_band(const Border& border, int thresholds_above) {
     int64_t ties = border.ties, i = 0;
-    const Vec bar = Vec::set(border.value);
+    const Vec value = Vec::set(border.value);
     for (int64_t block = 0; block < num_blocks(); ++block) {
       scratch.ties[block] = ties;
       Vec sum = Vec::zero();
       for (; i < scratch.ends[block]; i += Vec::N) {
-        const int64_t left = scratch.ends[block] - i;
-        const Vec v = Vec::load_n(scratch.band + i, left < Vec::N ? static_cast<int>(left) : Vec::N, -kInf);
-        sum = add_if(kept_lanes<true>(v, bar, ties), sum, exp2((v - Vec::set(ref)) * Vec::set(scale)));
+        const int64_t remaining = scratch.ends[block] - i;
+        const Vec v = Vec::load_n(scratch.band + i, remaining < Vec::N ? static_cast<int>(remaining) : Vec::N, -kInf);
+        sum = add_if(kept_lanes<true>(v, value, ties), sum, exp2((v - Vec::set(ref)) * Vec::set(scale)));
       }
       i = scratch.ends[block];
-      scratch.masses[block] = sum.sum() + (bars_above > 0 ? scratch.above[block * kBars + bars_above - 1] : 0.0);
+      scratch.masses[block] =
+          sum.sum() + (thresholds_above > 0 ? scratch.above[block * kThresholds + thresholds_above - 1] : 0.0);
     }
-    weighed = true;
+    has_masses = true;
   }
 
-  // A top_k too large for candidates, and top_p within it.
+  // The border of a top_k that is too large for candidates, and of top_p within it.
   Border top_k_border() {
     int64_t n = collect(-kInf, kInf);
     Border border;
@@ -127,13 +130,14 @@ struct RowSampler {
     return find_border<true>(scratch.band, scratch.work, n, 0.0, static_cast<double>(s.top_p) * mass, ref, scale);
   }
 
-  float least_allowed_by_min_p() const {
-    const double bound = sums.top + static_cast<double>(s.temperature) * std::log(static_cast<double>(s.min_p));
-    const float least = static_cast<float>(bound);
-    return static_cast<double>(least) < bound ? std::nextafter(least, kInf) : least;
+  // Returns the smallest logit that min_p keeps: the smallest fp32 number that reaches the exact bound.
+  float min_p_threshold() const {
+    const double bound = sums.max + static_cast<double>(s.temperature) * std::log(static_cast<double>(s.min_p));
+    const float rounded = static_cast<float>(bound);
+    return static_cast<double>(rounded) < bound ? std::nextafter(rounded, kInf) : rounded;
   }
 
-  // Lanes above the border's value, and of those equal to it the first `ties`, which counts down.
+  // Returns the lanes above the border's value, and the first `ties` of those equal to it. Counts `ties` down.
   template <bool Ties>
   static inline Mask kept_lanes(Vec v, Vec value, int64_t& ties) {
     const Mask above = v > value;
@@ -152,15 +156,16 @@ struct RowSampler {
 
   template <bool Ties, typename Use>
   void kept_weights(int64_t block, float value, int64_t& ties, const Use& use) const {
-    const Vec base = Vec::set(ref), factor = Vec::set(scale), bar = Vec::set(value);
+    const Vec base = Vec::set(ref), factor = Vec::set(scale), border = Vec::set(value);
     const int64_t begin = block * kBlock, end = begin + kBlock < row.vocab ? begin + kBlock : row.vocab;
     row.each(begin, end, [&](Vec v, int64_t i) __attribute__((always_inline)) {
-      use(kept_lanes<Ties>(v, bar, ties), exp2((v - base) * factor), i - begin);
+      use(kept_lanes<Ties>(v, border, ties), exp2((v - base) * factor), i - begin);
     });
   }
 
+  // Adds up the masses that each block keeps, in another pass.
   template <bool Ties>
-  void weigh(const Border& border) {
+  void sum_masses(const Border& border) {
     int64_t ties = border.ties;
     for (int64_t block = 0; block < num_blocks(); ++block) {
       scratch.ties[block] = ties;
@@ -171,10 +176,10 @@ struct RowSampler {
     }
   }
 
-  // The first token at which the kept weights, added up in token order, exceed `uniform` of their sum.
+  // Returns the first token at which the kept weights, added up in token order, exceed `uniform` of their sum.
   template <bool Ties>
   int64_t draw(const Border& border, double uniform) {
-    if (!weighed) weigh<Ties>(border);
+    if (!has_masses) sum_masses<Ties>(border);
     double total = 0;
     for (int64_t block = 0; block < num_blocks(); ++block) total += scratch.masses[block];
     const double target = uniform * total;
@@ -213,33 +218,33 @@ struct RowSampler {
     if (candidates.n > s.top_k) candidates.compact();
     int64_t n = candidates.n;
     sort_descending(keys, n);
-    const auto weight_above = [&](float x) { return std::exp((static_cast<double>(x) - sums.top) * inv_temperature); };
-    double mass = 0, kept = 0;
-    for (int64_t i = 0; i < n; ++i) mass += weight_above(key_value(keys[i]));
+    const auto weight_of = [&](float x) { return std::exp((static_cast<double>(x) - sums.max) * inv_temperature); };
+    double mass = 0, kept_mass = 0;
+    for (int64_t i = 0; i < n; ++i) mass += weight_of(key_value(keys[i]));
     const double target = s.top_p < 1.0f ? s.top_p * mass : std::numeric_limits<double>::infinity();
-    const float least = s.min_p > 0 ? least_allowed_by_min_p() : -kInf;
+    const float min_logit = s.min_p > 0 ? min_p_threshold() : -kInf;
     int64_t count = 0;
     for (; count < n; ++count) {
       const float x = key_value(keys[count]);
-      if (count > 0 && (kept >= target || x < least)) break;
-      kept += weight_above(x);
+      if (count > 0 && (kept_mass >= target || x < min_logit)) break;
+      kept_mass += weight_of(x);
     }
-    // Back into token order: the token in the upper half of the key, and the logit below.
+    // Token order: the token is the upper half of the new key, and the logit the lower one.
     for (int64_t i = 0; i < count; ++i) keys[i] = (keys[i] << 32) | (keys[i] >> 32);
     sort_descending(keys, count);  // upper half: 2^32 - 1 - token
     double cum = 0;
     int64_t drawn = 0;
     for (int64_t i = 0; i < count; ++i) {
       drawn = 0xffffffff - static_cast<int64_t>(keys[i] >> 32);
-      cum += weight_above(from_ordered_bits(static_cast<uint32_t>(keys[i])));
-      if (cum > uniform * kept) break;
+      cum += weight_of(from_ordered_bits(static_cast<uint32_t>(keys[i])));
+      if (cum > uniform * kept_mass) break;
     }
     return drawn;
   }
 
   SampleStatus run(int64_t& token, float& logprob, float& entropy) {
     const Probe probe(row);
-    ref = probe.top > -kInf && probe.top < kInf ? probe.top : 0.0f;
+    ref = probe.max_logit > -kInf && probe.max_logit < kInf ? probe.max_logit : 0.0f;
     const bool greedy = s.temperature == 0.0f || s.top_k == 1;
     if (greedy) s.temperature = 1.0f;
     if (s.top_k >= row.vocab) s.top_k = 0;
@@ -247,36 +252,36 @@ struct RowSampler {
     scale = kLog2E * inv_temperature;
     const bool few = !greedy && s.top_k > 0 && s.top_k <= kMaxCandidates;
     const bool nucleus = !greedy && s.top_k == 0 && s.top_p < 1.0f;
-    float bars[kBars] = {};
+    float thresholds[kThresholds] = {};
     if (nucleus) {
-      read_and_split(probe, bars);
+      read_and_split(probe, thresholds);
     } else if (few) {
-      read<Collect::kCandidates>(bars);
+      read<Collect::kCandidates>(thresholds);
     } else {
-      read<Collect::kNothing>(bars);
+      read<Collect::kNothing>(thresholds);
     }
-    if (!(sums.sum < std::numeric_limits<double>::infinity()) || !(sums.top < kInf)) return kNotFinite;
-    if (sums.top == -kInf) return kNoToken;
+    if (!(sums.sum < std::numeric_limits<double>::infinity()) || !(sums.max < kInf)) return kNotFinite;
+    if (sums.max == -kInf) return kNoToken;
 
     if (greedy) {
-      token = first_of(sums.top);
+      token = first_of(sums.max);
     } else if (few) {
       token = draw_from_candidates(uniform(s.seed, s.position));
     } else {
       Border border;
-      weighed = s.top_k == 0 && !nucleus && s.min_p == 0;
-      if (nucleus) border = top_p_border(bars);
+      has_masses = s.top_k == 0 && !nucleus && s.min_p == 0;
+      if (nucleus) border = top_p_border(thresholds);
       if (s.top_k > 0) border = top_k_border();
       if (s.min_p > 0) {
-        const float least = least_allowed_by_min_p();
-        if (least > border.value) {
-          border = {just_below(least), 0};
-          weighed = false;
+        const float min_logit = min_p_threshold();
+        if (min_logit > border.value) {
+          border = {just_below(min_logit), 0};
+          has_masses = false;
         }
       }
       const double u = uniform(s.seed, s.position);
       token = border.value > -kInf && border.ties > 0 ? draw<true>(border, u) : draw<false>(border, u);
-      if (token < 0) token = first_of(sums.top);  // weights that round to 0 in one sum and not in the other
+      if (token < 0) token = first_of(sums.max);  // all weights round to 0 in this sum and not in the other one
     }
     const double log_sum = std::log(sums.sum);
     const double drawn = to_float(row.x[token]);

@@ -39,14 +39,14 @@ struct SampleParams {
 struct SampleScratch {
   float* band;      // [vocab + 64] logits around a filter's border
   float* work;      // [vocab + 64]
-  double* masses;   // [num_blocks] what each block of kBlock tokens keeps
-  double* above;    // [num_blocks, kBars] mass above each bar
+  double* masses;   // [num_blocks] of the tokens that each block of kBlock tokens keeps
+  double* above;    // [num_blocks, kThresholds] mass above each threshold
   int64_t* ends;    // [num_blocks] where each block's part of the band ends
   int64_t* ties;    // [num_blocks] how many tokens at the border's value may still be kept where the block begins
   uint64_t* keys;   // [kKeys]
   uint64_t* seeds;  // [kSeeds]
   static constexpr int64_t kKeys = 2 * 1024 + 128, kSeeds = 2048, kBlock = 2048;
-  static constexpr int kBars = 2;
+  static constexpr int kThresholds = 2;
 };
 
 }  // namespace treedecode::cpu

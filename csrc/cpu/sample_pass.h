@@ -1,4 +1,4 @@
-// What sample knows about a row before it chooses: a probe of a few lines, and the one pass that reads it from memory.
+// Passes of sample over a row: a probe of a few cache lines, and the one pass that reads the row from memory.
 #pragma once
 
 #include "border.h"
@@ -8,7 +8,7 @@
 namespace treedecode::cpu::TD_ISA {
 
 constexpr int64_t kBlock = SampleScratch::kBlock;
-constexpr int kBars = SampleScratch::kBars;
+constexpr int kThresholds = SampleScratch::kThresholds;
 
 template <typename T, bool Masked>
 struct Row {
@@ -21,19 +21,19 @@ struct Row {
     return v;
   }
   Vec load(int64_t i) const { return allowed(Vec::load(x + i), i); }
-  // Only `left` of the lanes exist, if any.
-  Vec load_n(int64_t i, int64_t left) const {
-    if (left <= 0) return Vec::set(-kInf);
-    return left >= Vec::N ? load(i) : allowed(Vec::load_n(x + i, static_cast<int>(left), -kInf), i);
+  // The first `n` of the lanes, if any; the others are -inf.
+  Vec load_n(int64_t i, int64_t n) const {
+    if (n <= 0) return Vec::set(-kInf);
+    return n >= Vec::N ? load(i) : allowed(Vec::load_n(x + i, static_cast<int>(n), -kInf), i);
   }
-  // visit(v, i) for all lanes of [begin, end), begin a multiple of Vec::N; lanes past the end are -inf.
+  // Calls visit(v, i) for all lanes of [begin, end), begin a multiple of Vec::N; lanes past the end are -inf.
   template <typename Visit>
   inline __attribute__((always_inline)) void each(int64_t begin, int64_t end, const Visit& visit) const {
     int64_t i = begin;
     for (; i + Vec::N <= end; i += Vec::N) visit(load(i), i);
     if (i < end) visit(load_n(i, end - i), i);
   }
-  // The same with kWide registers at once, whose lanes are in any order.
+  // Calls visit(v, i) with kWide registers at once, whose lanes are in any order.
   template <typename Visit>
   inline __attribute__((always_inline)) void each_wide(int64_t begin, int64_t end, const Visit& visit) const {
     Vec v[kWide];
@@ -53,48 +53,49 @@ struct Row {
 };
 
 struct Sums {
-  double sum = 0;            // of exp(x - ref)
-  double log_sum = 0;        // of exp(x - ref) * (x - ref) / ln 2
-  double mass = 0;           // of exp((x - ref) / temperature)
-  double above[kBars] = {};  // the part of mass from tokens above each bar
-  int64_t num_in_band = 0;   // tokens in (bars[1], bars[0]]
-  float top = -kInf;
+  double sum = 0;                  // of exp(x - ref)
+  double log_sum = 0;              // of exp(x - ref) * (x - ref) / ln 2
+  double mass = 0;                 // of exp((x - ref) / temperature)
+  double above[kThresholds] = {};  // the part of mass from tokens above each threshold
+  int64_t num_in_band = 0;         // tokens in (thresholds[1], thresholds[0]]
+  float max = -kInf;
 };
 
-enum class Collect { kNothing, kBars, kCandidates };
+enum class Collect { kNothing, kBand, kCandidates };
 
-// Splits a stream of logits at two bars: masses above them, and the tokens between them.
+// Splits a stream of logits at two thresholds: adds up the masses above them, and stores the logits between them.
 struct Split {
   Vec upper, lower;
   float* band;
   Vec above_upper = Vec::zero(), above_lower = Vec::zero();
 
-  Split(const float bars[kBars], float* to) : upper(Vec::set(bars[0])), lower(Vec::set(bars[1])), band(to) {}
+  Split(const float thresholds[kThresholds], float* to)
+      : upper(Vec::set(thresholds[0])), lower(Vec::set(thresholds[1])), band(to) {}
 
   inline __attribute__((always_inline)) void add(const Vec (&v)[kWide], const Vec (&mass)[kWide]) {
     for (int j = 0; j < kWide; ++j) {
-      const Mask over = v[j] > upper, kept = v[j] > lower;
-      above_upper = add_if(over, above_upper, mass[j]);
-      above_lower = add_if(kept, above_lower, mass[j]);
-      band += compress(band, v[j], kept & !over);
+      const Mask over_upper = v[j] > upper, over_lower = v[j] > lower;
+      above_upper = add_if(over_upper, above_upper, mass[j]);
+      above_lower = add_if(over_lower, above_lower, mass[j]);
+      band += compress(band, v[j], over_lower & !over_upper);
     }
   }
   void end_block(int64_t block, const SampleScratch& scratch, Sums& out) {
-    const double above[kBars] = {above_upper.sum(), above_lower.sum()};
+    const double above[kThresholds] = {above_upper.sum(), above_lower.sum()};
     above_upper = above_lower = Vec::zero();
-    for (int bar = 0; bar < kBars; ++bar) {
-      scratch.above[block * kBars + bar] = above[bar];
-      out.above[bar] += above[bar];
+    for (int i = 0; i < kThresholds; ++i) {
+      scratch.above[block * kThresholds + i] = above[i];
+      out.above[i] += above[i];
     }
     scratch.ends[block] = band - scratch.band;
     out.num_in_band = band - scratch.band;
   }
 };
 
-// Splits a row at the bars, where the first pass could not.
+// Splits a row at thresholds that the first pass did not have.
 template <typename R>
-void split_row(const R& row, float ref, float scale, const float* bars, const SampleScratch& scratch, Sums& out) {
-  Split split(bars, scratch.band);
+void split_row(const R& row, float ref, float scale, const float* thresholds, const SampleScratch& scratch, Sums& out) {
+  Split split(thresholds, scratch.band);
   for (int64_t begin = 0; begin < row.vocab; begin += kBlock) {
     const int64_t end = begin + kBlock < row.vocab ? begin + kBlock : row.vocab;
     row.each_wide(begin, end, [&](const Vec(&v)[kWide], int64_t) __attribute__((always_inline)) {
@@ -107,13 +108,13 @@ void split_row(const R& row, float ref, float scale, const float* bars, const Sa
   }
 }
 
-// The pass that reads the row from memory.
+// Reads the row from memory, and adds up its sums.
 template <Collect C, bool Tempered, typename R>
-Sums sum_row(const R& row, float ref, float inv_temperature, const float* bars, const SampleScratch& scratch,
+Sums sum_row(const R& row, float ref, float inv_temperature, const float* thresholds, const SampleScratch& scratch,
              Candidates* candidates) {
   Sums out;
-  Split split(bars, scratch.band);
-  Vec top = Vec::set(-kInf);
+  Split split(thresholds, scratch.band);
+  Vec row_max = Vec::set(-kInf);
   const Vec base = Vec::set(ref), scale = Vec::set(kLog2E), inverse = Vec::set(inv_temperature);
   const int64_t len = C == Collect::kCandidates ? Candidates::block_len(candidates->k) : kBlock;
   for (int64_t begin = 0; begin < row.vocab; begin += len) {
@@ -125,7 +126,7 @@ Sums sum_row(const R& row, float ref, float inv_temperature, const float* bars, 
       Vec t[kWide], w[kWide], u[kWide];
       Vec m = v[0];
       for (int j = 1; j < kWide; ++j) m = max(m, v[j]);
-      top = max(m, top);
+      row_max = max(m, row_max);
       for (int j = 0; j < kWide; ++j) {
         t[j] = (v[j] - base) * scale;
         u[j] = t[j] * inverse;
@@ -142,14 +143,14 @@ Sums sum_row(const R& row, float ref, float inv_temperature, const float* bars, 
       } else {
         for (int j = 0; j < kWide; ++j) u[j] = w[j];
       }
-      if constexpr (C == Collect::kBars) split.add(v, u);
+      if constexpr (C == Collect::kBand) split.add(v, u);
       if constexpr (C == Collect::kCandidates) {
         if (__builtin_expect((m > Vec::set(candidates->threshold)).any(), 0)) {
           for (int j = 0; j < kWide; ++j) {
-            const int64_t at = i + j * Vec::N;
-            const Vec x = row.load_n(at, end - at);
+            const int64_t first = i + j * Vec::N;
+            const Vec x = row.load_n(first, end - first);
             const uint32_t lanes = (x > Vec::set(candidates->threshold)).bits();
-            if (lanes) candidates->insert(x, lanes, at);
+            if (lanes) candidates->insert(x, lanes, first);
           }
         }
       }
@@ -160,19 +161,19 @@ Sums sum_row(const R& row, float ref, float inv_temperature, const float* bars, 
     const double mass = Tempered ? static_cast<double>(z.sum()) : sum;
     out.mass += mass;
     if constexpr (C == Collect::kNothing) scratch.masses[begin / kBlock] = mass;
-    if constexpr (C == Collect::kBars) split.end_block(begin / kBlock, scratch, out);
+    if constexpr (C == Collect::kBand) split.end_block(begin / kBlock, scratch, out);
   }
-  out.top = top.max();
+  out.max = row_max.max();
   return out;
 }
 
-// A few cache lines of the row, evenly spread: enough to guess where its maximum and the nucleus' border are. The
-// guess decides what the passes cost, never what comes out.
+// A few cache lines of the row, evenly spread, to guess its maximum and the border of the nucleus. The guess decides
+// the cost of the passes, never their result.
 struct Probe {
   static constexpr int64_t kRuns = 64, kRunLen = 32;
   float x[kRuns * kRunLen];
   int64_t n = 0;
-  float top = -kInf;
+  float max_logit = -kInf;
 
   template <typename R>
   explicit Probe(const R& row) {
@@ -190,51 +191,51 @@ struct Probe {
         row.each(begin, begin + kRunLen, take);
       }
     }
-    top = m.max();
+    max_logit = m.max();
   }
 
-  // The probe's masses by value, in equal bins of t = log2 of the mass, from 0 (the probe's maximum) downwards.
+  // A histogram of the probe's masses by value, in equal bins of t = log2 of the mass, from 0 (its maximum) downwards.
   struct Masses {
     static constexpr int kBins = 1024;
     float mass[kBins] = {};
     float bins_per_bit;
     float total;
-    bool many;  // so many tokens carry the total that it is representative of the row's
+    bool is_representative;  // of the row, because many tokens carry the total
   };
 
-  void weigh(float scale, Masses& out) const {
-    Vec least = Vec::zero(), sum = Vec::zero(), squares = Vec::zero();
+  void fill(float scale, Masses& out) const {
+    Vec min_t = Vec::zero(), sum = Vec::zero(), squares = Vec::zero();
     for (int64_t i = 0; i < n; i += Vec::N) {
-      const Vec t = (Vec::load(x + i) - Vec::set(top)) * Vec::set(scale);
+      const Vec t = (Vec::load(x + i) - Vec::set(max_logit)) * Vec::set(scale);
       const Vec w = exp2(t);
       sum += w;
       squares = fma(w, w, squares);
-      least = min(select(t > Vec::set(-32.0f), t, Vec::zero()), least);
+      min_t = min(select(t > Vec::set(-32.0f), t, Vec::zero()), min_t);
     }
-    const float range = (Vec::zero() - least).max();
+    const float range = (Vec::zero() - min_t).max();
     out.bins_per_bit = (Masses::kBins - 2) / (range > 0 ? range : 1.0f);
     out.total = sum.sum();
-    out.many = out.total * out.total > 200.0f * squares.sum();
+    out.is_representative = out.total * out.total > 200.0f * squares.sum();
     for (int64_t i = 0; i < n; i += Vec::N) {
       float bin[Vec::N], weight[Vec::N];
-      const Vec t = (Vec::load(x + i) - Vec::set(top)) * Vec::set(scale);
+      const Vec t = (Vec::load(x + i) - Vec::set(max_logit)) * Vec::set(scale);
       exp2(t).store(weight);
       min(Vec::set(Masses::kBins - 1.0f), t * Vec::set(-out.bins_per_bit)).store(bin);
       for (int lane = 0; lane < Vec::N; ++lane) {
-        // NaN and -inf end up in the last bin.
+        // NaN and -inf are counted in the last bin.
         out.mass[bin[lane] >= 0.0f ? static_cast<int>(bin[lane]) : Masses::kBins - 1] += weight[lane];
       }
     }
   }
 
-  // Two bars around the value below which `tail` of mass is expected.
-  void bars(const Masses& m, float tail, float scale, float out[kBars]) const {
-    constexpr float kShare[kBars] = {1.2f, 0.85f};
+  // Sets two thresholds, above and below the value below which `tail` of mass is expected.
+  void thresholds(const Masses& m, float tail, float scale, float out[kThresholds]) const {
+    constexpr float kShare[kThresholds] = {1.2f, 0.85f};
     float below = 0;
     int bin = Masses::kBins - 1;
-    for (int bar = kBars - 1; bar >= 0; --bar) {
-      for (; bin > 0 && below + m.mass[bin] <= kShare[bar] * tail; --bin) below += m.mass[bin];
-      out[bar] = top - static_cast<float>(bin + bar) / (m.bins_per_bit * scale);
+    for (int i = kThresholds - 1; i >= 0; --i) {
+      for (; bin > 0 && below + m.mass[bin] <= kShare[i] * tail; --bin) below += m.mass[bin];
+      out[i] = max_logit - static_cast<float>(bin + i) / (m.bins_per_bit * scale);
     }
   }
 };

@@ -1,4 +1,4 @@
-// Selecting the largest 64-bit keys: the scalar part of beam_prune and sample, the same for every instruction set.
+// Selects the largest 64-bit keys: the scalar part of beam_prune and sample, the same for every instruction set.
 #pragma once
 
 #include <cfloat>
@@ -8,8 +8,8 @@
 
 namespace treedecode::cpu {
 
-// A number below x, with nothing but denormals in between. The one below 0 would be a denormal, which is equal to 0
-// where they count as 0 (torch.set_flush_denormal).
+// Returns a number below x, with only denormals in between. The one next to 0 is normal, because denormals may count as
+// 0 (torch.set_flush_denormal).
 static inline float just_below(float x) {
   const uint32_t u = ordered_bits(x) - 1, zero = 0x80000000u, least_normal = 0x00800000u;
   return u + least_normal >= zero && u < zero + least_normal ? -FLT_MIN : from_ordered_bits(u);

@@ -1,4 +1,4 @@
-// Distances between neighbours along a tensor's dimensions, in elements or bytes as the params say.
+// Strides of tensors by the names of their dimensions, in elements or in bytes as the params say.
 #pragma once
 
 #include <cstdint>

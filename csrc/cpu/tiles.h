@@ -8,7 +8,7 @@
 #if defined(TD_ISA_AMX_BF16)
 namespace treedecode::cpu::TD_ISA {
 
-// This thread's tile registers, all of the full size, for as long as this lives.
+// Configures this thread's tile registers, all of the full size, for the lifetime of the object.
 class Tiles {
  public:
   Tiles() {
@@ -36,8 +36,8 @@ struct TileProduct {
   int64_t c_stride, c_right, c_below;
 };
 
-// c[row][lane] (+)= sum_u a[row][u] * b[u][lane]. What 16 units add up to is rounded before it is added to c: a sum
-// depends on which units go together, and on no other rows or lanes.
+// Computes c[row][lane] (+)= sum_u a[row][u] * b[u][lane]. The sum of 16 units is rounded before it is added to c: a
+// result depends on the grouping of units, and on no other rows or lanes.
 template <int Rows, int Lanes>
 static void multiply_tiles(const TileProduct& p, bool accumulate) {
   constexpr bool kBelow = Rows == 2, kRight = Lanes == 2;

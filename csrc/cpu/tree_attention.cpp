@@ -12,47 +12,57 @@ namespace {
 // Rows of the score buffer are this far apart: not a power of two, so that they fall into different cache sets.
 constexpr int64_t kScoreStride = kTile + 16;
 
-// One thread's buffers; sizes as in tree_attention_scratch.
-struct Scratch {
-  float* q;              // [kBlockRows, units]
-  float* o;              // [kBlockRows, ceil(head_dim / 64) * 64] unnormalised output
-  float* s;              // [kStripRows, kScoreStride] scores, then probabilities
-  float* k;              // [kTile / kPanel, units, kPanel]
-  float* v;              // [ceil(head_dim / kPanel), kTile, kPanel]
-  float* max;            // [kBlockRows] running maximum rounded up to a whole number, log2 units
-  float* sum;            // [kBlockRows, kSumLanes] running sums of 2^(score - max)
-  float* rescale;        // [kBlockRows] factor of this tile for the older sums, a power of two
-  int32_t* begin;        // [kBlockRows] keys the row sees, relative to the chunk's first tile
-  int32_t* end;          // [kBlockRows]
-  int32_t* branch;       // [kBlockRows] row of the page table
-  const void** rows[4];  // [kTile] token rows of K and V: this tile's, the next one's
+// Rows of K and V that the tokens of a tile have; null for tokens that nobody reads.
+struct TokenRows {
+  const void** k;  // [kTile]
+  const void** v;  // [kTile]
 };
 
-Scratch carve(const TreeAttentionParams& p, void* memory) {
-  char* at = static_cast<char*>(memory);
+// One thread's buffers; sizes as in tree_attention_scratch.
+struct Scratch {
+  float* q;                // [kBlockRows, units]
+  float* acc;              // [kBlockRows, ceil(head_dim / 64) * 64]
+  float* s;                // [kStripRows, kScoreStride] scores, then probabilities
+  float* k;                // [kTile / kPanel, units, kPanel]
+  float* v;                // [ceil(head_dim / kPanel), kTile, kPanel]
+  float* m_i;              // [kBlockRows]
+  float* l_i;              // [kBlockRows, kSumLanes]
+  float* alpha;            // [kBlockRows] of this tile
+  int32_t* visible_begin;  // [kBlockRows] keys that the row sees, relative to the chunk's first tile
+  int32_t* visible_end;    // [kBlockRows]
+  int32_t* branch;         // [kBlockRows] row of the page table
+  TokenRows rows[2];       // of this tile and of the next one, in turns
+};
+
+// Divides the scratch memory of a thread among its buffers, aligned to cache lines.
+Scratch make_scratch(const TreeAttentionParams& p, void* memory) {
+  char* next = static_cast<char*>(memory);
   const auto take = [&](int64_t bytes) {
-    char* result = at;
-    at += (bytes + 63) / 64 * 64;
-    return result;
+    char* buffer = next;
+    next += (bytes + 63) / 64 * 64;
+    return buffer;
   };
   const int64_t wide = (p.head_dim + 63) / 64 * 64;
   Scratch s;
   s.q = reinterpret_cast<float*>(take(kBlockRows * p.head_dim * 4));
-  s.o = reinterpret_cast<float*>(take(kBlockRows * wide * 4));
+  s.acc = reinterpret_cast<float*>(take(kBlockRows * wide * 4));
   s.s = reinterpret_cast<float*>(take(kStripRows * kScoreStride * 4));
   s.k = reinterpret_cast<float*>(take(kTile * p.head_dim * 4));
   s.v = reinterpret_cast<float*>(take(kTile * wide * 4));
-  s.max = reinterpret_cast<float*>(take(kBlockRows * 4));
-  s.sum = reinterpret_cast<float*>(take(kBlockRows * kSumLanes * 4));
-  s.rescale = reinterpret_cast<float*>(take(kBlockRows * 4));
-  s.begin = reinterpret_cast<int32_t*>(take(kBlockRows * 4));
-  s.end = reinterpret_cast<int32_t*>(take(kBlockRows * 4));
+  s.m_i = reinterpret_cast<float*>(take(kBlockRows * 4));
+  s.l_i = reinterpret_cast<float*>(take(kBlockRows * kSumLanes * 4));
+  s.alpha = reinterpret_cast<float*>(take(kBlockRows * 4));
+  s.visible_begin = reinterpret_cast<int32_t*>(take(kBlockRows * 4));
+  s.visible_end = reinterpret_cast<int32_t*>(take(kBlockRows * 4));
   s.branch = reinterpret_cast<int32_t*>(take(kBlockRows * 4));
-  for (auto& rows : s.rows) rows = reinterpret_cast<const void**>(take(kTile * static_cast<int64_t>(sizeof(void*))));
+  for (TokenRows& rows : s.rows) {
+    rows.k = reinterpret_cast<const void**>(take(kTile * static_cast<int64_t>(sizeof(void*))));
+    rows.v = reinterpret_cast<const void**>(take(kTile * static_cast<int64_t>(sizeof(void*))));
+  }
   return s;
 }
 
-// Whether both products go through tile registers. Keys go in groups of kGroup then.
+// True if both products use tile registers. Keys go in groups of kGroup then.
 template <bool Pairs>
 bool uses_tiles(const TreeAttentionParams& p) {
 #if defined(TD_ISA_AMX_BF16)
@@ -63,8 +73,8 @@ bool uses_tiles(const TreeAttentionParams& p) {
 }
 
 #if defined(TD_ISA_AMX_BF16)
-// c (+)= a b as multiply_panel computes it, by tile registers: of any number of rows (the buffers have room for a
-// multiple of 16, and what is in the spare ones does not matter) and of lanes [begin, end), multiples of 32.
+// Computes c (+)= a b as multiply_panel does, with tile registers, for lanes [begin, end), which are multiples of 32.
+// The buffers have room for a multiple of 16 rows; the values of rows beyond the last one do not matter.
 void multiply_by_tiles(int64_t rows, int64_t begin, int64_t end, const float* a, int64_t a_stride, const float* b,
                        int64_t panel_stride, int64_t depth, bool accumulate, float* c, int64_t c_stride) {
   for (int64_t lane = begin; lane < end; lane += 32) {
@@ -88,14 +98,14 @@ void multiply_by_tiles(int64_t rows, int64_t begin, int64_t end, const float* a,
 }
 #endif
 
-// Scores [begin, end) of one row become probabilities relative to the running maximum; begin and end are multiples of
-// N, the row sees [from, to). Probabilities of unseen keys are 0. Pairs: they are stored as bf16, unit i/2 for key i.
+// Turns scores [begin, end) of one row into probabilities relative to its new maximum; begin and end are multiples of
+// N. Keys outside of [visible_begin, visible_end) get 0. Pairs: probabilities are stored as bf16, unit i/2 for key i.
 template <bool Pairs>
-void softmax_row(const TreeAttentionParams& p, float* s, int64_t begin, int64_t end, int64_t from, int64_t to,
-                 float& row_max, float* row_sum, float& rescale) {
+void softmax_row(const TreeAttentionParams& p, float* s, int64_t begin, int64_t end, int64_t visible_begin,
+                 int64_t visible_end, float& m_i, float* l_i /* [kSumLanes] */, float& alpha) {
   constexpr int64_t N = Vec::N;
-  rescale = 1.0f;
-  if (from >= to) {
+  alpha = 1.0f;
+  if (visible_begin >= visible_end) {
     for (int64_t i = begin; i < end; i += N) Vec::zero().store(Pairs ? s + i / 2 : s + i);
     return;
   }
@@ -105,27 +115,27 @@ void softmax_row(const TreeAttentionParams& p, float* s, int64_t begin, int64_t 
     for (int64_t i = begin; i < end; i += N) (tanh(Vec::load(s + i) * inner) * outer).store(s + i);
     scale = 1.0f;
   }
-  if (from > begin || to < end) {
-    const Vec first = Vec::set(static_cast<float>(from)), last = Vec::set(static_cast<float>(to));
+  if (visible_begin > begin || visible_end < end) {
+    const Vec first = Vec::set(static_cast<float>(visible_begin)), last = Vec::set(static_cast<float>(visible_end));
     for (int64_t i = begin; i < end; i += N) {
-      if (i >= from && i + N <= to) continue;
+      if (i >= visible_begin && i + N <= visible_end) continue;
       const Vec key = Vec::iota() + Vec::set(static_cast<float>(i));
       select((key >= first) & (key < last), Vec::load(s + i), Vec::set(-kInf)).store(s + i);
     }
   }
-  Vec high = Vec::load(s + begin);
-  for (int64_t i = begin + N; i < end; i += N) high = max(Vec::load(s + i), high);
-  const float tile_max = __builtin_ceilf(high.max() * scale);
-  if (tile_max > row_max) {
-    rescale = power_of_two(row_max - tile_max);  // 0 for the first keys of the row
-    row_max = tile_max;
+  Vec lane_max = Vec::load(s + begin);
+  for (int64_t i = begin + N; i < end; i += N) lane_max = max(Vec::load(s + i), lane_max);
+  const float tile_max = __builtin_ceilf(lane_max.max() * scale);
+  if (tile_max > m_i) {
+    alpha = power_of_two(m_i - tile_max);  // 0 for the first keys of the row
+    m_i = tile_max;
   }
-  const Vec base = Vec::set(row_max == -kInf ? 0.0f : row_max), factor = Vec::set(scale);
+  const Vec base = Vec::set(m_i == -kInf ? 0.0f : m_i), factor = Vec::set(scale);
   const auto probability = [&](int64_t i) { return exp2_above(Vec::load(s + i) * factor, base); };
-  // Where keys begin in the lanes decides nothing: N divides kSumLanes, and begin is a multiple of N.
+  // Key i is added to lane i % kSumLanes wherever the tile begins: N divides kSumLanes, and begin is a multiple of N.
   constexpr int64_t kSums = kSumLanes / N;
   Vec sums[kSums];
-  for (int64_t j = 0; j < kSums; ++j) sums[j] = Vec::load(row_sum + j * N) * Vec::set(rescale);
+  for (int64_t j = 0; j < kSums; ++j) sums[j] = Vec::load(l_i + j * N) * Vec::set(alpha);
 #if defined(TD_ISA_AVX512_BF16)
   if constexpr (Pairs) {
     int64_t i = begin;
@@ -140,7 +150,7 @@ void softmax_row(const TreeAttentionParams& p, float* s, int64_t begin, int64_t 
       sums[0] += x;
       x.store(reinterpret_cast<bf16*>(s + i / 2));
     }
-    sums[0].store(row_sum);
+    sums[0].store(l_i);
     return;
   }
 #endif
@@ -149,96 +159,98 @@ void softmax_row(const TreeAttentionParams& p, float* s, int64_t begin, int64_t 
     sums[i / N % kSums] += x;
     x.store(s + i);
   }
-  for (int64_t j = 0; j < kSums; ++j) sums[j].store(row_sum + j * N);
+  for (int64_t j = 0; j < kSums; ++j) sums[j].store(l_i + j * N);
 }
 
-// Rows of K and V of the tile that begins at token `tile`: null below `begin`, and none from `end` on. How many.
+// Looks up the rows of K and V of the tile that begins at token `tile`, null for tokens before `begin`. Returns how
+// many tokens the tile has, up to `end`.
 template <typename T>
 int64_t find_rows(const TreeAttentionParams& p, const ChainedChunk& chunk, int64_t kv_head, int64_t tile, int64_t begin,
-                  int64_t end, const void** k_rows, const void** v_rows) {
+                  int64_t end, const TokenRows& rows) {
   const int64_t count = end - tile < kTile ? end - tile : kTile;
   const int32_t* pages = p.page_table + chunk.row_begin * p.page_table_stride;
   int64_t i = 0;
-  for (; i < begin - tile; ++i) k_rows[i] = v_rows[i] = nullptr;
+  for (; i < begin - tile; ++i) rows.k[i] = rows.v[i] = nullptr;
   int64_t page = (tile + i) / p.page_size, offset = (tile + i) % p.page_size;
   for (; i < count; ++page, offset = 0) {
     const T* k = static_cast<const T*>(p.k_pages) + pages[page] * p.k_stride.page + kv_head * p.k_stride.head;
     const T* v = static_cast<const T*>(p.v_pages) + pages[page] * p.v_stride.page + kv_head * p.v_stride.head;
     for (; i < count && offset < p.page_size; ++i, ++offset) {
-      k_rows[i] = k + offset * p.k_stride.token;
-      v_rows[i] = v + offset * p.v_stride.token;
+      rows.k[i] = k + offset * p.k_stride.token;
+      rows.v[i] = v + offset * p.v_stride.token;
     }
   }
   return count > 0 ? count : 0;
 }
 
-// One item; the pages of `next`, if not null, are prefetched meanwhile.
+// Computes one item, and prefetches the pages of `next` meanwhile, if it is not null.
 template <bool Pairs, typename T>
 void attend_item(const TreeAttentionParams& p, const TreeAttentionItem& item, const TreeAttentionItem* next,
-                 const Scratch& x) {
+                 const Scratch& buf) {
   const ChainedChunk& chunk = p.chunks[item.chunk];
   const int64_t kv_head = item.kv_head, row_begin = item.row_begin, n = item.row_end - item.row_begin;
   const int64_t group = p.num_qo_heads / p.num_kv_heads;
   const int64_t units = Pairs ? p.head_dim / 2 : p.head_dim;
-  const int64_t o_stride = (p.head_dim + kPanel - 1) / kPanel * kPanel;
+  const int64_t acc_stride = (p.head_dim + kPanel - 1) / kPanel * kPanel;
   const int64_t v_panel_stride = (Pairs ? kTile / 2 : kTile) * kPanel;
   const bool tiled = uses_tiles<Pairs>(p);
-  const int64_t step = tiled ? kGroup : Vec::N;  // keys that are worked on together
-  // Tiles begin at multiples of kTile, so that a key has its place in a tile whatever chunk it is in. Tokens are
-  // counted from the first one on.
+  const int64_t step = tiled ? kGroup : Vec::N;  // keys that are computed together
+  // Tiles begin at multiples of kTile, so that a key has the same place in a tile in every chunk. From here on tokens
+  // are counted from the first tile's.
   const int64_t first = chunk.token_begin / kTile * kTile;
   const int64_t chunk_begin = chunk.token_begin - first, chunk_end = chunk.token_end - first;
   const int64_t first_token = p.q_indptr[chunk.row_begin];
-  // A group of keys across the chunk's border is the next chunk's, for those rows that go on there: so a key is added
-  // with the same others wherever chunks begin and end. Rows of the next chunk have the same pages before it.
+  // A group of keys across the end of the chunk belongs to the next chunk, for the rows that go on there: so a key is
+  // added together with the same other keys wherever chunks begin and end. Rows of the next chunk have the same pages
+  // before it.
   const int64_t work_begin = tiled ? chunk_begin / kGroup * kGroup : chunk_begin;
   const int64_t work_end = tiled ? chunk_end / kGroup * kGroup : chunk_end;
 
-  int64_t seen_begin = chunk_end, seen_end = 0;
+  int64_t visible_begin = chunk_end, visible_end = 0;
   int64_t b = chunk.row_begin;
   for (int64_t r = 0; r < n; ++r) {
     const int64_t token = first_token + (row_begin + r) / group, head = kv_head * group + (row_begin + r) % group;
     while (token >= p.q_indptr[b + 1]) ++b;
-    const Visible seen = visible_keys(p, b, token - p.q_indptr[b]);
-    const int64_t from = seen.begin - first < work_begin ? work_begin : seen.begin - first;
-    const int64_t last = seen.end - first;  // up to chunk_begin the chunks before have had it
+    const Visible visible = visible_keys(p, b, token - p.q_indptr[b]);
+    const int64_t from = visible.begin - first < work_begin ? work_begin : visible.begin - first;
+    const int64_t last = visible.end - first;  // the chunks before had the keys up to chunk_begin
     const int64_t to = last <= chunk_begin ? from : last <= chunk_end ? last : work_end;
-    x.branch[r] = static_cast<int32_t>(b);
-    x.begin[r] = static_cast<int32_t>(from);
-    x.end[r] = static_cast<int32_t>(to > from ? to : from);
+    buf.branch[r] = static_cast<int32_t>(b);
+    buf.visible_begin[r] = static_cast<int32_t>(from);
+    buf.visible_end[r] = static_cast<int32_t>(to > from ? to : from);
     if (from < to) {
-      if (from < seen_begin) seen_begin = from;
-      if (to > seen_end) seen_end = to;
+      if (from < visible_begin) visible_begin = from;
+      if (to > visible_end) visible_end = to;
     }
-    start_row(p, chunk, token, b, head, x.o + r * o_stride, o_stride, x.max[r], x.sum + r * kSumLanes);
+    start_row(p, chunk, token, b, head, buf.acc + r * acc_stride, acc_stride, buf.m_i[r], buf.l_i + r * kSumLanes);
     pack_row<Pairs>(static_cast<const T*>(p.q) + token * p.q_stride.token + head * p.q_stride.head, units,
-                    x.q + r * units);
+                    buf.q + r * units);
   }
 
-  // Strips of rows whose output buffer holds something yet.
+  // One bit for each strip of rows whose acc has been written.
   uint64_t started = chunk.round > 0 ? ~uint64_t{0} : 0;
   int current = 0;
-  const int64_t first_tile = seen_begin / kTile * kTile;
-  const auto find = [&](int64_t tile, const void** k_rows, const void** v_rows) {
-    return find_rows<T>(p, chunk, kv_head, first + tile, first + work_begin, first + seen_end, k_rows, v_rows);
+  const int64_t first_tile = visible_begin / kTile * kTile;
+  const auto find = [&](int64_t tile, const TokenRows& rows) {
+    return find_rows<T>(p, chunk, kv_head, first + tile, first + work_begin, first + visible_end, rows);
   };
-  int64_t count = find(first_tile, x.rows[0], x.rows[1]);
-  for (int64_t tile = first_tile; tile < seen_end; tile += kTile) {
-    // What to prefetch while this tile is worked on: the next one, be it of this item or of the next.
-    int64_t next_count = find(tile + kTile, x.rows[2 - current], x.rows[3 - current]);
+  int64_t count = find(first_tile, buf.rows[0]);
+  for (int64_t tile = first_tile; tile < visible_end; tile += kTile) {
+    // The next tile, of this item or of the next one, is prefetched while this tile is computed.
+    int64_t next_count = find(tile + kTile, buf.rows[1 - current]);
     if (next_count == 0 && next) {
       const ChainedChunk& next_chunk = p.chunks[next->chunk];
       next_count = find_rows<T>(p, next_chunk, next->kv_head, next_chunk.token_begin, next_chunk.token_begin,
-                                next_chunk.token_end, x.rows[2 - current], x.rows[3 - current]);
+                                next_chunk.token_end, buf.rows[1 - current]);
     }
-    pack_keys<Pairs>(reinterpret_cast<const T* const*>(x.rows[current]),
-                     reinterpret_cast<const T* const*>(x.rows[2 - current]), count, next_count, units, x.k);
-    bool has_values = false;  // packed when the first scores are done
+    pack_keys<Pairs>(reinterpret_cast<const T* const*>(buf.rows[current].k),
+                     reinterpret_cast<const T* const*>(buf.rows[1 - current].k), count, next_count, units, buf.k);
+    bool has_values = false;  // values are packed after the first scores
     for (int64_t strip = 0; strip < n; strip += kStripRows) {
       const int64_t rows = n - strip < kStripRows ? n - strip : kStripRows;
       int64_t begin = count, end = 0;
       for (int64_t r = strip; r < strip + rows; ++r) {
-        const int64_t from = x.begin[r] - tile, to = x.end[r] - tile;
+        const int64_t from = buf.visible_begin[r] - tile, to = buf.visible_end[r] - tile;
         if (from >= to || from >= count || to <= 0) continue;
         if (from < begin) begin = from;
         if (to > end) end = to;
@@ -248,25 +260,26 @@ void attend_item(const TreeAttentionParams& p, const TreeAttentionItem& item, co
       end = ((end < count ? end : count) + step - 1) / step * step;
       if (tiled) {
 #if defined(TD_ISA_AMX_BF16)
-        multiply_by_tiles(rows, begin, end, x.q + strip * units, units, x.k, units * kPanel, units, false, x.s,
+        multiply_by_tiles(rows, begin, end, buf.q + strip * units, units, buf.k, units * kPanel, units, false, buf.s,
                           kScoreStride);
 #endif
       }
       for (int64_t t = begin, next; t < end && !tiled; t = next) {
         const int64_t panel = t / kPanel * kPanel;
         next = panel + kPanel < end ? panel + kPanel : end;
-        multiply_panel<Pairs>(rows, (next - t) / Vec::N, x.q + strip * units, units, x.k + panel * units + (t - panel),
-                              units, nullptr, x.s + t, kScoreStride);
+        multiply_panel<Pairs>(rows, (next - t) / Vec::N, buf.q + strip * units, units,
+                              buf.k + panel * units + (t - panel), units, nullptr, buf.s + t, kScoreStride);
       }
       for (int64_t r = 0; r < rows; ++r) {
-        const int64_t from = x.begin[strip + r] - tile, to = x.end[strip + r] - tile;
-        softmax_row<Pairs>(p, x.s + r * kScoreStride, begin, end, from > begin ? from : begin, to < count ? to : count,
-                           x.max[strip + r], x.sum + (strip + r) * kSumLanes, x.rescale[r]);
+        const int64_t from = buf.visible_begin[strip + r] - tile, to = buf.visible_end[strip + r] - tile;
+        softmax_row<Pairs>(p, buf.s + r * kScoreStride, begin, end, from > begin ? from : begin,
+                           to < count ? to : count, buf.m_i[strip + r], buf.l_i + (strip + r) * kSumLanes,
+                           buf.alpha[r]);
       }
       if (!has_values) {
-        pack_values<Pairs>(reinterpret_cast<const T* const*>(x.rows[current + 1]),
-                           reinterpret_cast<const T* const*>(x.rows[3 - current]), count, next_count, p.head_dim,
-                           v_panel_stride, x.v);
+        pack_values<Pairs>(reinterpret_cast<const T* const*>(buf.rows[current].v),
+                           reinterpret_cast<const T* const*>(buf.rows[1 - current].v), count, next_count, p.head_dim,
+                           v_panel_stride, buf.v);
         has_values = true;
       }
       const uint64_t bit = uint64_t{1} << (strip / kStripRows);
@@ -274,35 +287,35 @@ void attend_item(const TreeAttentionParams& p, const TreeAttentionItem& item, co
 #if defined(TD_ISA_AMX_BF16)
       if (tiled) {
         for (int64_t r = 0; r < rows && started & bit; ++r) {
-          if (x.rescale[r] == 1.0f) continue;
-          float* o = x.o + (strip + r) * o_stride;
-          for (int64_t d = 0; d < o_stride; d += Vec::N) (Vec::load(o + d) * Vec::set(x.rescale[r])).store(o + d);
+          if (buf.alpha[r] == 1.0f) continue;
+          float* acc = buf.acc + (strip + r) * acc_stride;
+          for (int64_t d = 0; d < acc_stride; d += Vec::N) (Vec::load(acc + d) * Vec::set(buf.alpha[r])).store(acc + d);
         }
-        multiply_by_tiles(rows, 0, p.head_dim, x.s + skip, kScoreStride, x.v + skip * kPanel, v_panel_stride, depth,
-                          started & bit, x.o + strip * o_stride, o_stride);
+        multiply_by_tiles(rows, 0, p.head_dim, buf.s + skip, kScoreStride, buf.v + skip * kPanel, v_panel_stride, depth,
+                          started & bit, buf.acc + strip * acc_stride, acc_stride);
       }
 #endif
       for (int64_t d = 0; d < p.head_dim && !tiled; d += kPanel) {
         const int64_t lanes = p.head_dim - d < kPanel ? p.head_dim - d : kPanel;
-        multiply_panel<Pairs>(rows, (lanes + Vec::N - 1) / Vec::N, x.s + skip, kScoreStride,
-                              x.v + d / kPanel * v_panel_stride + skip * kPanel, depth,
-                              started & bit ? x.rescale : nullptr, x.o + strip * o_stride + d, o_stride);
+        multiply_panel<Pairs>(rows, (lanes + Vec::N - 1) / Vec::N, buf.s + skip, kScoreStride,
+                              buf.v + d / kPanel * v_panel_stride + skip * kPanel, depth,
+                              started & bit ? buf.alpha : nullptr, buf.acc + strip * acc_stride + d, acc_stride);
       }
       started |= bit;
     }
     count = next_count;
-    current = 2 - current;
+    current = 1 - current;
   }
 
   for (int64_t r = 0; r < n; ++r) {
     const int64_t token = first_token + (row_begin + r) / group, head = kv_head * group + (row_begin + r) % group;
-    finish_row<T>(p, chunk, token, x.branch[r], head, x.o + r * o_stride, x.max[r], x.sum + r * kSumLanes);
+    finish_row<T>(p, chunk, token, buf.branch[r], head, buf.acc + r * acc_stride, buf.m_i[r], buf.l_i + r * kSumLanes);
   }
 }
 
 template <bool Pairs, typename T>
 void attend(const TreeAttentionParams& p, const TreeAttentionItem* items, int64_t count, void* scratch) {
-  const Scratch buffers = carve(p, scratch);
+  const Scratch buffers = make_scratch(p, scratch);
 #if defined(TD_ISA_AMX_BF16)
   std::optional<Tiles> tiles;
   if (uses_tiles<Pairs>(p)) tiles.emplace();

@@ -1,4 +1,8 @@
-// tree_attention: attention of many branches over the pages of a tree, every chunk of shared pages read once.
+// tree_attention: attention of many branches to the pages of a tree. Every chunk of shared pages is read once.
+//
+// Per query row and segment, in units of log2: m_i is the running maximum of the scaled scores, rounded up to a whole
+// number, l_i the running sum of p = 2^(score - m_i), acc that of p @ v; alpha = 2^(old m_i - new m_i) brings l_i and
+// acc to a new maximum.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +26,7 @@ struct TreeAttentionParams {
   const float* sinks;          // [num_qo_heads] or null
   void* out;                   // [num_q, num_qo_heads, head_dim] contiguous, dtype
   float* lse;                  // [num_q, num_qo_heads]
-  float* parts;                // [num_parts, num_qo_heads, part_stride(head_dim)] sums of a segment so far, see Part
+  float* parts;                // [num_parts, num_qo_heads, part_stride(head_dim)] see Part
   int64_t num_rows;
   int64_t num_qo_heads;
   int64_t num_kv_heads;
@@ -38,25 +42,25 @@ struct TreeAttentionParams {
   DType dtype;
 };
 
-// A query head's sums over the keys of a segment seen so far, relative to 2^max: what a later chunk of the segment goes
-// on from, and what is merged in the end. `max` is a whole number, so moving it changes no digit of the sums, and keys
-// are added one after the other, lane by lane: neither the chunks' borders nor the tiles' show in the result.
+// State of a query head after the keys of a segment so far. The next chunk of the segment goes on from it, and in the
+// end the parts of a query are merged. m_i is a whole number, so that a new maximum changes no digit of acc and l_i,
+// and keys are added one after the other, lane by lane: the result does not depend on where chunks and tiles begin.
 struct Part {
-  float* out;  // [head_dim]; not written while no key has been seen: max == -inf and all of sum == 0
-  float* sum;  // [kSumLanes] of probabilities, keys dealt out to the lanes in turn
-  float* max;  // [1] log2 units
+  float* acc;  // [head_dim]; not written before the first key, while m_i == -inf and all of l_i == 0
+  float* l_i;  // [kSumLanes] key i is added to lane i % kSumLanes
+  float* m_i;  // [1]
 };
 constexpr int64_t kSumLanes = 16;
 static inline int64_t part_stride(int64_t head_dim) { return head_dim + 2 * kSumLanes; }
 static inline Part part_at(const TreeAttentionParams& p, int64_t part, int64_t head) {
-  float* at = p.parts + (part * p.num_qo_heads + head) * part_stride(p.head_dim);
-  return {at, at + p.head_dim, at + p.head_dim + kSumLanes};
+  float* acc = p.parts + (part * p.num_qo_heads + head) * part_stride(p.head_dim);
+  return {acc, acc + p.head_dim, acc + p.head_dim + kSumLanes};
 }
 
-// Keys are packed and multiplied kTile tokens at a time, tiles beginning at multiples of kTile; at most kBlockRows
-// packed query rows share one pass over the keys of a chunk, kStripRows of them one buffer of scores.
+// Keys are packed and multiplied kTile tokens at a time, in tiles that begin at multiples of kTile. At most kBlockRows
+// packed query rows share one pass over the keys of a chunk, and kStripRows of them one buffer of scores.
 constexpr int64_t kTile = 128;
-constexpr int64_t kGroup = 32;  // keys that tile registers take together, at multiples of it
+constexpr int64_t kGroup = 32;  // keys that tile registers take together, from multiples of it on
 constexpr int64_t kBlockRows = 256;
 constexpr int64_t kStripRows = 48;
 
@@ -84,7 +88,7 @@ static inline int64_t num_parts(const TreeAttentionParams& p, int64_t b) {
   return q_len ? (p.part_indptr[b + 1] - p.part_indptr[b]) / q_len : 0;
 }
 
-// Bytes of scratch one thread needs, enough for every ISA's layout: queries, output, keys, values, scores, row state.
+// Bytes of scratch that one thread needs for Scratch in tree_attention.cpp, whatever its instruction set.
 static inline int64_t tree_attention_scratch(int64_t head_dim) {
   const int64_t wide = (head_dim + 63) / 64 * 64;
   const int64_t rows = 2 * wide + 5 + kSumLanes;
@@ -93,11 +97,11 @@ static inline int64_t tree_attention_scratch(int64_t head_dim) {
 
 }  // namespace treedecode::cpu
 
-// Computes items one after another, each while the pages of the next are prefetched. Writes `out`/`lse` where a branch
-// of one part ends, the part otherwise. A row's result does not depend on which rows are computed with it.
+// Computes items one after another, and prefetches the pages of the next one meanwhile. Writes `out` and `lse` where a
+// branch of one part ends, and the part otherwise. A row's result does not depend on the rows computed with it.
 TD_DECLARE_KERNEL(tree_attention, void tree_attention(const TreeAttentionParams& p, const TreeAttentionItem* items,
                                                       int64_t count, void* scratch))
 
-// Merges the parts of rows (branches) [row_begin, row_end) along their paths; branches of one part are left alone.
+// Merges the parts of rows (branches) [row_begin, row_end) along their paths; branches of one part are final already.
 TD_DECLARE_KERNEL(tree_attention_merge,
                   void tree_attention_merge(const TreeAttentionParams& p, int64_t row_begin, int64_t row_end))

@@ -45,7 +45,7 @@ struct Vec {
     return {_mm512_mask_blend_ps(head(n), _mm512_set1_ps(fill), _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(head(n), p)))};
   }
 
-  // 2 N values, of which every second goes to `even` and the others to `odd`.
+  // Loads 2 N values: those at even positions to `even`, the others to `odd`.
   static void load_pairs(const bf16* p, Vec& even, Vec& odd) {
     const __m512i pairs = _mm512_loadu_si512(p);
     even.v = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
@@ -207,7 +207,7 @@ static inline Vec scale_by_pow2(Vec x, Vec n) {
 }
 static inline Vec round_nearest(Vec x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 
-#else  // generic: four lanes the compiler maps to whatever baseline SIMD there is
+#else  // generic: four lanes, for which the compiler uses the baseline SIMD
 
 struct Mask {
   int32_t m[4];  // 0 or -1
@@ -296,7 +296,7 @@ static inline Vec& operator+=(Vec& a, Vec b) { return a = a + b; }
 static inline Vec& operator*=(Vec& a, Vec b) { return a = a * b; }
 
 // exp to about 1 ulp: 2^n * p(r), r = x - n ln 2 in two pieces (Cody and Waite), p of degree 6 (minimax on
-// [-ln2/2, ln2/2]). Below about -87.3 the result is exactly 0, so exp(-inf) = 0; +inf and NaN come out as themselves.
+// [-ln2/2, ln2/2]). Below about -87.3 the result is exactly 0, so exp(-inf) = 0; exp(+inf) = +inf, and NaN stays NaN.
 static inline Vec exp(Vec x) {
   const Vec clamped = min(Vec::set(88.8f), max(Vec::set(-126.0f), x));  // operands in this order keep finite lanes only
   const Vec n = round_nearest(clamped * Vec::set(1.44269504088896341f));

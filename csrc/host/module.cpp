@@ -12,7 +12,7 @@ namespace py = pybind11;
 namespace treedecode::host {
 namespace {
 
-// A contiguous 1-d int32 array, never a converted copy: a caller that passes something else has a bug.
+// A contiguous 1-d int32 array. Other arrays are refused and not converted: a caller that passes one has a bug.
 struct Int32Array {
   const int32_t* data;
   int64_t size;
@@ -35,8 +35,8 @@ py::array_t<int32_t> to_array(const std::vector<int32_t>& values) {
   return py::array_t<int32_t>(static_cast<py::ssize_t>(values.size()), values.data());
 }
 
-// Work that may wait for the lock runs without the GIL: its holder never needs the GIL, so no two threads wait for
-// each other.
+// Runs work that may wait for the lock, without the GIL. The holder of the lock never needs the GIL, so that there is
+// no deadlock.
 template <typename F>
 std::vector<int32_t> without_gil(F&& work) {
   py::gil_scoped_release release;
@@ -75,48 +75,49 @@ PYBIND11_MODULE(_host, m) {
   m.doc() = "Host-side structures of treedecode.";
   py::class_<PrefixIndex>(m, "PrefixIndex", R"(Radix tree from token ids to the pages that hold their K and V.
 
-Works in whole pages; thread-safe; token ids are compared, never only their hashes. The index names pages, it owns no
-reference: the caller retains what `insert` returns and drops what `evict` and `clear` return.
+Works in whole pages; thread-safe; token ids are compared, never only their hashes. The index owns no references to
+pages: the caller retains the pages that `insert` returns, and drops those that `evict` and `clear` return.
 
 Args:
     page_size: tokens per page, at least 1.)")
       .def(py::init<int64_t>(), py::arg("page_size"))
       .def_property_readonly("page_size", &PrefixIndex::page_size)
       .def("__len__", &PrefixIndex::num_pages, py::call_guard<py::gil_scoped_release>(), "Number of pages held.")
-      .def("match", &match, py::arg("tokens"), R"(The longest known prefix of `tokens` in whole pages.
+      .def("match", &match, py::arg("tokens"),
+           R"(Finds the longest prefix of `tokens` that the index has, in whole pages.
 
 Args:
     tokens: `[num_tokens]` int32 array.
 
 Returns:
     `(pages, num_tokens)`: `[n]` int32 page ids and `n * page_size`. Adopt them before the next `evict`.)")
-      .def("insert", &insert, py::arg("tokens"), py::arg("pages"), R"(Makes the whole pages of `tokens` known.
+      .def("insert", &insert, py::arg("tokens"), py::arg("pages"), R"(Inserts the whole pages of `tokens`.
 
 Args:
     tokens: `[num_tokens]` int32 array.
     pages: the `num_tokens // page_size` whole pages, int32; a partial last page may follow and is ignored.
 
 Returns:
-    int32 array of the pages newly held. Where the tokens are known already, the index keeps the pages it has.
+    int32 array of the pages newly held. Where the index has the tokens already, it keeps its pages.
 
 Raises:
     ValueError: wrong number of pages, or a page that would be held twice; nothing is inserted.)")
-      .def("evict", &evict, py::arg("num_pages"), py::arg("refcount"), R"(Lets go of up to `num_pages` pages.
+      .def("evict", &evict, py::arg("num_pages"), py::arg("refcount"), R"(Evicts up to `num_pages` pages.
 
-Only pages with `refcount == 1` go, least recently used leaves first, each branch from its end.
+Evicts only pages with `refcount == 1`, least recently used leaves first, each branch from its end.
 
 Args:
-    num_pages: at most so many.
+    num_pages: how many to evict at most.
     refcount: `[pool pages]` int32 array.
 
 Returns:
-    int32 array of the pages it let go, in order.)")
+    int32 array of the evicted pages, in order.)")
       .def(
           "pages", [](PrefixIndex& index) { return to_array(without_gil([&] { return index.pages(); })); },
-          "All pages held, ascending, int32.")
+          "Returns all pages held, ascending, int32.")
       .def(
           "clear", [](PrefixIndex& index) { return to_array(without_gil([&] { return index.clear(); })); },
-          "Lets go of everything; returns those pages, int32.")
+          "Removes all pages and returns them, int32.")
       .def("check_integrity", &PrefixIndex::check_integrity, py::call_guard<py::gil_scoped_release>(),
            "Raises RuntimeError naming the invariant that is broken.");
 }

@@ -62,11 +62,11 @@ void PrefixIndex::unlink(Node* node) {
   node->older->newer = node->newer;
 }
 
-void PrefixIndex::link_after(Node* where, Node* node) {
-  node->newer = where;
-  node->older = where->older;
-  where->older->newer = node;
-  where->older = node;
+void PrefixIndex::link_after(Node* newer, Node* node) {
+  node->newer = newer;
+  node->older = newer->older;
+  newer->older->newer = node;
+  newer->older = node;
 }
 
 void PrefixIndex::touch(Node* node) {
@@ -86,7 +86,7 @@ void PrefixIndex::set_held(int32_t page, bool held) {
   num_pages_ += held ? 1 : -1;
 }
 
-// Cuts `node` after `num_pages` pages (at least one stays on either side) and returns the upper part.
+// Cuts `node` after `num_pages` pages (at least one stays on each side) and returns the upper part.
 PrefixIndex::Node* PrefixIndex::split(Node* node, int64_t num_pages) {
   auto upper = std::make_unique<Node>();
   const auto num_tokens = num_pages * page_size_;
@@ -102,24 +102,24 @@ PrefixIndex::Node* PrefixIndex::split(Node* node, int64_t num_pages) {
   return upper.release();
 }
 
-// Follows `tokens` down, splits the node in which the known prefix ends, and touches the path.
+// Follows `tokens` down, splits the node in which the matched prefix ends, and touches the path.
 PrefixIndex::Path PrefixIndex::walk(const int32_t* tokens, int64_t num_pages) {
   Node* node = root_.get();
-  int64_t known = 0;
-  while (known < num_pages) {
-    const int32_t* rest = tokens + known * page_size_;
-    Node* child = find_child(node, rest);
+  int64_t num_matched = 0;
+  while (num_matched < num_pages) {
+    const int32_t* next = tokens + num_matched * page_size_;
+    Node* child = find_child(node, next);
     if (!child) break;
     const auto length = static_cast<int64_t>(child->pages.size());
-    const int64_t limit = std::min(length, num_pages - known) * page_size_;
-    const auto differ = std::mismatch(rest, rest + limit, child->tokens.begin()).first - rest;
+    const int64_t limit = std::min(length, num_pages - num_matched) * page_size_;
+    const auto differ = std::mismatch(next, next + limit, child->tokens.begin()).first - next;
     const int64_t same = differ / page_size_;
     node = same < length ? split(child, same) : child;
-    known += same;
+    num_matched += same;
     if (same < length) break;
   }
   touch(node);
-  return {node, known};
+  return {node, num_matched};
 }
 
 int64_t PrefixIndex::num_pages() {
@@ -130,7 +130,7 @@ int64_t PrefixIndex::num_pages() {
 std::vector<int32_t> PrefixIndex::match(const int32_t* tokens, int64_t num_tokens) {
   std::lock_guard lock(mutex_);
   const Path path = walk(tokens, num_tokens / page_size_);
-  std::vector<int32_t> pages(path.num_known);
+  std::vector<int32_t> pages(path.num_matched);
   auto end = pages.end();
   for (const Node* node = path.node; node != root_.get(); node = node->parent) {
     end = std::copy_backward(node->pages.begin(), node->pages.end(), end);
@@ -141,8 +141,8 @@ std::vector<int32_t> PrefixIndex::match(const int32_t* tokens, int64_t num_token
 std::vector<int32_t> PrefixIndex::insert(const int32_t* tokens, const int32_t* pages, int64_t num_pages) {
   std::lock_guard lock(mutex_);
   const Path path = walk(tokens, num_pages);
-  if (path.num_known == num_pages) return {};
-  std::vector<int32_t> taken(pages + path.num_known, pages + num_pages);
+  if (path.num_matched == num_pages) return {};
+  std::vector<int32_t> taken(pages + path.num_matched, pages + num_pages);
   std::vector<int32_t> sorted = taken;
   std::sort(sorted.begin(), sorted.end());
   for (size_t i = 0; i < sorted.size(); ++i) {
@@ -152,15 +152,15 @@ std::vector<int32_t> PrefixIndex::insert(const int32_t* tokens, const int32_t* p
                                   std::to_string(page));
     }
   }
-  const int32_t* rest = tokens + path.num_known * page_size_;
-  const int32_t* rest_end = tokens + num_pages * page_size_;
+  const int32_t* new_begin = tokens + path.num_matched * page_size_;
+  const int32_t* new_end = tokens + num_pages * page_size_;
   Node* node = path.node;
-  if (node != root_.get() && node->children.empty()) {  // a leaf just touched: the new pages join it
-    node->tokens.insert(node->tokens.end(), rest, rest_end);
+  if (node != root_.get() && node->children.empty()) {  // the most recent leaf: the new pages are added to it
+    node->tokens.insert(node->tokens.end(), new_begin, new_end);
     node->pages.insert(node->pages.end(), taken.begin(), taken.end());
   } else {
     auto leaf = std::make_unique<Node>();
-    leaf->tokens.assign(rest, rest_end);
+    leaf->tokens.assign(new_begin, new_end);
     leaf->pages = taken;
     add_child(node, leaf.get());
     link_after(node, leaf.get());
@@ -181,7 +181,7 @@ std::vector<int32_t> PrefixIndex::evict(int64_t max_pages, const int32_t* refcou
       while (!node->pages.empty() && static_cast<int64_t>(freed.size()) < max_pages && idle(node->pages.back())) {
         freed.push_back(node->pages.back());
         set_held(node->pages.back(), false);
-        // The first page's tokens are what the parent's map knows the node by: they go last, with the node.
+        // The parent's map finds the node by the tokens of its first page: they are erased last, with the node.
         node->pages.pop_back();
         if (!node->pages.empty()) node->tokens.resize(node->pages.size() * page_size_);
       }
@@ -230,7 +230,7 @@ void PrefixIndex::check_integrity() {
   auto require = [](bool ok, const char* what) {
     if (!ok) throw std::logic_error(std::string("PrefixIndex: ") + what);
   };
-  std::unordered_map<const Node*, int64_t> rank;  // place in the recency list
+  std::unordered_map<const Node*, int64_t> rank;  // position in the recency list
   int64_t num_pages = 0, num_edges = 0;
   rank[root_.get()] = 0;
   for (const Node* node = root_->older; node != root_.get(); node = node->older) {
@@ -243,7 +243,7 @@ void PrefixIndex::check_integrity() {
     for (int32_t page : node->pages) require(is_held(page), "a page of the tree is not marked as held");
     num_pages += static_cast<int64_t>(node->pages.size());
   }
-  for (const auto& [node, place] : rank) num_edges += static_cast<int64_t>(node->children.size());
+  for (const auto& [node, position] : rank) num_edges += static_cast<int64_t>(node->children.size());
   require(num_edges + 1 == static_cast<int64_t>(rank.size()), "a child is missing from the recency list");
   require(num_pages == num_pages_, "the page count is wrong");
   int64_t num_held = 0;

@@ -12,11 +12,11 @@
 namespace treedecode::host {
 
 // The tree works in whole pages: an edge is a run of n * page_size tokens and their n pages, and the children of a node
-// differ within their first page. Tokens are always compared; hashes only choose what to compare with.
+// differ within their first page. Tokens are always compared; hashes only choose the candidates.
 //
 // Recency: a match or an insert touches every page on its path, and nodes are split where a path ends, so all pages of
-// a node were last touched at the same time. Nodes hang in a list, most recent first, parents before their children;
-// from its end on, eviction meets leaves in LRU order.
+// a node were last touched at the same time. Nodes are in a list, most recent first, parents before their children;
+// eviction goes through it from its end and meets leaves in LRU order.
 //
 // Every public function takes the lock; none calls back into Python.
 class PrefixIndex {
@@ -29,16 +29,16 @@ class PrefixIndex {
   int64_t page_size() const { return page_size_; }
   int64_t num_pages();
 
-  // Pages of the longest known prefix of `tokens`, in whole pages.
+  // Returns the pages of the longest prefix of `tokens` that the index has, in whole pages.
   std::vector<int32_t> match(const int32_t* tokens /* [num_tokens] */, int64_t num_tokens);
 
-  // Makes the whole pages of `tokens` known; returns those pages the index did not hold before. Where the tokens are
-  // known already the index keeps its own pages. Throws std::invalid_argument, with nothing changed, when a page it
-  // would take is negative, appears twice or is held already.
+  // Inserts the whole pages of `tokens`; returns the pages that the index did not hold before. Where it has the tokens
+  // already, it keeps its own pages. Throws std::invalid_argument, with nothing changed, when a new page is negative,
+  // appears twice or is held already.
   std::vector<int32_t> insert(const int32_t* tokens /* [num_pages * page_size] */,
                               const int32_t* pages /* [num_pages] */, int64_t num_pages);
 
-  // Lets go of up to `max_pages` pages that nothing else refers to (refcount 1), least recently used leaves first.
+  // Evicts up to `max_pages` pages that nothing else refers to (refcount 1), least recently used leaves first.
   std::vector<int32_t> evict(int64_t max_pages, const int32_t* refcount /* [num_refcounts] */, int64_t num_refcounts);
 
   std::vector<int32_t> pages();
@@ -50,8 +50,8 @@ class PrefixIndex {
  private:
   struct Node;
   struct Path {
-    Node* node;         // where the known prefix ends; the root when nothing is known
-    int64_t num_known;  // pages
+    Node* node;           // in which the matched prefix ends; the root when nothing matches
+    int64_t num_matched;  // pages
   };
 
   Path walk(const int32_t* tokens, int64_t num_pages);
@@ -61,7 +61,7 @@ class PrefixIndex {
   Node* split(Node* node, int64_t num_pages);
   void touch(Node* node);
   void unlink(Node* node);
-  void link_after(Node* where, Node* node);
+  void link_after(Node* newer, Node* node);
   bool is_held(int32_t page) const;
   void set_held(int32_t page, bool held);
   uint64_t hash_page(const int32_t* tokens) const;
@@ -69,7 +69,7 @@ class PrefixIndex {
   std::mutex mutex_;
   const int64_t page_size_;
   int64_t num_pages_ = 0;
-  // The pages held, by page id / kHeldBlock: ids may be anything, so one array of them could be of any size.
+  // The pages held, in blocks of kHeldBlock ids, because one array for all ids could be of any size.
   static constexpr int32_t kHeldBlock = 4096;
   std::map<int32_t, std::bitset<kHeldBlock>> held_;
   std::unique_ptr<Node> root_;  // empty edge; also the head of the recency list

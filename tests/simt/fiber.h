@@ -1,4 +1,4 @@
-// A stack of its own and a way to switch to it; AddressSanitizer is told about both.
+// A fiber: a stack, and switches to it. AddressSanitizer is told about both.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +17,7 @@ namespace simt {
 
 #if defined(__x86_64__)
 
-// swapcontext makes a system call per switch, and a block of 1024 threads switches a thousand times per barrier.
+// Not swapcontext, which makes a system call per switch: a block of 1024 threads switches a thousand times per barrier.
 extern "C" void td_simt_switch(void** save, void* load);
 
 class Registers {
@@ -57,7 +57,7 @@ class Registers {
 
 class Fiber {
  public:
-  // A fiber that is started again need not have ended.
+  // Starts a fiber, which need not have ended before.
   void start(char* stack, size_t size, void (*entry)()) {
     stack_ = stack;
     size_ = size;
@@ -68,14 +68,14 @@ class Fiber {
     registers_.start(stack, size, entry);
   }
 
-  // The first thing to do in `entry`; `from` is who switched here.
+  // Called first in `entry`; `from` is the fiber that switched to this one.
   void entered(Fiber& from) {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(nullptr, &from.stack_, &from.size_);
 #endif
   }
 
-  // Comes back when something switches to this fiber; never where it is `done`.
+  // Switches to another fiber. Returns when a fiber switches back, and never if this one is `done`.
   void switch_to(Fiber& to, bool done = false) {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(done ? nullptr : &fake_, to.stack_, to.size_);

@@ -1,4 +1,4 @@
-// csrc/cuda/ptx.cuh on the host: the same names, on top of simt.h.
+// The names of csrc/cuda/common/ptx.cuh for the host, on top of simt.h.
 #pragma once
 
 #include <bit>
@@ -169,7 +169,7 @@ inline void load_matrices(uint32_t (&r)[4], const void* row, bool trans, const S
     r[m] = trans ? element(m, 2 * member, group) | element(m, 2 * member + 1, group) << 16
                  : element(m, group, 2 * member) | element(m, group, 2 * member + 1) << 16;
   }
-  // Rows may be overwritten as soon as this returns, which on the device no lane does before all have read.
+  // All lanes read before any returns, because rows may be overwritten as soon as this returns.
   simt::exchange("ldmatrix, read", kAllLanes, 0, site);
 }
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, Site site = Site::current()) {

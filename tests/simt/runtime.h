@@ -1,4 +1,4 @@
-// The few names of the CUDA runtime that launchers use.
+// Names of the CUDA runtime that launchers use.
 #pragma once
 
 #include <cstddef>

@@ -47,20 +47,21 @@ constexpr size_t kStackBytes = 512 << 10;
 constexpr size_t kStackBytes = 128 << 10;
 #endif
 
-// Ascending or descending in order of threads, or any; lower bits keep priorities apart.
+// Returns a priority: ascending or descending in the order of threads, or at random. The lower bits keep all different.
 uint64_t draw_priority(uint64_t warp_index) {
   if (options().seed == 0) return warp_index;
   if (options().seed == 1) return (uint64_t{1} << 32) - 1 - warp_index;
   return random() >> 34 << 32 | warp_index;
 }
 
-// A warp that comes first runs ahead of all others as far as barriers let it; that shows more mistakes than threads
-// drawn one by one, which stay close together. How long one comes first depends on the seed.
+// Returns the thread that runs next. The first warp runs ahead of all others as far as barriers let it, which shows
+// more mistakes than drawing single threads, which stay close together. How long a warp stays first depends on the
+// seed.
 Thread& next_thread() {
   Scheduler& s = scheduler();
-  auto place = s.ready.begin();
-  if (!ordered() && random() % 32 == 0) std::advance(place, random() % s.ready.size());
-  Warp& warp = *place->second;
+  auto entry = s.ready.begin();
+  if (!ordered() && random() % 32 == 0) std::advance(entry, random() % s.ready.size());
+  Warp& warp = *entry->second;
   auto t = warp.ready.begin();
   const auto earlier = [](Thread* a, Thread* b) {
     if (a->backed_off != b->backed_off) return (a->backed_off < b->backed_off) == (options().seed == 0);
@@ -71,7 +72,7 @@ Thread& next_thread() {
   else t += static_cast<ptrdiff_t>(random() % warp.ready.size());
   Thread& thread = **t;
   warp.ready.erase(t);
-  s.ready.erase(place);
+  s.ready.erase(entry);
   constexpr std::array<uint64_t, 4> kTurns{1, 8, 64, 512};
   if (!ordered() && random() % kTurns[options().seed % 4] == 0) {
     warp.priority = draw_priority(warp.priority & UINT32_MAX);
@@ -128,16 +129,16 @@ char* stack(size_t i) {
 }
 
 std::string waiting_threads(const std::vector<std::unique_ptr<Block>>& blocks) {
-  std::map<std::string, int> places;
+  std::map<std::string, int> counts;
   for (const auto& block : blocks) {
     for (const auto& t : block->threads) {
-      if (!t->done) ++places[std::string(t->waits_at ? t->waits_at : "nothing") + " (" + name_of(t->site) + ")"];
+      if (!t->done) ++counts[std::string(t->waits_at ? t->waits_at : "nothing") + " (" + name_of(t->site) + ")"];
     }
   }
   std::string text = "deadlock:";
   const char* separator = " ";
-  for (const auto& [place, count] : places) {
-    text += separator + std::to_string(count) + " threads wait at " + place;
+  for (const auto& [location, count] : counts) {
+    text += separator + std::to_string(count) + " threads wait at " + location;
     separator = ", ";
   }
   return text;

@@ -1,4 +1,4 @@
-// What the shim knows of a run. Thread-side calls are in simt.cpp, the choice of who runs in scheduler.cpp.
+// State of a run of the shim. simt.cpp has the calls of threads, scheduler.cpp chooses the thread that runs.
 #pragma once
 
 #include <array>
@@ -30,7 +30,7 @@ struct Thread {
   Position position;
   Block* block = nullptr;
   bool done = false;
-  uint64_t backed_off = 0;         // when it last said that it polls; it runs after others of its warp
+  uint64_t backed_off = 0;         // when it last called back_off; it runs after the others of its warp
   const char* waits_at = nullptr;  // nullptr = may run
   Site site;
   std::vector<std::vector<Copy>> copy_groups;  // oldest first; the last one is open
@@ -51,12 +51,12 @@ struct Rendezvous {
 struct Warp {
   std::vector<std::shared_ptr<Rendezvous>> pending;
   std::vector<Thread*> ready;
-  uint64_t priority = 0;  // of the warps with ready threads the one with the lowest runs; no two are equal
+  uint64_t priority = 0;  // the warp with ready threads and the lowest priority runs; no two are equal
 };
 
 struct Barrier {
   std::vector<Thread*> waiting;
-  int arrived = 0;  // of named barriers: with those that do not wait
+  int arrived = 0;  // of named barriers: includes threads that do not wait
   int count = 0;
   bool any = false;
   bool result = false;
@@ -68,7 +68,8 @@ struct Block {
   int num_live = 0;
   std::array<Barrier, kNumBarriers> barriers;
   std::vector<Warp> warps;
-  std::map<const void*, std::pair<void*, size_t>> shared;  // each array an allocation: its bounds are checked
+  std::map<const void*, std::pair<void*, size_t>>
+      shared;  // each array is an allocation, so that its bounds are checked
   void* dynamic = nullptr;
 
   ~Block() {
@@ -95,12 +96,12 @@ struct Scheduler {
 
 Scheduler& scheduler();
 inline Thread& self() { return *scheduler().current; }
-// Whether threads run in a fixed order.
+// True if threads run in a fixed order.
 inline bool ordered() { return options().seed < 2; }
 
 void make_ready(Thread& t);
 void wake(const std::vector<Thread*>& threads);
-// Back to the scheduler until this thread is ready and its turn.
+// Switches to the scheduler until this thread is ready and chosen.
 void suspend();
 void release_if_full(Block& block, Barrier& b);
 

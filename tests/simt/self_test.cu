@@ -68,7 +68,7 @@ __global__ void _hand_over_kernel(const ToyParams p) {
   }
 }
 
-// out[0] counts blocks; the last one to arrive sees what all others wrote.
+// Counts blocks in out[0]; the last one to arrive sees the writes of all others.
 __global__ void _last_block_kernel(const ToyParams p) {
   TD_SHARED(bool, is_last, 1);
   if (ptx::thread() == 0) p.out[1 + ptx::block_x()] = static_cast<int32_t>(ptx::block_x()) + 1;
@@ -92,7 +92,7 @@ __global__ void _poll_kernel(const ToyParams p) {
   if (ptx::lane() == 0) ptx::atomic_exch(p.out + ptx::warp(), ptx::warp());
 }
 
-// Twice in a row, as the second use of its shared memory is what takes a barrier.
+// Calls it twice in a row, because the second use of its shared memory needs a barrier.
 __global__ void _scan_kernel(const ToyParams p) {
   const auto first = block_scan(p.in[ptx::thread()]);
   const auto second = block_scan(p.in[ptx::thread()] * 2);
@@ -110,7 +110,7 @@ __global__ void _scans_kernel(const ToyParams p) {
   p.out[ptx::thread()] = out;
 }
 
-// Every atomic, on shared and global memory, 32 and 64 bits; what is left behind does not depend on the order.
+// Runs every atomic, on shared and global memory, 32 and 64 bits. The results do not depend on the order.
 __global__ void _atomics_kernel(const ToyParams p) {
   TD_SHARED(uint64_t, wide, 3);
   TD_SHARED(int32_t, narrow, 2);
@@ -134,7 +134,7 @@ __global__ void _atomics_kernel(const ToyParams p) {
              ptx::lowest_bit(8u);
 }
 
-// The remaining names: 16-byte copies and loads, arithmetic, and the order of kernels.
+// Runs the remaining names: 16-byte copies and loads, arithmetic, and the order of kernels.
 __global__ void _wide_kernel(const ToyParams p) {
   ptx::wait_for_previous_kernel();
   ptx::launch_next_kernel();
@@ -144,7 +144,7 @@ __global__ void _wide_kernel(const ToyParams p) {
   if (i < p.num_threads / 4) {
     ptx::cp_async<16>(tile + i, in + i);
     ptx::cp_async_commit();
-    ptx::cp_async<8>(p.num_threads / 4 + tile, in, false);  // its wait does not come
+    ptx::cp_async<8>(p.num_threads / 4 + tile, in, false);  // nothing waits for it
     ptx::cp_async_commit();
     ptx::cp_async_wait<1>();
     const ptx::Bytes16 direct = ptx::load_once(in + i);

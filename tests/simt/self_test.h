@@ -1,4 +1,4 @@
-// Kernels that the shim itself is tested with.
+// Kernels that test the shim itself.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ struct FragmentParams {
   const uint16_t* a;   // [16, 16] row-major
   const uint16_t* b;   // [16, 8] row-major for mma and ldmatrix.trans
   float* out;          // [16, 8]
-  uint32_t* elements;  // [32, 4] what ldmatrix gives for a
+  uint32_t* elements;  // [32, 4] results of ldmatrix for a
   int32_t is_bf16;
 };
 

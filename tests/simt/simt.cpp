@@ -42,17 +42,17 @@ void back_off(const Site& site) {
   if (++s.num_back_offs > kMaxBackOffs) fail_here(site, "livelock: what this thread polls for does not come");
   self().backed_off = s.num_back_offs;
   Warp& warp = self().warp();
-  if (auto place = s.ready.find(warp.priority); place != s.ready.end()) s.ready.erase(place);
-  // Behind all others: in a fixed order of priorities a polling warp would run for ever.
+  if (auto entry = s.ready.find(warp.priority); entry != s.ready.end()) s.ready.erase(entry);
+  // Moves the warp behind all others: with fixed priorities a polling warp would run for ever.
   if (!s.ready.empty()) warp.priority = ((s.ready.rbegin()->first >> 32) + 1) << 32 | (warp.priority & UINT32_MAX);
   make_ready(self());
   suspend();
 }
 
 void* shared_array(const void* key, size_t bytes) {
-  auto [place, is_new] = self().block->shared.try_emplace(key);
-  if (is_new) place->second = {poisoned(bytes), bytes};
-  return place->second.first;
+  auto [entry, is_new] = self().block->shared.try_emplace(key);
+  if (is_new) entry->second = {poisoned(bytes), bytes};
+  return entry->second.first;
 }
 
 void* dynamic_shared() {

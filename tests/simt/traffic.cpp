@@ -30,8 +30,8 @@ std::optional<Counting> counting;
 uint64_t passes(const void* const* rows) {
   std::array<std::set<uintptr_t>, kBanks> of_bank;
   for (int i = 0; i < 8; ++i) {
-    const auto at = reinterpret_cast<uintptr_t>(rows[i]) / 16;
-    of_bank[at % kBanks].insert(at);
+    const auto word = reinterpret_cast<uintptr_t>(rows[i]) / 16;
+    of_bank[word % kBanks].insert(word);
   }
   return std::max_element(of_bank.begin(), of_bank.end(), [](auto& a, auto& b) { return a.size() < b.size(); })->size();
 }

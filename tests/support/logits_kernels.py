@@ -1,4 +1,4 @@
-"""The CUDA kernels of beam_prune, beam_update and sample on the host, called much like the ops."""
+"""Runs the CUDA kernels of beam_prune, beam_update and sample on the host, called much like the ops."""
 
 import math
 
@@ -11,7 +11,7 @@ LONGEST_CHUNK = {torch.float32: 8192, torch.bfloat16: 16384, torch.float16: 1638
 
 
 def logits_params(logits, token_mask=None, chunk_len=None):
-    """LogitsParams of csrc/cuda/logits/logits.h; `chunk_len` shorter than a launch from torch would take it."""
+    """Returns LogitsParams of csrc/cuda/logits/logits.h, with a shorter `chunk_len` than the launcher takes."""
     vocab = logits.shape[1]
     if chunk_len is None:
         num = -(-vocab // LONGEST_CHUNK[logits.dtype])
@@ -33,12 +33,12 @@ SHARED_KEYS = 2048  # kSharedKeys of csrc/cuda/logits/select.cuh
 
 
 def sort_len(num_keys):
-    """Keys of global memory that sorting so many takes."""
+    """Returns the keys of global memory that sorting needs."""
     return 0 if num_keys <= SHARED_KEYS else 2 ** math.ceil(math.log2(num_keys))
 
 
 def beam_prune(logits, cum, groups, k, *, token_mask=None, is_logprobs=False, chunk_len=None, **options):
-    """`ops.beam_prune` in chunks of `chunk_len` tokens."""
+    """Runs `ops.beam_prune` in chunks of `chunk_len` tokens."""
     rows, num_groups = logits.shape[0], len(groups) - 1
     params = logits_params(logits, token_mask, chunk_len)
     row_k = min(k, logits.shape[1])
@@ -80,7 +80,7 @@ MODES = {False: 0, True: 1, "never": 2}
 
 
 def beam_update(args, **options):
-    """`ops.beam_update`: returns the running beams, and updates the pool and `done` in `args`."""
+    """Runs `ops.beam_update`: returns the running beams, and updates the pool and `done` in `args`."""
     args = {"length_penalty": 1.0, "early_stopping": False, "stop": None} | args
     num_groups, num_candidates = args["scores"].shape
     num_beams = len(args["pool_scores"])
@@ -100,7 +100,7 @@ def beam_update(args, **options):
 
 
 def cloned(args):
-    """Copies of the tensors in a dictionary of arguments."""
+    """Copies the tensors in a dictionary of arguments."""
     return {name: value.clone() if torch.is_tensor(value) else value for name, value in args.items()}
 
 
@@ -108,19 +108,19 @@ SLOT = 160  # kSampleSlot of csrc/cuda/logits/sample.h
 
 
 def sample(logits, settings, *, token_mask=None, chunk_len=None, **options):
-    """`ops.sample` in chunks of `chunk_len` tokens; `settings` are tensors."""
+    """Runs `ops.sample` in chunks of `chunk_len` tokens; `settings` are tensors."""
     rows = logits.shape[0]
     params = logits_params(logits, token_mask, chunk_len)
     chunks = rows * params["num_chunks"]
     out = (torch.empty(rows, dtype=torch.int32), torch.empty(rows), torch.empty(rows))
-    names = {"seed": "seeds", "position": "positions"}  # a seed of `run` is the schedule's
+    names = {"seed": "seeds", "position": "positions"}  # `seed` of `run` is that of the schedule
     run(
         "sample",
         logits=params,
         **{names.get(name, name): value for name, value in settings.items()},
         **dict(zip(("token", "logprob", "entropy"), out, strict=True)),
         chunk_sums=torch.empty(chunks, 4),
-        chunk_least=torch.empty(chunks, dtype=torch.int64),
+        chunk_min_key=torch.empty(chunks, dtype=torch.int64),
         chunk_keys=torch.empty(chunks, SLOT, dtype=torch.int64),
         strides=tuple(0 if len(settings[name]) == 1 else settings[name].stride(0) for name in OFF),
         **options,

@@ -1,4 +1,4 @@
-// What every CUDA op needs of torch: devices, the current stream, registration.
+// Parts of torch that every CUDA op uses: devices, the current stream, registration.
 #pragma once
 
 #include <dlfcn.h>
@@ -26,7 +26,7 @@ inline std::string device_of(const Tensor& t) {
   return t.is_cpu() ? "cpu" : "another device";
 }
 
-// The first tensor lies on a CUDA device, and all others on the same one.
+// Checks that the first tensor is on a CUDA device, and all others on the same one.
 inline void check_device(std::initializer_list<std::pair<const Tensor*, const char*>> tensors) {
   const Tensor& first = *tensors.begin()->first;
   STD_TORCH_CHECK(first.is_cuda(), "[ValueError] ", tensors.begin()->second, ": expected a CUDA tensor, got ",
@@ -38,11 +38,11 @@ inline void check_device(std::initializer_list<std::pair<const Tensor*, const ch
   }
 }
 
-// Of the device that `t` lies on, as check_device has made sure.
+// Returns the current stream of the device of `t`, which check_device has accepted.
 inline cudaStream_t current_stream(const Tensor& t) {
-  // Looked up in the library that torch has loaded: linked to it, ours would load with no torch that lacks CUDA, where
-  // its checks are tested; and left to the loader as a weak symbol it would not be found, for torch's libraries are
-  // local.
+  // The function is looked up in the library that torch has loaded. If this library were linked to it, it would not
+  // load into a torch without CUDA, where the argument checks are tested. As a weak symbol the loader would not find
+  // it, because the symbols of torch's libraries are local.
   using GetStream = AOTITorchError (*)(int32_t, void**);
   static const auto get_stream = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
@@ -55,7 +55,7 @@ inline cudaStream_t current_stream(const Tensor& t) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Device memory that an op needs while it runs: one allocation for all of its pointers.
+// Device memory of an op while it runs: one allocation for all of its pointers.
 class Scratch {
  public:
   // `*pointer` will point to `count` values.
@@ -66,7 +66,7 @@ class Scratch {
     num_bytes_ += (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
   }
 
-  // On the device of `like`, in the order of the current stream.
+  // Allocates the memory on the device of `like`, in the order of the current stream, and sets the pointers.
   Tensor allocate(const Tensor& like) {
     Tensor memory = torch::stable::new_empty(like, {num_bytes_}, ScalarType::Byte);
     for (const auto& part : parts_) part(static_cast<char*>(memory.mutable_data_ptr()));
@@ -84,8 +84,8 @@ inline void check_launch(cudaError_t error, const char* op) {
 
 }  // namespace treedecode
 
-// Registers ops for CUDA tensors, and in the namespace treedecode_cuda for tensors of any device: there a test without
-// a GPU reaches their argument checks, the last of which refuses the device.
+// Registers ops for CUDA tensors, and in the namespace treedecode_cuda for tensors of any device: a test without a GPU
+// calls the latter for their argument checks, the last of which refuses the device.
 #define TD_CUDA_OPS(m)                                                                                              \
   static void td_register_cuda_ops(torch::stable::detail::StableLibrary& m);                                        \
   STABLE_TORCH_LIBRARY_IMPL(treedecode, CUDA, library) { td_register_cuda_ops(library); }                           \

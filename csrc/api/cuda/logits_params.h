@@ -7,7 +7,7 @@
 
 namespace treedecode {
 
-// Of logits and a mask that have been checked.
+// Returns the params of logits and a mask that have been checked.
 inline cuda::LogitsParams logits_params(const Tensor& logits, const std::optional<Tensor>& token_mask) {
   cuda::LogitsParams p{
       logits.const_data_ptr(),

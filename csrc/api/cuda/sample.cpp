@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor> sample_cuda(Tensor logits, Tensor temperature
   const int64_t chunks = rows * p.logits.num_chunks;
   Scratch scratch;
   scratch.add(&p.chunk_sums, chunks);
-  scratch.add(&p.chunk_least, chunks);
+  scratch.add(&p.chunk_min_key, chunks);
   scratch.add(&p.chunk_keys, chunks * cuda::kSampleSlot);
   const Tensor memory = scratch.allocate(logits);
   check_launch(cuda::sample(p, current_stream(logits)), "sample");

@@ -1,12 +1,12 @@
-// The instantiations of tree_attention's tensor core kernel, each in a file of its own so that they compile side by
-// side.
+// Instantiations of the tensor core kernel of tree_attention. Each has a file of its own, so that they compile in
+// parallel.
 #pragma once
 
 #include "tree_attention.h"
 
 namespace treedecode::cuda {
 
-// Head dimensions with kernels; others use the next larger one's, with zeros.
+// Head dimensions with a kernel; others use that of the next larger one, with zeros.
 #define TD_FOR_MMA_HEAD_DIMS(F, T) F(T, 64) F(T, 96) F(T, 128) F(T, 256)
 
 template <typename T, int kDim>

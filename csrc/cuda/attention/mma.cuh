@@ -1,9 +1,13 @@
-// tree_attention on tensor cores, for 16-bit values: mma.sync and cp.async, sm_80 and later.
+// tree_attention on tensor cores, for 16-bit values: mma.sync and cp.async, sm_80 and later. K and V arrive in a ring
+// of tiles in shared memory, while the tensor cores multiply the tiles before.
+//
+// Per query row, in units of log2: m_i is the running maximum of the scaled scores, l_i the running sum of
+// p = 2^(score - m_i), acc that of p @ v; alpha = 2^(old m_i - new m_i) brings l_i and acc to a new maximum.
 #pragma once
 
 #include <algorithm>
 
-#include "sums.cuh"
+#include "softmax_state.cuh"
 
 namespace treedecode::cuda {
 
@@ -21,38 +25,38 @@ class TileAttention {
         lane_(thread_ % ptx::kWarpSize),
         row_warp_(thread_ / ptx::kWarpSize % S::kRowWarps),
         key_warp_(thread_ / ptx::kWarpSize / S::kRowWarps),
-        sums_(thread_) {}
+        state_(thread_) {}
 
   __device__ void run(const Tile& tile) {
     if (thread_ == 0) rows_.tile = tile;
-    keys_ = static_cast<const T*>(p_.k_pages) + tile.kv_head * p_.k_stride.head;
-    values_ = static_cast<const T*>(p_.v_pages) + tile.kv_head * p_.v_stride.head;
-    copy_queries(tile);
+    k_head_ = static_cast<const T*>(p_.k_pages) + tile.kv_head * p_.k_stride.head;
+    v_head_ = static_cast<const T*>(p_.v_pages) + tile.kv_head * p_.v_stride.head;
+    copy_q(tile);
     ptx::cp_async_commit();
-    if (p_.window_left >= 0) {  // which keys come first depends on the rows
+    if (p_.window_left >= 0) {  // the window of the rows decides where keys begin
       prepare_rows(tile);
       ptx::sync_threads();
     }
-    const int begin = p_.window_left < 0 ? tile.token_begin : first_key();
-    first_ = tile.token_begin + (begin - tile.token_begin) / S::kKeys * S::kKeys;
+    const int begin = p_.window_left < 0 ? tile.token_begin : first_visible_key();
+    first_token_ = tile.token_begin + (begin - tile.token_begin) / S::kKeys * S::kKeys;
     constexpr int kPerPass = kAttentionThreads / S::kKeys;
 #pragma unroll
     for (int i = 0; i < (S::kStages + kPerPass - 1) / kPerPass; ++i) {
       const int n = i * kPerPass + thread_ / S::kKeys;
-      if (n < S::kStages) place_key(n, page_of(tile, n));
+      if (n < S::kStages) store_row_addresses(n, page_of(tile, n));
     }
     if (p_.window_left < 0) prepare_rows(tile);
     ptx::sync_threads();
-    find_ranges();
+    find_visible_ranges();
 
     for (int j = 0; j < S::kStages; ++j) {
-      copy_keys(j);
+      copy_k(j);
       ptx::cp_async_commit();
-      if (j == S::kStages - 1) break;  // the place of the queries
-      copy_values(j);
+      if (j == S::kStages - 1) break;  // its tile of V still holds the queries
+      copy_v(j);
       ptx::cp_async_commit();
     }
-    load_queries();
+    load_q();
     attend();
     finish();
   }
@@ -60,10 +64,10 @@ class TileAttention {
  private:
   // Copies.
 
-  __device__ char* keys(int n) const { return shared_ + n % S::kStages * 2 * S::kTileBytes; }
-  __device__ char* values(int n) const { return keys(n) + S::kTileBytes; }
+  __device__ char* k_tile(int n) const { return shared_ + n % S::kStages * 2 * S::kTileBytes; }
+  __device__ char* v_tile(int n) const { return k_tile(n) + S::kTileBytes; }
 
-  __device__ void copy_queries(const Tile& tile) const {
+  __device__ void copy_q(const Tile& tile) const {
     const T* q = static_cast<const T*>(p_.q);
     for (unsigned i = thread_; i < kRows * kWords; i += kAttentionThreads) {
       const int row = static_cast<int>(i / kWords), word = static_cast<int>(i % kWords);
@@ -74,28 +78,30 @@ class TileAttention {
     }
   }
 
-  __device__ int64_t token_of(int n) const { return static_cast<int64_t>(first_) + n * S::kKeys + thread_ % S::kKeys; }
+  __device__ int64_t token_of(int n) const {
+    return static_cast<int64_t>(first_token_) + n * S::kKeys + thread_ % S::kKeys;
+  }
 
-  // Page id of this thread's key of the n-th tile of keys; -1 beyond the chunk, where table entries and pages may hold
-  // anything.
+  // Page id of this thread's key of the n-th tile of keys; -1 beyond the end of the chunk, where table entries and
+  // pages may hold anything.
   __device__ int page_of(const Tile& tile, int n) {
     const int64_t token = token_of(n);
     if (token >= tile.token_end) return -1;
     const auto column = static_cast<uint32_t>(token) / static_cast<uint32_t>(ptx::opaque(p_.page_size));
     const int page = p_.page_table[tile.row_begin * p_.page_table_stride + column];
     if (page >= 0 && page < p_.num_pages) return page;
-    is_bad_ = true;
+    has_bad_page_ = true;
     return -1;
   }
 
-  __device__ void place_key(int n, int page) const {
+  __device__ void store_row_addresses(int n, int page) const {
     const int64_t slot = static_cast<uint32_t>(token_of(n)) % static_cast<uint32_t>(ptx::opaque(p_.page_size));
-    const int key = thread_ % S::kKeys, at = n % kLookahead;
-    rows_.key_at[at][key] = page < 0 ? nullptr : keys_ + page * p_.k_stride.page + slot * p_.k_stride.token;
-    rows_.value_at[at][key] = page < 0 ? nullptr : values_ + page * p_.v_stride.page + slot * p_.v_stride.token;
+    const int key = thread_ % S::kKeys, buffer = n % kLookahead;
+    rows_.k_rows[buffer][key] = page < 0 ? nullptr : k_head_ + page * p_.k_stride.page + slot * p_.k_stride.token;
+    rows_.v_rows[buffer][key] = page < 0 ? nullptr : v_head_ + page * p_.v_stride.page + slot * p_.v_stride.token;
   }
 
-  __device__ void copy(const void* const (&row_at)[kMaxKeys], char* to) const {
+  __device__ void copy(const void* const (&rows)[kMaxKeys], char* tile) const {
     const unsigned thread = ptx::opaque(thread_), head_dim = static_cast<unsigned>(p_.head_dim);
     constexpr bool kWholeRows = kAttentionThreads % kWords == 0;  // the thread's word is the same in all of its rows
     constexpr unsigned kPasses = S::kKeys * kWords / kAttentionThreads;
@@ -104,116 +110,116 @@ class TileAttention {
                         : (i * kAttentionThreads + thread) / kWords;
     };
     const auto word = [&](unsigned i) { return (kWholeRows ? thread : i * kAttentionThreads + thread) % kWords; };
-    const void* rows[kPasses];  // all of them first: none waits for shared memory by itself
+    const void* sources[kPasses];  // read before the copies, so that the reads of shared memory overlap
 #pragma unroll
-    for (unsigned i = 0; i < kPasses; ++i) rows[i] = row_at[key(i)];
+    for (unsigned i = 0; i < kPasses; ++i) sources[i] = rows[key(i)];
 #pragma unroll
     for (unsigned i = 0; i < kPasses; ++i) {
-      ptx::cp_async<16>(to + swizzled<kDim>(key(i), word(i)), static_cast<const char*>(rows[i]) + 16 * word(i),
-                        rows[i] != nullptr && 8 * word(i) < head_dim);
+      ptx::cp_async<16>(tile + swizzled<kDim>(key(i), word(i)), static_cast<const char*>(sources[i]) + 16 * word(i),
+                        sources[i] != nullptr && 8 * word(i) < head_dim);
     }
   }
-  __device__ void copy_keys(int n) const {
-    if (n < num_tiles_) copy(rows_.key_at[n % kLookahead], keys(n));
+  __device__ void copy_k(int n) const {
+    if (n < num_tiles_) copy(rows_.k_rows[n % kLookahead], k_tile(n));
   }
-  __device__ void copy_values(int n) const {
-    if (n < num_tiles_) copy(rows_.value_at[n % kLookahead], values(n));
+  __device__ void copy_v(int n) const {
+    if (n < num_tiles_) copy(rows_.v_rows[n % kLookahead], v_tile(n));
   }
 
   // Rows.
 
-  // Rows beyond the last repeat it, so that they neither ask for more keys nor for a mask.
+  // Rows beyond the last one repeat it, so that they widen no range of keys.
   __device__ void prepare_rows(const Tile& tile) {
     const int row = thread_;
     if (row >= kRows) return;
     const RowInfo info = row_info(p_, tile, row < tile.num_rows ? row : tile.num_rows - 1);
-    rows_.begin[row] = info.begin;
-    rows_.end[row] = info.end;
+    rows_.visible_begin[row] = info.visible_begin;
+    rows_.visible_end[row] = info.visible_end;
     rows_.slot[row] = info.slot;
   }
 
-  __device__ int first_key() const {
-    int begin = rows_.begin[lane_ % kRows];
-    for (int row = lane_; row < kRows; row += ptx::kWarpSize) begin = std::min(begin, rows_.begin[row]);
+  __device__ int first_visible_key() const {
+    int begin = rows_.visible_begin[lane_ % kRows];
+    for (int row = lane_; row < kRows; row += ptx::kWarpSize) begin = std::min(begin, rows_.visible_begin[row]);
     return -warp_max(-begin);
   }
 
-  __device__ void find_ranges() {
+  __device__ void find_visible_ranges() {
     int end = 0;
-    for (int row = lane_ % kRows; row < kRows; row += ptx::kWarpSize) end = std::max(end, rows_.end[row]);
+    for (int row = lane_ % kRows; row < kRows; row += ptx::kWarpSize) end = std::max(end, rows_.visible_end[row]);
     end = warp_max(end);
-    num_tiles_ = end > first_ ? (end - first_ + S::kKeys - 1) / S::kKeys : 0;
-    constexpr int kMine = 16 * S::kRowBlocks;
-    const int row = row_warp_ * kMine + lane_ % kMine;
-    any_begin_ = -warp_max(-rows_.begin[row]);
-    any_end_ = warp_max(rows_.end[row]);
-    all_begin_ = warp_max(rows_.begin[row]);
-    all_end_ = -warp_max(-rows_.end[row]);
+    num_tiles_ = end > first_token_ ? (end - first_token_ + S::kKeys - 1) / S::kKeys : 0;
+    constexpr int kWarpRows = 16 * S::kRowBlocks;
+    const int row = row_warp_ * kWarpRows + lane_ % kWarpRows;
+    any_begin_ = -warp_max(-rows_.visible_begin[row]);
+    any_end_ = warp_max(rows_.visible_end[row]);
+    all_begin_ = warp_max(rows_.visible_begin[row]);
+    all_end_ = -warp_max(-rows_.visible_end[row]);
   }
 
   // Products.
 
-  // Where ldmatrix finds the lane's rows of the first fragment of queries.
-  __device__ unsigned first_query(unsigned lane) const {
+  // Byte offset of the row of the first fragment of queries whose address this lane gives to ldmatrix.
+  __device__ unsigned first_q_offset(unsigned lane) const {
     return swizzled<kDim>(row_warp_ * S::kRowBlocks * 16 + lane % 16, lane / 16);
   }
-  __device__ void query_fragment(uint32_t (&a)[4], unsigned first, int block, int step) const {
+  __device__ void load_q_fragment(uint32_t (&a)[4], unsigned first, int block, int step) const {
     ptx::ldmatrix_x4(a, shared_ + S::kQueryOffset + swizzled_from<kDim>(first, block, step));
   }
 
-  __device__ void load_queries() {
+  __device__ void load_q() {
     if constexpr (S::kQueriesInRegisters) {
       ptx::cp_async_wait<2 * S::kStages - 1>();
       ptx::sync_threads();
 #pragma unroll
-      for (int step = 0; step < kDim / 16; ++step) query_fragment(q_[step], first_query(lane_), 0, step);
+      for (int step = 0; step < kDim / 16; ++step) load_q_fragment(q_[step], first_q_offset(lane_), 0, step);
     }
   }
 
   __device__ void attend() {
 #pragma unroll
     for (int b = 0; b < S::kRowBlocks; ++b) {
-      sums_.max[b][0] = sums_.max[b][1] = kNone;
-      sums_.sum[b][0] = sums_.sum[b][1] = 0.0f;
+      state_.m_i[b][0] = state_.m_i[b][1] = kMinusInf;
+      state_.l_i[b][0] = state_.l_i[b][1] = 0.0f;
 #pragma unroll
       for (int d = 0; d < kDim / 8; ++d)
-        sums_.out[b][d][0] = sums_.out[b][d][1] = sums_.out[b][d][2] = sums_.out[b][d][3] = 0.0f;
+        state_.acc[b][d][0] = state_.acc[b][d][1] = state_.acc[b][d][2] = state_.acc[b][d][3] = 0.0f;
     }
-    const bool finds_pages = thread_ < S::kKeys;
-    int next_page = finds_pages ? page_of(rows_.tile, S::kStages) : -1;
+    const bool loads_pages = thread_ < S::kKeys;
+    int next_page = loads_pages ? page_of(rows_.tile, S::kStages) : -1;
     for (int j = 0; j < num_tiles_; ++j) {
-      const int begin = first_ + j * S::kKeys + key_warp_ * S::kWarpKeys, end = begin + S::kWarpKeys;
-      const bool sees = begin < any_end_ && end > any_begin_;
-      uint32_t w[S::kRowBlocks][S::kWarpKeys / 16][4];
+      const int begin = first_token_ + j * S::kKeys + key_warp_ * S::kWarpKeys, end = begin + S::kWarpKeys;
+      const bool is_visible = begin < any_end_ && end > any_begin_;
+      uint32_t probs[S::kRowBlocks][S::kWarpKeys / 16][4];
       ptx::cp_async_wait<2 * S::kStages - 2>();
-      ptx::sync_threads();  // keys of tile j are there, and values of tile j - 1 have been used
-      copy_values(j + S::kStages - 1);
+      ptx::sync_threads();  // K of tile j has arrived, and nobody needs V of tile j - 1 any more
+      copy_v(j + S::kStages - 1);
       ptx::cp_async_commit();
-      if (sees) {
+      if (is_visible) {
         float s[S::kRowBlocks][S::kWarpKeys / 8][4];
-        score(keys(j), s);
-        soften(s);
-        if (begin < all_begin_ || end > all_end_) hide(begin, s);
-        exponentiate(s, w);
+        multiply_qk(k_tile(j), s);
+        apply_soft_cap(s);
+        if (begin < all_begin_ || end > all_end_) apply_mask(begin, s);
+        update_softmax(s, probs);
       }
-      if (finds_pages) place_key(j + S::kStages, next_page);
+      if (loads_pages) store_row_addresses(j + S::kStages, next_page);
       ptx::cp_async_wait<2 * S::kStages - 2>();
-      ptx::sync_threads();  // values of tile j are there, and keys of tile j have been used
-      copy_keys(j + S::kStages);
+      ptx::sync_threads();  // V of tile j has arrived, and nobody needs K of tile j any more
+      copy_k(j + S::kStages);
       ptx::cp_async_commit();
-      if (finds_pages) next_page = page_of(rows_.tile, j + S::kStages + 1);
-      if (sees) weigh(values(j), w);
+      if (loads_pages) next_page = page_of(rows_.tile, j + S::kStages + 1);
+      if (is_visible) accumulate_pv(v_tile(j), probs);
     }
     ptx::cp_async_wait<0>();
   }
 
-  __device__ void score(const char* k, float (&s)[S::kRowBlocks][S::kWarpKeys / 8][4]) const {
+  __device__ void multiply_qk(const char* k, float (&s)[S::kRowBlocks][S::kWarpKeys / 8][4]) const {
 #pragma unroll
     for (int b = 0; b < S::kRowBlocks; ++b) {
 #pragma unroll
       for (int n = 0; n < S::kWarpKeys / 8; ++n) s[b][n][0] = s[b][n][1] = s[b][n][2] = s[b][n][3] = 0.0f;
     }
-    const unsigned lane = ptx::opaque(lane_), query = first_query(lane);
+    const unsigned lane = ptx::opaque(lane_), query = first_q_offset(lane);
     const unsigned key = swizzled<kDim>(key_warp_ * S::kWarpKeys + lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll
     for (int step = 0; step < kDim / 16; ++step) {
@@ -223,24 +229,24 @@ class TileAttention {
         if constexpr (S::kQueriesInRegisters) {
           for (int i = 0; i < 4; ++i) a[b][i] = q_[step][i];
         } else {
-          query_fragment(a[b], query, b, step);
+          load_q_fragment(a[b], query, b, step);
         }
       }
 #pragma unroll
       for (int n = 0; n < S::kWarpKeys / 16; ++n) {
         uint32_t r[4];
         ptx::ldmatrix_x4(r, k + swizzled_from<kDim>(key, n, step));
-        const uint32_t left[2] = {r[0], r[1]}, right[2] = {r[2], r[3]};
+        const uint32_t b0[2] = {r[0], r[1]}, b1[2] = {r[2], r[3]};
 #pragma unroll
         for (int b = 0; b < S::kRowBlocks; ++b) {
-          ptx::mma_m16n8k16<T>(s[b][2 * n], a[b], left);
-          ptx::mma_m16n8k16<T>(s[b][2 * n + 1], a[b], right);
+          ptx::mma_m16n8k16<T>(s[b][2 * n], a[b], b0);
+          ptx::mma_m16n8k16<T>(s[b][2 * n + 1], a[b], b1);
         }
       }
     }
   }
 
-  __device__ void soften(float (&s)[S::kRowBlocks][S::kWarpKeys / 8][4]) const {
+  __device__ void apply_soft_cap(float (&s)[S::kRowBlocks][S::kWarpKeys / 8][4]) const {
     if (p_.soft_cap <= 0) return;
 #pragma unroll
     for (int b = 0; b < S::kRowBlocks; ++b) {
@@ -252,62 +258,63 @@ class TileAttention {
     }
   }
 
-  __device__ void hide(int begin, float (&s)[S::kRowBlocks][S::kWarpKeys / 8][4]) const {
+  __device__ void apply_mask(int begin, float (&s)[S::kRowBlocks][S::kWarpKeys / 8][4]) const {
     const int key = begin + lane_ % 4 * 2;
 #pragma unroll
     for (int b = 0; b < S::kRowBlocks; ++b) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = sums_.row_of_lane(b, half);
-        const int from = rows_.begin[row] - key, to = rows_.end[row] - key;
+        const int row = state_.row_of_lane(b, half);
+        const int visible_begin = rows_.visible_begin[row] - key, visible_end = rows_.visible_end[row] - key;
 #pragma unroll
         for (int n = 0; n < S::kWarpKeys / 8; ++n) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            if (8 * n + e < from || 8 * n + e >= to) s[b][n][2 * half + e] = kNone;
+            if (8 * n + e < visible_begin || 8 * n + e >= visible_end) s[b][n][2 * half + e] = kMinusInf;
           }
         }
       }
     }
   }
 
-  // Scores become probabilities relative to the new maximum, and older sums are brought to it. `w` are fragments of T.
-  __device__ void exponentiate(float (&s)[S::kRowBlocks][S::kWarpKeys / 8][4],
-                               uint32_t (&w)[S::kRowBlocks][S::kWarpKeys / 16][4]) {
+  // Turns scores into probabilities relative to the new maximum, in fragments of T, and brings l_i and acc to it.
+  __device__ void update_softmax(float (&s)[S::kRowBlocks][S::kWarpKeys / 8][4],
+                                 uint32_t (&probs)[S::kRowBlocks][S::kWarpKeys / 16][4]) {
     const float scale = p_.scale;
 #pragma unroll
     for (int b = 0; b < S::kRowBlocks; ++b) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float high = kNone;
+        float tile_max = kMinusInf;
 #pragma unroll
-        for (int n = 0; n < S::kWarpKeys / 8; ++n) high = fmaxf(high, fmaxf(s[b][n][2 * half], s[b][n][2 * half + 1]));
-        high = fmaxf(high, ptx::shfl_xor(high, 1));
-        high = fmaxf(high, ptx::shfl_xor(high, 2));
-        const float before = sums_.max[b][half], now = fmaxf(before, high * scale);
-        const float base = now == kNone ? 0.0f : now;  // (-inf) - (-inf) would be NaN
-        const float rescale = ptx::exp2_approx(before - base);
-        sums_.max[b][half] = now;
-        float sum = sums_.sum[b][half] * rescale;
+        for (int n = 0; n < S::kWarpKeys / 8; ++n)
+          tile_max = fmaxf(tile_max, fmaxf(s[b][n][2 * half], s[b][n][2 * half + 1]));
+        tile_max = fmaxf(tile_max, ptx::shfl_xor(tile_max, 1));
+        tile_max = fmaxf(tile_max, ptx::shfl_xor(tile_max, 2));
+        const float m_old = state_.m_i[b][half], m_new = fmaxf(m_old, tile_max * scale);
+        const float base = m_new == kMinusInf ? 0.0f : m_new;  // (-inf) - (-inf) would be NaN
+        const float alpha = ptx::exp2_approx(m_old - base);
+        state_.m_i[b][half] = m_new;
+        float l_new = state_.l_i[b][half] * alpha;
 #pragma unroll
         for (int n = 0; n < S::kWarpKeys / 8; ++n) {
           const float x = ptx::exp2_approx(ptx::fma(s[b][n][2 * half], scale, -base));
           const float y = ptx::exp2_approx(ptx::fma(s[b][n][2 * half + 1], scale, -base));
-          sum += x + y;
-          w[b][n / 2][n % 2 * 2 + half] = ptx::pack<T>(x, y);
+          l_new += x + y;
+          probs[b][n / 2][n % 2 * 2 + half] = ptx::pack<T>(x, y);
         }
-        sums_.sum[b][half] = sum;
-        if (!ptx::any(rescale != 1.0f)) continue;  // as for most tiles after the first ones
+        state_.l_i[b][half] = l_new;
+        if (!ptx::any(alpha != 1.0f)) continue;  // the maximum seldom grows after the first tiles
 #pragma unroll
         for (int d = 0; d < kDim / 8; ++d) {
-          sums_.out[b][d][2 * half] *= rescale;
-          sums_.out[b][d][2 * half + 1] *= rescale;
+          state_.acc[b][d][2 * half] *= alpha;
+          state_.acc[b][d][2 * half + 1] *= alpha;
         }
       }
     }
   }
 
-  __device__ void weigh(const char* v, const uint32_t (&w)[S::kRowBlocks][S::kWarpKeys / 16][4]) {
+  __device__ void accumulate_pv(const char* v, const uint32_t (&probs)[S::kRowBlocks][S::kWarpKeys / 16][4]) {
     const unsigned lane = ptx::opaque(lane_);
     const unsigned key = swizzled<kDim>(key_warp_ * S::kWarpKeys + lane % 16, lane / 16);
 #pragma unroll
@@ -316,11 +323,11 @@ class TileAttention {
       for (int d = 0; d < kDim / 16; ++d) {
         uint32_t r[4];
         ptx::ldmatrix_x4_trans(r, v + swizzled_from<kDim>(key, n, d));
-        const uint32_t left[2] = {r[0], r[1]}, right[2] = {r[2], r[3]};
+        const uint32_t b0[2] = {r[0], r[1]}, b1[2] = {r[2], r[3]};
 #pragma unroll
         for (int b = 0; b < S::kRowBlocks; ++b) {
-          ptx::mma_m16n8k16<T>(sums_.out[b][2 * d], w[b][n], left);
-          ptx::mma_m16n8k16<T>(sums_.out[b][2 * d + 1], w[b][n], right);
+          ptx::mma_m16n8k16<T>(state_.acc[b][2 * d], probs[b][n], b0);
+          ptx::mma_m16n8k16<T>(state_.acc[b][2 * d + 1], probs[b][n], b1);
         }
       }
     }
@@ -333,44 +340,44 @@ class TileAttention {
     for (int b = 0; b < S::kRowBlocks; ++b) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        sums_.sum[b][half] += ptx::shfl_xor(sums_.sum[b][half], 1);
-        sums_.sum[b][half] += ptx::shfl_xor(sums_.sum[b][half], 2);
+        state_.l_i[b][half] += ptx::shfl_xor(state_.l_i[b][half], 1);
+        state_.l_i[b][half] += ptx::shfl_xor(state_.l_i[b][half], 2);
       }
     }
-    const bool is_bad = ptx::sync_threads_or(is_bad_);  // and nothing in the ring is used any more
+    const bool has_bad_page = ptx::sync_threads_or(has_bad_page_);  // and nobody needs the ring any more
     if constexpr (S::kKeyWarps > 1)
-      sums_.template finish_together<T>(p_, rows_, reinterpret_cast<float*>(shared_), is_bad);
-    else sums_.template finish_alone<T>(p_, rows_, is_bad);
-    ptx::sync_threads();  // the next tile takes the place of all this
+      state_.template merge_and_store<T>(p_, rows_, reinterpret_cast<float*>(shared_), has_bad_page);
+    else state_.template store<T>(p_, rows_, has_bad_page);
+    ptx::sync_threads();  // the next tile overwrites shared memory
   }
 
   const TreeAttentionParams& p_;
   char* shared_;
   RowBuffers& rows_;
-  const T* keys_;  // of the kv head
-  const T* values_;
+  const T* k_head_;  // K and V of the kv head, in the first page
+  const T* v_head_;
   int thread_, lane_;
   int row_warp_, key_warp_;
-  int first_ = 0;                    // token of the first key that is read
+  int first_token_ = 0;              // of the first key that is read
   int num_tiles_ = 0;                // of keys
   int any_begin_ = 0, any_end_ = 0;  // keys that any row of the warp sees
-  int all_begin_ = 0, all_end_ = 0;  // and that all of them see
-  bool is_bad_ = false;
+  int all_begin_ = 0, all_end_ = 0;  // keys that all of its rows see
+  bool has_bad_page_ = false;
   uint32_t q_[S::kQueriesInRegisters ? kDim / 16 : 1][4];
-  RowSums<kDim, kRows> sums_;
+  SoftmaxState<kDim, kRows> state_;
 };
 
 template <typename T, int kDim>
 __global__ void __launch_bounds__(kAttentionThreads, 2)
     _tree_attention_mma_kernel(const __grid_constant__ TreeAttentionParams p) {
-  ptx::launch_next_kernel();        // the merge, which waits for this one's results
+  ptx::launch_next_kernel();        // the merge, which waits for the results
   ptx::wait_for_previous_kernel();  // append_kv, in a decoder
   if (!plan_fits(p)) return;
   char* shared = ptx::dynamic_shared<char>();
   for (int round = 0;; ++round) {
     const int64_t item = item_of_block(round);
     if (item >= p.counts->num_tiles * p.num_kv_heads) return;
-    Tile tile = tile_at(p, item);
+    Tile tile = load_tile(p, item);
     if (tile.num_rows == 0) continue;
     if (tile.num_rows <= 16) {
       TileAttention<T, kDim, 16>(p, shared).run(tile);
@@ -380,9 +387,9 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
       TileAttention<T, kDim, 64>(p, shared).run(tile);
     } else if constexpr (kDim <= 128) {
       TileAttention<T, kDim, 128>(p, shared).run(tile);
-    } else {  // registers hold the sums of 64 rows
-      for (int rest = tile.num_rows; rest > 0; rest -= 64, tile.first_row += 64) {
-        tile.num_rows = rest < 64 ? rest : 64;
+    } else {  // registers hold acc of 64 rows at most
+      for (int remaining = tile.num_rows; remaining > 0; remaining -= 64, tile.first_row += 64) {
+        tile.num_rows = remaining < 64 ? remaining : 64;
         TileAttention<T, kDim, 64>(p, shared).run(tile);
       }
     }

@@ -1,8 +1,8 @@
 #pragma once
 
+#include "../common/launch.cuh"
 #include "kernels.h"
 #include "mma.cuh"
-#include "../common/launch.cuh"
 
 namespace treedecode::cuda {
 

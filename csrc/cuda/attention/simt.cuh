@@ -1,12 +1,15 @@
-// tree_attention without tensor cores: fp32, which they would round, and 16-bit values whose rows are not 16-byte
-// aligned. Sums are those of the tensor core kernel in another order.
+// tree_attention without tensor cores: for fp32, which they would round, and for 16-bit values whose rows are not
+// aligned to 16 bytes. It adds up what the tensor core kernel does, in another order.
+//
+// Per query row, in units of log2: m_i is the running maximum of the scaled scores, l_i the running sum of
+// p = 2^(score - m_i), acc that of p @ v; alpha = 2^(old m_i - new m_i) brings l_i and acc to a new maximum.
 #pragma once
 
 #include "tiles.cuh"
 
 namespace treedecode::cuda {
 
-inline constexpr int kSimtKeys = ptx::kWarpSize;  // of a tile: a lane scores one of them
+inline constexpr int kSimtKeys = ptx::kWarpSize;  // of a tile: one for each lane of a warp
 inline constexpr int kWarpRows = 4;               // a warp's packed rows at a time
 inline constexpr int kSimtRows = kWarpRows * kAttentionThreads / ptx::kWarpSize;
 inline constexpr int kLaneDims = 8;  // dimensions lane, lane + 32, .. of the output, up to head_dim 256
@@ -16,7 +19,8 @@ inline int64_t simt_shared_bytes(int64_t head_dim) {
   return 4 * (kSimtRows * head_dim + kSimtKeys * (head_dim + 1) + kSimtKeys * head_dim);
 }
 
-// One warp's rows of the tile from `first_row` on, against the keys of the chunk; the block's warps copy keys together.
+// Attends from kSimtRows rows of a tile, `first_row` and the next, to the keys of the chunk. Each warp has kWarpRows of
+// the rows; all warps copy keys.
 template <typename T>
 __device__ void simt_rows(const TreeAttentionParams& p, const Tile& t, int first_row, float* shared) {
   const int head_dim = static_cast<int>(p.head_dim), lane = ptx::lane();
@@ -31,27 +35,28 @@ __device__ void simt_rows(const TreeAttentionParams& p, const Tile& t, int first
     q[i] = ptx::to_float(from[i % head_dim]);
   }
   RowInfo info[kWarpRows];
-  float max[kWarpRows], sum[kWarpRows], out[kWarpRows][kLaneDims];
+  float m_i[kWarpRows], l_i[kWarpRows], acc[kWarpRows][kLaneDims];
 #pragma unroll
   for (int i = 0; i < kWarpRows; ++i) {
     info[i] = row_info(p, t, row_of_warp(i) < t.num_rows ? row_of_warp(i) : t.num_rows - 1);
-    max[i] = kNone;
-    sum[i] = 0.0f;
+    m_i[i] = kMinusInf;
+    l_i[i] = 0.0f;
 #pragma unroll
-    for (int d = 0; d < kLaneDims; ++d) out[i][d] = 0.0f;
+    for (int d = 0; d < kLaneDims; ++d) acc[i][d] = 0.0f;
   }
   const int32_t* pages = p.page_table + t.row_begin * p.page_table_stride;
-  bool is_bad = false;
+  bool has_bad_page = false;
   for (int begin = t.token_begin; begin < t.token_end; begin += kSimtKeys) {
     const int num_keys = t.token_end - begin < kSimtKeys ? t.token_end - begin : kSimtKeys;
-    bool sees = false;
+    bool is_visible = false;
 #pragma unroll
-    for (int i = 0; i < kWarpRows; ++i) sees |= begin < info[i].end && begin + num_keys > info[i].begin;
-    if (!ptx::sync_threads_or(sees)) continue;  // the keys before have been used
+    for (int i = 0; i < kWarpRows; ++i)
+      is_visible |= begin < info[i].visible_end && begin + num_keys > info[i].visible_begin;
+    if (!ptx::sync_threads_or(is_visible)) continue;  // nobody needs the keys before any more
     for (int key = ptx::warp(); key < num_keys; key += kAttentionThreads / ptx::kWarpSize) {
       const int64_t token = begin + key, page = pages[token / p.page_size], slot = token % p.page_size;
       if (page < 0 || page >= p.num_pages) {
-        is_bad = true;
+        has_bad_page = true;
         continue;
       }
       const T* k_row = static_cast<const T*>(p.k_pages) + page * p.k_stride.page + slot * p.k_stride.token +
@@ -64,55 +69,55 @@ __device__ void simt_rows(const TreeAttentionParams& p, const Tile& t, int first
       }
     }
     ptx::sync_threads();
-    if (!sees) continue;
+    if (!is_visible) continue;
     float s[kWarpRows] = {};
-    const float* my_key = k + (lane < num_keys ? lane : 0) * (head_dim + 1);
+    const float* k_row = k + (lane < num_keys ? lane : 0) * (head_dim + 1);
     const float* queries = q + ptx::warp() * kWarpRows * head_dim;
     for (int d = 0; d < head_dim; ++d) {
 #pragma unroll
-      for (int i = 0; i < kWarpRows; ++i) s[i] = ptx::fma(queries[i * head_dim + d], my_key[d], s[i]);
+      for (int i = 0; i < kWarpRows; ++i) s[i] = ptx::fma(queries[i * head_dim + d], k_row[d], s[i]);
     }
 #pragma unroll
     for (int i = 0; i < kWarpRows; ++i) {
       if (p.soft_cap > 0) s[i] = p.soft_cap * tanhf(s[i] * p.cap_scale);
       const int key = begin + lane;
-      const bool seen = lane < num_keys && key >= info[i].begin && key < info[i].end;
-      const float score = seen ? s[i] * p.scale : kNone;
-      const float now = fmaxf(max[i], warp_max(score));
-      const float base = now == kNone ? 0.0f : now;  // (-inf) - (-inf) would be NaN
-      const float rescale = ptx::exp2_approx(max[i] - base);
+      const bool key_visible = lane < num_keys && key >= info[i].visible_begin && key < info[i].visible_end;
+      const float score = key_visible ? s[i] * p.scale : kMinusInf;
+      const float m_new = fmaxf(m_i[i], warp_max(score));
+      const float base = m_new == kMinusInf ? 0.0f : m_new;  // (-inf) - (-inf) would be NaN
+      const float alpha = ptx::exp2_approx(m_i[i] - base);
       s[i] = ptx::exp2_approx(score - base);
-      max[i] = now;
-      sum[i] = sum[i] * rescale + warp_sum(s[i]);
+      m_i[i] = m_new;
+      l_i[i] = l_i[i] * alpha + warp_sum(s[i]);
 #pragma unroll
-      for (int d = 0; d < kLaneDims; ++d) out[i][d] *= rescale;
+      for (int d = 0; d < kLaneDims; ++d) acc[i][d] *= alpha;
     }
     for (int key = 0; key < num_keys; ++key) {
-      float w[kWarpRows];
+      float probs[kWarpRows];
 #pragma unroll
-      for (int i = 0; i < kWarpRows; ++i) w[i] = ptx::shfl(s[i], key);
+      for (int i = 0; i < kWarpRows; ++i) probs[i] = ptx::shfl(s[i], key);
 #pragma unroll
       for (int d = 0; d < kLaneDims; ++d) {
         if (lane + d * ptx::kWarpSize >= head_dim) break;
         const float x = v[key * head_dim + lane + d * ptx::kWarpSize];
 #pragma unroll
-        for (int i = 0; i < kWarpRows; ++i) out[i][d] = ptx::fma(w[i], x, out[i][d]);
+        for (int i = 0; i < kWarpRows; ++i) acc[i][d] = ptx::fma(probs[i], x, acc[i][d]);
       }
     }
   }
-  is_bad = ptx::sync_threads_or(is_bad);  // and the next rows' queries may come
+  has_bad_page = ptx::sync_threads_or(has_bad_page);  // and nobody needs q any more
 #pragma unroll
   for (int i = 0; i < kWarpRows; ++i) {
     const int row = row_of_warp(i);
     if (row >= t.num_rows) break;
     float factor;
-    const RowTarget target = row_target(p, t, row, info[i].slot, max[i], sum[i], is_bad, lane == 0, factor);
+    const RowTarget target = row_target(p, t, row, info[i].slot, m_i[i], l_i[i], has_bad_page, lane == 0, factor);
 #pragma unroll
     for (int d = 0; d < kLaneDims; ++d) {
       const int dim = lane + d * ptx::kWarpSize;
       if (dim >= head_dim) break;
-      if (target.is_final) static_cast<T*>(p.out)[target.at + dim] = ptx::from_float<T>(out[i][d] * factor);
-      else p.part_out[target.at + dim] = out[i][d] * factor;
+      if (target.is_final) static_cast<T*>(p.out)[target.offset + dim] = ptx::from_float<T>(acc[i][d] * factor);
+      else p.part_out[target.offset + dim] = acc[i][d] * factor;
     }
   }
 }
@@ -126,7 +131,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
   for (int round = 0;; ++round) {
     const int64_t item = item_of_block(round);
     if (item >= p.counts->num_tiles * p.num_kv_heads) return;
-    const Tile t = tile_at(p, item);
+    const Tile t = load_tile(p, item);
     for (int row = 0; row < t.num_rows; row += kSimtRows) simt_rows<T>(p, t, row, ptx::dynamic_shared<float>());
   }
 }

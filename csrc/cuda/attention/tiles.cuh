@@ -1,4 +1,5 @@
-// What the attention kernels share: which tile of the plan is whose, which keys a row sees, where its result goes.
+// Shared by the attention kernels: the tiles of a plan and their order, the keys that a row sees, and the place of its
+// result.
 #pragma once
 
 #include <cmath>
@@ -11,7 +12,7 @@ namespace treedecode::cuda {
 
 inline constexpr int kTileRows = cpu::kTileRows;
 inline constexpr int kAttentionThreads = 128;
-inline constexpr float kNone = -std::numeric_limits<float>::infinity();
+inline constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 inline constexpr float kLog2e = 1.44269504088896341f;
 inline constexpr float kLn2 = 0.69314718055994531f;
 
@@ -27,22 +28,23 @@ struct Tile {
   int num_rows;
 };
 
-// The last i of [0, n) with at(i) <= x, where at(0) <= x and at() never decreases. Called by all lanes of a warp.
-template <typename At>
-__device__ int warp_search(int n, int x, At at) {
+// Returns the last i of [0, n) with value_at(i) <= x, where value_at(0) <= x and value_at never decreases. All lanes of
+// a warp call it.
+template <typename ValueAt>
+__device__ int warp_search(int n, int x, ValueAt value_at) {
   int begin = 0, end = n;
   while (end - begin > 1) {
     const int step = (end - begin + ptx::kWarpSize - 1) / ptx::kWarpSize;
     const int i = begin + ptx::lane() * step;
-    const int num_before = ptx::popc(ptx::ballot(i < end && at(i) <= x));
+    const int num_before = ptx::popc(ptx::ballot(i < end && value_at(i) <= x));
     begin += num_before ? (num_before - 1) * step : 0;
     end = begin + step < end ? begin + step : end;
   }
   return begin;
 }
 
-// The last b of [begin, end) with indptr[b] <= x, by one thread: the row that x lies in, since empty ones come before.
-__device__ inline int row_of(const int32_t* indptr, int begin, int end, int x) {
+// Returns the last b of [begin, end) with indptr[b] <= x, which is the row that x lies in: empty rows come before it.
+__device__ inline int find_row(const int32_t* indptr, int begin, int end, int x) {
   while (end - begin > 1) {
     const int middle = begin + (end - begin) / 2;
     if (indptr[middle] <= x) begin = middle;
@@ -51,8 +53,8 @@ __device__ inline int row_of(const int32_t* indptr, int begin, int end, int x) {
   return begin;
 }
 
-// Whether the plan is for no more query tokens, pages of this size and a GPU. What the host cannot know without
-// waiting.
+// True if the plan is a flat one for pages of this size and fits the outputs. The host cannot check that without
+// waiting for the device.
 __device__ inline bool plan_fits(const TreeAttentionParams& p) {
   const cpu::PlanCounts& n = *p.counts;
   return n.num_chunks >= 0 && n.num_chunks <= p.max_chunks && (n.num_tiles > 0) == (n.num_chunks > 0) &&
@@ -60,12 +62,13 @@ __device__ inline bool plan_fits(const TreeAttentionParams& p) {
          p.q_indptr[p.num_rows] <= p.num_q;
 }
 
-// Tiles of one chunk are num_kv_heads items apart, near enough to find their pages in L2; all lanes of a warp call it.
-__device__ inline Tile tile_at(const TreeAttentionParams& p, int64_t item) {
+// The items of one tile are its kv heads, so tiles of one chunk follow closely and find their pages in L2. All lanes of
+// a warp call it.
+__device__ inline Tile load_tile(const TreeAttentionParams& p, int64_t item) {
   const int tile = static_cast<int>(item / p.num_kv_heads);
   const int c = warp_search(p.counts->num_chunks, tile, [&](int i) { return p.chunks[i].tile_begin; });
   const cpu::FlatChunk& chunk = p.chunks[c];
-  const auto clamp = [](int64_t x, int64_t high) { return static_cast<int>(x < 0 ? 0 : x > high ? high : x); };
+  const auto clamp = [](int64_t x, int64_t limit) { return static_cast<int>(x < 0 ? 0 : x > limit ? limit : x); };
   Tile t;
   t.row_begin = clamp(chunk.row_begin, p.num_rows);
   t.row_end = clamp(chunk.row_end, p.num_rows);
@@ -89,65 +92,67 @@ __device__ inline PackedRow packed_row(const TreeAttentionParams& p, const Tile&
 }
 
 struct RowInfo {
-  int begin, end;  // keys of the chunk that the row sees; a row that sees none has begin = token_end, end = token_begin
-  int slot;        // of its partial result; -1: the branch has one part, the result is final
+  int visible_begin, visible_end;  // keys of the chunk that the row sees; (token_end, token_begin) if it sees none
+  int slot;                        // of its partial result; -1: the branch has one part, the result is final
 };
 __device__ inline RowInfo row_info(const TreeAttentionParams& p, const Tile& t, int row) {
   const int token = packed_row(p, t, row).token;
-  int b = t.row_begin + token - t.first_token;  // right where all branches have one query
+  int b = t.row_begin + token - t.first_token;  // a guess, right where all branches have one query
   if (b >= t.row_end || p.q_indptr[b] > token || p.q_indptr[b + 1] <= token) {
-    b = row_of(p.q_indptr, t.row_begin, t.row_end, token);
+    b = find_row(p.q_indptr, t.row_begin, t.row_end, token);
   }
   const int first = p.q_indptr[b], q_len = p.q_indptr[b + 1] - first;
   const int64_t position = static_cast<int64_t>(p.seq_lens[b]) - q_len + (token - first);
-  const int64_t from = p.window_left < 0 ? 0 : position - p.window_left;
+  const int64_t window_begin = p.window_left < 0 ? 0 : position - p.window_left;
   const int part_begin = p.part_indptr[b], num_parts = (p.part_indptr[b + 1] - part_begin) / q_len;
   RowInfo info;
-  info.begin = from > t.token_begin ? static_cast<int>(from < t.token_end ? from : t.token_end) : t.token_begin;
-  info.end = position + 1 < t.token_end ? static_cast<int>(position + 1) : t.token_end;
-  if (info.end <= info.begin) {
-    info.begin = t.token_end;
-    info.end = t.token_begin;
+  info.visible_begin = window_begin > t.token_begin
+                           ? static_cast<int>(window_begin < t.token_end ? window_begin : t.token_end)
+                           : t.token_begin;
+  info.visible_end = position + 1 < t.token_end ? static_cast<int>(position + 1) : t.token_end;
+  if (info.visible_end <= info.visible_begin) {
+    info.visible_begin = t.token_end;
+    info.visible_end = t.token_begin;
   }
   info.slot = num_parts == 1 ? -1 : part_begin + (token - first) * num_parts + t.part;
   return info;
 }
 
-// What a row's sums come to: `max` in units of log2, `sum` relative to 2^max, `sink` a logit, -inf for none.
+// The result of a row with maximum m_i and sum l_i, both in units of log2; `sink` is a logit, -inf for none.
 struct RowResult {
-  float factor;  // of the weighted sum of values
+  float factor;  // acc * factor is the row of out
   float lse;
 };
-__device__ inline RowResult finish_row(float max, float sum, float sink) {
-  if (max == kNone) return {0.0f, sink};
+__device__ inline RowResult finish_row(float m_i, float l_i, float sink) {
+  if (m_i == kMinusInf) return {0.0f, sink};
   const float sink_log2 = sink * kLog2e;
-  const float top = sink_log2 > max ? sink_log2 : max;
-  const float keys = ptx::exp2_approx(max - top);
-  const float total = sum * keys + ptx::exp2_approx(sink_log2 - top);
-  return {keys / total, top * kLn2 + logf(total)};
+  const float m_new = sink_log2 > m_i ? sink_log2 : m_i;
+  const float alpha = ptx::exp2_approx(m_i - m_new);
+  const float l_new = l_i * alpha + ptx::exp2_approx(sink_log2 - m_new);
+  return {alpha / l_new, m_new * kLn2 + logf(l_new)};
 }
 
-// Where a row's values go: out or part_out.
+// The place of a row's values, in out or part_out.
 struct RowTarget {
-  int64_t at;  // element of its first value
-  bool is_final;
+  int64_t offset;  // of its first value
+  bool is_final;   // in out
 };
 
-// Writes the row's lse, and returns what its values are to be multiplied with and where they go. Every thread of the
-// row calls it, the one that `writes_lse` writes. `is_bad`: a page id was out of range.
-__device__ inline RowTarget row_target(const TreeAttentionParams& p, const Tile& t, int row, int slot, float max,
-                                       float sum, bool is_bad, bool writes_lse, float& factor) {
+// Writes the lse of a row, sets the `factor` of its acc, and returns the place of its values. Every thread of the row
+// calls it; the one with `writes_lse` writes.
+__device__ inline RowTarget row_target(const TreeAttentionParams& p, const Tile& t, int row, int slot, float m_i,
+                                       float l_i, bool has_bad_page, bool writes_lse, float& factor) {
   const PackedRow r = packed_row(p, t, row);
   const bool is_final = slot < 0;
-  const RowResult result = finish_row(max, sum, is_final && p.sinks ? p.sinks[r.head] : kNone);
+  const RowResult result = finish_row(m_i, l_i, is_final && p.sinks ? p.sinks[r.head] : kMinusInf);
   const float nan = std::numeric_limits<float>::quiet_NaN();
-  const int64_t at = static_cast<int64_t>(is_final ? r.token : slot) * p.num_qo_heads + r.head;
-  if (writes_lse) (is_final ? p.lse : p.part_lse)[at] = is_bad ? nan : result.lse;
-  factor = is_bad ? nan : result.factor;
-  return {at * p.head_dim, is_final};
+  const int64_t i = static_cast<int64_t>(is_final ? r.token : slot) * p.num_qo_heads + r.head;
+  if (writes_lse) (is_final ? p.lse : p.part_lse)[i] = has_bad_page ? nan : result.lse;
+  factor = has_bad_page ? nan : result.factor;
+  return {i * p.head_dim, is_final};
 }
 
-// Two or four values that follow one another, `to` aligned to all of them; each a single access.
+// Store two or four neighbouring values in one access; `to` is aligned to all of them.
 template <typename T>
 __device__ __forceinline__ void store_pair(T* to, float x, float y) {
   if constexpr (std::is_same_v<T, float>) *reinterpret_cast<ptx::Pair*>(to) = {x, y};
@@ -163,8 +168,8 @@ __device__ __forceinline__ void store_quad(T* to, const float (&x)[4]) {
   }
 }
 
-// The item that this block takes in a round: every grid_x-th, in turns forwards and backwards, because items come
-// sorted by cost, roughly. No items are left for a block from the first round on whose item is `num_items` or more.
+// Returns the item that this block takes in a round. Items come roughly sorted by cost, so blocks take them in order in
+// even rounds, and in reverse order in odd ones. A block is done at the first item that does not exist.
 __device__ __forceinline__ int64_t item_of_block(int round) {
   const int64_t grid = ptx::grid_x(), block = ptx::block_x();
   return round * grid + (round % 2 ? grid - 1 - block : block);

@@ -8,7 +8,7 @@
 namespace treedecode::cuda {
 namespace {
 
-// Whether all rows of q, K and V begin at multiples of 16 bytes.
+// True if all rows of q, K and V begin at multiples of 16 bytes.
 bool is_aligned(const TreeAttentionParams& p) {
   uint64_t bytes = 0, elements = 0;
   for (const void* address : {p.q, p.k_pages, p.v_pages}) bytes |= reinterpret_cast<uintptr_t>(address);

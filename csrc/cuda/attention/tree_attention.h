@@ -1,4 +1,4 @@
-// tree_attention on the device: attention of many branches over the pages of a tree, by a flat plan.
+// tree_attention on the device: attention of many branches to the pages of a tree, by a flat plan.
 #pragma once
 
 #include <cstdint>
@@ -42,14 +42,15 @@ struct TreeAttentionParams {
   int64_t window_left;  // < 0: unlimited
   int32_t group_size;   // num_qo_heads / num_kv_heads
   float soft_cap;       // 0: none
-  // Kernels take score * scale for log2 of the weight; with a cap, soft_cap * tanh(score * cap_scale) comes first.
+  // The weight of a key is 2^(score * scale), relative to the others; with a cap, the score is soft_cap * tanh(qk *
+  // cap_scale) instead of qk.
   float scale;
   float cap_scale;
   DType dtype;
 };
 
-// Of a plan with `num_cuts` rows of chunks more than a forest of num_rows branches has nodes: how many partial results
-// it may have. At most 8 shared nodes on a path and the branch's own, and a part more for each cut of what it is in.
+// Returns how many partial results a plan may have with `num_cuts` rows of chunks more than a forest of num_rows
+// branches has nodes. A path has at most 8 shared nodes and the branch's own, and each cut of a node adds a part.
 inline int64_t max_parts(int64_t num_q, int64_t num_cuts, int64_t group_size) {
   const int64_t everywhere = num_q * num_cuts, by_cost = cpu::kTileRows * num_cuts / group_size;
   return (cpu::kMaxLevels + 1) * num_q + (everywhere < by_cost ? everywhere : by_cost);

@@ -22,7 +22,7 @@ __device__ __forceinline__ T warp_max(T value) {
   return value;
 }
 
-// Sum of the lanes up to and with this one.
+// Returns the sum of the lanes up to this one, inclusive.
 template <typename T>
 __device__ __forceinline__ T warp_scan(T value) {
 #pragma unroll
@@ -39,20 +39,20 @@ struct BlockScan {
   T total;   // sum of all threads
 };
 
-// All threads of the block call it, a multiple of 32.
+// Scans the values of a block's threads. All of them call it, a multiple of 32.
 template <typename T>
 __device__ BlockScan<T> block_scan(T value) {
   TD_SHARED(T, sums, ptx::kWarpSize);
-  const T up_to_here = warp_scan(value);
-  if (ptx::lane() == ptx::kWarpSize - 1) sums[ptx::warp()] = up_to_here;
+  const T inclusive = warp_scan(value);
+  if (ptx::lane() == ptx::kWarpSize - 1) sums[ptx::warp()] = inclusive;
   ptx::sync_threads();
   const int num_warps = ptx::num_threads() / ptx::kWarpSize;
   const T sum = ptx::lane() < num_warps ? sums[ptx::lane()] : T{};
   const T warps = warp_scan(sum);
   const T before = ptx::shfl(warps - sum, ptx::warp());
   const T total = ptx::shfl(warps, ptx::kWarpSize - 1);
-  ptx::sync_threads();  // a following scan writes sums again
-  return {before + up_to_here - value, total};
+  ptx::sync_threads();  // the next scan writes sums
+  return {before + inclusive - value, total};
 }
 
 }  // namespace treedecode::cuda

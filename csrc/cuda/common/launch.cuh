@@ -1,4 +1,4 @@
-// Starting kernels: the same launcher code for the device and for the tests' host shim.
+// Starts kernels, on the device or on the tests' host shim, with the same launcher code.
 #pragma once
 
 #include <cstddef>
@@ -37,7 +37,7 @@ inline cudaError_t num_multiprocessors(int* count) {
   return cudaSuccess;
 }
 
-// A grid that strides over whatever work there is: few blocks, so that each of them goes on to a second item.
+// Launches a grid whose blocks take items in turns: few blocks here, so that each of them takes a second item.
 template <typename... Args>
 cudaError_t launch_persistent(void (*kernel)(Args...), int num_threads, size_t shared_bytes, cudaStream_t stream,
                               std::type_identity_t<Args>... args) {
@@ -51,7 +51,7 @@ namespace launch_detail {
 template <typename... Args>
 cudaError_t launch(bool dependent, void (*kernel)(Args...), Grid grid, int num_threads, size_t shared_bytes,
                    cudaStream_t stream, std::type_identity_t<Args>... args) {
-  if (shared_bytes > (48 << 10)) {  // more than every device has must be asked for
+  if (shared_bytes > (48 << 10)) {  // the driver grants more than this on request only
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
@@ -71,15 +71,15 @@ cudaError_t launch(bool dependent, void (*kernel)(Args...), Grid grid, int num_t
 
 }  // namespace launch_detail
 
-// Blocks are one-dimensional. Reads nothing but its arguments, so it can be captured.
+// Launches a kernel with one-dimensional blocks. Reads nothing but its arguments, so it can be captured.
 template <typename... Args>
 cudaError_t launch(void (*kernel)(Args...), Grid grid, int num_threads, size_t shared_bytes, cudaStream_t stream,
                    std::type_identity_t<Args>... args) {
   return launch_detail::launch(false, kernel, grid, num_threads, shared_bytes, stream, args...);
 }
 
-// The kernel may start while the one before it in the stream ends: it calls ptx::wait_for_previous_kernel before it
-// reads or writes what that one does. Before sm_90 the same as launch.
+// Launches a kernel that may start while the one before it in the stream ends: it calls ptx::wait_for_previous_kernel
+// before it reads or writes the memory that that one writes. Before sm_90 the same as launch.
 template <typename... Args>
 cudaError_t launch_dependent(void (*kernel)(Args...), Grid grid, int num_threads, size_t shared_bytes,
                              cudaStream_t stream, std::type_identity_t<Args>... args) {
@@ -92,19 +92,19 @@ inline cudaError_t num_multiprocessors(int* count) {
   return error != cudaSuccess ? error : cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
 }
 
-// As many blocks as run at once, striding over whatever work there is; as launch_dependent.
+// Launches as many blocks as run at once; they take items in turns. Otherwise like launch_dependent.
 template <typename... Args>
 cudaError_t launch_persistent(void (*kernel)(Args...), int num_threads, size_t shared_bytes, cudaStream_t stream,
                               std::type_identity_t<Args>... args) {
-  using Known = std::map<std::tuple<const void*, int, size_t>, int>;
+  using BlockCounts = std::map<std::tuple<const void*, int, size_t>, int>;
   static std::mutex mutex;
-  static Known known;
+  static BlockCounts block_counts;
   int device = 0, num_blocks = 0, per_multiprocessor = 0;
   if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   const std::tuple key(reinterpret_cast<const void*>(kernel), device, shared_bytes);
   {
     const std::lock_guard lock(mutex);
-    if (const auto found = known.find(key); found != known.end()) num_blocks = found->second;
+    if (const auto entry = block_counts.find(key); entry != block_counts.end()) num_blocks = entry->second;
   }
   if (num_blocks == 0) {
     cudaError_t error = num_multiprocessors(&num_blocks);
@@ -117,7 +117,7 @@ cudaError_t launch_persistent(void (*kernel)(Args...), int num_threads, size_t s
     if (error != cudaSuccess) return error;
     num_blocks *= per_multiprocessor > 0 ? per_multiprocessor : 1;
     const std::lock_guard lock(mutex);
-    known[key] = num_blocks;
+    block_counts[key] = num_blocks;
   }
   return launch_dependent(kernel, {static_cast<uint32_t>(num_blocks)}, num_threads, shared_bytes, stream, args...);
 }

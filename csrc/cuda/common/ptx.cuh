@@ -41,7 +41,7 @@ struct alignas(8) Pair {
 
 namespace treedecode::cuda::ptx {
 
-// Where am I.
+// Indices of the thread, its warp and its block.
 
 __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x); }
 __device__ __forceinline__ int num_threads() { return static_cast<int>(blockDim.x); }
@@ -60,8 +60,8 @@ __device__ __forceinline__ T* dynamic_shared() {
   return reinterpret_cast<T*>(td_dynamic_shared);
 }
 
-// x, but the compiler takes it for a new value: what is computed from it is computed here, not kept in registers from
-// before a loop.
+// Returns x, which the compiler takes for a new value: it computes again what it needs of x, instead of keeping that in
+// registers from before a loop.
 __device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -73,7 +73,7 @@ __device__ __forceinline__ void sync_threads() { __syncthreads(); }
 __device__ __forceinline__ bool sync_threads_or(bool value) { return __syncthreads_or(value) != 0; }
 __device__ __forceinline__ void sync_warp(uint32_t mask = kAllLanes) { __syncwarp(mask); }
 
-// Barriers 1 .. 15, for `count` threads (a multiple of 32) of whole warps.
+// Barriers `id` of 1 .. 15, for `count` threads (a multiple of 32) of whole warps.
 __device__ __forceinline__ void named_barrier_sync(int id, int count) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
@@ -81,13 +81,13 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int count) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
 
-// Makes writes of this thread visible to the device before its later ones.
+// Makes earlier writes of this thread visible to the device before its later ones.
 __device__ __forceinline__ void thread_fence() { __threadfence(); }
 
-// In a loop that polls memory which another block writes; read it with an atomic or as volatile.
+// Waits a moment, in a loop that polls memory which another block writes; that is read with an atomic or as volatile.
 __device__ __forceinline__ void back_off() { __nanosleep(32); }
 
-// Programmatic dependent launch: wait for the kernels before this one in the stream; let the next one start.
+// Programmatic dependent launch: waits for the kernels before this one in the stream; lets the next one start.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -105,7 +105,7 @@ template <typename T>
 __device__ __forceinline__ T shfl(T value, int source_lane, uint32_t mask = kAllLanes) {
   return __shfl_sync(mask, value, source_lane);
 }
-// From the lane `delta` below; lanes without one keep their own.
+// Returns the value of the lane `delta` below; lanes without such a lane keep their own.
 template <typename T>
 __device__ __forceinline__ T shfl_up(T value, int delta, uint32_t mask = kAllLanes) {
   return __shfl_up_sync(mask, value, delta);
@@ -132,7 +132,8 @@ __device__ __forceinline__ int clz(uint32_t x) { return __clz(static_cast<int>(x
 __device__ __forceinline__ int clz(uint64_t x) { return __clzll(static_cast<long long>(x)); }
 __device__ __forceinline__ uint32_t float_bits(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float bits_float(uint32_t x) { return __uint_as_float(x); }
-// Makes the compiler forget what it knows of x, so that it does not keep what it has computed from it.
+// Makes the compiler take x for a new value, so that it does not keep in registers what it has computed from the old
+// one.
 __device__ __forceinline__ void opaque(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
 // Atomics on integers, in global or shared memory, relaxed; they return the old value.
@@ -167,7 +168,7 @@ __device__ __forceinline__ T atomic_cas(T* p, std::type_identity_t<T> expected, 
 
 // Global memory.
 
-// 16 aligned bytes that nothing writes while the kernel runs, and that are read once.
+// Loads 16 aligned bytes that nothing writes while the kernel runs, and that are read once.
 __device__ __forceinline__ Bytes16 load_once(const Bytes16* p) {
   Bytes16 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -182,7 +183,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// kBytes of 4, 8 or 16, aligned to that; zeros, and no access to `global`, where not `valid`.
+// Copies kBytes, 4, 8 or 16, aligned to that. Writes zeros, and does not access `global`, if not `valid`.
 template <int kBytes>
 __device__ __forceinline__ void cp_async(void* shared, const void* global, bool valid = true) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
@@ -198,7 +199,7 @@ __device__ __forceinline__ void cp_async(void* shared, const void* global, bool 
   }
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most kPending of this thread's groups are under way; other threads' need a barrier besides.
+// Waits until at most kPending groups of this thread are in flight. Those of other threads need a barrier as well.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -206,7 +207,7 @@ __device__ __forceinline__ void cp_async_wait() {
 
 // Matrix fragments.
 
-// Four 8x8 matrices of 16-bit values; lane i gives the address of row i % 8 of matrix i / 8.
+// Loads four 8x8 matrices of 16-bit values; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -266,7 +267,7 @@ __device__ __forceinline__ float to_float(fp16 x) {
   return y;
 }
 
-// Two values as T in a register, `lo` in the lower half; rounded to nearest even.
+// Packs two values as T in a register, `lo` in the lower half; rounds to nearest even.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float lo, float hi) {
   static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, fp16>);

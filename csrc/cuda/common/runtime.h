@@ -1,4 +1,4 @@
-// cudaError_t and cudaStream_t, which launchers' declarations need: of the toolkit, or of the tests' host shim.
+// Declares cudaError_t and cudaStream_t for launchers: those of the toolkit, or of the tests' host shim.
 #pragma once
 
 #ifdef TREEDECODE_SIMT

@@ -1,12 +1,12 @@
-// Several scans of a block at once.
+// Several scans of a block in one pass.
 #pragma once
 
 #include "collectives.cuh"
 
 namespace treedecode::cuda {
 
-// For the barriers and the latency of one: `values` become the sums of the threads before.
-// Returns the sums of all threads, in shared memory up to the next such scan.
+// Scans kNum values of each thread, with the barriers and the latency of one scan: `values` become the sums of the
+// threads before. Returns the sums of all threads, in shared memory that is valid until the next such scan.
 template <typename T, int kNum>
 __device__ const T* block_scans(T (&values)[kNum]) {
   TD_SHARED(T, sums, kNum * ptx::kWarpSize);
@@ -29,9 +29,9 @@ __device__ const T* block_scans(T (&values)[kNum]) {
   ptx::sync_threads();
   for (int i = ptx::warp(); i < kNum; i += num_warps) {
     T& of_lane = sums[i * ptx::kWarpSize + lane];
-    const T sum = lane < num_warps ? of_lane : T{}, up_to_here = warp_scan(sum);
-    of_lane = up_to_here - sum;
-    if (lane == ptx::kWarpSize - 1) all[i] = up_to_here;
+    const T sum = lane < num_warps ? of_lane : T{}, inclusive = warp_scan(sum);
+    of_lane = inclusive - sum;
+    if (lane == ptx::kWarpSize - 1) all[i] = inclusive;
   }
   ptx::sync_threads();
 #pragma unroll

@@ -1,4 +1,4 @@
-// Copies in the widest accesses that addresses and strides allow.
+// Types for copies in the widest accesses that addresses and strides allow.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace treedecode::cuda {
 
-// What copies of kBytes at a time go through.
+// The type of a copy of kBytes.
 template <int kBytes>
 using Word =
     std::conditional_t<kBytes == 16, ptx::Bytes16,

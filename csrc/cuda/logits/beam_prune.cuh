@@ -5,12 +5,13 @@
 
 namespace treedecode::cuda {
 
-// Groups are as good as lost until their last row merges them: offsets that are no offsets leave them like this.
+// Fills the outputs of groups with those of an empty group, or of an invalid one. The last row of a valid group
+// overwrites them.
 __device__ inline void prepare_groups(const BeamPruneParams& p) {
   if (ptx::block_x() >= p.num_groups) return;
-  const bool sound = p.group_indptr[0] == 0 && p.group_indptr[p.num_groups] == p.logits.rows;
+  const bool offsets_fit = p.group_indptr[0] == 0 && p.group_indptr[p.num_groups] == p.logits.rows;
   for (int64_t g = ptx::block_x(); g < p.num_groups; g += ptx::grid_x()) {
-    const float score = sound && p.group_indptr[g] == p.group_indptr[g + 1] ? -kInf : NAN;
+    const float score = offsets_fit && p.group_indptr[g] == p.group_indptr[g + 1] ? -kInf : NAN;
     if (ptx::thread() == 0) p.tickets[g] = 0;
     for (int64_t i = g * p.k + ptx::thread(); i < (g + 1) * p.k; i += kLogitsThreads) {
       p.scores[i] = score;
@@ -23,59 +24,59 @@ __device__ inline void prepare_groups(const BeamPruneParams& p) {
 template <typename T>
 __global__ void __launch_bounds__(kLogitsThreads, 2)
     _beam_prune_scan_kernel(const __grid_constant__ BeamPruneParams p) {
-  ptx::launch_next_kernel();  // the merge, which waits for this one's results
+  ptx::launch_next_kernel();  // the merge, which waits for the results
   const uint32_t item = ptx::block_x(), row_index = item / p.logits.num_chunks;
   if (row_index >= p.logits.rows) return prepare_groups(p);
   const Row<T> row(p.logits, row_index);
   Chunk<T> chunk(row, static_cast<int64_t>(item % p.logits.num_chunks) * p.logits.chunk_len, p.logits.chunk_len);
-  prepare_groups(p);  // while the chunk is under way
-  float top = -kInf, sum = 0.0f;
+  prepare_groups(p);  // while the chunk is being loaded
+  float max_logit = -kInf, sum = 0.0f;
   if (p.is_logprobs) {
-    // Nothing is summed that would betray NaN and +inf.
+    // No sum of exponentials is computed that NaN and +inf would show in.
     bool bad = false;
     chunk.each([&](float x, uint32_t) { bad |= !(x < kInf); });
     sum = ptx::sync_threads_or(bad) ? NAN : 0.0f;
   } else {
 #pragma unroll
-    for (int j = 0; j < kVectors; ++j) top = fmaxf(top, chunk.max_of(j));
+    for (int j = 0; j < kVectors; ++j) max_logit = fmaxf(max_logit, chunk.max_of(j));
     chunk.end_pass();
-    top = block_max(top);
-    const float base = base_of(top);
+    max_logit = block_max(max_logit);
+    const float base = base_of(max_logit);
     chunk.each([&](float x, uint32_t) { sum += ptx::exp2_approx((x - base) * kLog2E); });
     sum = block_sum(sum);
   }
-  if (ptx::thread() == 0) p.chunk_sums[item] = {.top = top, .sum = sum};
+  if (ptx::thread() == 0) p.chunk_sums[item] = {.max = max_logit, .sum = sum};
   chunk.end_pass();
   chunk.apply_mask(row);
   emit_best(chunk, static_cast<int>(p.row_k), p.chunk_keys + item * p.slot_len, static_cast<int>(p.slot_len));
 }
 
-// Log-sum-exp of a row from its chunks, NaN when one of them holds a bad logit; the whole warp calls it.
+// Returns the log-sum-exp of a row, NaN when one of its chunks holds a bad logit. The whole warp calls it.
 __device__ inline double row_lse(const BeamPruneParams& p, int64_t row) {
   const int64_t chunks = p.logits.num_chunks;
   const BeamPruneChunkSums* sums = p.chunk_sums + row * chunks;  // [chunks]
-  float top = -kInf;
-  for (int64_t c = ptx::lane(); c < chunks; c += ptx::kWarpSize) top = fmaxf(top, sums[c].top);
-  const float base = base_of(warp_max(top));
+  float row_max = -kInf;
+  for (int64_t c = ptx::lane(); c < chunks; c += ptx::kWarpSize) row_max = fmaxf(row_max, sums[c].max);
+  const float base = base_of(warp_max(row_max));
   double sum = 0.0;
   for (int64_t c = ptx::lane(); c < chunks; c += ptx::kWarpSize) {
-    sum += static_cast<double>(sums[c].sum * ptx::exp2_approx((sums[c].top - base) * kLog2E));
+    sum += static_cast<double>(sums[c].sum * ptx::exp2_approx((sums[c].max - base) * kLog2E));
   }
   sum = warp_sum(sum);
   if (p.is_logprobs) return sum == sum ? 0.0 : sum;
   return base + log(sum);
 }
 
-// The group a row belongs to; -1 = none, or one too large for ranks of 32 bits. The whole block calls it.
+// Returns the group that a row belongs to; -1 = none, or one too large for ranks of 32 bits. The whole block calls it.
 __device__ inline int64_t group_of(const BeamPruneParams& p, int64_t row) {
   if (p.group_indptr[0] != 0 || p.group_indptr[p.num_groups] != p.logits.rows) return -1;
   int64_t first = 0, num = p.num_groups;  // the last group that begins at or before the row is among these
   while (num > 1) {
-    const int64_t step = (num + kLogitsThreads - 1) / kLogitsThreads, at = ptx::thread() * step;
-    const int64_t begun = block_sum<int64_t>(at < num && p.group_indptr[first + at] <= row);
-    if (begun == 0) return -1;
-    first += (begun - 1) * step;
-    num = num - (begun - 1) * step < step ? num - (begun - 1) * step : step;
+    const int64_t step = (num + kLogitsThreads - 1) / kLogitsThreads, probe = ptx::thread() * step;
+    const int64_t num_begun = block_sum<int64_t>(probe < num && p.group_indptr[first + probe] <= row);
+    if (num_begun == 0) return -1;
+    first += (num_begun - 1) * step;
+    num = num - (num_begun - 1) * step < step ? num - (num_begun - 1) * step : step;
   }
   if (num == 0) return -1;
   const int64_t begin = p.group_indptr[first], end = p.group_indptr[first + 1];
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(kLogitsThreads, 2)
   if (ptx::warp() == 0) {
     const double value = row_lse(p, row);
     if (ptx::lane() == 0) {
-      lse[0] = value;  // read behind the barriers of best_sorted
+      lse[0] = value;  // read after the barriers of best_sorted
       p.lse[row] = static_cast<float>(value);
     }
   }

@@ -3,8 +3,8 @@
 // scan   a block per (row, chunk of the vocabulary): sum of exponentials and the chunk's best candidates
 // merge  a block per row: lse, scores, the row's candidates in order; the last row of a group merges the group
 //
-// A row with NaN or +inf gets lse NaN; a group with such a row, with NaN or +inf among its cum_logprobs, or with
-// offsets that are none gets scores NaN, parent -1 and token -1.
+// A row with NaN or +inf gets lse NaN. A group gets scores NaN, parent -1 and token -1 if it has such a row, NaN or
+// +inf among its cum_logprobs, or invalid offsets.
 #pragma once
 
 #include <algorithm>
@@ -15,10 +15,10 @@
 
 namespace treedecode::cuda {
 
-// Of a chunk of a row.
+// Sums of a chunk of a row.
 struct BeamPruneChunkSums {
-  float top;  // the maximum
-  float sum;  // of exp(x - top)
+  float max;
+  float sum;  // of exp(x - max)
 };
 
 struct BeamPruneParams {
@@ -35,22 +35,22 @@ struct BeamPruneParams {
   int32_t* row_tokens;             // [rows, row_k] scratch
   uint64_t* row_sort;              // [rows, row_sort_len] scratch
   uint64_t* group_sort;            // [num_groups, group_sort_len] scratch
-  int32_t* tickets;                // [num_groups] scratch: rows that are merged
+  int32_t* tickets;                // [num_groups] scratch: rows merged so far
   int64_t num_groups;
   int64_t k;
-  int64_t row_k;  // min(k, vocab): more no row can give
+  int64_t row_k;  // min(k, vocab), the most candidates that a row can give
   int64_t slot_len;
   int64_t row_sort_len;
   int64_t group_sort_len;
   bool is_logprobs;
 };
 
-// Keys a chunk may leave: room for more than row_k, where they are few, saves finding out which are the best row_k.
+// Keys that a chunk may store. Room for more than row_k, where they are few, saves a selection of the best row_k.
 constexpr int64_t beam_prune_slot_len(int64_t row_k, int64_t chunk_len) {
   return std::min(row_k <= 128 ? 2 * row_k : row_k, chunk_len);
 }
 
-// Room for sorting so many keys in global memory; 0 = they are sorted in shared memory.
+// Scratch keys needed to sort so many keys in global memory; 0 = they are sorted in shared memory.
 int64_t beam_prune_sort_len(int64_t num_keys);
 
 cudaError_t beam_prune(const BeamPruneParams& p, cudaStream_t stream);

@@ -2,15 +2,15 @@
 
 #include <cmath>
 
-#include "beam_update.h"
 #include "../common/collectives.cuh"
+#include "beam_update.h"
 
 namespace treedecode::cuda {
 
 inline constexpr int kBeamUpdateThreads = 128;
 
 struct BeamGroup {
-  // Added, never assigned: the order among such beams and what rounding makes of it is part of the semantics.
+  // Added to the score and never assigned: the order of such beams after rounding is part of the semantics.
   static constexpr float kBanned = -1.0e9f;
 
   const BeamUpdateParams& p;
@@ -22,8 +22,8 @@ struct BeamGroup {
   const int32_t* parent;  // [num_candidates]
   const int32_t* token;   // [num_candidates]
   int32_t* open;          // [num_open] ranks of the candidates that go on
-  int32_t* ended;         // [num_ended] and of those that hit an end
-  int32_t* places;        // [num_new] in the pool
+  int32_t* ended;         // [num_ended] ranks of those that hit an end
+  int32_t* pool_ranks;    // [num_new] ranks in the pool of those that enter it
   int limit;              // candidates that count
   int num_open = 0, num_ended = 0;
 
@@ -37,7 +37,7 @@ struct BeamGroup {
     token = p.token + group * p.num_candidates;
     open = p.lists + 3 * group * p.num_candidates;
     ended = open + p.num_candidates;
-    places = ended + p.num_candidates;
+    pool_ranks = ended + p.num_candidates;
     const int64_t need = (p.num_eos < 1 ? 2 : 1 + p.num_eos) * num_beams;
     limit = need <= p.num_candidates ? static_cast<int>(need) : -1;
   }
@@ -48,7 +48,7 @@ struct BeamGroup {
   }
   __device__ bool owns_rows() const { return p.row_indptr[0] == 0 && row_begin >= 0 && row_begin < row_end; }
 
-  // Whether the candidates are what beam_prune returns; the whole block calls it.
+  // True if the candidates are such as beam_prune returns. The whole block calls it.
   __device__ bool candidates_fit() const {
     if (limit < 0 || p.gen_lens[group] < 0 || p.gen_lens[group] >= p.max_new_tokens[group]) return false;
     bool bad = false;
@@ -88,7 +88,7 @@ struct BeamGroup {
     ptx::sync_threads();
   }
 
-  // How many of the first n numbers satisfy `before`, which holds for a leading part of them.
+  // Returns how many of the first n numbers satisfy `before`, which holds for a leading part of them.
   template <typename Before>
   __device__ static int count_leading(int n, const Before& before) {
     int low = 0;
@@ -100,52 +100,54 @@ struct BeamGroup {
     return low;
   }
 
-  // Merges two descending sequences, candidates that go on and candidates that hit an end with the ban added: one's
-  // place is its rank in its own sequence and the number of those of the other that go first.
+  // Merges two descending sequences: candidates that go on, and candidates that hit an end, with kBanned added. The
+  // rank of a candidate is its rank in its own sequence plus the number of candidates of the other one that come before
+  // it.
   __device__ void choose_running() const {
-    const auto write = [&](int place, float score, int64_t row, int32_t tok) {
-      if (place >= num_beams) return;
-      p.running_scores[beam_begin + place] = score;
-      p.running_parent[beam_begin + place] = static_cast<int32_t>(row);
-      p.running_token[beam_begin + place] = tok;
+    const auto write = [&](int beam, float score, int64_t row, int32_t tok) {
+      if (beam >= num_beams) return;
+      p.running_scores[beam_begin + beam] = score;
+      p.running_parent[beam_begin + beam] = static_cast<int32_t>(row);
+      p.running_token[beam_begin + beam] = tok;
     };
     for (int i = ptx::thread(); i < num_open && i < num_beams; i += kBeamUpdateThreads) {
       const int rank = open[i];
       const float score = scores[rank];
-      const int others = count_leading(num_ended, [&](int e) {
+      const int num_before = count_leading(num_ended, [&](int e) {
         const float other = scores[ended[e]] + kBanned;
         return other > score || (other == score && ended[e] < rank);
       });
-      write(i + others, score, parent[rank], token[rank]);
+      write(i + num_before, score, parent[rank], token[rank]);
     }
     for (int i = ptx::thread(); i < num_ended && i < num_beams; i += kBeamUpdateThreads) {
       const int rank = ended[i];
       const float score = scores[rank] + kBanned;
-      const int others = count_leading(num_open, [&](int o) {
+      const int num_before = count_leading(num_open, [&](int o) {
         const float other = scores[open[o]];
         return other > score || (other == score && open[o] < rank);
       });
-      write(i + others, score, parent[rank], token[rank]);
+      write(i + num_before, score, parent[rank], token[rank]);
     }
     for (int i = num_open + num_ended + ptx::thread(); i < num_beams; i += kBeamUpdateThreads) {
       write(i, -INFINITY, row_begin, 0);
     }
   }
 
-  // Only hits among the first num_beams candidates may finish. Both lists are descending, old entries win ties. The
-  // pool is its own output: no entry moves up, so parts of it move one after another, the last one first.
+  // Merges the candidates that hit an end into the pool, those among the first num_beams candidates. Both lists are
+  // descending, and old entries win ties. The pool is updated in place: entries only move down, so parts of it are
+  // moved one after another, the last part first.
   __device__ void merge_into_pool(int32_t new_len, float divisor) const {
     float* pool = p.pool_scores + beam_begin;
-    const int top = limit < num_beams ? limit : num_beams;
-    const int num_new = count_leading(num_ended, [&](int e) { return ended[e] < top; });
+    const int num_eligible = limit < num_beams ? limit : num_beams;
+    const int num_new = count_leading(num_ended, [&](int e) { return ended[e] < num_eligible; });
     for (int i = ptx::thread(); i < num_new; i += kBeamUpdateThreads) {
       const float score = scores[ended[i]] / divisor;
-      places[i] = i + count_leading(num_beams, [&](int o) { return !(score > pool[o]); });
+      pool_ranks[i] = i + count_leading(num_beams, [&](int o) { return !(score > pool[o]); });
     }
     for (int tile = (num_beams - 1) / kBeamUpdateThreads; tile >= 0; --tile) {
       const int i = tile * kBeamUpdateThreads + ptx::thread();
       const int64_t from = beam_begin + i;
-      int place = num_beams;
+      int pool_rank = num_beams;
       float score = 0.0f;
       int32_t len = 0, beam = 0, last = 0;
       if (i < num_beams) {
@@ -153,31 +155,31 @@ struct BeamGroup {
         len = p.pool_lens[from];
         beam = p.pool_parents[from];
         last = p.pool_tokens[from];
-        place = i + count_leading(num_new, [&](int e) { return scores[ended[e]] / divisor > score; });
+        pool_rank = i + count_leading(num_new, [&](int e) { return scores[ended[e]] / divisor > score; });
       }
-      ptx::sync_threads();  // from here on entries move to this part and behind it, which all threads have read
-      if (place < num_beams) write_pool(place, score, len, beam, last);
+      ptx::sync_threads();  // all threads have read this part and those after it, which entries move to now
+      if (pool_rank < num_beams) write_pool(pool_rank, score, len, beam, last);
     }
     for (int i = ptx::thread(); i < num_new; i += kBeamUpdateThreads) {
       const int rank = ended[i];
-      if (places[i] >= num_beams) continue;
-      write_pool(places[i], scores[rank] / divisor, new_len, parent[rank] - static_cast<int32_t>(row_begin),
+      if (pool_ranks[i] >= num_beams) continue;
+      write_pool(pool_ranks[i], scores[rank] / divisor, new_len, parent[rank] - static_cast<int32_t>(row_begin),
                  token[rank]);
     }
     ptx::sync_threads();
   }
-  __device__ void write_pool(int place, float score, int32_t len, int32_t beam, int32_t last) const {
-    p.pool_scores[beam_begin + place] = score;
-    p.pool_lens[beam_begin + place] = len;
-    p.pool_parents[beam_begin + place] = beam;
-    p.pool_tokens[beam_begin + place] = last;
+  __device__ void write_pool(int rank, float score, int32_t len, int32_t beam, int32_t last) const {
+    p.pool_scores[beam_begin + rank] = score;
+    p.pool_lens[beam_begin + rank] = len;
+    p.pool_parents[beam_begin + rank] = beam;
+    p.pool_tokens[beam_begin + rank] = last;
   }
 
   __device__ bool is_final(int32_t new_len, float divisor) const {
-    bool room = false;
-    for (int i = ptx::thread(); i < num_beams; i += kBeamUpdateThreads) room |= p.pool_lens[beam_begin + i] <= 0;
-    const bool full = !ptx::sync_threads_or(room);
-    if (num_open == 0) return true;  // nothing left to continue
+    bool has_free = false;
+    for (int i = ptx::thread(); i < num_beams; i += kBeamUpdateThreads) has_free |= p.pool_lens[beam_begin + i] <= 0;
+    const bool full = !ptx::sync_threads_or(has_free);
+    if (num_open == 0) return true;  // no beam can go on
     if (full && p.early_stopping == 1) return true;
     if (p.early_stopping == 2 && p.length_penalty > 0.0) {
       divisor = static_cast<float>(pow(static_cast<double>(p.max_new_tokens[group]), p.length_penalty));

@@ -16,11 +16,11 @@ inline constexpr double kLn2 = 0.693147180559945309417;
 template <typename T>
 inline constexpr int kPerVector = 16 / static_cast<int>(sizeof(T));
 
-// Bits of -inf, in both halves of a word for 16-bit types.
+// A word of -inf, in both halves for 16-bit types.
 template <typename T>
-inline constexpr uint32_t kNothing = std::is_same_v<T, float>  ? 0xff800000u
-                                     : std::is_same_v<T, bf16> ? 0xff80ff80u
-                                                               : 0xfc00fc00u;
+inline constexpr uint32_t kMinusInfBits = std::is_same_v<T, float>  ? 0xff800000u
+                                          : std::is_same_v<T, bf16> ? 0xff80ff80u
+                                                                    : 0xfc00fc00u;
 
 template <typename T>
 __device__ __forceinline__ float element(const ptx::Bytes16& v, int e) {
@@ -28,7 +28,7 @@ __device__ __forceinline__ float element(const ptx::Bytes16& v, int e) {
   else return ptx::to_float(T{static_cast<uint16_t>(v.word[e / 2] >> (e % 2 * 16))});
 }
 
-// Elements i to i + kPerVector of a row, whatever its alignment; -inf from vocab on. i is a multiple of kPerVector.
+// Loads elements i to i + kPerVector of a row of any alignment; -inf from vocab on. i is a multiple of kPerVector.
 template <typename T>
 __device__ __forceinline__ ptx::Bytes16 load_vector(const T* row, int64_t i, int64_t vocab) {
   constexpr int N = kPerVector<T>;
@@ -36,7 +36,7 @@ __device__ __forceinline__ ptx::Bytes16 load_vector(const T* row, int64_t i, int
   ptx::Bytes16 v;
   if (shift == 0 && i + N <= vocab) return ptx::load_once(reinterpret_cast<const ptx::Bytes16*>(row + i));
   if (shift != 0 && i > 0 && i + 2 * N <= vocab) {
-    // The two aligned vectors that hold it lie within the row; the neighbour lanes read them too, from L1.
+    // The two aligned vectors that hold the elements lie within the row. Neighbour lanes read them too, from L1.
     const auto* p = reinterpret_cast<const ptx::Bytes16*>(reinterpret_cast<uintptr_t>(row + i) - shift);
     const ptx::Bytes16 low = p[0], high = p[1];
     uint32_t w[8];
@@ -61,7 +61,7 @@ __device__ __forceinline__ ptx::Bytes16 load_vector(const T* row, int64_t i, int
     return v;
   }
 #pragma unroll
-  for (int k = 0; k < 4; ++k) v.word[k] = kNothing<T>;
+  for (int k = 0; k < 4; ++k) v.word[k] = kMinusInfBits<T>;
   if (i >= vocab) return v;
 #pragma unroll
   for (int e = 0; e < N; ++e) {
@@ -76,16 +76,16 @@ __device__ __forceinline__ ptx::Bytes16 load_vector(const T* row, int64_t i, int
   return v;
 }
 
-// Makes elements whose bit is not set in `allowed` -inf.
+// Sets elements whose bit is not set in `allowed` to -inf.
 template <typename T>
 __device__ __forceinline__ void forbid(ptx::Bytes16& v, uint32_t allowed) {
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     if constexpr (std::is_same_v<T, float>) {
-      if (!(allowed >> k & 1)) v.word[k] = kNothing<T>;
+      if (!(allowed >> k & 1)) v.word[k] = kMinusInfBits<T>;
     } else {
       const uint32_t kept = (allowed >> (2 * k) & 1 ? 0xffffu : 0u) | (allowed >> (2 * k + 1) & 1 ? 0xffff0000u : 0u);
-      v.word[k] = (v.word[k] & kept) | (kNothing<T> & ~kept);
+      v.word[k] = (v.word[k] & kept) | (kMinusInfBits<T> & ~kept);
     }
   }
 }
@@ -112,13 +112,13 @@ struct Row {
   }
 };
 
-// Vector j of a thread begins at token first + (j * kLogitsThreads + thread) * kPerVector, in every batch: the order of
-// the sums is a matter of the tokens, not of addresses.
+// Vector j of a thread begins at token first_token + (j * kLogitsThreads + thread) * kPerVector in every batch, so that
+// the order of sums depends on the tokens and not on addresses.
 template <typename T>
 struct Chunk {
   static constexpr int N = kPerVector<T>;
   ptx::Bytes16 vector[kVectors];
-  uint32_t first;  // of the thread
+  uint32_t first;  // token of the thread
 
   __device__ __forceinline__ Chunk(const Row<T>& row, int64_t first_token, int64_t len)
       : first(static_cast<uint32_t>(first_token) + static_cast<uint32_t>(ptx::thread() * N)) {
@@ -138,7 +138,7 @@ struct Chunk {
       if (token(j) < row.vocab) forbid<T>(vector[j], row.allowed(token(j)));
     }
   }
-  // Ends a pass over the chunk: what follows unpacks 16-bit elements again instead of keeping all of them as floats.
+  // Ends a pass over the chunk: the next pass unpacks 16-bit elements again instead of keeping all of them as floats.
   __device__ __forceinline__ void end_pass() {
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
@@ -146,7 +146,7 @@ struct Chunk {
       for (int k = 0; k < 4; ++k) ptx::opaque(vector[j].word[k]);
     }
   }
-  // visit(x, token) for all elements, in token order within a vector.
+  // Calls visit(x, token) for all elements, in token order within a vector.
   template <typename Visit>
   __device__ __forceinline__ void each(const Visit& visit) const {
 #pragma unroll
@@ -155,12 +155,12 @@ struct Chunk {
       for (int e = 0; e < N; ++e) visit(value(j, e), token(j) + e);
     }
   }
-  // Without NaN, which no maximum shows.
+  // The maximum of vector j. NaN is left out.
   __device__ __forceinline__ float max_of(int j) const {
-    float top = value(j, 0);
+    float vector_max = value(j, 0);
 #pragma unroll
-    for (int e = 1; e < N; ++e) top = fmaxf(top, value(j, e));
-    return fmaxf(top, -kInf);
+    for (int e = 1; e < N; ++e) vector_max = fmaxf(vector_max, value(j, e));
+    return fmaxf(vector_max, -kInf);
   }
 };
 

@@ -1,4 +1,4 @@
-// What a chunk leaves behind: its sum of exponentials and its best tokens.
+// Results of one chunk of a row: the base of its sum of exponentials, and its best tokens.
 #pragma once
 
 #include "chunk.cuh"
@@ -6,64 +6,64 @@
 
 namespace treedecode::cuda {
 
-// Relative to a chunk's or row's maximum, which may be -inf.
-__device__ __forceinline__ float base_of(float top) { return top == -kInf ? 0.0f : top; }
+// The base that exponentials are relative to: the maximum, or 0 if that is -inf, because (-inf) - (-inf) would be NaN.
+__device__ __forceinline__ float base_of(float max_logit) { return max_logit == -kInf ? 0.0f : max_logit; }
 
-// Candidates of a row in a chunk: `slot` gets the chunk's best k tokens, and some more if they fit; the rest of it 0.
-// Returns the least key that a token needs to be among them; 0 when all above -inf are.
+// Writes the keys of the chunk's best k tokens to `slot`, and of some more if they fit; the rest of it is 0. Returns
+// the smallest key of a token among them, 0 when all tokens above -inf are among them.
 template <typename T>
 __device__ __forceinline__ uint64_t emit_best(Chunk<T>& chunk, int k, uint64_t* slot, int slot_len) {
   constexpr int N = kPerVector<T>;
-  float tops[kVectors], top = -kInf;
+  float vector_max[kVectors], thread_max = -kInf;
 #pragma unroll
   for (int j = 0; j < kVectors; ++j) {
-    tops[j] = chunk.max_of(j);
-    top = fmaxf(top, tops[j]);
+    vector_max[j] = chunk.max_of(j);
+    thread_max = fmaxf(thread_max, vector_max[j]);
   }
-  // What the k-th largest of the maxima of disjoint sets of tokens reaches, at least k tokens reach, and with k below a
-  // quarter of the sets not many more.
-  const uint32_t nothing = ordered_bits(-kInf);
-  uint32_t bar = nothing;
+  // A threshold that at least k tokens reach: the k-th largest maximum of disjoint sets of tokens. Where k is below a
+  // quarter of the number of sets, not many more than k tokens reach it.
+  const uint32_t minus_inf = ordered_bits(-kInf);
+  uint32_t threshold_bits = minus_inf;
   if (k <= kLogitsThreads / 4) {
-    bar = kth_largest<uint32_t>([&](const auto& visit) { visit(ordered_bits(top)); }, k);
+    threshold_bits = kth_largest<uint32_t>([&](const auto& visit) { visit(ordered_bits(thread_max)); }, k);
   } else if (k <= kLogitsThreads * kVectors / 2) {
-    bar = kth_largest<uint32_t>(
+    threshold_bits = kth_largest<uint32_t>(
         [&](const auto& visit) {
 #pragma unroll
-          for (int j = 0; j < kVectors; ++j) visit(ordered_bits(tops[j]));
+          for (int j = 0; j < kVectors; ++j) visit(ordered_bits(vector_max[j]));
         },
         k);
   }
-  const bool everything = bar <= nothing;
-  if (everything) bar = nothing + 1;
-  const float lowest = from_ordered_bits(bar);
+  const bool takes_all = threshold_bits <= minus_inf;
+  if (takes_all) threshold_bits = minus_inf + 1;
+  const float threshold = from_ordered_bits(threshold_bits);
   const auto each = [&](const auto& visit) {
     chunk.end_pass();
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
-      if (!(tops[j] >= lowest)) continue;
+      if (!(vector_max[j] >= threshold)) continue;
 #pragma unroll
       for (int e = 0; e < N; ++e) {
         const float x = chunk.value(j, e);
-        if (x >= lowest) visit(make_key(x, chunk.token(j) + e));
+        if (x >= threshold) visit(make_key(x, chunk.token(j) + e));
       }
     }
   };
   int count = 0;
   each([&](uint64_t) { ++count; });
-  BlockScan<int> place = block_scan(count);
-  uint64_t least = everything ? 0 : static_cast<uint64_t>(bar) << 32;
-  if (place.total > slot_len) {
-    least = kth_largest<uint64_t>(each, k);
+  BlockScan<int> scan = block_scan(count);
+  uint64_t min_key = takes_all ? 0 : static_cast<uint64_t>(threshold_bits) << 32;
+  if (scan.total > slot_len) {
+    min_key = kth_largest<uint64_t>(each, k);
     count = 0;
-    each([&](uint64_t key) { count += key >= least; });
-    place = block_scan(count);
+    each([&](uint64_t key) { count += key >= min_key; });
+    scan = block_scan(count);
   }
   each([&](uint64_t key) {
-    if (key >= least) slot[place.before++] = key;
+    if (key >= min_key) slot[scan.before++] = key;
   });
-  for (int i = place.total + ptx::thread(); i < slot_len; i += kLogitsThreads) slot[i] = 0;
-  return least;
+  for (int i = scan.total + ptx::thread(); i < slot_len; i += kLogitsThreads) slot[i] = 0;
+  return min_key;
 }
 
 }  // namespace treedecode::cuda

@@ -20,11 +20,11 @@ struct LogitsParams {
 };
 
 inline constexpr int kLogitsThreads = 256;
-inline constexpr int kVectors = 8;  // 16-byte loads of a thread, all under way at once
+inline constexpr int kVectors = 8;  // 16-byte loads of a thread, all in flight at once
 
 constexpr int64_t longest_chunk(DType dtype) { return kLogitsThreads * kVectors * (dtype == DType::F32 ? 4 : 8); }
 
-// Equal chunks, which depend on the vocabulary and the dtype alone, so that a row's results do not depend on its batch.
+// Divides rows into equal chunks, by the vocabulary and the dtype alone: a row's results do not depend on its batch.
 constexpr void set_chunks(LogitsParams& p) {
   const int64_t num = (p.vocab + longest_chunk(p.dtype) - 1) / longest_chunk(p.dtype);
   const int64_t len = ((p.vocab + num - 1) / num + 31) / 32 * 32;

@@ -1,9 +1,10 @@
 // sample on the device: per-row temperature, top-k, top-p, min-p and a counter-based draw.
 //
 // scan  a block per (row, chunk of the vocabulary): sums of exponentials, and of rows with a filter the best tokens
-// draw  a block per row. Without a filter it picks a chunk by its sum and reads that one again. With a filter it looks
-//       for the border of what is kept among the chunks' best tokens, which are complete down to some rank; only where
-//       the border lies further down it searches the row itself.
+// draw  a block per row. Without a filter it picks a chunk by its sum and reads that one again. With a filter it
+// searches
+//       the chunks' best tokens, which are complete down to some rank, for the last token that is kept; only where that
+//       one has a lower rank, it searches the whole row.
 //
 // A row with NaN or +inf, without a possible token, or with settings out of range gets token -1 and NaN.
 #pragma once
@@ -15,7 +16,7 @@
 
 namespace treedecode::cuda {
 
-// Distances between rows in elements; 0 = one value for all rows.
+// Elements between rows; 0 = one value for all rows.
 struct SampleStrides {
   int64_t temperature;
   int64_t top_k;
@@ -25,12 +26,12 @@ struct SampleStrides {
   int64_t position;
 };
 
-// Of a chunk of a row, relative to its maximum.
+// Sums of a chunk of a row, relative to its maximum.
 struct SampleChunkSums {
-  float top;      // the maximum
-  float sum;      // of exp(x - top)
-  float log_sum;  // of exp(x - top) * log2(exp(x - top))
-  float mass;     // of exp((x - top) / temperature)
+  float max;
+  float sum;      // of exp(x - max)
+  float log_sum;  // of exp(x - max) * log2(exp(x - max))
+  float mass;     // of exp((x - max) / temperature)
 };
 
 struct SampleParams {
@@ -45,13 +46,13 @@ struct SampleParams {
   float* logprob;               // [rows] out
   float* entropy;               // [rows] out
   SampleChunkSums* chunk_sums;  // [rows, num_chunks] scratch
-  uint64_t* chunk_least;        // [rows, num_chunks] scratch: the least key that is sure to be among chunk_keys
+  uint64_t* chunk_min_key;      // [rows, num_chunks] scratch: chunk_keys has all keys of the chunk from this one on
   uint64_t* chunk_keys;         // [rows, num_chunks, kSampleSlot] scratch: (logit, token) keys of each chunk's best
   SampleStrides strides;
 };
 
-inline constexpr int kSampleBest = 128;  // tokens of a chunk that are sure to be known
-inline constexpr int kSampleSlot = 160;  // finding out which are the best 128 is saved when some more fit
+inline constexpr int kSampleBest = 128;  // tokens of a chunk that chunk_keys has for certain
+inline constexpr int kSampleSlot = 160;  // room for some more, which saves a selection of the best 128
 
 cudaError_t sample(const SampleParams& p, cudaStream_t stream);
 

@@ -1,4 +1,4 @@
-// sample's parts: a row's settings and sums, and the draw from a chunk.
+// Parts of sample: the settings and sums of a row, and the draw from a chunk.
 #pragma once
 
 #include "../../cpu/philox.h"
@@ -30,25 +30,25 @@ struct SampleSettings {
   __device__ float scale() const { return kLog2E / (greedy() ? 1.0f : fmaxf(temperature, 1e-30f)); }
 };
 
-// Of a row, relative to its maximum.
+// Sums of a row, relative to its maximum.
 struct RowSums {
-  float top;
-  double sum, log_sum, mass;  // of exp(x - top), of exp(x - top) * (x - top), of exp((x - top) / temperature)
+  float max;
+  double sum, log_sum, mass;  // of exp(x - max), of exp(x - max) * (x - max), of exp((x - max) / temperature)
 };
 
-// The same in all lanes of the warp that calls it.
+// Adds up the sums of a row's chunks. All lanes of a warp call it and get the same.
 __device__ inline RowSums row_sums(const SampleParams& p, int64_t row, float scale) {
   const SampleChunkSums* chunks = p.chunk_sums + row * p.logits.num_chunks;  // [num_chunks]
   RowSums out{-kInf, 0, 0, 0};
-  for (uint32_t c = ptx::lane(); c < p.logits.num_chunks; c += ptx::kWarpSize) out.top = fmaxf(out.top, chunks[c].top);
-  out.top = warp_max(out.top);
+  for (uint32_t c = ptx::lane(); c < p.logits.num_chunks; c += ptx::kWarpSize) out.max = fmaxf(out.max, chunks[c].max);
+  out.max = warp_max(out.max);
   for (uint32_t c = ptx::lane(); c < p.logits.num_chunks; c += ptx::kWarpSize) {
-    const float down = chunks[c].top == -kInf ? 0.0f : chunks[c].top - out.top;
-    const double factor = ptx::exp2_approx(down * kLog2E), sum = chunks[c].sum;
+    const float delta = chunks[c].max == -kInf ? 0.0f : chunks[c].max - out.max;
+    const double factor = ptx::exp2_approx(delta * kLog2E), sum = chunks[c].sum;
     out.sum += factor * sum;
-    // A chunk so far down that its factor is 0 may be infinitely far down.
-    if (factor > 0 || factor != factor) out.log_sum += factor * (chunks[c].log_sum * kLn2 + sum * down);
-    out.mass += static_cast<double>(ptx::exp2_approx(down * scale)) * chunks[c].mass;
+    // Where the factor is 0, delta may be -inf, and their product NaN.
+    if (factor > 0 || factor != factor) out.log_sum += factor * (chunks[c].log_sum * kLn2 + sum * delta);
+    out.mass += static_cast<double>(ptx::exp2_approx(delta * scale)) * chunks[c].mass;
   }
   out.sum = warp_sum(out.sum);
   out.log_sum = warp_sum(out.log_sum);
@@ -56,15 +56,16 @@ __device__ inline RowSums row_sums(const SampleParams& p, int64_t row, float sca
   return out;
 }
 
-// Draws from tokens whose key is at least `least`, in token order: the first at which the sum of their weights
-// exp((x - top) / temperature) exceeds `target`, or the last one with a weight. All threads get the token.
+// Draws from tokens whose key is at least `min_key`, in token order: the first at which the sum of their weights
+// exp((x - max_logit) / temperature) exceeds `target`, or the last one with a weight. All threads get the token.
 template <typename T>
-__device__ __forceinline__ int64_t draw_from(Chunk<T>& chunk, float top, float scale, uint64_t least, double target) {
+__device__ __forceinline__ int64_t draw_from(Chunk<T>& chunk, float max_logit, float scale, uint64_t min_key,
+                                             double target) {
   constexpr int N = kPerVector<T>, kWarps = kLogitsThreads / ptx::kWarpSize;
   TD_SHARED(float, parts, kVectors* kWarps);  // in token order
   TD_SHARED(int64_t, drawn, 1);
   const auto weight = [&](float x, uint32_t token) {
-    return make_key(x, token) >= least ? ptx::exp2_approx((x - top) * scale) : 0.0f;
+    return make_key(x, token) >= min_key ? ptx::exp2_approx((x - max_logit) * scale) : 0.0f;
   };
   float weights[kVectors];
 #pragma unroll
@@ -87,25 +88,25 @@ __device__ __forceinline__ int64_t draw_from(Chunk<T>& chunk, float top, float s
     if (sum > target) break;
   }
   if (part >= 0 && part % kWarps == ptx::warp()) {
-    // A bit for the vector: from an equality of numbers the compiler would make an index, and of registers local
-    // memory.
+    // A bit tells which vector: from a comparison of numbers the compiler would derive an index, and move the registers
+    // to local memory.
     const uint32_t bit = 1u << (part / kWarps);
     ptx::Bytes16 v{};
-    float mine = 0.0f;
+    float lane_weight = 0.0f;
     uint32_t token = 0;
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
       if (!(bit >> j & 1)) continue;
       v = chunk.vector[j];
-      mine = weights[j];
+      lane_weight = weights[j];
       token = chunk.token(j);
     }
-    const float up_to_here = warp_scan(mine);
-    const uint32_t above = ptx::ballot(before + up_to_here > target), some = ptx::ballot(mine > 0);
-    // Sums in another order may round to less than the target that lies just below them.
+    const float sum_up_to_lane = warp_scan(lane_weight);
+    const uint32_t above = ptx::ballot(before + sum_up_to_lane > target), some = ptx::ballot(lane_weight > 0);
+    // Summed in another order, the weights may round to less than a target that is just below their sum.
     const int lane = above & some ? ptx::lowest_bit(above & some) : 31 - ptx::clz(some);
     if (ptx::lane() == lane) {
-      double cum = before + (up_to_here - mine);
+      double cum = before + (sum_up_to_lane - lane_weight);
       int64_t best = -1;
 #pragma unroll
       for (int e = 0; e < N; ++e) {

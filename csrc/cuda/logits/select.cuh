@@ -1,4 +1,4 @@
-// The largest keys of a block: radix select and sorting, exact whatever order the keys come in.
+// Radix select and sorting of the largest keys of a block. The result does not depend on the order of the keys.
 #pragma once
 
 #include <cstdint>
@@ -20,15 +20,15 @@ constexpr int64_t power_of_two(int64_t n) {
 
 template <typename T, typename Combine>
 __device__ __forceinline__ T block_reduce(T value, const Combine& combine) {
-  TD_SHARED(T, of_warps, kLogitsThreads / ptx::kWarpSize);
+  TD_SHARED(T, warp_values, kLogitsThreads / ptx::kWarpSize);
 #pragma unroll
   for (int delta = ptx::kWarpSize / 2; delta > 0; delta /= 2) value = combine(value, ptx::shfl_xor(value, delta));
-  if (ptx::lane() == 0) of_warps[ptx::warp()] = value;
+  if (ptx::lane() == 0) warp_values[ptx::warp()] = value;
   ptx::sync_threads();
-  value = of_warps[0];
+  value = warp_values[0];
 #pragma unroll
-  for (int w = 1; w < kLogitsThreads / ptx::kWarpSize; ++w) value = combine(value, of_warps[w]);
-  ptx::sync_threads();  // a following reduction writes them again
+  for (int w = 1; w < kLogitsThreads / ptx::kWarpSize; ++w) value = combine(value, warp_values[w]);
+  ptx::sync_threads();  // the next reduction writes warp_values
   return value;
 }
 template <typename T>
@@ -47,24 +47,24 @@ struct ChosenDigit {
   int count;      // keys with this one
 };
 
-// The k-th largest key, equal ones counted: at least k keys reach it, and exactly k where all differ. each(visit)
-// visits a thread's own keys, the same ones each time; the block has at least k of them, k > 0.
+// Returns the k-th largest key, equal ones counted: at least k keys reach it, and exactly k where all differ.
+// each(visit) visits a thread's own keys, the same ones each time; the block has at least k of them, k > 0.
 template <typename Key, typename Each>
 __device__ __forceinline__ Key kth_largest(const Each& each, int k) {
   constexpr int kBits = 8 * sizeof(Key), kDigits = 256;
   static_assert(kDigits == kLogitsThreads);
   TD_SHARED(uint32_t, histogram, kDigits);
   TD_SHARED(ChosenDigit, chosen, 1);
-  Key some = 0, all = static_cast<Key>(~Key{0});
+  Key set_in_any = 0, set_in_all = static_cast<Key>(~Key{0});
   each([&](Key key) {
-    some |= key;
-    all &= key;
+    set_in_any |= key;
+    set_in_all &= key;
   });
-  some = block_reduce(some, [](Key a, Key b) { return a | b; });
-  all = block_reduce(all, [](Key a, Key b) { return a & b; });
+  set_in_any = block_reduce(set_in_any, [](Key a, Key b) { return a | b; });
+  set_in_all = block_reduce(set_in_all, [](Key a, Key b) { return a & b; });
   // Digits begin at the highest bit in which keys differ: those above would send all keys to one counter.
-  int shift = some == all ? 0 : kBits - ptx::clz(static_cast<Key>(some ^ all));
-  Key prefix = shift == kBits ? Key{0} : static_cast<Key>(all >> shift << shift);
+  int shift = set_in_any == set_in_all ? 0 : kBits - ptx::clz(static_cast<Key>(set_in_any ^ set_in_all));
+  Key prefix = shift == kBits ? Key{0} : static_cast<Key>(set_in_all >> shift << shift);
   while (shift > 0) {
     const int width = shift < 8 ? shift : 8;
     shift -= width;
@@ -84,20 +84,20 @@ __device__ __forceinline__ Key kth_largest(const Each& each, int k) {
     ptx::sync_threads();
     prefix |= static_cast<Key>(chosen[0].digit) << shift;
     k -= chosen[0].num_above;
-    if (k == chosen[0].count) break;  // all of them
+    if (k == chosen[0].count) break;  // all keys with this prefix are among the k largest
   }
   return prefix;
 }
 
-// keys [power_of_two(n)] in shared or global memory, all different.
+// Sorts keys [power_of_two(n)] in shared or global memory, all of them different.
 __device__ inline void sort_descending(uint64_t* keys, int n) {
-  if (n <= kLogitsThreads) {  // a key's place is the number of larger ones
-    const bool mine = ptx::thread() < n;
-    const uint64_t key = mine ? keys[ptx::thread()] : 0;
-    int place = 0;
-    for (int i = 0; i < n; ++i) place += keys[i] > key;
+  if (n <= kLogitsThreads) {  // a key's rank is the number of larger ones
+    const bool has_key = ptx::thread() < n;
+    const uint64_t key = has_key ? keys[ptx::thread()] : 0;
+    int rank = 0;
+    for (int i = 0; i < n; ++i) rank += keys[i] > key;
     ptx::sync_threads();
-    if (mine) keys[place] = key;
+    if (has_key) keys[rank] = key;
     ptx::sync_threads();
     return;
   }
@@ -119,8 +119,8 @@ __device__ inline void sort_descending(uint64_t* keys, int n) {
   }
 }
 
-// Puts the k best of the `num` keys load(i), 0 = absent, into best [power_of_two(min(k, num))], sorted. Returns how
-// many keys there were; all threads may read `best` then.
+// Writes the k best of the `num` keys load(i), 0 = absent, to best [power_of_two(min(k, num))], sorted. Returns how
+// many keys there are. All threads may read `best` afterwards.
 template <typename Load>
 __device__ __forceinline__ int best_sorted(const Load& load, int64_t num, int k, uint64_t* best) {
   const auto each = [&](const auto& visit) {
@@ -130,24 +130,24 @@ __device__ __forceinline__ int best_sorted(const Load& load, int64_t num, int k,
   };
   int count = 0;
   each([&](uint64_t) { ++count; });
-  BlockScan<int> place = block_scan(count);
-  const int total = place.total;
-  uint64_t least = 0;
+  BlockScan<int> scan = block_scan(count);
+  const int total = scan.total;
+  uint64_t min_key = 0;
   if (total > k) {
-    least = kth_largest<uint64_t>(each, k);
+    min_key = kth_largest<uint64_t>(each, k);
     count = 0;
-    each([&](uint64_t key) { count += key >= least; });
-    place = block_scan(count);
+    each([&](uint64_t key) { count += key >= min_key; });
+    scan = block_scan(count);
   }
   each([&](uint64_t key) {
-    if (key >= least) best[place.before++] = key;
+    if (key >= min_key) best[scan.before++] = key;
   });
   ptx::sync_threads();
   sort_descending(best, total < k ? total : k);
   return total;
 }
 
-// True in all threads of the block that is the last of `num` to come here; it sees what the others wrote before.
+// Returns true in all threads of the block that calls it last of `num` blocks. That block sees what the others wrote.
 __device__ inline bool is_last_block(int32_t* tickets, int64_t num) {
   TD_SHARED(int32_t, last, 1);
   ptx::sync_threads();

@@ -1,4 +1,4 @@
-// append_kv on the device: write new tokens' K and V into their cache slots.
+// append_kv on the device: writes K and V of new tokens into their cache slots.
 #pragma once
 
 #include <cstdint>

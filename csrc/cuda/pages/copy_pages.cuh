@@ -7,12 +7,12 @@ namespace treedecode::cuda {
 
 inline constexpr int kCopyPagesThreads = 256;
 
-// Work items are (plane, copy), plane-major, one to a block at a time.
+// A work item is one copy in one plane, plane-major. A block takes one item at a time.
 template <int kBytes>
 __global__ void __launch_bounds__(kCopyPagesThreads) _copy_pages_kernel(const __grid_constant__ CopyPagesParams p) {
-  ptx::wait_for_previous_kernel();  // append_slots, which says what is copied, or whoever wrote the pages
+  ptx::wait_for_previous_kernel();  // append_slots, which lists the copies, or the kernel that wrote the pages
   using W = Word<kBytes>;
-  constexpr int kUnroll = 4;  // loads under way in each thread
+  constexpr int kUnroll = 4;  // loads in flight in each thread
   const int64_t num_copies = p.num_copies ? *p.num_copies : p.n;
   for (int64_t item = ptx::block_x(); item < p.num_planes * num_copies; item += ptx::grid_x()) {
     const int64_t plane = item / num_copies, i = item - plane * num_copies;
@@ -29,16 +29,16 @@ __global__ void __launch_bounds__(kCopyPagesThreads) _copy_pages_kernel(const __
     for (uint32_t first = static_cast<uint32_t>(ptx::thread()); first < num_words;
          first += kUnroll * kCopyPagesThreads) {
       W words[kUnroll];
-      uint32_t places[kUnroll];
+      uint32_t offsets[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         const uint32_t word = first + u * kCopyPagesThreads;
-        places[u] = word + word / words_per_head * gap;
-        if (word < num_words) words[u] = from[places[u]];
+        offsets[u] = word + word / words_per_head * gap;
+        if (word < num_words) words[u] = from[offsets[u]];
       }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        if (first + u * kCopyPagesThreads < num_words) to[places[u]] = words[u];
+        if (first + u * kCopyPagesThreads < num_words) to[offsets[u]] = words[u];
       }
     }
   }

@@ -7,7 +7,8 @@
 namespace treedecode::cuda {
 namespace {
 
-// A warp for each of n rows (or a thread for each of n entries), as far as a block goes; barriers cost by the warp.
+// Returns the threads for n items of `per_item` threads each, up to a full block. No more, because every warp makes
+// barriers slower.
 int threads_for(int64_t n, int per_item) {
   const int64_t wanted = (n * per_item + ptx::kWarpSize - 1) / ptx::kWarpSize * ptx::kWarpSize;
   return static_cast<int>(std::clamp<int64_t>(wanted, ptx::kWarpSize, kMaxPageThreads));

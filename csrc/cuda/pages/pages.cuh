@@ -1,6 +1,6 @@
-// One block each. Rows of the page table are taken by a warp, everything else by a thread. A loop that only reads the
-// state ends in a barrier that tells whether any thread has found a fault; only after the last of those is it written
-// to.
+// Kernels of the page ops, one block each. A warp handles a row of the page table, a thread anything else. Loops that
+// only read the state end in a barrier that tells whether any thread has found an error; the state is written after the
+// last of these barriers.
 #pragma once
 
 #include "../common/collectives.cuh"
@@ -34,7 +34,7 @@ __device__ __forceinline__ int32_t pages_of(const PageState& s, int32_t num_toke
 }
 __device__ __forceinline__ int32_t* row_of(const PageState& s, int32_t row) { return s.page_table + row * s.max_pages; }
 
-// A row of a fork: what it holds, and what it will.
+// One destination row of a fork: its pages before and after.
 struct Fork {
   int32_t* old;         // [num_old]
   const int32_t* next;  // [num_new]
@@ -53,7 +53,7 @@ struct Fork {
   __device__ bool drops(int j) const { return j >= num_new || old[j] != next[j]; }
   // Orders all references that a fork drops: by row, and the last page of a row first.
   __device__ uint64_t drop_key(int j) const { return index << 32 | static_cast<uint32_t>(num_old - 1 - j); }
-  // A page goes on the free stack at the last of its references.
+  // True if the row drops the last reference to its page j, which then goes on the free stack.
   __device__ bool frees(const ForkParams& p, int j) const {
     return drops(j) && p.state.refcount[old[j]] == 0 && p.last_drops[old[j]] == drop_key(j);
   }
@@ -124,21 +124,21 @@ __global__ void __launch_bounds__(kMaxPageThreads, 1) _fork_branches_kernel(cons
   for (int first = 0; first < n; first += ptx::num_threads()) {
     const int i = first + ptx::thread();
     const BlockScan<int32_t> scan = block_scan(i < n ? p.num_freed[i] : 0);
-    if (i < n) p.num_freed[i] = all_freed + scan.before;  // from here on: of the rows before
+    if (i < n) p.num_freed[i] = all_freed + scan.before;  // from here on the number of the rows before
     all_freed += scan.total;
   }
   ptx::sync_threads();
 
   for (int i = ptx::warp(); i < n; i += num_warps) {
     const Fork f(p, i);
-    int64_t top = num_free + p.num_freed[i];
+    int64_t stack_len = num_free + p.num_freed[i];
     for (int first = f.num_old - 1; first >= 0; first -= ptx::kWarpSize) {
       const int j = first - ptx::lane();
       const bool freed = j >= 0 && f.frees(p, j);
       const uint32_t lanes = ptx::ballot(freed);
-      const int64_t place = top + ptx::popc(lanes & ((1u << ptx::lane()) - 1));
-      if (freed && place < s.num_pages) s.free_pages[place] = f.old[j];
-      top += ptx::popc(lanes);
+      const int64_t position = stack_len + ptx::popc(lanes & ((1u << ptx::lane()) - 1));
+      if (freed && position < s.num_pages) s.free_pages[position] = f.old[j];
+      stack_len += ptx::popc(lanes);
     }
     ptx::sync_warp();  // all lanes have read the row and its length
     for (int j = ptx::lane(); j < f.num_new; j += ptx::kWarpSize) f.old[j] = f.next[j];
@@ -149,21 +149,21 @@ __global__ void __launch_bounds__(kMaxPageThreads, 1) _fork_branches_kernel(cons
 
 namespace pages {
 
-__device__ __forceinline__ void no_slots(const AppendParams& p, int64_t begin = 0) {
+__device__ __forceinline__ void fill_no_slots(const AppendParams& p, int64_t begin = 0) {
   for (int64_t i = begin + ptx::thread(); i < p.num_slots; i += ptx::num_threads()) p.slots[i] = -1;
 }
 
 __device__ __forceinline__ int32_t q_len(const AppendParams& p, int i) { return p.q_lens ? p.q_lens[i] : 1; }
 
-// The partial page that row i goes on in, -1 for none.
+// Returns the partial last page that row i appends to, -1 for none.
 __device__ __forceinline__ int32_t partial_page(const AppendParams& p, int i) {
   const int32_t len = p.state.seq_lens[p.rows[i]];
   const auto page_size = static_cast<int32_t>(p.state.page_size);
   return q_len(p, i) == 0 || len % page_size == 0 ? -1 : row_of(p.state, p.rows[i])[len / page_size];
 }
 
-// Of the rows that share a partial last page all copy it, except the last one if all sharers are in this call: it
-// writes in place.
+// True if row i copies its partial last page. Rows that share one all copy it, except the last row if all sharers are
+// in this call: that one writes in place.
 __device__ __forceinline__ bool copies_page(const AppendParams& p, int i) {
   const int32_t page = partial_page(p, i);
   if (page < 0) return false;
@@ -179,10 +179,10 @@ __global__ void __launch_bounds__(kMaxPageThreads, 1) _append_slots_kernel(const
   const int n = static_cast<int>(p.n), num_warps = ptx::num_threads() / ptx::kWarpSize;
   const auto page_size = static_cast<int32_t>(s.page_size);
   if (ptx::thread() == 0) *p.num_copies = 0;
-  if (has_error(s)) return no_slots(p);
+  if (has_error(s)) return fill_no_slots(p);
   const auto refuse_all = [&] {
     refuse(s);
-    no_slots(p);
+    fill_no_slots(p);
   };
   const int32_t num_free = s.status->num_free;
   bool bad = bad_num_free(s);
@@ -221,11 +221,11 @@ __global__ void __launch_bounds__(kMaxPageThreads, 1) _append_slots_kernel(const
   int32_t num_copies = 0;
   for (int first = 0; first < n; first += ptx::num_threads()) {
     const int i = first + ptx::thread();
-    const int32_t len = i < n ? s.seq_lens[p.rows[i]] : 0, more = i < n ? q_len(p, i) : 0;
+    const int32_t len = i < n ? s.seq_lens[p.rows[i]] : 0, num_new = i < n ? q_len(p, i) : 0;
     const bool copied = i < n && copies_page(p, i);
-    const int64_t needed = pages_of(s, len + more) - pages_of(s, len) + copied;
+    const int64_t needed = pages_of(s, len + num_new) - pages_of(s, len) + copied;
     const BlockScan<int64_t> pages = block_scan(needed);
-    const BlockScan<int64_t> slots = block_scan(static_cast<int64_t>(more));
+    const BlockScan<int64_t> slots = block_scan(static_cast<int64_t>(num_new));
     const BlockScan<int32_t> copies = block_scan(static_cast<int32_t>(copied));
     if (i < n) {
       p.first_pages[i] = static_cast<int32_t>(num_needed + pages.before);
@@ -242,22 +242,22 @@ __global__ void __launch_bounds__(kMaxPageThreads, 1) _append_slots_kernel(const
       s.status->error = kOutOfPages;
       s.status->num_needed = static_cast<int32_t>(num_needed < INT32_MAX ? num_needed : INT32_MAX);
     }
-    return no_slots(p);
+    return fill_no_slots(p);
   }
   const int32_t* top = s.free_pages + num_free - 1;
   for (int k = ptx::thread(); k < num_needed; k += ptx::num_threads()) bad |= !is_page(s, top[-k]);
   if (ptx::sync_threads_or(bad)) return refuse_all();
 
-  no_slots(p, num_slots);
-  // The k-th page that the call takes, in row order and ascending position (a copy counts as the first), is the k-th
-  // from the top of the stack.
+  fill_no_slots(p, num_slots);
+  // The k-th page that the call takes is the k-th from the top of the stack. Pages are taken in the order of rows and
+  // of positions in a row; a copy comes first.
   for (int i = ptx::warp(); i < n; i += num_warps) {
-    const int32_t row = p.rows[i], more = q_len(p, i), len = s.seq_lens[row], copy = p.copies[i];
-    if (more == 0) continue;
+    const int32_t row = p.rows[i], num_new = q_len(p, i), len = s.seq_lens[row], copy = p.copies[i];
+    if (num_new == 0) continue;
     int32_t* table = row_of(s, row);
-    const int32_t first = copy >= 0 ? len / page_size : pages_of(s, len), end = pages_of(s, len + more);
-    const int32_t* taken = top - p.first_pages[i];  // taken[0], taken[-1], ...
-    const int32_t kept = first > len / page_size ? table[first - 1] : -1;
+    const int32_t first = copy >= 0 ? len / page_size : pages_of(s, len), end = pages_of(s, len + num_new);
+    const int32_t* taken = top - p.first_pages[i];                            // taken[0], taken[-1], ...
+    const int32_t partial = first > len / page_size ? table[first - 1] : -1;  // page that is written in place
     if (copy >= 0 && ptx::lane() == 0) {
       p.copy_src[copy] = table[first];
       p.copy_dst[copy] = taken[0];
@@ -269,18 +269,19 @@ __global__ void __launch_bounds__(kMaxPageThreads, 1) _append_slots_kernel(const
       s.refcount[taken[first - j]] = 1;
     }
     int64_t* slots = p.slots + p.first_slots[i];
-    for (int t = ptx::lane(); t < more; t += ptx::kWarpSize) {
+    for (int t = ptx::lane(); t < num_new; t += ptx::kWarpSize) {
       const int32_t j = (len + t) / page_size;
-      const int64_t page = j < first ? kept : taken[first - j];
+      const int64_t page = j < first ? partial : taken[first - j];
       slots[t] = page * page_size + (len + t - j * page_size);
     }
     ptx::sync_warp();  // all lanes have read the length
-    if (ptx::lane() == 0) s.seq_lens[row] = len + more;
+    if (ptx::lane() == 0) s.seq_lens[row] = len + num_new;
   }
   if (ptx::thread() != 0) return;
   *p.num_copies = num_copies;
-  const auto left = static_cast<int32_t>(num_free - num_needed), used = static_cast<int32_t>(s.num_pages) - left;
-  s.status->num_free = left;
+  const auto remaining = static_cast<int32_t>(num_free - num_needed);
+  const int32_t used = static_cast<int32_t>(s.num_pages) - remaining;
+  s.status->num_free = remaining;
   if (used > s.status->peak_used) s.status->peak_used = used;
 }
 
@@ -323,8 +324,8 @@ __global__ void __launch_bounds__(kMaxPageThreads, 1) _hold_pages_kernel(const _
       freed = refcount == 0;
     }
     const BlockScan<int32_t> scan = block_scan(static_cast<int32_t>(freed));
-    const int64_t place = static_cast<int64_t>(num_free) + all_freed + scan.before;
-    if (freed && place < s.num_pages) s.free_pages[place] = p.pages[i];
+    const int64_t position = static_cast<int64_t>(num_free) + all_freed + scan.before;
+    if (freed && position < s.num_pages) s.free_pages[position] = p.pages[i];
     all_freed += scan.total;
   }
   if (ptx::thread() == 0) s.status->num_free = num_free + all_freed;

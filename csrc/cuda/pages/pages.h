@@ -1,8 +1,8 @@
-// Page ops on the device: fork, append, hold and adopt on the page state; see csrc/cpu/pages.h for what they mean.
+// Page ops on the device: fork, append, hold and adopt on the page state, as csrc/cpu/pages.h defines them.
 //
-// A block does the bookkeeping of a call, phase by phase: check, count, commit. What the CPU op refuses by an exception
-// sets the status to kBadArgument instead, and nothing else changes. Results do not depend on the order in which
-// threads run: whatever the CPU decides by the order of rows is decided by row numbers here.
+// One block runs a call in phases: check, count, commit. Where the CPU op raises an exception, the device op sets the
+// status to kBadArgument, and nothing else changes. Results do not depend on the order in which threads run: where the
+// CPU goes by the order of rows, the device goes by row numbers.
 #pragma once
 
 #include <cstdint>
@@ -42,7 +42,7 @@ struct AppendParams {
   const int32_t* rows;    // [n]
   const int32_t* q_lens;  // [n] or nullptr: 1 each
   int64_t* slots;         // [num_slots] out
-  int32_t* copy_src;      // [n] out, the first *num_copies: copies of partial pages that must follow
+  int32_t* copy_src;      // [n] out, the first *num_copies: copies of partial pages that the caller must do
   int32_t* copy_dst;      // [n] out
   int32_t* copy_tokens;   // [n] out
   int32_t* num_copies;    // [1] out

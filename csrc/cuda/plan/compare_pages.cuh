@@ -1,4 +1,4 @@
-// plan_tree's first launch: the pages that each row shares with the one before.
+// plan_tree's first launch: compares the pages of each row with those of the row before.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@ inline constexpr int kCompareThreads = 256;
 
 __device__ __forceinline__ int64_t ceil_quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Lengths as the CPU op takes them, whatever they are.
+// Lengths of a row, clamped to those that the CPU op takes.
 __device__ inline int seq_len_of(const PlanTreeParams& p, int64_t row) {
   const int64_t n = p.seq_lens[row], capacity = p.max_pages * p.page_size;
   return static_cast<int>(n < 0 ? 0 : n > capacity ? capacity : n);
@@ -22,16 +22,15 @@ __device__ inline int q_len_of(const PlanTreeParams& p, int64_t row) {
   return n < 0 ? 0 : n > seq_len && seq_len > 0 ? seq_len : n;
 }
 
-// Of the pages that rows row - 1 and row both have.
+// Number of pages that both row - 1 and row have.
 __device__ inline int pages_in_both(const PlanTreeParams& p, int64_t row) {
-  const int before = seq_len_of(p, row - 1), here = seq_len_of(p, row);
-  return static_cast<int>(ceil_quotient(before < here ? before : here, p.page_size));
+  return static_cast<int>(ceil_quotient(std::min(seq_len_of(p, row - 1), seq_len_of(p, row)), p.page_size));
 }
 
-// matches[row, segment]: the first page of a segment that rows row - 1 and row do not share, or the segment's end. A
-// block takes one of them.
+// Writes scratch[row, segment]: the first page of the segment that rows row - 1 and row do not share, or the segment's
+// end. A block handles one segment of one row.
 __global__ void __launch_bounds__(kCompareThreads) _compare_pages_kernel(const __grid_constant__ PlanTreeParams p) {
-  ptx::launch_next_kernel();  // which waits for this one's results
+  ptx::launch_next_kernel();  // the plan, which waits for the results
   TD_SHARED(int, first, kCompareThreads / ptx::kWarpSize);
   const int64_t segments = num_page_segments(p.max_pages);
   const int64_t row = 1 + ptx::block_x() / segments, segment = ptx::block_x() % segments;

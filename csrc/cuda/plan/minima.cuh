@@ -1,16 +1,16 @@
-// Nearest smaller values, by a tree of minima.
+// Finds nearest smaller values with a tree of minima.
 #pragma once
 
 #include "../common/ptx.cuh"
 
 namespace treedecode::cuda {
 
-// Positions of small values. Its leaves are values[0, width), width a power of two; tree[1] is the root.
+// A complete binary tree of minima. The leaves are values[0, width), width a power of two; tree[1] is the root.
 struct Minima {
   int* tree;  // [2 * width]
   int width;
 
-  // First position at or after `from` with a value of at most x; there is one.
+  // Returns the first position at or after `from` with a value of at most x, which must exist.
   __device__ int first(int from, int x) const {
     int node = from + width;
     while (tree[node] > x) {
@@ -23,7 +23,7 @@ struct Minima {
     }
     return node - width;
   }
-  // Last one at or before `from`.
+  // Returns the last position at or before `from` with a value of at most x, which must exist.
   __device__ int last(int from, int x) const {
     int node = from + width;
     while (tree[node] > x) {

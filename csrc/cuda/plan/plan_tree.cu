@@ -12,7 +12,7 @@ cudaError_t plan_tree(const PlanTreeParams& p, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
   }
   const size_t shared_bytes = p.num_rows > kSharedRows ? 0 : 4 * static_cast<size_t>(tree_words(p.num_rows));
-  // A thread for each node, as far as a block goes; barriers and scans cost by the warp.
+  // A thread for each node, up to a full block. No more, because every warp makes barriers and scans slower.
   const int64_t nodes = (2 * p.num_rows + ptx::kWarpSize - 1) / ptx::kWarpSize * ptx::kWarpSize;
   const auto threads = static_cast<int>(std::clamp<int64_t>(nodes, ptx::kWarpSize, kMaxPlanThreads));
   return launch_dependent(&_plan_tree_kernel, {1}, threads, shared_bytes, stream, p);

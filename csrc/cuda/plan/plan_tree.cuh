@@ -1,3 +1,4 @@
+// plan_tree's second launch: one block finds the tree of shared pages and cuts it into chunks.
 #pragma once
 
 #include <algorithm>
@@ -11,9 +12,9 @@ namespace treedecode::cuda {
 
 inline constexpr int kMaxPlanThreads = 1024;
 
-// The longest-common-prefix intervals of the rows, in arrays. Node 2 * row + 1 is the leaf of a row, what it has alone.
-// Node 2 * row, where there is one, is the interval whose rows fork first before `row`. In this order chunks of one
-// class of cost are sorted, as on the CPU.
+// The longest-common-prefix intervals of the rows, in arrays. Node 2 * row + 1 is the leaf of a row: the pages that no
+// other row has. Node 2 * row, where it exists, is the interval whose first fork comes before `row`. Chunks of one
+// class of cost come in the order of their nodes, as on the CPU.
 class TreePlanner {
  public:
   __device__ TreePlanner(const PlanTreeParams& p, int* words)
@@ -21,9 +22,9 @@ class TreePlanner {
     int width = 1;
     while (width < num_rows_ + 1) width *= 2;
     const auto take = [&](int count) {
-      int* at = words;
+      int* array = words;
       words += count;
-      return at;
+      return array;
     };
     shared_ = {take(2 * width), width};
     lengths_ = take(2 * width);
@@ -36,7 +37,7 @@ class TreePlanner {
     parent_ = take(num_nodes_);
     page_begin_ = take(num_nodes_);
     token_end_ = take(num_nodes_);
-    kept_ = take(num_nodes_);
+    kept_above_ = take(num_nodes_);
     level_ = take(num_nodes_);
     generation_ = take(num_nodes_);
     step_ = take(num_nodes_);
@@ -58,12 +59,13 @@ class TreePlanner {
     for (int i = ptx::thread(); i < n; i += ptx::num_threads()) f(i);
   }
 
-  // A thread's part of what is scanned over [0, n): in order, so that sums before it are sums before its first element.
+  // The part of [0, n) that a thread scans. Parts are in the order of threads, so the sum over the threads before is
+  // the sum over the elements before.
   struct Range {
     int begin, end;
   };
-  __device__ static Range my_range(int n) {
-    const int thread = ptx::opaque(ptx::thread());  // found again where it is needed, not kept in a register
+  __device__ static Range thread_range(int n) {
+    const int thread = ptx::opaque(ptx::thread());  // computed again where it is needed, not kept in a register
     const int each = (n + ptx::num_threads() - 1) / ptx::num_threads(), begin = std::min(n, thread * each);
     return {begin, std::min(n, begin + each)};
   }
@@ -84,7 +86,7 @@ class TreePlanner {
             break;
           }
         }
-        // An even number of tokens, as everywhere.
+        // An even number of tokens, as on the CPU.
         common -= static_cast<int>(common * p_.page_size % 2);
       }
       shared_.tree[shared_.width + row] = common;
@@ -100,13 +102,13 @@ class TreePlanner {
       });
       ptx::sync_threads();
     }
-    const Range mine = my_range(num_rows_);
+    const Range range = thread_range(num_rows_);
     const auto queries_of = [&](int row) { return lengths_[shared_.width + row] > 0 ? q_len_of(p_, row) : 0; };
     int sum = 0;
-    for (int row = mine.begin; row < mine.end; ++row) sum += queries_of(row);
+    for (int row = range.begin; row < range.end; ++row) sum += queries_of(row);
     const BlockScan<int> scan = block_scan(sum);
     int before = scan.before;
-    for (int row = mine.begin; row < mine.end; ++row) {
+    for (int row = range.begin; row < range.end; ++row) {
       queries_[row] = before;
       before += queries_of(row);
     }
@@ -123,7 +125,8 @@ class TreePlanner {
     return longest;
   }
 
-  // fork_[row]: the row before which the interval around the border between row - 1 and row forks first; 0 for none.
+  // Sets fork_[row] to the first fork of the interval around the border between row - 1 and row; 0 for none. A fork is
+  // numbered by the row after it.
   __device__ void find_intervals() {
     for_each(num_rows_ + 1, [&](int row) {
       const int pages = shared(row);
@@ -150,7 +153,7 @@ class TreePlanner {
   __device__ int64_t token_begin(int node) const { return page_begin_[node] * p_.page_size; }
   __device__ int64_t num_tokens(int node) const { return token_end_[node] - token_begin(node); }
 
-  // Nodes without queries are left out.
+  // Finds the parent of each node. Nodes without queries are left out.
   __device__ void link_nodes() {
     for_each(num_nodes_, [&](int node) {
       parent_[node] = -1;
@@ -171,8 +174,8 @@ class TreePlanner {
     ptx::sync_threads();
   }
 
-  // From the roots down, a generation at a time: where keeping a node's pages costs more than it saves, they go to its
-  // children.
+  // Folds nodes into their children where reading their pages once costs more than it saves, from the roots down, one
+  // generation at a time.
   __device__ void fold() {
     for_each(num_nodes_, [&](int node) {
       if (generation_[node] < 0) return;
@@ -182,7 +185,7 @@ class TreePlanner {
     for (int generation = 0; more; ++generation) {
       more = false;
       for_each(num_nodes_, [&](int node) {
-        if (generation_[node] == generation) place(node, parent_[node]);
+        if (generation_[node] == generation) fold_or_keep(node, parent_[node]);
         more |= generation_[node] > generation;
       });
       more = ptx::sync_threads_or(more);
@@ -192,10 +195,10 @@ class TreePlanner {
   __device__ bool is_folded(int node) const { return level_[node] < 0; }
   __device__ int level(int node) const { return is_folded(node) ? ~level_[node] : level_[node]; }
 
-  __device__ void place(int node, int parent) {
+  __device__ void fold_or_keep(int node, int parent) {
     const bool parent_folded = parent >= 0 && is_folded(parent);
     page_begin_[node] = parent < 0 ? 0 : parent_folded ? page_begin_[parent] : page_end(parent);
-    kept_[node] = parent < 0 || !parent_folded ? parent : kept_[parent];
+    kept_above_[node] = parent < 0 || !parent_folded ? parent : kept_above_[parent];
     level_[node] = parent < 0 ? 0 : level(parent) + !parent_folded;
     if (is_leaf(node)) return;
     const int64_t saved = cpu::kReadRows * (children_[node / 2] - 1) * num_tokens(node);
@@ -239,28 +242,28 @@ class TreePlanner {
     return cpu::size_class(std::min(static_cast<int64_t>(step_[node]), own_tokens(node)), target_);
   }
 
-  // Parts of a path before the node's.
+  // Number of parts on the path before the node.
   __device__ int parts_before(int node) const {
     int parts = 0;
-    for (int above = kept_[node]; above >= 0; above = kept_[above]) parts += num_chunks(above);
+    for (int above = kept_above_[node]; above >= 0; above = kept_above_[above]) parts += num_chunks(above);
     return parts;
   }
 
-  // A counting sort by class of cost.
+  // Writes the chunks by a counting sort by class of cost.
   __device__ void write_chunks() {
     constexpr int kNum = cpu::kNumClasses;
-    const Range mine = my_range(num_nodes_);
+    const Range range = thread_range(num_nodes_);
     uint64_t sums[kNum + 1] = {};  // tiles and chunks of each class, tiles of all
-    // Chunks in the lower half: tiles that the upper one cannot hold are too many anyway.
+    // Chunks are in the lower half. Tiles that do not fit the upper half are too many in any case.
     const auto both = [&](int node) {
       return static_cast<uint64_t>(num_chunks(node) * num_tiles(node)) << 32 | static_cast<uint32_t>(num_chunks(node));
     };
-    for (int node = mine.begin; node < mine.end; ++node) {
+    for (int node = range.begin; node < range.end; ++node) {
       if (step_[node] == 0) continue;
-      const int of_node = size_class(node);
+      const int node_class = size_class(node);
       const uint64_t count = both(node);
 #pragma unroll
-      for (int c = 0; c < kNum; ++c) sums[c] += c == of_node ? count : 0;
+      for (int c = 0; c < kNum; ++c) sums[c] += c == node_class ? count : 0;
       sums[kNum] += num_chunks(node) * num_tiles(node);
     }
     const uint64_t* totals = block_scans(sums);
@@ -270,17 +273,17 @@ class TreePlanner {
       sums[c] += done;
       done += totals[c];
     }
-    for (int node = mine.begin; node < mine.end; ++node) {
+    for (int node = range.begin; node < range.end; ++node) {
       if (step_[node] == 0) continue;
-      const int of_node = size_class(node);
+      const int node_class = size_class(node);
       const uint64_t count = both(node);
-      uint64_t at = 0;
+      uint64_t before = 0;
 #pragma unroll
       for (int c = 0; c < kNum; ++c) {
-        at = c == of_node ? sums[c] : at;
-        sums[c] += c == of_node ? count : 0;
+        before = c == node_class ? sums[c] : before;
+        sums[c] += c == node_class ? count : 0;
       }
-      write_node(node, static_cast<uint32_t>(at), static_cast<int64_t>(at >> 32));
+      write_node(node, static_cast<uint32_t>(before), static_cast<int64_t>(before >> 32));
     }
     fits_ = totals[kNum] <= std::numeric_limits<int32_t>::max();
     if (ptx::thread() != 0) return;
@@ -292,21 +295,20 @@ class TreePlanner {
   __device__ void write_node(int node, int64_t chunk, int64_t tile) const {
     const int64_t begin = token_begin(node), end = token_end_[node], tiles = num_tiles(node);
     int part = parts_before(node);
-    for (int64_t at = begin; at < end; at += step_[node], ++chunk, tile += tiles) {
-      p_.chunks[chunk] = {
-          .row_begin = first_row(node),
-          .row_end = last_row(node),
-          .token_begin = static_cast<int32_t>(at),
-          .token_end = static_cast<int32_t>(std::min(at + step_[node], end)),
-          .part = part++,
-          .tile_begin = static_cast<int32_t>(tile),
-      };
+    for (int64_t token = begin; token < end; token += step_[node], ++chunk, tile += tiles) {
+      cpu::FlatChunk& out = p_.chunks[chunk];  // field by field: a whole struct takes registers that would spill
+      out.row_begin = first_row(node);
+      out.row_end = last_row(node);
+      out.token_begin = static_cast<int32_t>(token);
+      out.token_end = static_cast<int32_t>(std::min(token + step_[node], end));
+      out.part = part++;
+      out.tile_begin = static_cast<int32_t>(tile);
     }
   }
 
   __device__ void write_rows() {
     constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
-    const Range mine = my_range(num_rows_);
+    const Range range = thread_range(num_rows_);
     enum { kQueries, kParts, kPathTokens, kNum };
     int64_t sums[kNum] = {};
     const auto parts_of = [&](int row) -> int64_t {
@@ -314,14 +316,14 @@ class TreePlanner {
       if (num_queries(leaf) == 0) return 0;
       return static_cast<int64_t>(q_len_of(p_, row)) * (parts_before(leaf) + num_chunks(leaf));
     };
-    for (int row = mine.begin; row < mine.end; ++row) {
+    for (int row = range.begin; row < range.end; ++row) {
       sums[kQueries] += q_len_of(p_, row);
       sums[kParts] += parts_of(row);
       if (q_len_of(p_, row) > 0) sums[kPathTokens] += seq_len_of(p_, row);
     }
     const int64_t* totals = block_scans(sums);
     int64_t query = sums[kQueries], part = sums[kParts];
-    for (int row = mine.begin; row < mine.end; ++row) {
+    for (int row = range.begin; row < range.end; ++row) {
       p_.q_indptr[row] = static_cast<int32_t>(query);
       p_.part_indptr[row] = static_cast<int32_t>(part);
       query += q_len_of(p_, row);
@@ -338,20 +340,20 @@ class TreePlanner {
 
   const PlanTreeParams& p_;
   int num_rows_, num_nodes_;
-  Minima shared_;       // of pages that a row shares with the one before; 0 for row 0 and for row num_rows
-  int* lengths_;        // [2 * width] maxima of the seq_lens of rows that have queries
-  int* queries_;        // [num_rows + 1] of rows before
-  int* fork_;           // [num_rows + 1]
-  int* row_begin_;      // [num_rows] of node 2 * row
-  int* row_end_;        // [num_rows]
-  int* children_;       // [num_rows] of node 2 * row
-  int* continuing_;     // [num_rows] query tokens of children that have pages of their own
-  int* parent_;         // [num_nodes], -1: a root
-  int* page_begin_;     // [num_nodes]
-  int* token_end_;      // [num_nodes]
-  int* kept_;           // [num_nodes] nearest node above that keeps its pages, -1: none
-  int* level_;          // [num_nodes] how many above do; complemented where the node itself does not
-  int* generation_;     // [num_nodes] how many nodes are above; -1: left out
+  Minima shared_;    // numbers of pages that a row shares with the row before; 0 for row 0 and for row num_rows
+  int* lengths_;     // [2 * width] maxima of the seq_lens of rows that have queries
+  int* queries_;     // [num_rows + 1] query tokens of the rows before
+  int* fork_;        // [num_rows + 1]
+  int* row_begin_;   // [num_rows] of node 2 * row
+  int* row_end_;     // [num_rows]
+  int* children_;    // [num_rows] of node 2 * row
+  int* continuing_;  // [num_rows] query tokens of children that have pages of their own
+  int* parent_;      // [num_nodes], -1: a root
+  int* page_begin_;  // [num_nodes]
+  int* token_end_;   // [num_nodes]
+  int* kept_above_;  // [num_nodes] nearest node above that keeps its pages, -1: none
+  int* level_;  // [num_nodes] number of nodes above that keep their pages; complemented if the node itself is folded
+  int* generation_;     // [num_nodes] number of nodes above; -1: left out
   int* step_;           // [num_nodes] tokens of a chunk, 0: none
   int64_t target_ = 0;  // cost of a tile
   bool fits_ = true;

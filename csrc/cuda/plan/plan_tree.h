@@ -22,14 +22,14 @@ struct PlanTreeParams {
   int64_t table_stride;  // elements
   int64_t page_size;
   int64_t group_size;  // num_qo_heads / num_kv_heads
-  int64_t workers;     // that share the work of one kv head
+  int64_t workers;     // thread blocks that share the work of one kv head
 };
 
-// A block compares so many page ids of a row with those of the row before.
+// Page ids of a row that one block compares with those of the row before.
 inline constexpr int64_t kPageSegment = 2048;
 constexpr int64_t num_page_segments(int64_t max_pages) { return (max_pages + kPageSegment - 1) / kPageSegment; }
 
-// What the one block that makes the plan keeps of the tree, in shared memory up to kSharedRows rows.
+// Memory for the tree of one block's TreePlanner: shared memory up to kSharedRows rows, scratch for more.
 inline constexpr int64_t kSharedRows = 1024;
 inline int64_t tree_words(int64_t num_rows) {
   int64_t width = 1;
@@ -40,7 +40,7 @@ inline int64_t plan_scratch(int64_t num_rows, int64_t max_pages) {
   return num_rows * num_page_segments(max_pages) + (num_rows > kSharedRows ? tree_words(num_rows) : 0);
 }
 
-// Lengths that the CPU op refuses are clamped to what it takes. Where counts do not fit an int32, num_chunks is -1.
+// Lengths that the CPU op refuses are clamped to valid ones. num_chunks is -1 if a count does not fit an int32.
 cudaError_t plan_tree(const PlanTreeParams& p, cudaStream_t stream);
 
 }  // namespace treedecode::cuda

@@ -1,4 +1,4 @@
-"""sample's CUDA kernels, run on the host; the checks of the draws are those of the CPU kernel."""
+"""The CUDA kernels of sample, run on the host, with the checks of the CPU kernel."""
 
 import math
 
@@ -50,7 +50,7 @@ def test_masks(filters):
     allowed = torch.rand(rows, vocab, generator=generator) < torch.tensor([0.5, 0.01, 0.001, 1.0, 0.9, 0.0])[:, None]
     allowed[5, 1499] = True
     logits[~allowed] += 50
-    logits[0, (~allowed[0]).nonzero()[0]] = math.nan  # what is forbidden is not even looked at
+    logits[0, (~allowed[0]).nonzero()[0]] = math.nan  # the logit of a forbidden token is not read
     settings = per_row(rows, **filters, seed=torch.arange(rows))
     got = sample(logits, settings, token_mask=pack(allowed), chunk_len=512)
     assert allowed.gather(1, got[0].long()[:, None]).all()
@@ -59,7 +59,7 @@ def test_masks(filters):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_vocabulary_of_several_chunks(dtype):
-    """Borders are among the best 256, among the best 2048 and below them."""
+    """The last kept token is among the best 256, among the best 2048, or below them."""
     rows = 6
     logits = make_logits("normal", rows, 17003).to(dtype)
     settings = per_row(rows, top_k=[0, 100, 700, 0, 5000, 0], top_p=[1, 1, 0.99, 0.99, 0.9, 1], seed=torch.arange(rows))
@@ -67,19 +67,19 @@ def test_a_vocabulary_of_several_chunks(dtype):
 
 
 @pytest.mark.parametrize(
-    ("num_known", "top_k"), [(128, 128), (128, 129), (256, 256), (256, 257), (2048, 2048), (2048, 2049)]
+    ("num_complete", "top_k"), [(128, 128), (128, 129), (256, 256), (256, 257), (2048, 2048), (2048, 2049)]
 )
-def test_borders_of_what_is_known(num_known, top_k):
-    """`num_known` tokens are ranked; at the border itself and one beyond, another way must draw the same."""
+def test_filters_that_cut_at_the_end_of_the_ranked_tokens(num_complete, top_k):
+    """`num_complete` tokens are ranked; a filter that cuts there, or later, takes another path to the same token."""
     vocab, rows = 4096, 4
     logits = make_logits("flat", 1, vocab).expand(rows, -1)
     settings = per_row(rows, top_k=top_k, seed=torch.arange(rows), temperature=0.01)
-    chunk_len = {128: 4096, 256: 2048, 2048: 256}[num_known]
+    chunk_len = {128: 4096, 256: 2048, 2048: 256}[num_complete]
     assert_drawn_right(logits, sample(logits, settings, chunk_len=chunk_len), settings)
 
 
 def test_it_draws_with_philox():
-    """Equal logits turn the token into floor(uniform * vocab)."""
+    """With equal logits, the token is floor(uniform * vocab)."""
     vocab, rows = 1024, 24
     seed = torch.arange(rows) * 0x123456789ABCD - 2**62
     position = torch.arange(rows) * 2**33 + 5
@@ -134,8 +134,8 @@ def test_ties():
 
 
 @pytest.mark.parametrize("filters", [{"top_k": 500}, {"top_p": 0.5}, {"top_k": 800, "top_p": 0.625}], ids=str)
-def test_ties_beyond_what_is_known(filters):
-    """All tokens are equal, so that the first ones in token order are kept."""
+def test_ties_beyond_the_ranked_tokens(filters):
+    """All logits are equal, so the first tokens are kept."""
     vocab, rows = 1000, 12
     settings = per_row(rows, **filters, seed=torch.arange(rows))
     token = sample(torch.full((rows, vocab), 2.5), settings)[0]
@@ -149,7 +149,7 @@ def test_impossible_tokens_have_no_mass_at_any_temperature(temperature):
     rows, vocab = 8, 2000
     logits = torch.full((rows, vocab), -math.inf)
     logits[:, 900:950] = make_logits("normal", rows, 50)
-    logits[:, 100] = -1000.0  # not impossible, only far away
+    logits[:, 100] = -1000.0  # possible, but far below the others
     for filters in ({}, {"top_p": 0.999}, {"min_p": 1e-6}, {"top_k": 1500}):
         settings = per_row(rows, **filters, temperature=temperature, seed=torch.arange(rows))
         assert_drawn_right(logits, sample(logits, settings, chunk_len=256), settings)
