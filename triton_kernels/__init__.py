@@ -1,8 +1,8 @@
 """Triton kernels of the ops, for NVIDIA and AMD: one file per op, a kernel and its launcher.
 
-A launcher takes what the op's schema says; `treedecode.ops` registers it for CUDA tensors (which is what PyTorch calls
-AMD's too). It checks shapes, dtypes and strides, and reads no value: the host never waits. Imported as
-`treedecode.triton_kernels`, never under its own name, which belongs to a package of triton-lang.
+A launcher takes the arguments of the op's schema. `treedecode.ops` registers it for CUDA tensors, which include those
+on AMD devices. It checks shapes, dtypes and strides, and reads no values of tensors, so the host never waits. The
+package is imported as `treedecode.triton_kernels`, because its own name belongs to a package of triton-lang.
 """
 
 import functools
@@ -30,7 +30,7 @@ OPS = (
 
 
 def launcher(op: str):
-    """The function that runs `op` on CUDA tensors."""
+    """Returns the function that runs `op` on CUDA tensors."""
     run = getattr(importlib.import_module(f"{__name__}.{op}"), op)
 
     @functools.wraps(run)

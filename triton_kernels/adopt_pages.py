@@ -1,3 +1,5 @@
+"""Triton kernel of adopt_pages."""
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,11 +25,11 @@ def _adopt_pages_kernel(
     for start in range(0, n, BLOCK):
         i = start + lane
         page = tl.load(pages_ptr + i, mask=i < n, other=0)
-        known = (i < n) & (page >= 0) & (page < num_pages)
-        refcount = tl.load(refcount_ptr + page, mask=known, other=0)
+        in_range = (i < n) & (page >= 0) & (page < num_pages)
+        refcount = tl.load(refcount_ptr + page, mask=in_range, other=0)
         refused |= ((i < n) & (refcount < 1)).to(tl.int32)
     bad = (tl.max(refused, 0) != 0) | (seq_len != 0) | (num_free < 0) | (num_free > num_pages)
-    tl.debug_barrier()  # all that is read above has been read: what follows writes
+    tl.debug_barrier()  # all reads above come before the writes below
 
     for start in range(0, tl.where((error == OK) & (bad == 0), n, 0), BLOCK):
         i = start + lane
@@ -45,8 +47,10 @@ def adopt_pages(
     refcount: Tensor, page_table: Tensor, seq_lens: Tensor, status: Tensor, pages: Tensor, row: int, num_tokens: int,
     page_size: int,
 ) -> None:  # fmt: skip
-    """See `treedecode.ops.adopt_pages`; a row that is not empty and pages that are out of range or free are a
-    BAD_ARGUMENT."""
+    """Launches `treedecode.ops.adopt_pages`.
+
+    A row that is not empty, and a page that is out of range or free, set the status to BAD_ARGUMENT.
+    """
     page_state.check_pool(refcount, status, page_size)
     page_state.check_rows(page_table, seq_lens)
     page_state.check_indices(pages, "pages")

@@ -1,3 +1,5 @@
+"""Triton kernel of append_kv."""
+
 import torch
 import triton
 import triton.language as tl
@@ -21,15 +23,15 @@ def _append_kv_kernel(
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     head, d = i // D, i % D
     page, offset = slot // page_size, slot % page_size
-    kept = i < tl.where(slot >= 0, tl.where(slot < num_slots, H * D, 0), 0)
-    k = tl.load(k_ptr + token * k_stride_t + head * k_stride_h + d, mask=kept)
-    v = tl.load(v_ptr + token * v_stride_t + head * v_stride_h + d, mask=kept)
-    tl.store(k_pages_ptr + page * kp_stride_p + offset * kp_stride_t + head * kp_stride_h + d, k, mask=kept)
-    tl.store(v_pages_ptr + page * vp_stride_p + offset * vp_stride_t + head * vp_stride_h + d, v, mask=kept)
+    mask = i < tl.where(slot >= 0, tl.where(slot < num_slots, H * D, 0), 0)
+    k = tl.load(k_ptr + token * k_stride_t + head * k_stride_h + d, mask=mask)
+    v = tl.load(v_ptr + token * v_stride_t + head * v_stride_h + d, mask=mask)
+    tl.store(k_pages_ptr + page * kp_stride_p + offset * kp_stride_t + head * kp_stride_h + d, k, mask=mask)
+    tl.store(v_pages_ptr + page * vp_stride_p + offset * vp_stride_t + head * vp_stride_h + d, v, mask=mask)
 
 
 def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
-    """See `treedecode.ops.append_kv`; a slot beyond the pages is skipped, for nobody has looked at it."""
+    """Launches `treedecode.ops.append_kv`. A slot beyond the pages is skipped, because the host does not read slots."""
     check.tensor(k, "k", "[num_tokens, num_kv_heads, head_dim]", (-1, -1, -1), *check.FLOATS)
     num_tokens, num_heads, head_dim = k.shape
     check.tensor(v, "v", "the shape of k", tuple(k.shape), k.dtype)

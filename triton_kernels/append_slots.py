@@ -1,3 +1,5 @@
+"""Triton kernels of append_slots: one program plans the call, then programs over slots fill the rows."""
+
 import triton
 import triton.language as tl
 from torch import Tensor, int64
@@ -14,13 +16,15 @@ from treedecode.triton_kernels.page_state import (
     pages_of,
 )
 
+NUM_COPIES, OLD_NUM_FREE = (tl.constexpr(i) for i in range(2))
+
 
 @triton.jit
-def _read_rows(
+def _load_rows(
     rows_ptr, q_lens_ptr, page_table_ptr, seq_lens_ptr,
     i, num_pages, max_branches, max_pages, page_size, capacity, n,
 ):  # fmt: skip
-    """Row, length, new tokens and partial last page (-1: none to be written to) of rows `i`, and which are refused."""
+    """Loads (row, length, new tokens, partial last page that is written to or -1, whether refused) of rows `i`."""
     row = tl.load(rows_ptr + i, mask=i < n, other=0)
     ok = (i < n) & (row >= 0) & (row < max_branches)
     row = tl.where(ok, row, 0).to(tl.int64)
@@ -41,9 +45,9 @@ def _append_slots_plan_kernel(
     refcount_ptr, free_pages_ptr,  # [num_pages]
     page_table_ptr, seq_lens_ptr, status_ptr,  # [max_branches, max_pages], [max_branches], [4]
     first_slot_ptr,  # [n + 1] int64 out: offsets of the rows in slots
-    len_ptr, taken_ptr,  # [n] int32 out: the length before the call; pages taken for earlier rows and this one's copy
-    first_page_ptr, source_ptr,  # [n] int32 out: the partial page to write to, and what it is a copy of; -1 = none
-    copy_src_ptr, copy_dst_ptr, copy_len_ptr, head_ptr,  # [n] int32 out; [2]: number of copies, num_free before
+    len_ptr, taken_ptr,  # [n] int32 out: old length; pages taken for earlier rows and for the copy of this one
+    first_page_ptr, source_ptr,  # [n] int32 out: the partial page to write to, and its original; -1 = none
+    copy_src_ptr, copy_dst_ptr, copy_len_ptr, totals_ptr,  # [n] int32 out; [2] int32 out: NUM_COPIES, OLD_NUM_FREE
     rows_ptr, q_lens_ptr,  # [n] int32; q_lens may be null
     owner_ptr, sharers_ptr, last_sharer_ptr,  # [max_branches], [num_pages], [num_pages] int32 scratch
     num_pages, max_branches, max_pages, page_size, capacity, n, num_slots,
@@ -55,7 +59,7 @@ def _append_slots_plan_kernel(
     refused = tl.zeros([BLOCK], tl.int32)
     for start in range(0, n, BLOCK):
         i = start + lane
-        row, len, q_len, page, bad = _read_rows(
+        row, len, q_len, page, bad = _load_rows(
             rows_ptr, q_lens_ptr, page_table_ptr, seq_lens_ptr,
             i, num_pages, max_branches, max_pages, page_size, capacity, n,
         )  # fmt: skip
@@ -66,7 +70,7 @@ def _append_slots_plan_kernel(
     tl.debug_barrier()
     for start in range(0, n, BLOCK):
         i = start + lane
-        row, len, q_len, page, bad = _read_rows(
+        row, len, q_len, page, bad = _load_rows(
             rows_ptr, q_lens_ptr, page_table_ptr, seq_lens_ptr,
             i, num_pages, max_branches, max_pages, page_size, capacity, n,
         )  # fmt: skip
@@ -79,13 +83,14 @@ def _append_slots_plan_kernel(
     num_copies = 0
     for start in range(0, n, BLOCK):
         i = start + lane
-        row, len, q_len, page, bad = _read_rows(
+        row, len, q_len, page, bad = _load_rows(
             rows_ptr, q_lens_ptr, page_table_ptr, seq_lens_ptr,
             i, num_pages, max_branches, max_pages, page_size, capacity, n,
         )  # fmt: skip
-        kept = (i < n) & (bad == 0)
-        refused |= (kept & (tl.load(owner_ptr + row, mask=kept, other=0) != i)).to(tl.int32)  # the row comes twice
-        # All sharers copy, but the last of them when no reference is left elsewhere: it writes in place.
+        is_row = (i < n) & (bad == 0)
+        is_repeated = is_row & (tl.load(owner_ptr + row, mask=is_row, other=0) != i)
+        refused |= is_repeated.to(tl.int32)
+        # All sharers copy the page, except the last one if all references are in this call: it writes in place.
         shared = page >= 0
         earlier = tl.load(sharers_ptr + page, mask=shared, other=0)
         earlier -= (tl.load(last_sharer_ptr + page, mask=shared, other=-1) != i).to(tl.int32)
@@ -97,14 +102,14 @@ def _append_slots_plan_kernel(
         tl.store(first_slot_ptr + i, total_slots + tl.cumsum(slot, 0) - slot, mask=i < n)
         from_top = num_free - 1 - taken
         in_stack = copied & (from_top >= 0) & (from_top < num_pages)
-        fresh = tl.load(free_pages_ptr + from_top, mask=in_stack, other=-1)
+        new_page = tl.load(free_pages_ptr + from_top, mask=in_stack, other=-1)
         to = num_copies + tl.cumsum(copy, 0) - copy
         tl.store(copy_src_ptr + to, page, mask=copied)
-        tl.store(copy_dst_ptr + to, fresh, mask=copied)
+        tl.store(copy_dst_ptr + to, new_page, mask=copied)
         tl.store(copy_len_ptr + to, len % page_size, mask=copied)
         tl.store(len_ptr + i, len, mask=i < n)
         tl.store(taken_ptr + i, (taken + copy).to(tl.int32), mask=i < n)
-        tl.store(first_page_ptr + i, tl.where(copied, fresh, page), mask=i < n)
+        tl.store(first_page_ptr + i, tl.where(copied, new_page, page), mask=i < n)
         tl.store(source_ptr + i, tl.where(copied, page, -1), mask=i < n)
         total_slots += tl.sum(slot, 0)
         total_taken += tl.sum(takes, 0)
@@ -118,13 +123,13 @@ def _append_slots_plan_kernel(
         page = tl.load(free_pages_ptr + num_free - 1 - k, mask=k < num_taken, other=0)
         refused |= ((k < num_taken) & ((page < 0) | (page >= num_pages))).to(tl.int32)
     fits &= tl.max(refused, 0) == 0
-    go = (error == OK) & fits & (short == 0)
-    tl.debug_barrier()  # all that is read above has been read: what follows writes
+    accepted = (error == OK) & fits & (short == 0)
+    tl.debug_barrier()  # all reads above come before the writes below
 
     tl.store(first_slot_ptr + n, total_slots)
-    tl.store(head_ptr, tl.where(go, num_copies, 0))
-    tl.store(head_ptr + 1, num_free)
-    for start in range(0, tl.where(go, n, 0), BLOCK):
+    tl.store(totals_ptr + NUM_COPIES, tl.where(accepted, num_copies, 0))
+    tl.store(totals_ptr + OLD_NUM_FREE, num_free)
+    for start in range(0, tl.where(accepted, n, 0), BLOCK):
         i = start + lane
         row = tl.load(rows_ptr + i, mask=i < n, other=0).to(tl.int64)
         len = tl.load(len_ptr + i, mask=i < n, other=0)
@@ -138,7 +143,7 @@ def _append_slots_plan_kernel(
         tl.store(refcount_ptr + page, 1, mask=source >= 0)
         tl.atomic_add(refcount_ptr + source, -1, mask=source >= 0, sem="relaxed")
     if error == OK:
-        if go:
+        if accepted:
             tl.store(status_ptr + NUM_FREE, num_free - num_taken)
             tl.store(status_ptr + PEAK_USED, tl.maximum(peak, num_pages - num_free + num_taken))
         elif short:
@@ -153,39 +158,39 @@ def _append_slots_fill_kernel(
     slots_ptr,  # [num_slots] int64 out
     refcount_ptr, free_pages_ptr, page_table_ptr, status_ptr,
     first_slot_ptr,  # [n + 1] int64
-    len_ptr, taken_ptr, first_page_ptr, head_ptr,  # as the plan kernel writes them
+    len_ptr, taken_ptr, first_page_ptr, totals_ptr,  # as the plan kernel writes them
     rows_ptr,  # [n] int32
     max_pages, page_size, n, num_slots, steps,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    go = tl.load(status_ptr + ERROR) == OK
+    accepted = tl.load(status_ptr + ERROR) == OK
     slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    kept = slot < tl.where(go, tl.load(first_slot_ptr + n), 0)
-    tl.store(slots_ptr + slot, -1, mask=(slot < num_slots) & (kept == 0))
-    # The last row that begins at or before the slot: rows without new tokens begin where the next one does.
+    mask = slot < tl.where(accepted, tl.load(first_slot_ptr + n), 0)
+    tl.store(slots_ptr + slot, -1, mask=(slot < num_slots) & (mask == 0))
+    # Find the last row that begins at or before the slot. Rows without new tokens begin where the next row does.
     low, high = tl.zeros([BLOCK], tl.int32), tl.full([BLOCK], n, tl.int32)
     for _ in range(steps):
         middle = (low + high) // 2
-        begun = tl.load(first_slot_ptr + middle, mask=kept & (middle < n), other=0) <= slot
+        begun = tl.load(first_slot_ptr + middle, mask=mask & (middle < n), other=0) <= slot
         low, high = tl.where(begun, middle, low), tl.where(begun, high, middle)
-    row = tl.load(rows_ptr + low, mask=kept, other=0).to(tl.int64)
-    len = tl.load(len_ptr + low, mask=kept, other=0)
-    pos = len + (slot - tl.load(first_slot_ptr + low, mask=kept, other=0)).to(tl.int32)
+    row = tl.load(rows_ptr + low, mask=mask, other=0).to(tl.int64)
+    len = tl.load(len_ptr + low, mask=mask, other=0)
+    pos = len + (slot - tl.load(first_slot_ptr + low, mask=mask, other=0)).to(tl.int32)
     j, offset = pos // page_size, pos % page_size
-    new = j - pages_of(len, page_size)  # -1: the partial page the row has begun with
-    from_top = tl.load(head_ptr + 1) - 1 - tl.load(taken_ptr + low, mask=kept, other=0) - new
-    page = tl.load(free_pages_ptr + from_top, mask=kept & (new >= 0), other=0)
-    page = tl.where(new >= 0, page, tl.load(first_page_ptr + low, mask=kept, other=0))
-    tl.store(slots_ptr + slot, page.to(tl.int64) * page_size + offset, mask=kept)
-    tl.store(page_table_ptr + row * max_pages + j, page, mask=kept & (offset == 0))
-    tl.store(refcount_ptr + page, 1, mask=kept & (offset == 0))
+    new = j - pages_of(len, page_size)  # -1: the partial page that the row ends in
+    from_top = tl.load(totals_ptr + OLD_NUM_FREE) - 1 - tl.load(taken_ptr + low, mask=mask, other=0) - new
+    page = tl.load(free_pages_ptr + from_top, mask=mask & (new >= 0), other=0)
+    page = tl.where(new >= 0, page, tl.load(first_page_ptr + low, mask=mask, other=0))
+    tl.store(slots_ptr + slot, page.to(tl.int64) * page_size + offset, mask=mask)
+    tl.store(page_table_ptr + row * max_pages + j, page, mask=mask & (offset == 0))
+    tl.store(refcount_ptr + page, 1, mask=mask & (offset == 0))
 
 
 def append_slots(
     refcount: Tensor, free_pages: Tensor, page_table: Tensor, seq_lens: Tensor, status: Tensor, kv: Tensor,
     slots: Tensor, rows: Tensor, q_lens: Tensor | None, page_size: int,
 ) -> None:  # fmt: skip
-    """See `treedecode.ops.append_slots`; what that refuses by its value is a BAD_ARGUMENT, and the slots are -1."""
+    """Launches `treedecode.ops.append_slots`. Bad values set the status to BAD_ARGUMENT, and all slots to -1."""
     page_state.check_pool(refcount, status, page_size, free_pages)
     page_state.check_rows(page_table, seq_lens)
     copy_pages.check_kv(kv, page_size)
@@ -199,18 +204,18 @@ def append_slots(
     n, num_slots = rows.shape[0], slots.shape[0]
     first_slot = slots.new_empty(n + 1)
     lens, taken, first_page, source, *copies = rows.new_empty(7, n)
-    head, owner = rows.new_empty(2), rows.new_empty(max_branches)
+    totals, owner = rows.new_empty(2), rows.new_empty(max_branches)
     sharers, last_sharer = rows.new_empty(2, num_pages)
     _append_slots_plan_kernel[(1,)](
         refcount, free_pages, page_table, seq_lens, status, first_slot, lens, taken, first_page, source, *copies,
-        head, rows, q_lens, owner, sharers, last_sharer, num_pages, max_branches, max_pages, page_size,
+        totals, rows, q_lens, owner, sharers, last_sharer, num_pages, max_branches, max_pages, page_size,
         page_state.capacity(page_table, page_size), n, num_slots,
         BLOCK=min(512, max(64, triton.next_power_of_2(n))), num_warps=4,
     )  # fmt: skip
     if num_slots:
         block = min(256, max(64, triton.next_power_of_2(num_slots)))
         _append_slots_fill_kernel[(triton.cdiv(num_slots, block),)](
-            slots, refcount, free_pages, page_table, status, first_slot, lens, taken, first_page, head, rows,
+            slots, refcount, free_pages, page_table, status, first_slot, lens, taken, first_page, totals, rows,
             max_pages, page_size, n, num_slots, n.bit_length(), BLOCK=block, num_warps=4,
         )  # fmt: skip
-    copy_pages.launch(kv, *copies, head)
+    copy_pages.launch(kv, *copies, totals)

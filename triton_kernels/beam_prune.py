@@ -1,3 +1,11 @@
+"""Triton kernels of beam_prune.
+
+scan     a program per (row, chunk): sum of exponentials, and the chunk's best candidates or maxima
+collect  a program per (row, chunk), for many candidates: those above the row's threshold
+rank     a program per row: lse, and the row's candidates in order
+merge    a program per group: the best of its rows
+"""
+
 import torch
 import triton
 import triton.language as tl
@@ -8,7 +16,6 @@ from treedecode.triton_kernels.candidates import (
     LOWEST,
     NO_KEY,
     allowed,
-    bar_of,
     best_keys,
     best_of,
     collect,
@@ -18,18 +25,19 @@ from treedecode.triton_kernels.candidates import (
     maxima_of,
     merge_best,
     ordered,
+    threshold_of,
     value_of,
     values_of,
 )
 
-# Tokens of one program. It depends on nothing, so that a row's sums do not depend on the batch.
+# Tokens of one program. A constant, so that a row's sums do not depend on the batch.
 CHUNK = 4096
-# Up to so many candidates, the best of each chunk are few enough for one program to merge; for more of them the row's
-# bar is found first, from maxima of every chunk, and the logits are read again, then from the cache.
+# Up to so many candidates, the best of each chunk are few enough for one program to merge. For more of them, the maxima
+# of all chunks give the row's threshold first, and the logits are read again, from the cache.
 MAX_LOCAL = 64
-# Up to so many, one program sorts them; PyTorch sorts more of them.
+# Up to so many candidates, one program sorts them; PyTorch sorts more of them.
 MAX_SORTED = 1024
-# Keys that a program looks at in one go.
+# Keys that a program loads at once.
 BLOCK = 1024
 
 
@@ -37,7 +45,7 @@ BLOCK = 1024
 def _beam_prune_scan_kernel(
     refs_ptr, sums_ptr,  # [rows, num_chunks] fp32: sum of exp(x - ref)
     keys_ptr,  # [rows, num_chunks, SLOTS] int64: the chunk's best, or None
-    tops_ptr,  # [rows, num_chunks, SETS] int32: maxima of disjoint sets of the chunk's candidates, where keys is None
+    maxima_ptr,  # [rows, num_chunks, SETS] int32: maxima of disjoint sets of the chunk's candidates, where keys is None
     counts_ptr,  # [rows] int32, set to 0 there
     logits_ptr,  # [rows, vocab] with stride (row)
     mask_ptr,  # [rows, ceil(vocab / 32)] int32 with stride (row), or None
@@ -50,7 +58,7 @@ def _beam_prune_scan_kernel(
     x = load_logits(logits_ptr + row * logits_stride, tokens, vocab)
     good = tl.min((x < float("inf")).to(tl.int32)) == 1
     ref = tl.max(x)
-    # nothing is possible: (-inf) - (-inf) would be NaN
+    # (-inf) - (-inf) would be NaN
     total = tl.sum(tl.exp(x - tl.where(ref == -float("inf"), 0.0, ref)))
     tl.store(refs_ptr + item, tl.where(good, ref, float("nan")))
     tl.store(sums_ptr + item, total)
@@ -58,14 +66,14 @@ def _beam_prune_scan_kernel(
         mask_ptr += row * mask_stride
     x = allowed(x, mask_ptr, tokens, vocab)
     values = values_of(x)
-    tops = maxima_of(values, SETS)
+    maxima = maxima_of(values, SETS)
     if keys_ptr is None:
-        tl.store(tops_ptr + item * SETS + tl.arange(0, SETS), tops)
+        tl.store(maxima_ptr + item * SETS + tl.arange(0, SETS), maxima)
         if chunk == 0:
             tl.store(counts_ptr + row, 0)
     else:
-        bar, _ = bar_of(tops, LOWEST + 1, k, k + k // 8)
-        keep = best_of(values, bar, k, SLOTS)
+        threshold, _ = threshold_of(maxima, LOWEST + 1, k, k + k // 8)
+        keep = best_of(values, threshold, k, SLOTS)
         slots = tl.cumsum(keep.to(tl.int32)) - 1
         keys_ptr += item * SLOTS
         tl.store(keys_ptr + slots, keys_of(values, tokens), mask=keep)
@@ -75,13 +83,13 @@ def _beam_prune_scan_kernel(
 
 @triton.jit
 def _beam_prune_collect_kernel(
-    keys_ptr,  # [rows, num_chunks * SLOTS] int64: what may be among the row's best, in any order
-    counts_ptr,  # [rows] int32: how many
-    tops_ptr,  # [rows, num_tops] int32
+    keys_ptr,  # [rows, num_chunks * SLOTS] int64: keys that may be among the row's best, in any order
+    counts_ptr,  # [rows] int32: number of these keys
+    maxima_ptr,  # [rows, num_maxima] int32
     logits_ptr,  # [rows, vocab] with stride (row)
     mask_ptr,  # [rows, ceil(vocab / 32)] int32 with stride (row), or None
-    logits_stride, mask_stride, vocab, num_chunks, num_tops, k,
-    CHUNK: tl.constexpr, SLOTS: tl.constexpr, TOPS: tl.constexpr,
+    logits_stride, mask_stride, vocab, num_chunks, num_maxima, k,
+    CHUNK: tl.constexpr, SLOTS: tl.constexpr, BLOCK_MAXIMA: tl.constexpr,
 ):  # fmt: skip
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     tokens = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -89,7 +97,17 @@ def _beam_prune_collect_kernel(
         mask_ptr += row * mask_stride
     x = allowed(load_logits(logits_ptr + row * logits_stride, tokens, vocab), mask_ptr, tokens, vocab)
     keys_ptr += row * num_chunks * SLOTS
-    collect(keys_ptr, counts_ptr + row, tops_ptr + row * num_tops, num_tops, values_of(x), tokens, k, SLOTS, TOPS)
+    collect(
+        keys_ptr,
+        counts_ptr + row,
+        maxima_ptr + row * num_maxima,
+        num_maxima,
+        values_of(x),
+        tokens,
+        k,
+        SLOTS,
+        BLOCK_MAXIMA,
+    )
 
 
 @triton.jit
@@ -97,7 +115,7 @@ def _beam_prune_rank_kernel(
     scores_ptr, tokens_ptr,  # [rows, num_ranks] fp32 and int32: the row's candidates, the best first
     lse_ptr,  # [rows] fp32
     keys_ptr,  # [rows, num_keys] int64
-    counts_ptr,  # [rows] int32: how many of them there are, or None: all
+    counts_ptr,  # [rows] int32: number of these keys, or None: all
     refs_ptr, sums_ptr,  # [rows, num_chunks] fp32
     cum_ptr,  # [rows] fp32
     num_keys, num_ranks, num_chunks,
@@ -129,7 +147,7 @@ def _beam_prune_rank_kernel(
     cum = tl.load(cum_ptr + row)
     score = (cum.to(tl.float64) + (value_of(best).to(tl.float64) - lse)).to(tl.float32)
     score = tl.where(best == NO_KEY, -float("inf"), score)
-    score = tl.where(good & (cum < float("inf")), score, float("nan"))  # for the group to see
+    score = tl.where(good & (cum < float("inf")), score, float("nan"))  # the group checks for NaN
     tl.store(scores_ptr + row * num_ranks + ranks, score, mask=ranks < num_ranks)
     tl.store(tokens_ptr + row * num_ranks + ranks, index_of(best), mask=ranks < num_ranks)
 
@@ -143,7 +161,7 @@ def _beam_prune_merge_kernel(
     RANKS: tl.constexpr, BEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0).to(tl.int64)
-    # nobody has looked at the offsets: what is no row is not read
+    # offsets are not checked on the host: only rows that exist are read
     first = tl.maximum(tl.load(indptr_ptr + group), 0)
     count = tl.maximum(tl.minimum(tl.load(indptr_ptr + group + 1), rows) - first, 0) * RANKS
     scores_ptr += first.to(tl.int64) * RANKS
@@ -159,32 +177,32 @@ def _beam_prune_merge_kernel(
         if tl.max(keys) > tl.min(best):
             best = merge_best(best, keys, BLOCK == RANKS and BLOCK == BEST)
     ranks = BEST - 1 - tl.arange(0, BEST)
-    found = (best != NO_KEY) & (tl.full([BEST], 0, tl.int32) == bad)
+    is_candidate = (best != NO_KEY) & (tl.full([BEST], 0, tl.int32) == bad)
     i = index_of(best)
-    token = tl.load(tokens_ptr + i, mask=found, other=-1)
+    token = tl.load(tokens_ptr + i, mask=is_candidate, other=-1)
     out = group * k + ranks
     score = tl.where(bad == 1, float("nan"), value_of(best))
     tl.store(out_scores_ptr + out, score, mask=ranks < k)
-    tl.store(out_parent_ptr + out, tl.where(found, first + i // RANKS, -1), mask=ranks < k)
+    tl.store(out_parent_ptr + out, tl.where(is_candidate, first + i // RANKS, -1), mask=ranks < k)
     tl.store(out_token_ptr + out, token, mask=ranks < k)
 
 
 def _merge_wide(scores: Tensor, tokens: Tensor, group_indptr: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What `_beam_prune_merge_kernel` does, for more candidates than one program sorts."""
+    """Does the work of `_beam_prune_merge_kernel` for more candidates than one program sorts."""
     rows, num_ranks = scores.shape
     offsets = group_indptr.long().clamp(0, rows)[:, None] * num_ranks
     row = torch.arange(rows, dtype=torch.int32, device=scores.device)
     group = torch.searchsorted(group_indptr[1:], row, right=True)
-    # stable: of equal scores the one of the lower row, then of the lower rank is first; NaN is before all others
+    # stable: equal scores are in the order of rows, then of ranks; NaN comes before all others
     order = scores.flatten().sort(descending=True, stable=True).indices
     order = order[group[order // num_ranks].sort(stable=True).indices]
-    at = offsets[:-1] + torch.arange(k, device=scores.device)
-    picked = order[at.clamp(max=order.shape[0] - 1)]
-    best = torch.where(at < offsets[1:], scores.flatten()[picked], -torch.inf)
+    positions = offsets[:-1] + torch.arange(k, device=scores.device)
+    picked = order[positions.clamp(max=order.shape[0] - 1)]
+    best = torch.where(positions < offsets[1:], scores.flatten()[picked], -torch.inf)
     best = torch.where(best[:, :1].isnan(), torch.nan, best)
-    found = best > -torch.inf
-    parent = torch.where(found, (picked // num_ranks).int(), -1)
-    return best, parent, torch.where(found, tokens.flatten()[picked], -1)
+    is_candidate = best > -torch.inf
+    parent = torch.where(is_candidate, (picked // num_ranks).int(), -1)
+    return best, parent, torch.where(is_candidate, tokens.flatten()[picked], -1)
 
 
 def beam_prune(
@@ -195,7 +213,7 @@ def beam_prune(
     token_mask: Tensor | None,
     is_logprobs: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `treedecode.ops.beam_prune`; values are not looked at on the host."""
+    """Launches `treedecode.ops.beam_prune`. The host reads no values."""
     check.logits(logits, None)
     rows, vocab = logits.shape
     check.tensor(cum_logprobs, "cum_logprobs", "[rows]", (rows,), torch.float32, contiguous=True)
@@ -219,25 +237,25 @@ def beam_prune(
     chunk = min(CHUNK, max(16, triton.next_power_of_2(vocab)))
     num_chunks = triton.cdiv(vocab, chunk)
     refs, sums = logits.new_empty(2, rows, num_chunks, dtype=torch.float32)
-    keys = counts = tops = None
+    keys = counts = maxima = None
     if row_k > MAX_SORTED:
         sets, slots = 1, chunk
     elif row_k > MAX_LOCAL:
         sets, slots = min(chunk, triton.next_power_of_2(triton.cdiv(2 * row_k, num_chunks))), min(chunk, ranks)
-        tops = logits.new_empty(rows, num_chunks * sets, dtype=torch.int32)
+        maxima = logits.new_empty(rows, num_chunks * sets, dtype=torch.int32)
         counts = logits.new_empty(rows, dtype=torch.int32)
     else:
         sets, slots = min(chunk, 4 * ranks), min(chunk, 2 * ranks)
     keys = logits.new_empty(rows, num_chunks * slots, dtype=torch.int64)
     source = logits, token_mask, logits.stride(0), 0 if token_mask is None else token_mask.stride(0), vocab, num_chunks
     _beam_prune_scan_kernel[(rows, num_chunks)](
-        refs, sums, keys if tops is None else None, tops, counts, *source, row_k,
+        refs, sums, keys if maxima is None else None, maxima, counts, *source, row_k,
         CHUNK=chunk, SETS=sets, SLOTS=slots, num_warps=8,
     )  # fmt: skip
-    if tops is not None:
+    if maxima is not None:
         _beam_prune_collect_kernel[(rows, num_chunks)](
-            keys, counts, tops, *source, tops.shape[1], row_k,
-            CHUNK=chunk, SLOTS=slots, TOPS=triton.next_power_of_2(tops.shape[1]), num_warps=8,
+            keys, counts, maxima, *source, maxima.shape[1], row_k,
+            CHUNK=chunk, SLOTS=slots, BLOCK_MAXIMA=triton.next_power_of_2(maxima.shape[1]), num_warps=8,
         )  # fmt: skip
     wide = row_k > MAX_SORTED
     if wide:
@@ -254,7 +272,7 @@ def beam_prune(
         return *_merge_wide(row_scores, row_tokens, group_indptr, k), lse
     if num_groups:
         best = max(16, triton.next_power_of_2(k))
-        # Long lists are merged one by one: they are sorted already.
+        # Long lists of rows are sorted already, so they are merged one by one.
         block = best if best == ranks and best >= 256 else max(BLOCK, best)
         _beam_prune_merge_kernel[(num_groups,)](
             scores, parent, token, row_scores, row_tokens, group_indptr, rows, k,

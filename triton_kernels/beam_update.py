@@ -1,3 +1,5 @@
+"""Triton kernel of beam_update: a program per group."""
+
 import math
 import struct
 
@@ -8,31 +10,33 @@ from torch import Tensor
 
 from treedecode.triton_kernels import check
 
-# Added, never assigned: the order among such beams and what rounding makes of it is part of the semantics.
+# Added to the score and never assigned: the order of such beams after rounding is part of the semantics.
 _BANNED = tl.constexpr(-1.0e9)
 
 
 @triton.jit
 def _power(base, exponent):
-    """base ** exponent for an integer base, in fp64, then rounded to fp32."""
+    """Returns base ** exponent for an integer base, in fp64, then rounded to fp32."""
     x = tl.exp2(exponent * tl.log2(base.to(tl.float64)))
-    # The last digits of x are not exact. That shows in fp32 where x lies half-way between two numbers, and an integer
-    # base has a power there only if it is whole.
+    # The last digits of x are not exact. That matters where x is half-way between two fp32 numbers, and a power of an
+    # integer can be there only if it is whole.
     whole = tl.floor(x + 0.5)
     return tl.where(tl.abs(x - whole) <= 1e-12 * x, whole, x).to(tl.float32)
 
 
 @triton.jit
-def _num_before(scores_ptr, n, added, divisor, score, place, steps):
-    """How many of `n` descending scores, each (score + added) / divisor, go before `score` at `place`: they are higher,
-    or equal and their index is lower."""
+def _num_before(scores_ptr, n, added, divisor, score, position, steps):
+    """Returns how many of `n` descending scores, each (score + added) / divisor, come before `score` at `position`.
+
+    These are the higher ones, and equal ones with a lower index.
+    """
     low = tl.zeros(score.shape, tl.int32)
     high = low + n
     for _ in range(steps):
         middle = (low + high) // 2
         inside = low < high
         other = tl.div_rn(tl.load(scores_ptr + middle, mask=inside, other=0.0) + added, divisor)
-        before = inside & ((other > score) | ((other == score) & (middle < place)))
+        before = inside & ((other > score) | ((other == score) & (middle < position)))
         low = tl.where(before, middle + 1, low)
         high = tl.where(before, high, middle)
     return low
@@ -51,24 +55,24 @@ def _beam_update_kernel(
     num_hits_ptr,  # [num_groups, num_candidates + 1] int32 scratch: hits before each rank
     old_scores_ptr,  # [num_pool] fp32 scratch: pool_scores before this step
     num_groups, num_pool, num_candidates, num_eos,
-    penalty_bits,  # the length penalty as the bits of an fp64; a floating-point argument would come as fp32
-    steps,  # of a search in any of the rows
+    penalty_bits,  # the bits of the length penalty as fp64; a floating-point argument would be rounded to fp32
+    steps,  # of a binary search in any of the rows
     EARLY_STOPPING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     penalty = penalty_bits.to(tl.int64).to(tl.float64, bitcast=True)
 
-    # Offsets that are no partition could have groups write to each other's beams: then no group does anything.
-    wrong = tl.zeros([BLOCK], tl.int32)
+    # With invalid offsets groups could write to each other's beams, so then all groups are refused.
+    invalid = tl.zeros([BLOCK], tl.int32)
     for start in range(0, num_groups, BLOCK):
         g = start + lane
         for indptr_ptr in tl.static_range(2):
             offsets_ptr = row_indptr_ptr if indptr_ptr == 0 else beam_indptr_ptr
             begin = tl.load(offsets_ptr + g, mask=g < num_groups, other=0)
             end = tl.load(offsets_ptr + g + 1, mask=g < num_groups, other=0)
-            wrong |= ((g < num_groups) & ((begin >= end) | ((g == 0) & (begin != 0)))).to(tl.int32)
-    broken = (tl.max(wrong, 0) != 0) | (tl.load(beam_indptr_ptr + num_groups) != num_pool)
+            invalid |= ((g < num_groups) & ((begin >= end) | ((g == 0) & (begin != 0)))).to(tl.int32)
+    broken = (tl.max(invalid, 0) != 0) | (tl.load(beam_indptr_ptr + num_groups) != num_pool)
     share = (num_pool + num_groups - 1) // num_groups
     first_beam = tl.where(broken, tl.minimum(group * share, num_pool), tl.load(beam_indptr_ptr + group))
     end_beam = tl.where(broken, tl.minimum(first_beam + share, num_pool), tl.load(beam_indptr_ptr + group + 1))
@@ -94,95 +98,97 @@ def _beam_update_kernel(
     bad = broken | ((done == 0) & ((limit > num_candidates) | (new_len < 1) | (new_len > max_len)))
     limit = tl.where(bad | done, 0, limit)
 
-    wrong = tl.zeros([BLOCK], tl.int32)
+    invalid = tl.zeros([BLOCK], tl.int32)
     num_hits, num_present = 0, 0  # absent candidates come last
     for start in range(0, limit, BLOCK):
         rank = start + lane
-        kept = rank < limit
-        score = tl.load(scores_ptr + rank, mask=kept, other=-float("inf"))
-        last_score = tl.load(scores_ptr + rank - 1, mask=kept & (rank > 0), other=float("inf"))
-        parent = tl.load(parent_ptr + rank, mask=kept, other=-1)
-        last_parent = tl.load(parent_ptr + rank - 1, mask=kept & (rank > 0), other=0)
-        token = tl.load(token_ptr + rank, mask=kept, other=0)
+        mask = rank < limit
+        score = tl.load(scores_ptr + rank, mask=mask, other=-float("inf"))
+        last_score = tl.load(scores_ptr + rank - 1, mask=mask & (rank > 0), other=float("inf"))
+        parent = tl.load(parent_ptr + rank, mask=mask, other=-1)
+        last_parent = tl.load(parent_ptr + rank - 1, mask=mask & (rank > 0), other=0)
+        token = tl.load(token_ptr + rank, mask=mask, other=0)
         in_rows = (parent >= first_row) & (parent < end_row)
         present = parent >= 0
-        right = (last_score >= score) & ((parent == -1) | in_rows) & ((last_parent >= 0) | (present == 0))
-        wrong |= (kept & (right == 0)).to(tl.int32)
+        valid = (last_score >= score) & ((parent == -1) | in_rows) & ((last_parent >= 0) | (present == 0))
+        invalid |= (mask & (valid == 0)).to(tl.int32)
         hit = tl.full([BLOCK], new_len, tl.int32) >= max_len
         if stop_ptr is not None:
-            hit |= tl.load(stop_ptr + group * num_candidates + rank, mask=kept, other=0) != 0
+            hit |= tl.load(stop_ptr + group * num_candidates + rank, mask=mask, other=0) != 0
         for e in range(num_eos):
             hit |= token == tl.load(eos_ids_ptr + e)
         hit = (hit & present).to(tl.int32)
-        tl.store(num_hits_ptr + rank, num_hits + tl.cumsum(hit, 0) - hit, mask=kept)
+        tl.store(num_hits_ptr + rank, num_hits + tl.cumsum(hit, 0) - hit, mask=mask)
         num_hits += tl.sum(hit, 0)
         num_present += tl.sum(present.to(tl.int32), 0)
     tl.store(num_hits_ptr + limit, num_hits)
     for start in range(0, num_beams, BLOCK):
         i = start + lane
         tl.store(old_scores_ptr + i, tl.load(pool_scores_ptr + i, mask=i < num_beams), mask=i < num_beams)
-    bad |= tl.max(wrong, 0) != 0
-    go = (bad == 0) & (done == 0)
-    num_present = tl.where(go, num_present, 0)
+    bad |= tl.max(invalid, 0) != 0
+    accepted = (bad == 0) & (done == 0)
+    num_present = tl.where(accepted, num_present, 0)
     tl.debug_barrier()
 
-    # The next beams: candidates that go on and, with the ban added, those that hit an end. Each kind descends, so a
-    # candidate's place is its own among its kind and, by a search, that among the other kind.
+    # Merge two descending sequences: candidates that go on, and candidates that hit an end, with _BANNED added. A
+    # candidate's beam is its rank in its own sequence plus, by a search, the number of others that come before it.
     for start in range(0, num_present, BLOCK):
         rank = start + lane
-        kept = rank < num_present
-        score = tl.load(scores_ptr + rank, mask=kept, other=0.0)
-        hits_before = tl.load(num_hits_ptr + rank, mask=kept, other=0)
-        hit = tl.load(num_hits_ptr + rank + 1, mask=kept, other=0) != hits_before
+        mask = rank < num_present
+        score = tl.load(scores_ptr + rank, mask=mask, other=0.0)
+        hits_before = tl.load(num_hits_ptr + rank, mask=mask, other=0)
+        hit = tl.load(num_hits_ptr + rank + 1, mask=mask, other=0) != hits_before
         score = tl.where(hit, score + _BANNED, score)
         before = _num_before(scores_ptr, num_present, tl.where(hit, 0.0, _BANNED), 1.0, score, rank, steps)
-        others = tl.load(num_hits_ptr + before, mask=kept, other=0)
-        place = tl.where(hit, hits_before + before - others, rank - hits_before + others)
-        kept &= place < num_beams
-        tl.store(running_scores_ptr + place, score, mask=kept)
-        tl.store(running_parent_ptr + place, tl.load(parent_ptr + rank, mask=kept), mask=kept)
-        tl.store(running_token_ptr + place, tl.load(token_ptr + rank, mask=kept), mask=kept)
+        others_before = tl.load(num_hits_ptr + before, mask=mask, other=0)
+        beam = tl.where(hit, hits_before + before - others_before, rank - hits_before + others_before)
+        mask &= beam < num_beams
+        tl.store(running_scores_ptr + beam, score, mask=mask)
+        tl.store(running_parent_ptr + beam, tl.load(parent_ptr + rank, mask=mask), mask=mask)
+        tl.store(running_token_ptr + beam, tl.load(token_ptr + rank, mask=mask), mask=mask)
     for start in range(num_present, num_beams, BLOCK):
         i = start + lane
-        row = tl.where((go == 0) & (first_row + i < end_row), first_row + i, first_row)
-        nothing = tl.where(bad, float("nan"), -float("inf"))
-        tl.store(running_scores_ptr + i, nothing + tl.zeros([BLOCK], tl.float32), mask=i < num_beams)
+        row = tl.where((accepted == 0) & (first_row + i < end_row), first_row + i, first_row)
+        no_score = tl.where(bad, float("nan"), -float("inf"))
+        tl.store(running_scores_ptr + i, no_score + tl.zeros([BLOCK], tl.float32), mask=i < num_beams)
         tl.store(running_parent_ptr + i, row, mask=i < num_beams)
         tl.store(running_token_ptr + i, 0, mask=i < num_beams)
 
-    # Only hits among the first num_beams candidates may finish. The old ones move down to make room: from the last
-    # block to the first, each read before it is written over.
-    top = tl.minimum(num_beams, num_present)
-    divisor = _power(tl.where(go, new_len, 1), penalty)
-    num_blocks = tl.where(tl.load(num_hits_ptr + top, mask=go, other=0) > 0, tl.cdiv(num_beams, BLOCK), 0)
+    # Merge hits among the first num_beams candidates into the pool. Old entries move down: from the last block to the
+    # first, each read before it is overwritten.
+    num_eligible = tl.minimum(num_beams, num_present)
+    divisor = _power(tl.where(accepted, new_len, 1), penalty)
+    num_blocks = tl.where(
+        tl.load(num_hits_ptr + num_eligible, mask=accepted, other=0) > 0, tl.cdiv(num_beams, BLOCK), 0
+    )
     for block in range(0, num_blocks):
         i = (num_blocks - 1 - block) * BLOCK + lane
-        kept = i < num_beams
-        score = tl.load(old_scores_ptr + i, mask=kept, other=0.0)
-        before = _num_before(scores_ptr, top, 0.0, divisor, score, 0, steps)
-        place = i + tl.load(num_hits_ptr + before, mask=kept, other=0)
-        kept &= place < num_beams
-        len = tl.load(pool_lens_ptr + i, mask=kept)
-        parent = tl.load(pool_parents_ptr + i, mask=kept)
-        token = tl.load(pool_tokens_ptr + i, mask=kept)
+        mask = i < num_beams
+        score = tl.load(old_scores_ptr + i, mask=mask, other=0.0)
+        before = _num_before(scores_ptr, num_eligible, 0.0, divisor, score, 0, steps)
+        entry = i + tl.load(num_hits_ptr + before, mask=mask, other=0)
+        mask &= entry < num_beams
+        len = tl.load(pool_lens_ptr + i, mask=mask)
+        parent = tl.load(pool_parents_ptr + i, mask=mask)
+        token = tl.load(pool_tokens_ptr + i, mask=mask)
         tl.debug_barrier()
-        tl.store(pool_scores_ptr + place, score, mask=kept)
-        tl.store(pool_lens_ptr + place, len, mask=kept)
-        tl.store(pool_parents_ptr + place, parent, mask=kept)
-        tl.store(pool_tokens_ptr + place, token, mask=kept)
+        tl.store(pool_scores_ptr + entry, score, mask=mask)
+        tl.store(pool_lens_ptr + entry, len, mask=mask)
+        tl.store(pool_parents_ptr + entry, parent, mask=mask)
+        tl.store(pool_tokens_ptr + entry, token, mask=mask)
     tl.debug_barrier()
-    for start in range(0, tl.where(num_blocks > 0, top, 0), BLOCK):
+    for start in range(0, tl.where(num_blocks > 0, num_eligible, 0), BLOCK):
         rank = start + lane
-        kept = rank < top
-        hits_before = tl.load(num_hits_ptr + rank, mask=kept, other=0)
-        kept &= tl.load(num_hits_ptr + rank + 1, mask=kept, other=0) != hits_before
-        score = tl.div_rn(tl.load(scores_ptr + rank, mask=kept, other=0.0), divisor)
-        place = hits_before + _num_before(old_scores_ptr, num_beams, 0.0, 1.0, score, num_beams, steps)
-        kept &= place < num_beams
-        tl.store(pool_scores_ptr + place, score, mask=kept)
-        tl.store(pool_lens_ptr + place, new_len, mask=kept)
-        tl.store(pool_parents_ptr + place, tl.load(parent_ptr + rank, mask=kept) - first_row, mask=kept)
-        tl.store(pool_tokens_ptr + place, tl.load(token_ptr + rank, mask=kept), mask=kept)
+        mask = rank < num_eligible
+        hits_before = tl.load(num_hits_ptr + rank, mask=mask, other=0)
+        mask &= tl.load(num_hits_ptr + rank + 1, mask=mask, other=0) != hits_before
+        score = tl.div_rn(tl.load(scores_ptr + rank, mask=mask, other=0.0), divisor)
+        entry = hits_before + _num_before(old_scores_ptr, num_beams, 0.0, 1.0, score, num_beams, steps)
+        mask &= entry < num_beams
+        tl.store(pool_scores_ptr + entry, score, mask=mask)
+        tl.store(pool_lens_ptr + entry, new_len, mask=mask)
+        tl.store(pool_parents_ptr + entry, tl.load(parent_ptr + rank, mask=mask) - first_row, mask=mask)
+        tl.store(pool_tokens_ptr + entry, tl.load(token_ptr + rank, mask=mask), mask=mask)
     tl.debug_barrier()
 
     free = tl.zeros([BLOCK], tl.int32)
@@ -192,12 +198,12 @@ def _beam_update_kernel(
     full = tl.max(free, 0) == 0
     if EARLY_STOPPING == 2:
         divisor = _power(tl.where(penalty > 0.0, max_len, new_len), penalty)
-    best = tl.div_rn(tl.load(running_scores_ptr, mask=go, other=0.0), divisor)
-    worst = tl.where(full, tl.load(pool_scores_ptr + num_beams - 1, mask=go, other=0.0), _BANNED)
+    best = tl.div_rn(tl.load(running_scores_ptr, mask=accepted, other=0.0), divisor)
+    worst = tl.where(full, tl.load(pool_scores_ptr + num_beams - 1, mask=accepted, other=0.0), _BANNED)
     final = (num_hits == num_present) | ((best > worst) == 0)
     if EARLY_STOPPING == 1:
         final |= full
-    tl.store(done_ptr + group, final, mask=go)
+    tl.store(done_ptr + group, final, mask=accepted)
 
 
 def _check_vector(t: Tensor, name: str, text: str, size: int, dtype: torch.dtype) -> None:
@@ -209,8 +215,11 @@ def beam_update(
     pool_lens: Tensor, pool_parents: Tensor, pool_tokens: Tensor, done: Tensor, gen_lens: Tensor,
     max_new_tokens: Tensor, eos_ids: Tensor, length_penalty: float, early_stopping: int, stop: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `treedecode.ops.beam_update`; a group with a value that is refused is left alone and its running scores are
-    NaN. So is every group when `row_indptr` or `beam_indptr` is no partition."""
+    """Launches `treedecode.ops.beam_update`.
+
+    A group with a bad value stays as it is, and its running scores are NaN. With bad offsets in `row_indptr` or
+    `beam_indptr`, this holds for all groups.
+    """
     check.tensor(scores, "scores", "[num_groups, num_candidates]", (-1, -1), torch.float32, contiguous=True)
     for t, name, dtype in ((parent, "parent", torch.int32), (token, "token", torch.int32), (stop, "stop", torch.bool)):
         if t is not None:

@@ -1,6 +1,6 @@
-"""Argument checks of the launchers: what csrc/check.h checks for the native ops, in the same words.
+"""Argument checks of the launchers, with the messages of csrc/check.h.
 
-Shapes, dtypes and strides only. Values lie on the device, and looking at them would make the host wait.
+They check shapes, dtypes and strides only. Values are on the device, and the host would have to wait for them.
 """
 
 import torch
@@ -12,10 +12,11 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def tensor(
     t: Tensor, name: str, text: str, shape: tuple[int, ...], *dtypes: torch.dtype, contiguous: bool = False
 ) -> None:
-    """A tensor of a shape (-1 = any size; `text` is how it reads), of one of `dtypes`, with unit stride at the end.
+    """Checks a tensor: its shape (-1 = any size; messages call it `text`), its dtype, and unit stride at the end.
 
     Raises:
-        ValueError, TypeError: it is not; the message names the argument.
+        ValueError: another shape, or another stride; the message names the argument.
+        TypeError: a dtype that is not in `dtypes`; the message names the argument.
     """
     if t.dim() != len(shape) or any(want not in (-1, got) for want, got in zip(shape, t.shape, strict=True)):
         sizes = ", ".join("*" if size < 0 else str(size) for size in shape)
@@ -33,7 +34,11 @@ def tensor(
 
 
 def value(ok: bool, name: str, expected: str, got: float) -> None:
-    """Raises ValueError unless `ok`."""
+    """Checks a value.
+
+    Raises:
+        ValueError: `ok` is false; the message names the argument.
+    """
     if not ok:
         raise ValueError(f"{name}: expected {expected}, got {got:g}")
 
@@ -44,7 +49,12 @@ def is_head_dim(head_dim: int) -> bool:
 
 
 def logits(t: Tensor, token_mask: Tensor | None) -> None:
-    """Logits `[rows, vocab]` and the packed mask of the tokens that are allowed."""
+    """Checks logits `[rows, vocab]` and the packed mask of allowed tokens.
+
+    Raises:
+        ValueError: a shape or a stride is wrong; the message names the argument.
+        TypeError: a dtype is wrong; the message names the argument.
+    """
     tensor(t, "logits", "[rows, vocab]", (-1, -1), *FLOATS)
     rows, vocab = t.shape
     if not 0 < vocab < 2**31 - 1:
@@ -55,7 +65,12 @@ def logits(t: Tensor, token_mask: Tensor | None) -> None:
 
 
 def per_row(t: Tensor, name: str, rows: int, dtype: torch.dtype) -> None:
-    """One value per row, or a single value for all rows, with any stride."""
+    """Checks a setting: one value per row, or a single value for all rows, with any stride.
+
+    Raises:
+        ValueError: another shape; the message names the argument.
+        TypeError: another dtype; the message names the argument.
+    """
     if t.dim() != 1 or t.shape[0] not in (rows, 1):
         raise ValueError(f"{name}: expected shape [rows] = [{rows}] or [1], got {list(t.shape)}")
     if t.dtype != dtype:

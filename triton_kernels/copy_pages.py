@@ -1,3 +1,5 @@
+"""Triton kernel of copy_pages."""
+
 import torch
 import triton
 import triton.language as tl
@@ -10,7 +12,7 @@ from treedecode.triton_kernels import check
 def _copy_pages_kernel(
     kv_ptr,  # [num_layers, 2, num_pages, H, page_size, D], strides (layer, k or v, page)
     src_ptr, dst_ptr, num_tokens_ptr,  # [n] int32; num_tokens may be null
-    num_copies_ptr,  # [1] int32, how many of the n there are; null = all
+    num_copies_ptr,  # [1] int32, copies to make, the first of the n; null = all
     n, stride_l, stride_kv, stride_p, page_size, H, D,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -25,15 +27,15 @@ def _copy_pages_kernel(
         if num_tokens_ptr is not None:
             len = tl.load(num_tokens_ptr + copy)
         len = tl.where(dst >= 0, len, 0)
-        kept = (i < H * page_size * D) & ((i // D) % page_size < len)
-        tl.store(base + dst * stride_p + i, tl.load(base + src * stride_p + i, mask=kept), mask=kept)
+        mask = (i < H * page_size * D) & ((i // D) % page_size < len)
+        tl.store(base + dst * stride_p + i, tl.load(base + src * stride_p + i, mask=mask), mask=mask)
 
 
 def check_kv(kv: Tensor, page_size: int = -1) -> None:
     """Checks a cache of pages.
 
     Raises:
-        ValueError: the message names the argument.
+        ValueError: another shape, or pages that are not contiguous; the message names the argument.
     """
     text = "[num_layers, 2, num_pages, num_kv_heads, page_size, head_dim]"
     check.tensor(kv, "kv", text, (-1, 2, -1, -1, page_size, -1), kv.dtype)
@@ -42,13 +44,13 @@ def check_kv(kv: Tensor, page_size: int = -1) -> None:
 
 
 def launch(kv: Tensor, src: Tensor, dst: Tensor, num_tokens: Tensor | None, num_copies: Tensor | None = None) -> None:
-    """Copies the first `num_copies[0]` of the pages; None = all."""
+    """Makes the first `num_copies[0]` copies; None = all."""
     num_layers, _, _, num_heads, page_size, head_dim = kv.shape
     n, size = src.shape[0], num_heads * page_size * head_dim
     if n == 0 or kv.numel() == 0:
         return
     block = min(2048, triton.next_power_of_2(size))
-    # With a number only the device knows, mostly small, programs for all n would mostly start to do nothing.
+    # Only the device knows num_copies, which is mostly small: with a program for each of the n, most would do nothing.
     width = n if num_copies is None else min(n, 16)
     _copy_pages_kernel[(width, 2 * num_layers, triton.cdiv(size, block))](
         kv, src, dst, num_tokens, num_copies, n, *kv.stride()[:3], page_size, num_heads, head_dim,
@@ -57,7 +59,7 @@ def launch(kv: Tensor, src: Tensor, dst: Tensor, num_tokens: Tensor | None, num_
 
 
 def copy_pages(kv: Tensor, src: Tensor, dst: Tensor, num_tokens: Tensor | None) -> None:
-    """See `treedecode.ops.copy_pages`; page ids and lengths are not looked at."""
+    """Launches `treedecode.ops.copy_pages`. Page ids and lengths are not checked."""
     check_kv(kv)
     check.tensor(src, "src", "[n]", (-1,), torch.int32, contiguous=True)
     for indices, name in ((dst, "dst"), (num_tokens, "num_tokens")):

@@ -1,3 +1,5 @@
+"""Triton kernel of hold_pages."""
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,29 +23,29 @@ def _hold_pages_kernel(
     for start in range(0, n, BLOCK):
         i = start + lane
         page = tl.load(pages_ptr + i, mask=i < n, other=0)
-        known = (i < n) & (page >= 0) & (page < num_pages)
-        refcount = tl.load(refcount_ptr + page, mask=known, other=0)
+        in_range = (i < n) & (page >= 0) & (page < num_pages)
+        refcount = tl.load(refcount_ptr + page, mask=in_range, other=0)
         refused |= ((i < n) & (refcount < 1)).to(tl.int32)
-        if not HOLD:  # only what is used gets initialised: a call touches few of the pages
-            tl.store(drops_ptr + page, 0, mask=known)
-            tl.store(last_drop_ptr + page, -1, mask=known)
+        if not HOLD:  # initialise the scratch of the pages of this call, which are few
+            tl.store(drops_ptr + page, 0, mask=in_range)
+            tl.store(last_drop_ptr + page, -1, mask=in_range)
     if not HOLD:
         tl.debug_barrier()
         for start in range(0, n, BLOCK):
             i = start + lane
             page = tl.load(pages_ptr + i, mask=i < n, other=0)
-            known = (i < n) & (page >= 0) & (page < num_pages)
-            tl.atomic_add(drops_ptr + page, 1, mask=known, sem="relaxed")
-            tl.atomic_max(last_drop_ptr + page, i, mask=known, sem="relaxed")
+            in_range = (i < n) & (page >= 0) & (page < num_pages)
+            tl.atomic_add(drops_ptr + page, 1, mask=in_range, sem="relaxed")
+            tl.atomic_max(last_drop_ptr + page, i, mask=in_range, sem="relaxed")
         tl.debug_barrier()
         for start in range(0, n, BLOCK):
             i = start + lane
             page = tl.load(pages_ptr + i, mask=i < n, other=0)
-            known = (i < n) & (page >= 0) & (page < num_pages)
-            refcount = tl.load(refcount_ptr + page, mask=known, other=0)
-            refused |= (tl.load(drops_ptr + page, mask=known, other=0) > refcount).to(tl.int32)
+            in_range = (i < n) & (page >= 0) & (page < num_pages)
+            refcount = tl.load(refcount_ptr + page, mask=in_range, other=0)
+            refused |= (tl.load(drops_ptr + page, mask=in_range, other=0) > refcount).to(tl.int32)
     bad = (tl.max(refused, 0) != 0) | (num_free < 0) | (num_free > num_pages)
-    tl.debug_barrier()  # all that is read above has been read: what follows writes
+    tl.debug_barrier()  # all reads above come before the writes below
 
     num_freed = 0
     for start in range(0, tl.where((error == OK) & (bad == 0), n, 0), BLOCK):
@@ -52,11 +54,11 @@ def _hold_pages_kernel(
         if HOLD:
             tl.atomic_add(refcount_ptr + page, 1, mask=i < n, sem="relaxed")
         else:
-            # One entry of each page, its last, drops all of them: so a page goes on the stack where the last one stood.
+            # The last entry of a page drops all its references, so freed pages are in the order of their last entries.
             last = (i < n) & (tl.load(last_drop_ptr + page, mask=i < n, other=-1) == i)
-            left = tl.load(refcount_ptr + page, mask=last, other=1) - tl.load(drops_ptr + page, mask=last, other=0)
-            tl.store(refcount_ptr + page, left, mask=last)
-            freed = (last & (left == 0)).to(tl.int32)
+            remaining = tl.load(refcount_ptr + page, mask=last, other=1) - tl.load(drops_ptr + page, mask=last, other=0)
+            tl.store(refcount_ptr + page, remaining, mask=last)
+            freed = (last & (remaining == 0)).to(tl.int32)
             to = num_free + num_freed + tl.cumsum(freed, 0) - freed
             tl.store(free_pages_ptr + to, page, mask=(freed != 0) & (to < num_pages))
             num_freed += tl.sum(freed, 0)
@@ -68,7 +70,10 @@ def _hold_pages_kernel(
 
 
 def hold_pages(refcount: Tensor, free_pages: Tensor, status: Tensor, pages: Tensor, hold: bool) -> None:
-    """See `treedecode.ops.hold_pages`; pages that are out of range, free or dropped too often are a BAD_ARGUMENT."""
+    """Launches `treedecode.ops.hold_pages`.
+
+    Pages that are out of range, free or dropped too often set the status to BAD_ARGUMENT.
+    """
     page_state.check_pool(refcount, status, free_pages=free_pages)
     page_state.check_indices(pages, "pages")
     num_pages, n = refcount.shape[0], pages.shape[0]

@@ -1,3 +1,9 @@
+"""Triton kernel of merge_states.
+
+Per state and head: m_i is the maximum of the parts' lse, weight = exp(lse - m_i), l_i the sum of weights, and acc that
+of weight * part_out.
+"""
+
 import torch
 import triton
 import triton.language as tl
@@ -19,36 +25,35 @@ def _merge_states_kernel(
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     part_lse_ptr += begin.to(tl.int64) * H + head
     part_out_ptr += begin.to(tl.int64) * part_stride_p + head * part_stride_h
-    high = -float("inf")
-    at = part_lse_ptr
+    m_i = -float("inf")
+    lse_ptrs = part_lse_ptr
     for _ in range(begin, end):
-        lse = tl.load(at)
-        at += H
-        high = tl.where(lse > high, lse, high)  # NaN stays out, and comes back with the sums
-    # no part has keys: (-inf) - (-inf) would be NaN
-    base = tl.where(high == -float("inf"), 0.0, high)
-    total = 0.0
+        lse = tl.load(lse_ptrs)
+        lse_ptrs += H
+        m_i = tl.where(lse > m_i, lse, m_i)  # leaves NaN out, which the sums below have again
+    base = tl.where(m_i == -float("inf"), 0.0, m_i)  # (-inf) - (-inf) would be NaN
+    l_i = 0.0
     acc = tl.zeros([BLOCK_D], tl.float32)
     for _ in range(begin, end):
         lse = tl.load(part_lse_ptr)
         weight = tl.exp(lse - base)
-        # a part without keys does not count, whatever its out holds
-        kept = d < tl.where(lse == -float("inf"), 0, D)
-        x = tl.load(part_out_ptr + d, mask=kept, other=0.0).to(tl.float32)
+        # a part without keys has weight 0, and its out may hold anything
+        mask = d < tl.where(lse == -float("inf"), 0, D)
+        x = tl.load(part_out_ptr + d, mask=mask, other=0.0).to(tl.float32)
         part_lse_ptr += H
         part_out_ptr += part_stride_p
-        total += weight
+        l_i += weight
         acc += weight * x
-    empty = total == 0.0
-    out = tl.where(empty, 0.0, acc / tl.where(empty, 1.0, total))
+    empty = l_i == 0.0
+    out = tl.where(empty, 0.0, acc / tl.where(empty, 1.0, l_i))
     row = state * H + head
     tl.store(out_ptr + row * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
     if tl.program_id(2) == 0:
-        tl.store(lse_ptr + row, tl.where(empty, -float("inf"), base + tl.log(total)))
+        tl.store(lse_ptr + row, tl.where(empty, -float("inf"), base + tl.log(l_i)))
 
 
 def merge_states(part_out: Tensor, part_lse: Tensor, merge_indptr: Tensor) -> tuple[Tensor, Tensor]:
-    """See `treedecode.ops.merge_states`; offsets are not looked at."""
+    """Launches `treedecode.ops.merge_states`. Offsets are not checked."""
     check.tensor(part_out, "part_out", "[num_parts, num_heads, head_dim]", (-1, -1, -1), *check.FLOATS)
     num_parts, num_heads, head_dim = part_out.shape
     check.tensor(part_lse, "part_lse", "[num_parts, num_heads]", (num_parts, num_heads), torch.float32, contiguous=True)

@@ -1,4 +1,4 @@
-"""What the page ops share: the host's checks of the page state, and what its status word means."""
+"""Shared by the page ops: argument checks of the page state, and names of the entries and values of its status."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ from torch import Tensor, int32
 
 from treedecode.triton_kernels import check
 
-# As in treedecode.ops.pages, which loads the launchers and so cannot be imported by them.
+# As in treedecode.ops.pages, which cannot be imported here because it loads the launchers.
 OK = tl.constexpr(0)
 OUT_OF_PAGES = tl.constexpr(1)
 BAD_ARGUMENT = tl.constexpr(2)
@@ -17,15 +17,16 @@ INT32_MAX = 2**31 - 1
 
 @triton.jit
 def pages_of(num_tokens, page_size):
-    """Pages that many tokens take; unlike (num_tokens + page_size - 1) // page_size it cannot overflow."""
+    """Returns how many pages the tokens take. Unlike (num_tokens + page_size - 1) // page_size it cannot overflow."""
     return num_tokens // page_size + (num_tokens % page_size != 0).to(tl.int32)
 
 
 def check_pool(refcount: Tensor, status: Tensor, page_size: int = 1, free_pages: Tensor | None = None) -> None:
-    """Checks what belongs to the pool as a whole.
+    """Checks the tensors of the pool.
 
     Raises:
-        ValueError, TypeError: the message names the argument.
+        ValueError: a shape or a number is wrong; the message names the argument.
+        TypeError: a dtype is wrong; the message names the argument.
     """
     check.tensor(refcount, "refcount", "[num_pages]", (-1,), int32, contiguous=True)
     check.tensor(status, "status", "[4]", (4,), int32, contiguous=True)
@@ -35,10 +36,11 @@ def check_pool(refcount: Tensor, status: Tensor, page_size: int = 1, free_pages:
 
 
 def check_rows(page_table: Tensor, seq_lens: Tensor) -> None:
-    """Checks what belongs to the rows.
+    """Checks the page table and the lengths of its rows.
 
     Raises:
-        ValueError, TypeError: the message names the argument.
+        ValueError: a shape is wrong; the message names the argument.
+        TypeError: a dtype is wrong; the message names the argument.
     """
     check.tensor(page_table, "page_table", "[max_branches, max_pages]", (-1, -1), int32, contiguous=True)
     check.tensor(seq_lens, "seq_lens", "[max_branches]", tuple(page_table.shape[:1]), int32, contiguous=True)
@@ -48,12 +50,13 @@ def check_indices(t: Tensor, name: str, like: Tensor | None = None, like_name: s
     """Checks a vector of int32, as long as `like` where there is one.
 
     Raises:
-        ValueError, TypeError: the message names the argument.
+        ValueError: another shape; the message names the argument.
+        TypeError: another dtype; the message names the argument.
     """
     text, shape = ("[n]", (-1,)) if like is None else (f"the shape of {like_name}", tuple(like.shape))
     check.tensor(t, name, text, shape, int32, contiguous=True)
 
 
 def capacity(page_table: Tensor, page_size: int) -> int:
-    """The most tokens a row can hold; a length is an int32, so at most that."""
+    """Returns the most tokens that a row can hold, which is at most the largest int32."""
     return min(page_table.shape[1] * page_size, INT32_MAX)

@@ -8,4 +8,4 @@ NUM_COUNTS = 6
 ROW_BEGIN, ROW_END, TOKEN_BEGIN, TOKEN_END, PART, TILE_BEGIN = (tl.constexpr(i) for i in range(6))
 COLUMNS = tl.constexpr(6)
 
-TILE_ROWS = tl.constexpr(128)  # packed rows of a work tile at most
+TILE_ROWS = tl.constexpr(128)  # the most packed rows of a work tile

@@ -1,4 +1,4 @@
-"""Triton kernels of plan_tree: the interval tree of the rows, and its nodes cut into the chunks of a flat plan."""
+"""Triton kernels of plan_tree: they build the tree of shared pages and cut its nodes into chunks of a flat plan."""
 
 import torch
 import triton
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from treedecode.triton_kernels import check, plan_rows
 
-# Of csrc/cpu/plan_tree.h, where they are explained.
+# As in csrc/cpu/plan_tree.h, which explains them.
 _READ_ROWS = tl.constexpr(16)
 _PART_TOKENS = tl.constexpr(32)
 _MAX_LEVELS = tl.constexpr(8)
@@ -21,14 +21,14 @@ _NO_ROW = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
-def _lens_of(seq_lens_ptr, q_lens_ptr, row, kept, capacity):
-    """(seq_len, q_len) of rows, brought into the range that the op allows: the host has not looked at them."""
-    seq_len = tl.load(seq_lens_ptr + row, mask=kept, other=0).to(tl.int64)
+def _lens_of(seq_lens_ptr, q_lens_ptr, row, mask, capacity):
+    """Loads (seq_len, q_len) of rows, clamped to the range that the op allows, since the host has not checked them."""
+    seq_len = tl.load(seq_lens_ptr + row, mask=mask, other=0).to(tl.int64)
     seq_len = tl.maximum(tl.minimum(seq_len, capacity), 0)
     if q_lens_ptr is None:
-        q_len = kept.to(tl.int64)
+        q_len = mask.to(tl.int64)
     else:
-        q_len = tl.maximum(tl.load(q_lens_ptr + row, mask=kept, other=0).to(tl.int64), 0)
+        q_len = tl.maximum(tl.load(q_lens_ptr + row, mask=mask, other=0).to(tl.int64), 0)
         q_len = tl.where(seq_len > 0, tl.minimum(q_len, seq_len), q_len)
     return seq_len, q_len
 
@@ -60,44 +60,44 @@ def _common_pages_kernel(
 
 @triton.jit
 def _nodes_kernel(
-    left_ptr, right_ptr, leader_ptr,  # [B] out: of the interval of rows that share shared[row] pages across row
+    row_begin_ptr, row_end_ptr, leader_ptr,  # [B] out: of the interval of rows that share shared[row] pages around row
     queries_ptr, longest_ptr, continuing_ptr, children_ptr,  # [2 B] out, by node
     shared_ptr, seq_lens_ptr, q_lens_ptr,  # [B], q_lens may be null
     B, capacity, page_size,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Nodes 2 i and 2 i + 1: the run of pages that branches first at row i, if there is one, and the rest of row i."""
+    """Writes nodes 2 i and 2 i + 1: the run of pages whose first fork is at row i, if any, and the rest of row i."""
     row = tl.program_id(0)
     shared = tl.load(shared_ptr + row)
-    here = tl.arange(0, 1) + row
-    seq_len, q_len = _lens_of(seq_lens_ptr, q_lens_ptr, here, here < B, capacity)
+    rows = tl.arange(0, 1) + row
+    seq_len, q_len = _lens_of(seq_lens_ptr, q_lens_ptr, rows, rows < B, capacity)
     q_len = tl.where(seq_len > 0, q_len, 0)
-    tl.store(queries_ptr + 2 * here + 1, q_len)
-    tl.store(longest_ptr + 2 * here + 1, seq_len)
+    tl.store(queries_ptr + 2 * rows + 1, q_len)
+    tl.store(longest_ptr + 2 * rows + 1, seq_len)
     queries = tl.full([], 0, tl.int64)
     longest, continuing = queries, queries
     if shared > 0:
-        left, leader, end = -1, row, row
-        while left < 0:
+        row_begin, leader, end = -1, row, row
+        while row_begin < 0:
             i = end - 1 - tl.arange(0, BLOCK)
             other = tl.load(shared_ptr + i, mask=i >= 0, other=0)
-            left = tl.max(tl.where((i >= 0) & (other < shared), i, -1))
-            leader = tl.minimum(leader, tl.min(tl.where((i > left) & (other == shared), i, _NO_ROW)))
+            row_begin = tl.max(tl.where((i >= 0) & (other < shared), i, -1))
+            leader = tl.minimum(leader, tl.min(tl.where((i > row_begin) & (other == shared), i, _NO_ROW)))
             end -= BLOCK
-        right, begin = B + 1, row + 1
-        while right > B:
+        row_end, begin = B + 1, row + 1
+        while row_end > B:
             i = begin + tl.arange(0, BLOCK)
             other = tl.load(shared_ptr + i, mask=i < B, other=0)
-            right = tl.minimum(right, tl.min(tl.where((i <= B) & (other < shared), i, _NO_ROW)))
+            row_end = tl.minimum(row_end, tl.min(tl.where((i <= B) & (other < shared), i, _NO_ROW)))
             begin += BLOCK
-        tl.store(left_ptr + row, left)
-        tl.store(right_ptr + row, right)
+        tl.store(row_begin_ptr + row, row_begin)
+        tl.store(row_end_ptr + row, row_end)
         tl.store(leader_ptr + row, leader)
         if leader == row:
-            begin = left
-            while begin < right:
+            begin = row_begin
+            while begin < row_end:
                 i = begin + tl.arange(0, BLOCK)
-                seq_lens, q_lens = _lens_of(seq_lens_ptr, q_lens_ptr, i, i < right, capacity)
+                seq_lens, q_lens = _lens_of(seq_lens_ptr, q_lens_ptr, i, i < row_end, capacity)
                 q_lens = tl.where(seq_lens > 0, q_lens, 0)
                 queries += tl.sum(q_lens)
                 longest = tl.maximum(longest, tl.max(tl.where(q_lens > 0, seq_lens, 0)))
@@ -119,7 +119,7 @@ def _kept_tokens(longest, page_begin, page_end, folded, page_size):
 
 @triton.jit
 def _cut(length, queries, target, group):
-    """(work tiles per piece, tokens of a piece, pieces) of nodes."""
+    """Returns (work tiles of a piece, tokens of a piece, number of pieces) of nodes."""
     rows = group * queries
     tokens = tl.minimum(_ROW_TOKENS * tl.minimum(rows, plan_rows.TILE_ROWS), 2 * target)
     count = tl.cdiv(length, tl.maximum(tl.maximum(tokens, target), _MIN_CHUNK_TOKENS))
@@ -130,22 +130,22 @@ def _cut(length, queries, target, group):
 @triton.jit
 def _plan_tree_kernel(
     q_indptr_ptr, part_indptr_ptr, chunks_ptr, counts_ptr,  # [B + 1], [B + 1], [max_chunks, 6], [6] out
-    shared_ptr, left_ptr, right_ptr, leader_ptr,  # [B]
+    shared_ptr, row_begin_ptr, row_end_ptr, leader_ptr,  # [B]
     queries_ptr, longest_ptr, continuing_ptr, children_ptr,  # [2 B], by node
     parent_ptr, page_begin_ptr, level_ptr, folded_ptr, above_ptr, parts_ptr,  # [2 B] scratch
     seq_lens_ptr, q_lens_ptr,  # [B], q_lens may be null
     B, capacity, page_size, group, workers, max_chunks,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: what lies above a node decides about it, and every cost about the size of every chunk."""
-    # Parents: the interval around a node is that of the row at its border with which it shares more.
+    """Makes the plan in one program: a node depends on the nodes above it, a chunk's size on the costs of all nodes."""
+    # The parent of a node is the interval around it: that of the row at its border that shares more pages.
     for first in range(0, 2 * B, BLOCK):
         node = first + tl.arange(0, BLOCK)
         row = node // 2
         exists = tl.load(queries_ptr + node, mask=node < 2 * B, other=0) > 0
         is_leaf = node % 2 == 1
-        a = tl.where(is_leaf, row, tl.load(left_ptr + row, mask=exists & (node % 2 == 0), other=0))
-        b = tl.where(is_leaf, row + 1, tl.load(right_ptr + row, mask=exists & (node % 2 == 0), other=0))
+        a = tl.where(is_leaf, row, tl.load(row_begin_ptr + row, mask=exists & (node % 2 == 0), other=0))
+        b = tl.where(is_leaf, row + 1, tl.load(row_end_ptr + row, mask=exists & (node % 2 == 0), other=0))
         depth_a = tl.load(shared_ptr + a, mask=exists, other=0)
         depth_b = tl.load(shared_ptr + b, mask=exists & (b < B), other=0)
         has_parent = exists & (tl.maximum(depth_a, depth_b) > 0)
@@ -155,7 +155,7 @@ def _plan_tree_kernel(
         tl.atomic_add(children_ptr + parent, 1, mask=has_parent)
     tl.debug_barrier()
 
-    # From the roots down, a node whose sharing does not pay gives its pages to its children.
+    # Fold nodes into their children where reading their pages once costs more than it saves, from the roots down.
     changed = 1
     while changed > 0:
         changed = 0
@@ -172,11 +172,11 @@ def _plan_tree_kernel(
             above = tl.load(above_ptr + parent, mask=inner, other=-1)
             end = tl.load(shared_ptr + parent // 2, mask=inner, other=0)
             settled = is_open & (begin >= 0)
-            kept = inner & (folded == 0)
-            begin = tl.where(kept, end, begin)
-            level += kept.to(tl.int32)
-            above = tl.where(kept, parent, above)
-            # of a branching node: are its own pages worth keeping?
+            parent_keeps = inner & (folded == 0)
+            begin = tl.where(parent_keeps, end, begin)
+            level += parent_keeps.to(tl.int32)
+            above = tl.where(parent_keeps, parent, above)
+            # a branching node is folded if keeping its own pages does not pay
             is_inner = settled & (node % 2 == 0)
             children = tl.load(children_ptr + node, mask=is_inner, other=0).to(tl.int64)
             continuing = tl.load(continuing_ptr + node, mask=is_inner, other=0).to(tl.int64)
@@ -185,7 +185,7 @@ def _plan_tree_kernel(
             tokens = tl.minimum(page_end * page_size, longest) - begin.to(tl.int64) * page_size
             pays = _READ_ROWS * (children - 1) * tokens > _PART_TOKENS * group * continuing
             folded = is_inner & ((level == _MAX_LEVELS) | (pays == 0))
-            tl.debug_barrier()  # a parent is read whole or not at all
+            tl.debug_barrier()  # all fields of a parent are read before any of them is written
             tl.store(level_ptr + node, level, mask=settled)
             tl.store(folded_ptr + node, folded.to(tl.int32), mask=settled)
             tl.store(above_ptr + node, above, mask=settled)
@@ -193,7 +193,7 @@ def _plan_tree_kernel(
             tl.debug_barrier()
             changed += tl.sum(settled.to(tl.int32))
 
-    # What everything costs, and so how much a chunk should.
+    # Add up the costs of all nodes, for the cost that a chunk should have.
     total = tl.zeros([BLOCK], tl.int64)
     unique_tokens = tl.zeros([BLOCK], tl.int64)
     for first in range(0, 2 * B, BLOCK):
@@ -207,11 +207,11 @@ def _plan_tree_kernel(
         length = _kept_tokens(longest, begin, end, folded, page_size)
         total += tl.cdiv(group * queries, plan_rows.TILE_ROWS) * length
         unique_tokens += length
-        tl.store(longest_ptr + node, length, mask=node < 2 * B)  # from here on the tokens that are kept
+        tl.store(longest_ptr + node, length, mask=node < 2 * B)  # from here on the tokens that the node keeps
     target = tl.maximum(tl.cdiv(tl.sum(total), _TILES_PER_WORKER * workers), 1)
     tl.debug_barrier()
 
-    # Chunks are sorted by class of cost, those of a class by node: a class begins where the cheaper ones' count ends.
+    # Sort chunks by class of cost, and those of a class by node: count the chunks of each class first.
     number = tl.arange(0, _NUM_CLASSES)[None, :]
     class_chunks = tl.zeros([1, _NUM_CLASSES], tl.int64)
     class_tiles = tl.zeros([1, _NUM_CLASSES], tl.int64)
@@ -235,31 +235,31 @@ def _plan_tree_kernel(
         queries = tl.load(queries_ptr + node, mask=node < 2 * B, other=0).to(tl.int64)
         length = tl.load(longest_ptr + node, mask=node < 2 * B, other=0).to(tl.int64)
         tiles, step, count = _cut(length, queries, target, group)
-        is_mine = _class_of(tl.minimum(step, length), target)[:, None] == number
-        pieces = tl.where(is_mine, count[:, None], 0)
+        in_class = _class_of(tl.minimum(step, length), target)[:, None] == number
+        pieces = tl.where(in_class, count[:, None], 0)
         cut_tiles = pieces * tiles[:, None]
-        chunk = tl.sum(tl.where(is_mine, chunk_begin + tl.cumsum(pieces, 0) - pieces, 0), 1)
-        tile = tl.sum(tl.where(is_mine, tile_begin + tl.cumsum(cut_tiles, 0) - cut_tiles, 0), 1)
+        chunk = tl.sum(tl.where(in_class, chunk_begin + tl.cumsum(pieces, 0) - pieces, 0), 1)
+        tile = tl.sum(tl.where(in_class, tile_begin + tl.cumsum(cut_tiles, 0) - cut_tiles, 0), 1)
         chunk_begin += tl.sum(pieces, 0)[None, :]
         tile_begin += tl.sum(cut_tiles, 0)[None, :]
         exists = queries > 0
         part = _parts_above(parts_ptr, above_ptr, node, exists)
         token = tl.load(page_begin_ptr + node, mask=exists, other=0).to(tl.int64) * page_size
-        row_begin = tl.where(node % 2 == 1, row, tl.load(left_ptr + row, mask=exists & (node % 2 == 0), other=0))
-        row_end = tl.where(node % 2 == 1, row + 1, tl.load(right_ptr + row, mask=exists & (node % 2 == 0), other=0))
-        most = tl.max(count)
+        row_begin = tl.where(node % 2 == 1, row, tl.load(row_begin_ptr + row, mask=exists & (node % 2 == 0), other=0))
+        row_end = tl.where(node % 2 == 1, row + 1, tl.load(row_end_ptr + row, mask=exists & (node % 2 == 0), other=0))
+        max_count = tl.max(count)
         piece = 0
-        while piece < most:
+        while piece < max_count:
             out_ptr = chunks_ptr + (chunk + piece) * plan_rows.COLUMNS
-            kept = (piece < count) & (chunk + piece < max_chunks)
-            tl.store(out_ptr + plan_rows.ROW_BEGIN, row_begin, mask=kept)
-            tl.store(out_ptr + plan_rows.ROW_END, row_end, mask=kept)
-            tl.store(out_ptr + plan_rows.TOKEN_BEGIN, (token + piece * step).to(tl.int32), mask=kept)
+            mask = (piece < count) & (chunk + piece < max_chunks)
+            tl.store(out_ptr + plan_rows.ROW_BEGIN, row_begin, mask=mask)
+            tl.store(out_ptr + plan_rows.ROW_END, row_end, mask=mask)
+            tl.store(out_ptr + plan_rows.TOKEN_BEGIN, (token + piece * step).to(tl.int32), mask=mask)
             tl.store(
-                out_ptr + plan_rows.TOKEN_END, (token + tl.minimum((piece + 1) * step, length)).to(tl.int32), mask=kept
+                out_ptr + plan_rows.TOKEN_END, (token + tl.minimum((piece + 1) * step, length)).to(tl.int32), mask=mask
             )
-            tl.store(out_ptr + plan_rows.PART, (part + piece).to(tl.int32), mask=kept)
-            tl.store(out_ptr + plan_rows.TILE_BEGIN, (tile + piece * tiles).to(tl.int32), mask=kept)
+            tl.store(out_ptr + plan_rows.PART, (part + piece).to(tl.int32), mask=mask)
+            tl.store(out_ptr + plan_rows.TILE_BEGIN, (tile + piece * tiles).to(tl.int32), mask=mask)
             piece += 1
 
     num_queries = tl.full([], 0, tl.int64)
@@ -287,7 +287,7 @@ def _plan_tree_kernel(
 
 @triton.jit
 def _class_of(cost, target):
-    """0 for the most expensive; see csrc/cpu/plan_tree.h."""
+    """Returns the class of cost of chunks, 0 for the most expensive ones; see csrc/cpu/plan_tree.h."""
     size_class = tl.zeros_like(cost)
     for i in tl.static_range(_NUM_CLASSES - 1):
         size_class += ((cost << ((i + 1) // 2)) <= (2 + i % 2) * target).to(tl.int64)
@@ -296,7 +296,7 @@ def _class_of(cost, target):
 
 @triton.jit
 def _parts_above(parts_ptr, above_ptr, node, mask):
-    """Partial results of the nodes that are kept above."""
+    """Returns the number of partial results of the nodes above that keep their pages."""
     parts = tl.zeros_like(node)
     for _ in tl.static_range(_MAX_LEVELS):
         node = tl.load(above_ptr + node, mask=mask, other=-1)
@@ -315,9 +315,9 @@ def plan_tree(
     head_dim: int,
     num_workers: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `treedecode.ops.plan_tree`; makes flat plans only.
+    """Launches `treedecode.ops.plan_tree`, for flat plans only.
 
-    Values are not looked at: lengths are brought into their range, and counts beyond int32 wrap around.
+    The host reads no values: lengths are clamped to their range, and counts beyond int32 wrap around.
     """
     int32 = torch.int32
     check.tensor(page_table, "page_table", "[num_branches, max_pages]", (-1, -1), int32)
@@ -325,14 +325,14 @@ def plan_tree(
     check.tensor(seq_lens, "seq_lens", "[num_branches]", (num_rows,), int32, contiguous=True)
     if q_lens is not None:
         check.tensor(q_lens, "q_lens", "[num_branches]", (num_rows,), int32, contiguous=True)
-    most = torch.iinfo(int32).max
-    check.value(0 < page_size <= most, "page_size", "a positive number", page_size)
+    limit = torch.iinfo(int32).max
+    check.value(0 < page_size <= limit, "page_size", "a positive number", page_size)
     check.value(num_kv_heads > 0, "num_kv_heads", "a positive number", num_kv_heads)
     is_multiple = num_qo_heads > 0 and num_kv_heads > 0 and num_qo_heads % num_kv_heads == 0
     check.value(is_multiple, "num_qo_heads", "a multiple of num_kv_heads", num_qo_heads)
     check.value(check.is_head_dim(head_dim), "head_dim", "a multiple of 8 up to 256", head_dim)
     text = "a positive number (a flat plan; chained ones are made on the CPU)"
-    check.value(0 < num_workers <= most, "num_workers", text, num_workers)
+    check.value(0 < num_workers <= limit, "num_workers", text, num_workers)
 
     workers = max(1, num_workers // num_kv_heads)
     q_indptr, part_indptr = seq_lens.new_empty(num_rows + 1), seq_lens.new_empty(num_rows + 1)

@@ -1,3 +1,5 @@
+"""Triton kernel of rms_norm."""
+
 import torch
 import triton
 import triton.language as tl
@@ -26,7 +28,7 @@ def _rms_norm_kernel(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
-    """See `treedecode.ops.rms_norm`; x is `[rows, heads, size]`."""
+    """Launches `treedecode.ops.rms_norm`; x is `[rows, heads, size]`."""
     check.tensor(x, "x", "[num_rows, num_heads, size]", (-1, -1, -1), *check.FLOATS)
     rows, heads, size = x.shape
     check.tensor(weight, "weight", "[size]", (size,), x.dtype, contiguous=True)

@@ -1,3 +1,5 @@
+"""Triton kernel of rotary_embed."""
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,19 +20,19 @@ def _rotary_embed_kernel(
     else:
         x_ptr = k_ptr + token * k_stride_t + (head - Hq) * k_stride_h
     i = tl.arange(0, BLOCK)
-    kept = i < HALF
-    a = tl.load(x_ptr + i, mask=kept).to(tl.float32)
-    b = tl.load(x_ptr + HALF + i, mask=kept).to(tl.float32)
-    cos_a = tl.load(cos_ptr + token * cos_stride + i, mask=kept).to(tl.float32)
-    cos_b = tl.load(cos_ptr + token * cos_stride + HALF + i, mask=kept).to(tl.float32)
-    sin_a = tl.load(sin_ptr + token * sin_stride + i, mask=kept).to(tl.float32)
-    sin_b = tl.load(sin_ptr + token * sin_stride + HALF + i, mask=kept).to(tl.float32)
-    tl.store(x_ptr + i, (a * cos_a - b * sin_a).to(q_ptr.dtype.element_ty), mask=kept)
-    tl.store(x_ptr + HALF + i, (b * cos_b + a * sin_b).to(q_ptr.dtype.element_ty), mask=kept)
+    mask = i < HALF
+    a = tl.load(x_ptr + i, mask=mask).to(tl.float32)
+    b = tl.load(x_ptr + HALF + i, mask=mask).to(tl.float32)
+    cos_a = tl.load(cos_ptr + token * cos_stride + i, mask=mask).to(tl.float32)
+    cos_b = tl.load(cos_ptr + token * cos_stride + HALF + i, mask=mask).to(tl.float32)
+    sin_a = tl.load(sin_ptr + token * sin_stride + i, mask=mask).to(tl.float32)
+    sin_b = tl.load(sin_ptr + token * sin_stride + HALF + i, mask=mask).to(tl.float32)
+    tl.store(x_ptr + i, (a * cos_a - b * sin_a).to(q_ptr.dtype.element_ty), mask=mask)
+    tl.store(x_ptr + HALF + i, (b * cos_b + a * sin_b).to(q_ptr.dtype.element_ty), mask=mask)
 
 
 def rotary_embed(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """See `treedecode.ops.rotary_embed`."""
+    """Launches `treedecode.ops.rotary_embed`."""
     check.tensor(q, "q", "[num_tokens, num_qo_heads, head_dim]", (-1, -1, -1), *check.FLOATS)
     num_tokens, num_qo_heads, head_dim = q.shape
     check.value(head_dim % 2 == 0, "q", "an even head_dim", head_dim)

@@ -1,3 +1,10 @@
+"""Triton kernels of sample.
+
+scan     a program per (row, chunk): sums of exponentials, the best token, and maxima of rows with a filter
+collect  a program per (row, chunk) of rows with a filter: the tokens that may be among the row's best
+draw     a program per row: the token, its log-probability and the entropy
+"""
+
 import torch
 import triton
 import triton.language as tl
@@ -24,12 +31,11 @@ from treedecode.triton_kernels.draw import (
     weights_of,
 )
 
-# Tokens of one program, and of one step along a row. It depends on nothing, so that a row's sums do not depend on the
-# batch.
+# Tokens of one program, and of one step along a row. A constant, so that a row's sums do not depend on the batch.
 CHUNK = 4096
-# The filters look at so many of a row's best tokens, and at all of them only where these are not enough.
+# The filters use so many of a row's best tokens, and all tokens only where these are not enough.
 FEW = 1024
-# Better than every key: the chunk has a NaN or +inf.
+# The chunk has a NaN or +inf: above every key.
 BAD_KEY = tl.constexpr(2**63 - 1)
 
 
@@ -38,7 +44,7 @@ def _settings(
     row, vocab,
     temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, temperature_stride, top_k_stride, top_p_stride, min_p_stride,
 ):  # fmt: skip
-    """(temperature, top_k, top_p, min_p, whether the draw is of fewer tokens than all and more than the best)."""
+    """Loads (temperature, top_k, top_p, min_p, filtered); filtered: a filter leaves several tokens, but not all."""
     temperature = tl.load(temperature_ptr + row * temperature_stride)
     top_k = tl.load(top_k_ptr + row * top_k_stride)
     top_p = tl.load(top_p_ptr + row * top_p_stride)
@@ -53,7 +59,7 @@ def _sample_scan_kernel(
     keys_ptr,  # [rows, num_chunks] int64: the best token
     sums_ptr, log_sums_ptr,  # [rows, num_chunks] fp32: of w = exp(x - chunk's best), of w * (x - chunk's best)
     masses_ptr,  # [rows, num_chunks] fp32: of w ** (1 / temperature)
-    tops_ptr,  # [rows, num_chunks, SETS] int32: maxima of disjoint sets of the chunk's tokens; of filtered rows
+    maxima_ptr,  # [rows, num_chunks, SETS] int32: maxima of disjoint sets of the chunk's tokens; of filtered rows
     counts_ptr,  # [rows] int32, set to 0
     logits_ptr,  # [rows, vocab] with stride (row)
     mask_ptr,  # [rows, ceil(vocab / 32)] int32 with stride (row), or None
@@ -74,29 +80,29 @@ def _sample_scan_kernel(
     x = tl.where(x < float("inf"), x, -float("inf"))
     values = values_of(x)
     key = tl.max(keys_of(values, tokens))
-    top = value_of(key)
-    w = weights_of(x, top, LOG2_E)
+    max_logit = value_of(key)
+    w = weights_of(x, max_logit, LOG2_E)
     tl.store(keys_ptr + item, tl.where(good, key, BAD_KEY))
     tl.store(sums_ptr + item, tl.sum(w))
-    tl.store(log_sums_ptr + item, tl.sum(w * tl.where(w > 0, x - top, 0.0)))
-    tl.store(masses_ptr + item, tl.sum(weights_of(x, top, scale_of(temperature))))
+    tl.store(log_sums_ptr + item, tl.sum(w * tl.where(w > 0, x - max_logit, 0.0)))
+    tl.store(masses_ptr + item, tl.sum(weights_of(x, max_logit, scale_of(temperature))))
     if filtered:
-        tl.store(tops_ptr + item * SETS + tl.arange(0, SETS), maxima_of(values, SETS))
+        tl.store(maxima_ptr + item * SETS + tl.arange(0, SETS), maxima_of(values, SETS))
         if chunk == 0:
             tl.store(counts_ptr + row, 0)
 
 
 @triton.jit
 def _sample_collect_kernel(
-    best_ptr,  # [rows, num_chunks * SLOTS] int64: keys of what may be among the row's best, in any order
-    counts_ptr,  # [rows] int32: how many
-    tops_ptr,  # [rows, num_tops] int32
+    best_ptr,  # [rows, num_chunks * SLOTS] int64: keys that may be among the row's best, in any order
+    counts_ptr,  # [rows] int32: number of these keys
+    maxima_ptr,  # [rows, num_maxima] int32
     logits_ptr,  # [rows, vocab] with stride (row)
     mask_ptr,  # [rows, ceil(vocab / 32)] int32 with stride (row), or None
     temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,  # [rows] fp32, int32, fp32, fp32 with strides
     logits_stride, mask_stride, temperature_stride, top_k_stride, top_p_stride, min_p_stride, vocab, num_chunks,
-    num_tops,
-    CHUNK: tl.constexpr, SLOTS: tl.constexpr, TOPS: tl.constexpr, FEW: tl.constexpr,
+    num_maxima,
+    CHUNK: tl.constexpr, SLOTS: tl.constexpr, BLOCK_MAXIMA: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     _, top_k, _, _, filtered = _settings(
@@ -109,7 +115,17 @@ def _sample_collect_kernel(
         x, tokens = load_chunk(logits_ptr + row * logits_stride, mask_ptr, chunk, vocab, CHUNK)
         best_ptr += row * num_chunks * SLOTS
         k = tl.where(top_k > 0, top_k, FEW)
-        collect(best_ptr, counts_ptr + row, tops_ptr + row * num_tops, num_tops, values_of(x), tokens, k, SLOTS, TOPS)
+        collect(
+            best_ptr,
+            counts_ptr + row,
+            maxima_ptr + row * num_maxima,
+            num_maxima,
+            values_of(x),
+            tokens,
+            k,
+            SLOTS,
+            BLOCK_MAXIMA,
+        )
 
 
 @triton.jit
@@ -145,10 +161,10 @@ def _sample_draw_kernel(
     logprob = float("nan")
     entropy = float("nan")
     if good:
-        top = value_of(key)
+        max_logit = value_of(key)
         possible = keys != NO_KEY
-        # A chunk's sums are relative to its own best token.
-        gap = tl.where(possible, value_of(keys).to(tl.float64) - top.to(tl.float64), 0.0)
+        # The sums of a chunk are relative to its own best token.
+        gap = tl.where(possible, value_of(keys).to(tl.float64) - max_logit.to(tl.float64), 0.0)
         factor = tl.where(possible, tl.exp(gap), 0.0)
         sums = factor * tl.load(sums_ptr + item, mask=c < num_chunks, other=0.0).to(tl.float64)
         log_sums = factor * tl.load(log_sums_ptr + item, mask=c < num_chunks, other=0.0).to(tl.float64)
@@ -164,14 +180,14 @@ def _sample_draw_kernel(
             if filtered & (top_k <= FEW):
                 best = best_keys(best_ptr + row * num_best, tl.load(counts_ptr + row), FEW, FEW)
                 token, drawn = draw_from_best(
-                    best, top, scale, tl.sum(masses), temperature, top_k, top_p, min_p, uniform
+                    best, max_logit, scale, tl.sum(masses), temperature, top_k, top_p, min_p, uniform
                 )
             if not drawn:
                 token = draw_from_all(
-                    logits_ptr, mask_ptr, vocab, top, scale, masses, temperature, top_k, top_p, min_p, filtered,
+                    logits_ptr, mask_ptr, vocab, max_logit, scale, masses, temperature, top_k, top_p, min_p, filtered,
                     uniform, index_of(key), SHIFT, CHUNK,
                 )  # fmt: skip
-        logprob = (tl.load(logits_ptr + token).to(tl.float64) - top.to(tl.float64) - log_total).to(tl.float32)
+        logprob = (tl.load(logits_ptr + token).to(tl.float64) - max_logit.to(tl.float64) - log_total).to(tl.float32)
     tl.store(token_ptr + row, tl.where(good, token, -1))
     tl.store(logprob_ptr + row, logprob)
     tl.store(entropy_ptr + row, entropy)
@@ -187,7 +203,7 @@ def sample(
     position: Tensor,
     token_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `treedecode.ops.sample`; values are not looked at on the host."""
+    """Launches `treedecode.ops.sample`. The host reads no values."""
     check.logits(logits, None)
     rows, vocab = logits.shape
     settings = {
@@ -213,18 +229,29 @@ def sample(
     few = min(FEW, max(16, triton.next_power_of_2(vocab)))
     sets = min(chunk, triton.next_power_of_2(triton.cdiv(2 * few, num_chunks)))
     slots = min(chunk, few)
-    tops = logits.new_empty(rows, num_chunks * sets, dtype=torch.int32)
+    maxima = logits.new_empty(rows, num_chunks * sets, dtype=torch.int32)
     counts = torch.empty_like(token)
     best = logits.new_empty(rows, num_chunks * slots, dtype=torch.int64)
     values = [setting for setting, _ in settings.values()]
     strides = [0 if setting.shape[0] == 1 else setting.stride(0) for setting in values]
     filters = *values[:4], logits.stride(0), 0 if token_mask is None else token_mask.stride(0), *strides[:4]
     _sample_scan_kernel[(rows, num_chunks)](
-        keys, *sums, tops, counts, logits, token_mask, *filters, vocab, num_chunks, CHUNK=chunk, SETS=sets, num_warps=8
+        keys,
+        *sums,
+        maxima,
+        counts,
+        logits,
+        token_mask,
+        *filters,
+        vocab,
+        num_chunks,
+        CHUNK=chunk,
+        SETS=sets,
+        num_warps=8,
     )
     _sample_collect_kernel[(rows, num_chunks)](
-        best, counts, tops, logits, token_mask, *filters, vocab, num_chunks, tops.shape[1],
-        CHUNK=chunk, SLOTS=slots, TOPS=triton.next_power_of_2(tops.shape[1]), FEW=few, num_warps=8,
+        best, counts, maxima, logits, token_mask, *filters, vocab, num_chunks, maxima.shape[1],
+        CHUNK=chunk, SLOTS=slots, BLOCK_MAXIMA=triton.next_power_of_2(maxima.shape[1]), FEW=few, num_warps=8,
     )  # fmt: skip
     _sample_draw_kernel[(rows,)](
         token, logprob, entropy, keys, *sums, best, counts, logits, token_mask, *values, *filters[4:], *strides[4:],

@@ -1,4 +1,4 @@
-"""Triton kernels of tree_attention: partial results of a flat plan's work tiles, then their merge along each path.
+"""Triton kernels of tree_attention: one computes the work tiles of a flat plan, one merges partial results.
 
 Names as in FlashAttention, in units of log2: qk are scaled scores, m_i a row's running maximum, p = 2^(qk - m_i), l_i
 the running sum of p, acc that of p @ v, and alpha brings l_i and acc from an old maximum to a new one.
@@ -20,7 +20,7 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _tanh(x):
-    """To a few ulps, also near 0, where 1 - 2 / (exp(2 x) + 1) would cancel."""
+    """Returns tanh(x) to a few ulps, also near 0, where 1 - 2 / (exp(2 x) + 1) would cancel."""
     z = x * x
     p = -5.704986925e-3 * z + 2.063908716e-2
     p = p * z - 5.373971505e-2
@@ -35,7 +35,7 @@ def _chunk_of(
     num_chunks, tile,
     FANOUT: tl.constexpr,
 ):  # fmt: skip
-    """The chunk of work tile `tile`: a search that is FANOUT-fold, since each of its steps waits for memory."""
+    """Returns the chunk of work tile `tile`, by a FANOUT-way search, since each of its steps waits for memory."""
     chunk = 0
     i = tl.arange(0, FANOUT)
     while num_chunks > 1:
@@ -55,7 +55,7 @@ def _branch_of(
     q_indptr_ptr,  # [num_branches + 1]
     token, begin, end, typical_len,
 ):  # fmt: skip
-    """The branch among [begin, end) that each query token of a block belongs to.
+    """Returns the branch among [begin, end) that each query token of a block belongs to.
 
     The first guess is right for all tokens when branches have typical_len queries each, as in decode.
     """
@@ -87,10 +87,10 @@ def _attend(
     D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Attends from a chunk's packed rows first_row on, at most BLOCK_M of its num_rows, to one kv head."""
+    """Computes packed rows of a chunk, from first_row on at most BLOCK_M of its num_rows, for one kv head."""
     row = first_row + tl.arange(0, BLOCK_M)
     kept = row < num_rows
-    row = tl.minimum(row, num_rows - 1)  # what is beyond repeats the last row, so it widens no range of keys
+    row = tl.minimum(row, num_rows - 1)  # rows beyond the last one repeat it, so they widen no range of keys
     token = first_token + row // GROUP
     head = kv_head * GROUP + row % GROUP
     typical_len = tl.maximum(1, num_rows // GROUP // (row_end - row_begin))
@@ -102,7 +102,7 @@ def _attend(
     slot += query * num_parts + part
     is_final = kept & (num_parts == 1)
     is_part = kept & (num_parts > 1) & (slot < max_parts)
-    # One number per row says where its result goes, so that the loop over keys keeps few registers.
+    # One number per row gives the place of its result, so that the loop over keys needs few registers for it.
     target = tl.where(is_final, token, slot).to(tl.int64) * NUM_HEADS + head
     position = tl.load(seq_lens_ptr + branch) - q_len + query
     visible_end = tl.minimum(position + 1, token_end)
@@ -120,11 +120,11 @@ def _attend(
     m_i = tl.full([BLOCK_M], -float("inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # Counted from 0, for Triton pipelines no loads of a loop that begins at a number computed like this one.
+    # The loop counts from 0, because Triton pipelines no loads in a loop whose begin is computed in this way.
     for offset in tl.range(0, end - begin, BLOCK_N, num_stages=NUM_STAGES):
         start = begin + offset
         key = start + tl.arange(0, BLOCK_N)
-        # Slots past the last visible key, and entries of the table, hold anything; NaN times a probability of 0 is NaN.
+        # Slots past the last visible key may hold NaN, and NaN times a probability of 0 is NaN; table entries any page.
         exists = key < end
         if PAGE_SIZE % BLOCK_N == 0:
             page = tl.load(table_ptr + start // PAGE_SIZE).to(tl.int64)
@@ -172,7 +172,7 @@ def _attend(
         tl.store(out_ptr + target[:, None] * D + d, acc.to(out_ptr.dtype.element_ty), mask=stored)
     if tl.max(is_part.to(tl.int32)) > 0:
         tl.store(part_lse_ptr + target, lse, mask=is_part)
-        stored = (is_part & (l_i != 0.0))[:, None] & in_head  # nobody reads the out of an empty part
+        stored = (is_part & (l_i != 0.0))[:, None] & in_head  # the out of an empty part is never read
         tl.store(part_out_ptr + target[:, None] * D + d, acc, mask=stored)
 
 
@@ -198,7 +198,7 @@ def _tree_attention_kernel(
     num_chunks = tl.load(counts_ptr + plan_rows.NUM_CHUNKS)
     num_items = tl.load(counts_ptr + plan_rows.NUM_TILES) * num_kv_heads
     num_items = tl.where(tl.load(counts_ptr + plan_rows.PAGE_SIZE) == PAGE_SIZE, num_items, 0)
-    # Items of one tile are neighbours, and so are those of one chunk: they share pages, or cache lines of them.
+    # Items of one tile are neighbours, and so are those of one chunk, so that they find shared pages in the cache.
     for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0), num_stages=1):
         tile, kv_head = item // num_kv_heads, item % num_kv_heads
         chunk_ptr = chunks_ptr + plan_rows.COLUMNS * _chunk_of(chunks_ptr, num_chunks, tile, 64)
@@ -238,7 +238,7 @@ def _merge_parts_kernel(
     token, head = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
     target = token.to(tl.int64) * NUM_HEADS + head
-    # The host has not read the plan. A plan that is not for this call makes all results NaN.
+    # The host has not checked the plan. A plan that does not fit this call makes all results NaN.
     is_flat = (tl.load(counts_ptr + plan_rows.NUM_TILES) > 0) | (tl.load(counts_ptr + plan_rows.NUM_CHUNKS) == 0)
     num_owned = tl.load(q_indptr_ptr + num_branches)  # tokens beyond belong to no branch
     fits = is_flat & (tl.load(counts_ptr + plan_rows.PAGE_SIZE) == PAGE_SIZE) & (num_owned <= num_q)
@@ -300,10 +300,10 @@ def tree_attention(
     logits_soft_cap: float,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `treedecode.ops.tree_attention`; takes flat plans only.
+    """Launches `treedecode.ops.tree_attention`, for flat plans only.
 
-    Values of tensors are not read on the host. A plan that is chained, for another page size or for more query tokens
-    makes all results NaN; nothing is written out of bounds whatever a plan says.
+    The host reads no values. A plan that is chained, for another page size or for more query tokens makes all results
+    NaN; no plan makes the kernels write out of bounds.
     """
     check.tensor(q, "q", "[num_q, num_qo_heads, head_dim]", (-1, -1, -1), *check.FLOATS)
     num_q, num_qo_heads, head_dim = q.shape
@@ -359,21 +359,21 @@ def tree_attention(
 
 
 def block_d(head_dim: int) -> int:
-    """Width of a block of whole heads."""
+    """Returns the width of a block of whole heads."""
     return max(16, triton.next_power_of_2(head_dim))
 
 
 def constants(c: Config) -> dict[str, Any]:
-    """The kernel's constants for a configuration."""
+    """Returns the constants of the kernel for a configuration."""
     attend = _attend_apart if c.calls else _attend
     return {"HEIGHTS": c.heights, "BLOCK_N": c.block_n, "NUM_STAGES": c.num_stages, "ATTEND": attend}
 
 
 def bounds(num_q: int, num_branches: int, max_chunks: int, group: int) -> tuple[int, int]:
-    """(workers per kv head that a plan of these shapes is for, the most partial results it can have).
+    """Returns (workers per kv head, max_parts): the workers and the most partial results of a plan of these shapes.
 
-    A path has at most 8 shared nodes and a leaf, and no more of them than other branches to share with. A cut adds a
-    part to the rows of one work tile, of which there are about 4 per worker, of 128 packed rows.
+    A path has at most 8 shared nodes and a leaf, and at most one shared node for each other branch. A cut adds a part
+    to the rows of one work tile. There are about 4 cuts for each worker, and a work tile has up to 128 packed rows.
     """
     workers = max(1, (max_chunks - max(0, 2 * num_branches - 1)) // 4)
     cuts = min(4 * workers * num_q, 512 * workers // group)

@@ -1,4 +1,4 @@
-"""Triton's tree_attention and plan_tree without a GPU: run in the interpreter, and compiled for every target."""
+"""The Triton kernels of tree_attention and plan_tree, in the interpreter, and compiled for every target."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ SHAPES = [  # dtype, num_qo_heads, num_kv_heads, head_dim, page_size
 
 
 def flat(case, num_workers):
-    """The case with a flat plan."""
+    """Returns the case with a flat plan."""
     page_size, num_kv_heads, head_dim = case.k_pages.shape[1:]
     plan = ops.plan_tree(
         case.page_table, case.seq_lens, case.plan.q_indptr.diff(), page_size=page_size, head_dim=head_dim,
@@ -38,7 +38,7 @@ def flat(case, num_workers):
 
 
 def launch(case):
-    """What `ops.tree_attention` does with CUDA tensors."""
+    """Runs the launcher as `ops.tree_attention` does with CUDA tensors."""
     options = {"sm_scale": None, "window_left": -1, "logits_soft_cap": 0.0, "sinks": None} | case.options
     if options["sm_scale"] is None:
         options["sm_scale"] = case.q.shape[-1] ** -0.5
@@ -47,13 +47,13 @@ def launch(case):
 
 
 def num_parts(case):
-    """The numbers of partial results that query tokens have."""
+    """Returns the numbers of partial results that query tokens have."""
     parts, queries = case.plan.part_indptr.diff(), case.plan.q_indptr.diff()
     return {int(n) // int(q) for n, q in zip(parts, queries, strict=True) if q}
 
 
 def small_forest(page_size):
-    """Three levels, a row that ends where others go on, two rows that share little, a single row, an empty one."""
+    """A forest: three levels, a row that ends where others go on, rows that share little, a single and an empty row."""
     unit = max(1, 32 // page_size)
     deep = tree_rows([2, 2], [4 * unit, 2 * unit, 1])
     return ragged([*deep, deep[-1][: 2 * unit], [2000, 2001], [2000, 2002], [5000], []], page_size)
