@@ -1,4 +1,4 @@
-"""Front doors of the ops: `torch.ops.treedecode.*` with checked arguments and documented semantics."""
+"""The ops: functions over `torch.ops.treedecode.*` with checked arguments and documented semantics."""
 
 from treedecode.ops._native import Choice, compiled_isas, cpu_isa, explain, names, set_cpu_isa
 from treedecode.ops.append_kv import append_kv

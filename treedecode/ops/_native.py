@@ -1,4 +1,4 @@
-"""The native op library: loading it, calling it, and saying which backend an op takes and why."""
+"""Loads and calls the native op library, and explains which backend an op takes and why."""
 
 import functools
 import re
@@ -24,7 +24,7 @@ if not _LIBRARY.exists():
 torch.ops.load_library(str(_LIBRARY))
 
 _CUDA_LIBRARY = _LIBRARY.with_name("_cuda.so")
-_HAS_CUDA_LIBRARY = _CUDA_LIBRARY.exists()  # left out where there is no nvcc; it loads without a GPU too
+_HAS_CUDA_LIBRARY = _CUDA_LIBRARY.exists()  # not built where there is no nvcc; it loads without a GPU
 if _HAS_CUDA_LIBRARY:
     torch.ops.load_library(str(_CUDA_LIBRARY))
 
@@ -33,9 +33,11 @@ _EXCEPTIONS = {"ValueError": ValueError, "TypeError": TypeError}
 
 
 def call(op: torch._ops.OpOverload, *args: Any) -> Any:
-    """Calls a native op; its argument errors come out as ValueError or TypeError.
+    """Calls a native op, and raises its argument errors as ValueError or TypeError.
 
     Raises:
+        ValueError: as the op says.
+        TypeError: as the op says.
         RuntimeError: an argument requires a gradient, which no op computes. Without this check the result would carry a
             `grad_fn` that only warns, and a residual connection around the op would hide the missing part.
     """
@@ -49,10 +51,10 @@ def call(op: torch._ops.OpOverload, *args: Any) -> Any:
         for argument, value in zip(op._schema.arguments, args, strict=False):
             if value is None and str(argument.type) == "Tensor":
                 raise TypeError(f"{argument.name}: expected a tensor, got None") from None
-        found = _ARGUMENT_ERROR.search(str(error))
-        if found is None:
+        match = _ARGUMENT_ERROR.search(str(error))
+        if match is None:
             raise
-        raise _EXCEPTIONS[found[1]](found[2]) from None
+        raise _EXCEPTIONS[match[1]](match[2]) from None
 
 
 def _requires_grad(value: Any) -> bool:
@@ -73,8 +75,8 @@ def _needs_grad(op: torch._ops.OpOverload, args: tuple[Any, ...]) -> str:
 def register_fake(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers the decorated function as the fake kernel of the ops `names`.
 
-    It also stands for meta tensors, and one of those among tensors of another device is enough for the dispatcher to
-    take it; its result would then pass for a computed one.
+    The dispatcher also calls a fake kernel if any of the tensors is on the meta device. Tensors on several devices are
+    refused, because the result would look like a computed one.
     """
 
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,18 +96,18 @@ def _on_one_device(name: str, kernel: Callable[..., Any], *args: Any) -> Any:
 
 
 def cpu_isa() -> tuple[str, str]:
-    """(active, best) CPU instruction set of the kernels, names from `env.CPU_ISAS`."""
+    """Returns (active, best): CPU instruction sets of the kernels, by their names in `env.CPU_ISAS`."""
     active, detected, _ = torch.ops.treedecode._cpu_isa(-1)
     return env.CPU_ISAS[active], env.CPU_ISAS[detected]
 
 
 def compiled_isas() -> tuple[str, ...]:
-    """The CPU instruction sets this build has kernels for, worst first."""
+    """Returns the CPU instruction sets that this build has kernels for, the simplest first."""
     return env.CPU_ISAS[: torch.ops.treedecode._cpu_isa(-1)[2] + 1]
 
 
 def set_cpu_isa(name: str) -> None:
-    """Chooses the CPU kernels' instruction set for the whole process.
+    """Sets the instruction set of the CPU kernels, for the whole process.
 
     Raises:
         ValueError: the name is unknown, or this machine cannot run it.
@@ -120,7 +122,7 @@ if (_requested := env.cpu_isa()) is not None:
 
 
 def names() -> list[str]:
-    """The public ops of this build, `torch.ops.treedecode.<name>`."""
+    """Returns the public ops of this build, `torch.ops.treedecode.<name>`."""
     ops = (
         name.removeprefix("treedecode::") for name in torch._C._dispatch_get_all_op_names() if "treedecode::" in name
     )
@@ -129,7 +131,7 @@ def names() -> list[str]:
 
 USE_REFERENCE = env.backend() == "reference"
 
-# Those with a kernel in the CUDA library.
+# Ops with a kernel in the CUDA library.
 CUDA_OPS = frozenset(
     op for op in names() if torch._C._dispatch_has_kernel_for_dispatch_key(f"treedecode::{op}", "CUDA")
 )
@@ -143,7 +145,7 @@ try:
             torch.library.register_kernel(f"treedecode::{_op}", "cuda", _launch)
         elif _tuned.takes_triton(_op):
             _launch = _tuned.chooser(_op, getattr(torch.ops.treedecode_cuda, _op), _launch)
-            with warnings.catch_warnings(action="ignore"):  # that it takes the place of another is the point
+            with warnings.catch_warnings(action="ignore"):  # torch warns that the CUDA kernel is replaced
                 torch.library.register_kernel(f"treedecode::{_op}", "cuda", _launch)
     _NO_TRITON = None
 except ImportError as _error:
@@ -151,7 +153,7 @@ except ImportError as _error:
 
 
 class Choice(NamedTuple):
-    """Which backend an op takes on a device, and why each other one was not taken."""
+    """The backend that an op takes on a device, and the reason against each other one."""
 
     op: str
     device: str
@@ -160,7 +162,7 @@ class Choice(NamedTuple):
 
 
 def explain(op: str, device: str = "cpu") -> Choice:
-    """The backend `op` takes on `device` (`cpu` or `cuda`) in this process.
+    """Returns the backend that `op` takes on `device` (`cpu` or `cuda`) in this process, and the reasons.
 
     Raises:
         ValueError: unknown op or device.
@@ -169,13 +171,13 @@ def explain(op: str, device: str = "cpu") -> Choice:
         raise ValueError(f"op: treedecode has no op {op!r}")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device: expected 'cpu' or 'cuda', got {device!r}")
-    rejected = {backend: _why_not(op, device, backend) for backend in ("cuda", "triton", "cpu", "reference")}
-    taken = next((backend for backend, reason in rejected.items() if reason is None), "none")
-    return Choice(op, device, taken, {name: why for name, why in rejected.items() if why is not None})
+    reasons = {backend: _reason_against(op, device, backend) for backend in ("cuda", "triton", "cpu", "reference")}
+    taken = next((backend for backend, reason in reasons.items() if reason is None), "none")
+    return Choice(op, device, taken, {backend: reason for backend, reason in reasons.items() if reason is not None})
 
 
-def _why_not(op: str, device: str, backend: str) -> str | None:
-    """Why `op` does not take `backend` on `device`; None when it does."""
+def _reason_against(op: str, device: str, backend: str) -> str | None:
+    """Returns the reason for which `op` does not take `backend` on `device`; None when it does."""
     if backend == "reference":
         return None if USE_REFERENCE else "only on request (TREEDECODE_BACKEND=reference)"
     if backend == "triton":

@@ -1,4 +1,4 @@
-"""append_kv: write new tokens' keys and values into the paged cache."""
+"""append_kv: writes keys and values of new tokens into the paged cache."""
 
 import torch
 from torch import Tensor
@@ -15,10 +15,11 @@ def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Ten
         k_pages, v_pages: `[num_pages, page_size, num_kv_heads, head_dim]`, same dtype, any strides with unit
             head_dim stride.
         slots: `[num_tokens]` int64, `page * page_size + offset`; a negative slot is skipped. No two tokens may
-            share a slot: whose K and V it would hold is undefined, and this is not checked.
+            share a slot: then the slot holds the K and V of any of them, and this is not checked.
 
     Raises:
-        ValueError, TypeError: an argument's shape, dtype, stride or a slot is out of range; nothing is written.
+        ValueError: an argument's shape or stride is wrong, or a slot is out of range; nothing is written.
+        TypeError: an argument's dtype is wrong; nothing is written.
     """
     if USE_REFERENCE:
         return reference.append_kv(k, v, k_pages, v_pages, slots)

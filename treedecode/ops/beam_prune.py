@@ -16,11 +16,11 @@ def beam_prune(
     token_mask: Tensor | None = None,
     is_logprobs: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The `num_candidates` best continuations of each group of rows, over flattened rows x vocabulary.
+    """Finds the `num_candidates` best continuations of each group of rows, over flattened rows x vocabulary.
 
     A candidate's score is `cum_logprobs[row] + (logits[row, token] - lse[row])`, rounded once to fp32. Candidates are
-    sorted by (score descending, row ascending, logit descending, token ascending): so equal logits of a row go by
-    token, and logits that only rounding makes equal scores keep their order.
+    sorted by (score descending, row ascending, logit descending, token ascending): equal logits of a row are in token
+    order, and logits whose scores are equal only after rounding keep their order.
 
     Args:
         logits: `[rows, vocab]` fp32, bf16 or fp16, unit stride along vocab. -inf = impossible, never a candidate.
@@ -36,10 +36,11 @@ def beam_prune(
         `[rows]` fp32, natural log. A group with fewer candidates ends in score -inf, parent -1, token -1.
 
     Raises:
-        ValueError, TypeError: an argument's shape, dtype or value is wrong; a row of logits or its `cum_logprobs`
-            is NaN or +inf (the message names the row). On a GPU values are not looked at: `lse` of a row with a NaN or
-            +inf logit is NaN, and a group with such a row, or such a `cum_logprobs`, gets scores NaN, parent -1, token
-            -1 throughout; offsets that are none give some rows' candidates.
+        ValueError: an argument's shape or value is wrong; a row of logits or its `cum_logprobs` is NaN or +inf (the
+            message names the row). On a GPU the host does not read values: `lse` of a row with a NaN or +inf logit is
+            NaN, and a group with such a row, or such a `cum_logprobs`, gets scores NaN, parent -1 and token -1; with
+            invalid offsets, the candidates are those of arbitrary rows.
+        TypeError: an argument's dtype is wrong.
     """
     if USE_REFERENCE:
         scores, parent, token, lse = reference.beam_prune(

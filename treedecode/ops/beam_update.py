@@ -1,4 +1,4 @@
-"""beam_update: one beam-search step after pruning, from candidates to running and finished beams."""
+"""beam_update: one step of beam search after pruning, from candidates to running and finished beams."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ _EARLY_STOPPING: dict[bool | str, int] = {False: 0, True: 1, "never": 2}
 
 
 def beam_candidates(num_beams: int, num_eos: int) -> int:
-    """Candidates per group a beam search needs: num_beams of them go on even if every beam's best tokens are EOS."""
+    """Returns the candidates per group that a beam search needs to go on even if every beam's best tokens are EOS."""
     return max(2, 1 + num_eos) * num_beams
 
 
@@ -38,11 +38,11 @@ def beam_update(
     A group is one search: one prompt and its beams. A candidate is a *hit* when its token is in `eos_ids`, `stop` says
     so, or the group reaches `max_new_tokens`. With k beams, the first `max(2, 1 + num_eos) * k` candidates count.
 
-    * The next running beams are the best k by score, where a hit has 1e9 subtracted: hits go on only when nothing else
-      is left, in their order.
+    * The next running beams are the best k by score, where a hit has 1e9 subtracted: hits go on only when there are
+      no other candidates, in their order.
     * A hit enters the pool only from rank < k, with score / length ** length_penalty. The length counts generated
       tokens, EOS included, not the prompt. The pool keeps the best k of old and new, old ones first among equals.
-    * The group is done, and its pool final, when no candidate is left to go on; or the pool is full and
+    * The group is done, and its pool final, when no candidate goes on; or the pool is full and
       `early_stopping` is True; or the best running beam, at its current length ("never" with a positive
       length_penalty: at `max_new_tokens`), scores no better than the worst finished one. Once done it stays done.
 
@@ -54,7 +54,7 @@ def beam_update(
         pool_scores, pool_lens, pool_parents, pool_tokens: `[num_beams]` fp32, int32, int32, int32: the finished beams,
             best first. Length 0 = a free entry, its score is -1e9. The text of an entry is the history of beam
             `pool_parents` (counted within the group) as of length - 1 tokens, then `pool_tokens`.
-        done: `[num_groups]` bool; a group that is done on entry is left alone.
+        done: `[num_groups]` bool; a group that is done on entry stays as it is.
         gen_lens: `[num_groups]` int32, tokens generated before this step.
         max_new_tokens: `[num_groups]` int32.
         eos_ids: `[num_eos]` int32, may be empty.
@@ -68,8 +68,9 @@ def beam_update(
         and the parent some row of the group.
 
     Raises:
-        ValueError, TypeError: an argument is out of range; nothing is written. On a GPU, where the host does not wait
-            to look at values, a group with such a value is left alone and its running scores are NaN.
+        ValueError: an argument's shape or value is wrong; nothing is written. On a GPU the host does not read values: a
+            group with a bad value stays as it is, and its running scores are NaN.
+        TypeError: an argument's dtype is wrong; nothing is written.
 
     Source: the semantics, rounding of the 1e9 included, are those of beam search in Hugging Face Transformers 5.
     """

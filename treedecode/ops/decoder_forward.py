@@ -1,4 +1,4 @@
-"""decoder_forward: all layers of a common decoder, its last norm and its head, in one call on the CPU."""
+"""decoder_forward: runs all layers of a common decoder, its last norm and its head, in one call on the CPU."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from treedecode import reference
 from treedecode.ops._native import USE_REFERENCE, call, register_fake
 from treedecode.ops.plan_tree import TreePlan
 
-# Of one layer in `DecoderWeights.tensors`, in this order; `pack_weight` and `pack_bias` lay out the linear ones.
+# Tensors of one layer in `DecoderWeights.tensors`, in order; `pack_weight` and `pack_bias` lay out the linear ones.
 LAYER_TENSORS = (
     "input_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o_proj", "o_proj_bias",
     "output_norm", "gate_up", "gate_up_bias", "down", "down_bias", "sinks",
@@ -20,7 +20,7 @@ HEAD_TENSORS = ("final_norm", "lm_head", "lm_head_bias")
 
 @dataclass(frozen=True)
 class DecoderWeights:
-    """What `decoder_forward` computes with.
+    """The weights and constants of a decoder, as `decoder_forward` takes them.
 
     Attributes:
         tensors: those of LAYER_TENSORS for each layer, then those of HEAD_TENSORS; an empty tensor where there is none.
@@ -30,7 +30,7 @@ class DecoderWeights:
             `window_left` of `tree_attention`.
         eps, unit_offset: of all norms, as in `rms_norm`.
         gate: "silu" or "gelu_tanh".
-        num_qo_heads, intermediate_size, vocab_size: sizes that the tensors' padded shapes do not tell.
+        num_qo_heads, intermediate_size, vocab_size: sizes that cannot be read off the padded shapes of tensors.
     """
 
     tensors: Sequence[Tensor]
@@ -57,10 +57,10 @@ def decoder_forward(
     logit_rows: Tensor,
     weights: DecoderWeights,
 ) -> tuple[Tensor, Tensor]:
-    """One forward over embedded tokens: layers of norm, attention, residual, norm, gated MLP, residual; norm; head.
+    """Runs one forward of embedded tokens: layers of norm, attention, residual, norm, gated MLP, residual; norm; head.
 
-    The same kernels as the single ops, in the same order, so the result has the same bits: what is saved is a
-    round trip to Python per op. The interpreter's lock is free for all of it.
+    It calls the kernels of the single ops in their order, so the result has the same bits; it saves a round trip to
+    Python per op, and does not hold the interpreter's lock.
 
     Args:
         x: `[num_tokens, hidden_size]`, the embedded query tokens of all branches in row order; fp32, bf16 or fp16,
@@ -74,10 +74,11 @@ def decoder_forward(
         weights: of the model.
 
     Returns:
-        logits `[num_logits, vocab_size]` and hidden `[num_logits, hidden_size]`, what the head was given; dtype of x.
+        logits `[num_logits, vocab_size]` and hidden `[num_logits, hidden_size]`, the input of the head; dtype of x.
 
     Raises:
-        ValueError, TypeError: an argument's shape, dtype, stride or value does not fit; nothing is written.
+        ValueError: an argument's shape, stride or value does not fit; nothing is written.
+        TypeError: an argument's dtype does not fit; nothing is written.
     """
     if USE_REFERENCE:
         return reference.decoder_forward(x, cos, sin, kv, slots, page_table, seq_lens, plan, logit_rows, weights)

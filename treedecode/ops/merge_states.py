@@ -1,4 +1,4 @@
-"""merge_states: attention over several sets of keys from the attention over each."""
+"""merge_states: merges the attention to several sets of keys into the attention to all of them."""
 
 import torch
 from torch import Tensor
@@ -12,11 +12,11 @@ def merge_states(part_out: Tensor, part_lse: Tensor, merge_indptr: Tensor) -> tu
 
     State i is the merge of the parts `merge_indptr[i]` to `merge_indptr[i + 1]`: lse = log(sum exp(lse_p)) and
     out = sum exp(lse_p - lse) * out_p, computed in fp32 in the order of the parts. A part without keys (lse -inf)
-    does not count, whatever its out holds. (Formula: Milakov & Gimelshein, arXiv:1805.02867.)
+    has weight 0, and its out may hold anything. (Formula: Milakov & Gimelshein, arXiv:1805.02867.)
 
     Args:
         part_out: `[num_parts, num_heads, head_dim]`, fp32, bf16 or fp16, unit stride in the last dimension. Keep
-            partials in fp32 where you can: rounding them costs more than the merge does.
+            partials in fp32 where you can: rounding them loses more precision than the merge.
         part_lse: `[num_parts, num_heads]` fp32, natural log.
         merge_indptr: `[num_states + 1]` int32, offsets that do not decrease.
 
@@ -25,7 +25,8 @@ def merge_states(part_out: Tensor, part_lse: Tensor, merge_indptr: Tensor) -> tu
         state without parts, or with none that has keys: out 0, lse -inf.
 
     Raises:
-        ValueError, TypeError: an argument's shape, dtype or stride is wrong, or an offset is out of range.
+        ValueError: an argument's shape or stride is wrong, or an offset is out of range.
+        TypeError: an argument's dtype is wrong.
     """
     if USE_REFERENCE:
         out, lse = reference.merge_states(part_out, part_lse, merge_indptr)

@@ -1,4 +1,4 @@
-"""packed_linear: a linear layer whose weights are laid out for few rows, with bias, gating and residual in one pass."""
+"""packed_linear: a linear layer with weights laid out for few rows, and bias, gate and residual in one pass."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from torch import Tensor
 from treedecode import reference
 from treedecode.ops._native import USE_REFERENCE, call, register_fake
 
-_PANEL = 16  # output features that lie side by side
+_PANEL = 16  # neighbouring output features
 
 
 def pack_weight(weight: Tensor, up: Tensor | None = None) -> Tensor:
@@ -15,11 +15,14 @@ def pack_weight(weight: Tensor, up: Tensor | None = None) -> Tensor:
 
     Args:
         weight: `[out_features, in_features]`, fp32, bf16 or fp16, in_features even.
-        up: for a gated layer, the weight of the branch that the gate scales, shaped like `weight`.
+        up: for a gated layer, the weight of the product that the gate scales, shaped like `weight`.
 
     Returns:
         `[num_panels, in_features, 16]`: output features in panels of 16 (zeros beyond out_features); gate and up
-        alternate. In bf16 the two values of neighbouring in_features lie side by side.
+        alternate. In bf16 the two values of neighbouring in_features are next to each other.
+
+    Raises:
+        ValueError: another shape, or `up` does not fit `weight`.
     """
     if weight.dim() != 2 or 0 in weight.shape or weight.shape[1] % 2:
         raise ValueError(
@@ -53,10 +56,10 @@ def packed_linear(
     residual: Tensor | None = None,
     gate: str = "",
 ) -> Tensor:
-    """`x @ W.T + bias + residual`, or gated `act(x @ W.T + bias) * (x @ U.T + bias_up) + residual`.
+    """Computes `x @ W.T + bias + residual`, or gated `act(x @ W.T + bias) * (x @ U.T + bias_up) + residual`.
 
     Everything is computed in fp32 and rounded once. A row of the result does not depend on the other rows of `x`, not
-    even in the last bit, and neither on the number of threads.
+    even in the last bit, nor on the number of threads.
 
     Args:
         x: `[num_rows, in_features]`, fp32, bf16 or fp16, unit stride in the last dimension.
@@ -70,7 +73,8 @@ def packed_linear(
         `[num_rows, out_features]`, contiguous, dtype of x.
 
     Raises:
-        ValueError, TypeError: an argument's shape, dtype, stride or value does not fit.
+        ValueError: an argument's shape, stride or value does not fit.
+        TypeError: an argument's dtype does not fit.
     """
     if USE_REFERENCE:
         return reference.packed_linear(x, weight, out_features, bias=bias, residual=residual, gate=gate)

@@ -1,4 +1,4 @@
-"""plan_tree: which branches share which pages, cut into chunks; made once per step, used by every layer."""
+"""plan_tree: finds the pages that branches share, and cuts them into chunks; once per step, for all layers."""
 
 from dataclasses import dataclass
 
@@ -9,37 +9,37 @@ from treedecode import reference
 from treedecode.ops._native import USE_REFERENCE, call, register_fake
 from treedecode.reference.plan_tree import ChainedChunk, FlatChunk, PlanCounts
 
-# Of csrc/cpu/plan_tree.h, where they are explained.
+# As in csrc/cpu/plan_tree.h, which explains them.
 SEGMENT = 1024
 TILES_PER_WORKER = 4
 
-_COUNTS = PlanCounts(*range(len(PlanCounts._fields)))  # where each number is
+_COUNTS = PlanCounts(*range(len(PlanCounts._fields)))  # position of each number in `counts`
 
 
 @dataclass(frozen=True, repr=False)
 class TreePlan:
-    """How `tree_attention` reads the page table of one step. All tensors are int32.
+    """A plan for `tree_attention` over the page table of one step. All tensors are int32.
 
     A branch's *path* is the list of its chunks from the root of its tree to its own last tokens, in token order. A
     *chained* plan is for the CPU: no chunk crosses a multiple of 1024 tokens, the borders of *segments*; a query token
-    attends to a segment's chunks one after the other, each going on with the sums of the one before, and a segment is
-    one partial result. A *flat* plan is for a GPU: chunks are cut by cost and know nothing of one another, so each
-    is a partial result. Partial results are merged in the order of the path.
+    attends to a segment's chunks one after the other, each continuing the sums of the one before, and a segment is
+    one partial result. A *flat* plan is for a GPU: chunks are cut by cost and computed independently, and each is a
+    partial result. Partial results are merged in the order of the path.
 
     Attributes:
         q_indptr: `[num_branches + 1]`, offsets of each branch's query tokens.
         part_indptr: `[num_branches + 1]`, offsets of each branch's partial results: query token t (0-based) of branch b
-            has them in the slots `part_indptr[b] + t * num_parts(b) + i`, i counting along the path. A branch with no
-            tokens or no queries has none.
+            has them in the slots `part_indptr[b] + t * num_parts(b) + i`, i counting along the path. A branch without
+            tokens or without queries has none.
         chunks: `[max_chunks, 6]`, rows of row_begin, row_end, token_begin, token_end and two more (`named_chunks` gives
             them names). All branches in `[row_begin, row_end)` hold the same pages for the tokens
             `[token_begin, token_end)`; a branch may end before token_end, and in a flat plan with pages of more than 64
             tokens before token_begin.
-            Chained: segment, round. A chunk of round r > 0 goes on from one of round r - 1. Sorted by round, the most
-            expensive of a round first. Borders are even, as pairs of bf16 keys are added at once.
-            Flat: part, tile_begin. part is the number of the partial result on the path, tile_begin the number of
+            Chained: segment, round. A chunk of round r > 0 continues one of round r - 1. Sorted by round, the most
+            expensive of a round first. Borders are even, because pairs of bf16 keys are added at once.
+            Flat: part, tile_begin. part is the index of the partial result on the path, tile_begin the number of
             work tiles (of at most 128 packed rows) of all chunks before. Sorted by cost, roughly.
-        counts: `[6]`, the numbers that the properties of their names give as tensors `[]`, without waiting for a GPU.
+        counts: `[6]`, the numbers of PlanCounts. Properties return them as tensors `[]`, without waiting for a GPU.
     """
 
     q_indptr: Tensor
@@ -49,22 +49,22 @@ class TreePlan:
 
     @property
     def num_chunks(self) -> Tensor:
-        """Rows of `chunks` that are defined; -1 where counts do not fit (on a GPU)."""
+        """Number of defined rows of `chunks`; -1 where counts do not fit (on a GPU)."""
         return self.counts[_COUNTS.num_chunks]
 
     @property
     def num_parts(self) -> Tensor:
-        """Partial results of all query tokens."""
+        """Number of partial results of all query tokens."""
         return self.counts[_COUNTS.num_parts]
 
     @property
     def unique_tokens(self) -> Tensor:
-        """Tokens of all chunks, which are read once each."""
+        """Number of tokens of all chunks, which are read once each."""
         return self.counts[_COUNTS.unique_tokens]
 
     @property
     def path_tokens(self) -> Tensor:
-        """Tokens that the branches with queries would read each for itself."""
+        """Number of tokens that the branches with queries would read without sharing."""
         return self.counts[_COUNTS.path_tokens]
 
     @property
@@ -74,11 +74,11 @@ class TreePlan:
 
     @property
     def num_tiles(self) -> Tensor:
-        """Work tiles of a flat plan; 0 in a chained one."""
+        """Number of work tiles of a flat plan; 0 in a chained one."""
         return self.counts[_COUNTS.num_tiles]
 
     def named_chunks(self) -> list[ChainedChunk] | list[FlatChunk]:
-        """The rows of `chunks` that are defined, by name; on a GPU this waits for the plan."""
+        """Returns the defined rows of `chunks` as named tuples; on a GPU this waits for the plan."""
         counts = PlanCounts(*self.counts.tolist())
         chunks = self.chunks[: max(0, counts.num_chunks)].tolist()
         if counts.num_tiles:
@@ -86,7 +86,7 @@ class TreePlan:
         return [ChainedChunk(*chunk) for chunk in chunks]
 
     def __repr__(self) -> str:
-        """Shows what is defined of the plan; on a GPU this waits for it."""
+        """Shows the defined part of the plan; on a GPU this waits for it."""
         if self.counts.is_meta or type(self.counts) is not Tensor:  # no values: on the meta device, or while tracing
             return f"TreePlan(num_branches={self.q_indptr.shape[0] - 1}, max_chunks={self.chunks.shape[0]})"
         counts = PlanCounts(*self.counts.tolist())
@@ -110,21 +110,21 @@ def plan_tree(
 
     Neighbouring rows share a page when all page ids up to it are equal and both have tokens there: the tree is that of
     the longest common prefixes of adjacent rows, of any depth, with any number of roots. Rows in any order are
-    correct; rows in depth-first order share best. Page ids are all that counts: table entries beyond a branch's
-    seq_len are never compared.
+    correct; rows in depth-first order share best. Only page ids are compared, and no table entries beyond a branch's
+    seq_len.
 
-    In units of one packed row (a query token's query head of one kv head) attending to one token, reading a token's K
-    and V is taken to cost 16, and a packed row's partial result 32. So a node of n tokens with c children goes to the
-    children, who then read it c times, where 16 * (c - 1) * n <= 32 * (packed rows that would go on from it).
+    The unit of cost is one packed row (a query token's query head of one kv head) attending to one token. Reading K and
+    V of a token costs 16, and the partial result of a packed row 32. So a node of n tokens with c children is folded
+    into the children, which then read it c times, where 16 * (c - 1) * n <= 32 * (packed rows that continue below it).
 
     In a chained plan neither sharing nor folding changes a branch's result: it is the same, to the last bit, as for
     the branch alone. For that, neighbours that share an odd number of tokens share one page less.
 
     A flat plan keeps at most 8 shared nodes on a path, the first ones that pay. A work tile is a chunk and up to 128 of
-    its packed rows, and costs its tokens: reading them takes longer than what few rows do with them. Nodes are cut
-    into chunks (in steps of 64 tokens) whose tiles cost about a quarter of a worker's share of all tiles; but of at
-    least 128 tokens, and of 4 for each packed row of a tile, as long as that is no more than half of a share. Its
-    results are repeatable, but a branch's last bits depend on what else is planned.
+    its packed rows. It costs as much as it has tokens, because reading them takes longer than computing the rows. Nodes
+    are cut into chunks (in steps of 64 tokens) whose tiles cost about a quarter of a worker's share of all tiles. A
+    chunk has at least 128 tokens, and at least 4 for each packed row of a tile, as long as that is at most half of a
+    share. Results are repeatable, but the last bits of a branch depend on the other branches of the plan.
 
     The plan depends on the arguments alone, never on the number of threads.
 
@@ -144,8 +144,8 @@ def plan_tree(
         TypeError: an argument's dtype is wrong.
         ValueError: an argument's shape or stride is wrong, attention does not take this head_dim, a seq_len is negative
             or beyond max_pages * page_size, a q_len is negative or more than the branch's seq_len, or a count exceeds
-            int32. On a GPU nobody waits to look at values: lengths are clamped to these ranges, and where counts do not
-            fit num_chunks is -1.
+            int32. On a GPU the host does not read values: lengths are clamped to these ranges, and num_chunks is -1
+            where counts do not fit.
     """
     if num_workers is None:
         num_workers = default_workers(page_table.device)
@@ -156,7 +156,7 @@ def plan_tree(
 
 
 def default_workers(device: torch.device) -> int:
-    """`num_workers` of plans for `device`: what `tree_attention` runs there at once."""
+    """Returns `num_workers` of plans for `device`: the thread blocks that `tree_attention` runs there at once."""
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 

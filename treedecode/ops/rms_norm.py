@@ -8,7 +8,7 @@ from treedecode.ops._native import USE_REFERENCE, call, register_fake
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps)` over the last dimension, scaled by `weight`; computed in fp32.
+    """Computes `x / sqrt(mean(x^2) + eps)` over the last dimension, scaled by `weight`, in fp32.
 
     Args:
         x: `[..., size]`, fp32, bf16 or fp16, unit stride in the last dimension.
@@ -21,7 +21,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
         The shape and dtype of x, contiguous.
 
     Raises:
-        ValueError, TypeError: an argument's shape, dtype, stride or value does not fit.
+        ValueError: an argument's shape, stride or value does not fit.
+        TypeError: an argument's dtype does not fit.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv 1910.07467.
     """

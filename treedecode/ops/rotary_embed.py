@@ -19,7 +19,8 @@ def rotary_embed(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         cos, sin: `[num_tokens, head_dim]`, dtype of q.
 
     Raises:
-        ValueError, TypeError: an argument's shape, dtype or stride does not fit; nothing is written.
+        ValueError: an argument's shape or stride does not fit; nothing is written.
+        TypeError: an argument's dtype does not fit; nothing is written.
 
     Source: Su et al., RoFormer, arXiv 2104.09864, with the halves split as GPT-NeoX and Transformers do.
     """

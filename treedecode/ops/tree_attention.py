@@ -1,4 +1,4 @@
-"""tree_attention: attention of many branches over the pages of a tree, each shared page read once."""
+"""tree_attention: attention of many branches to the pages of a tree; each shared page is read once."""
 
 import math
 
@@ -23,12 +23,12 @@ def tree_attention(
     logits_soft_cap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of every branch's newest tokens over all of the branch's tokens in the paged cache.
+    """Computes attention from every branch's newest tokens to all of the branch's tokens in the paged cache.
 
     Query token t (0-based) of branch b is at position `seq_lens[b] - q_len(b) + t` and sees the keys at or before its
     position. Each chunk of pages in `plan` is read once for all the branches below it, and sums are fp32. On the CPU
-    the result of a query depends, to the last bit, on itself and the keys and values it sees alone: not on the other
-    queries of the branch, on the other branches, on what is shared, or on the number of threads.
+    the result of a query depends, to the last bit, only on itself and the keys and values that it sees: not on the
+    other queries of the branch, the other branches, the sharing, or the number of threads.
 
     Args:
         q: `[num_q, num_qo_heads, head_dim]`, fp32, bf16 or fp16, the branches' query tokens in row order; unit stride
@@ -49,10 +49,11 @@ def tree_attention(
         lse: `[num_q, num_qo_heads]` fp32, natural log of the sum of exp(score), sinks included; -inf for an empty sum.
 
     Raises:
-        ValueError, TypeError: an argument's shape, dtype, stride or value is wrong, the plan is not of this batch
-            (other lengths, page size or shared pages), or a page id is out of range. On a GPU nobody waits to look at
-            values: `out` and `lse` are NaN where a page id is out of range, and everywhere when the plan is not flat or
-            is of more query tokens or another page size.
+        ValueError: an argument's shape, stride or value is wrong, the plan is of another batch (other lengths, page
+            size or shared pages), or a page id is out of range. On a GPU the host does not read values: `out` and `lse`
+            are NaN where a page id is out of range, and everywhere when the plan is not flat or is for more query
+            tokens or another page size.
+        TypeError: an argument's dtype is wrong.
 
     Sources: online softmax, https://arxiv.org/abs/1805.02867; merging by lse, https://arxiv.org/abs/2501.01005.
     """

@@ -49,7 +49,7 @@ def _beam_prune(device: Any) -> Iterator[Arguments]:
 
 
 def _beam_update(device: Any) -> Iterator[Arguments]:
-    """Searches of 8 beams whose candidates are no hits, so that every call finds the same pools."""
+    """Yields searches of 8 beams whose candidates are no hits, so that every call finds the same pools."""
     for groups in _ROWS:
         beams = torch.arange(groups + 1, dtype=torch.int32, device=device) * 8
         scores = torch.linspace(-1, -9, 16, device=device).repeat(groups, 1)
@@ -62,7 +62,7 @@ def _beam_update(device: Any) -> Iterator[Arguments]:
 
 
 def _table(rows: int, device: Any) -> tuple[Tensor, Tensor]:
-    """Branches of 4096 shared and 256 own tokens."""
+    """Makes a page table and lengths of branches of 4096 shared and 256 own tokens."""
     shared, own = 4096 // _PAGE, 256 // _PAGE
     ids = torch.arange(rows * own, dtype=torch.int32, device=device).view(rows, own) + shared
     first = torch.arange(shared, dtype=torch.int32, device=device).expand(rows, -1)
@@ -103,7 +103,7 @@ def _copy_pages(device: Any) -> Iterator[Arguments]:
 
 
 def _fork_branches(device: Any) -> Iterator[Arguments]:
-    """All rows become themselves again, so every call finds the same state."""
+    """Yields forks of each row into an equal one, so that every call finds the same state."""
     for rows in _ROWS:
         table, lens = _table(rows, device)
         refcount = torch.bincount(table.flatten().long()).int()
@@ -112,8 +112,8 @@ def _fork_branches(device: Any) -> Iterator[Arguments]:
         yield refcount, free, table, lens, status, ids.roll(1), ids, None, _PAGE
 
 
-# Ops of which more than one backend has a kernel, with arguments of growing size. append_slots, hold_pages and
-# adopt_pages change the state with every call and cost what fork_branches does: they take its choice.
+# Ops that more than one backend has a kernel of, with arguments of growing size. append_slots, hold_pages and
+# adopt_pages change the state with every call, and cost about as much as fork_branches: they take its choice.
 CASES: dict[str, Callable[[Any], Iterator[Arguments]]] = {
     "append_kv": _append_kv,
     "beam_prune": _beam_prune,
@@ -127,7 +127,7 @@ CASES: dict[str, Callable[[Any], Iterator[Arguments]]] = {
 
 
 def seconds(call: Callable[[], Any], repeats: int = 20, rounds: int = 7) -> float:
-    """Median time of a call within a CUDA graph of `repeats` of them."""
+    """Measures a call in a CUDA graph of `repeats` calls; returns the median time of a call."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -149,17 +149,17 @@ def seconds(call: Callable[[], Any], repeats: int = 20, rounds: int = 7) -> floa
 
 
 def kernels(op: str) -> dict[str, Callable[..., Any]]:
-    """The kernels of `op` for CUDA tensors, by backend."""
-    found: dict[str, Callable[..., Any]] = {}
+    """Returns the kernels of `op` for CUDA tensors, by backend."""
+    by_backend: dict[str, Callable[..., Any]] = {}
     if op in _native.CUDA_OPS:
-        found["cuda"] = getattr(torch.ops.treedecode_cuda, op)
+        by_backend["cuda"] = getattr(torch.ops.treedecode_cuda, op)
     if op in triton_kernels.OPS:
-        found["triton"] = triton_kernels.launcher(op)
-    return found
+        by_backend["triton"] = triton_kernels.launcher(op)
+    return by_backend
 
 
 def measure(device: Any, report: Callable[[str], None]) -> dict[str, dict[int, dict[str, float]]]:
-    """op -> size class -> backend -> seconds; of several shapes in a class the sum."""
+    """Measures all ops: op -> size class -> backend -> seconds, summed over the shapes of a size class."""
     results: dict[str, dict[int, dict[str, float]]] = {}
     with torch.inference_mode():
         for op, cases in CASES.items():
@@ -179,9 +179,9 @@ def measure(device: Any, report: Callable[[str], None]) -> dict[str, dict[int, d
 
 
 def tune(report: Callable[[str], None] = print) -> str:
-    """Measures this GPU and writes its table; the path of the table.
+    """Measures this GPU and writes its table; returns the path of the table.
 
-    The choice is in force from the next start of a process on.
+    The table is used by processes that start afterwards.
 
     Raises:
         RuntimeError: there is no GPU.
@@ -195,8 +195,8 @@ def tune(report: Callable[[str], None] = print) -> str:
         for op, sizes in results.items()
     }
     if "fork_branches" in choices:
-        most = statistics.mode(choices["fork_branches"].values())
-        choices |= {op: {0: most} for op in ("append_slots", "hold_pages", "adopt_pages") if len(kernels(op)) == 2}
+        usual = statistics.mode(choices["fork_branches"].values())
+        choices |= {op: {0: usual} for op in ("append_slots", "hold_pages", "adopt_pages") if len(kernels(op)) == 2}
     path = _tuned.path_of(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     table = {

@@ -1,4 +1,4 @@
-"""Ground truth of every op: plain loops in float64 that import nothing else of treedecode."""
+"""Reference implementation of every op: plain loops in float64 that import nothing else of treedecode."""
 
 from treedecode.reference.append_kv import append_kv
 from treedecode.reference.beam_prune import beam_prune

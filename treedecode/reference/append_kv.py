@@ -1,3 +1,5 @@
+"""Reference of append_kv."""
+
 from torch import Tensor
 
 

@@ -1,3 +1,5 @@
+"""Reference of beam_prune."""
+
 import math
 
 import torch
@@ -15,7 +17,7 @@ def beam_prune(
     token_mask: Tensor | None = None,
     is_logprobs: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `treedecode.ops.beam_prune`; scores and lse come in float64."""
+    """See `treedecode.ops.beam_prune`; returns scores and lse in float64."""
     x = logits.double()
     for row in range(x.shape[0]):
         if not (x[row] < math.inf).all():

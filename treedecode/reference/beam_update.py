@@ -1,3 +1,5 @@
+"""Reference of beam_update."""
+
 import math
 
 import torch

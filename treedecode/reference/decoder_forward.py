@@ -1,3 +1,5 @@
+"""Reference of decoder_forward, by the references of its ops."""
+
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ def decoder_forward(
     logit_rows: Tensor,
     weights: Any,
 ) -> tuple[Tensor, Tensor]:
-    """See `treedecode.ops.decoder_forward`; rounded where the ops round."""
+    """See `treedecode.ops.decoder_forward`; rounds where the ops round."""
     w = weights
     num_tokens, hidden_size = x.shape
     num_kv_heads, head_dim = kv.shape[3], kv.shape[5]
@@ -32,8 +34,8 @@ def decoder_forward(
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, w.eps, unit_offset=w.unit_offset)
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor, out_features: int, **rest: Any) -> Tensor:
-        return packed_linear(x, weight, out_features, bias=bias if bias.numel() else None, **rest)
+    def linear(x: Tensor, weight: Tensor, bias: Tensor, out_features: int, **options: Any) -> Tensor:
+        return packed_linear(x, weight, out_features, bias=bias if bias.numel() else None, **options)
 
     for layer, pages in enumerate(kv):
         (input_norm, qkv, qkv_bias, q_norm, k_norm, o_proj, o_proj_bias, output_norm, gate_up, gate_up_bias, down,

@@ -1,3 +1,5 @@
+"""Reference of merge_states."""
+
 from itertools import pairwise
 
 import torch
@@ -5,7 +7,7 @@ from torch import Tensor
 
 
 def merge_states(part_out: Tensor, part_lse: Tensor, merge_indptr: Tensor) -> tuple[Tensor, Tensor]:
-    """See `treedecode.ops.merge_states`; the result is float64."""
+    """See `treedecode.ops.merge_states`; returns float64."""
     num_states = merge_indptr.numel() - 1
     out = torch.zeros(num_states, *part_out.shape[1:], dtype=torch.float64)
     lse = torch.full((num_states, part_out.shape[1]), -torch.inf, dtype=torch.float64)

@@ -1,3 +1,5 @@
+"""Reference of packed_linear."""
+
 import torch
 from torch import Tensor
 
@@ -17,8 +19,8 @@ def packed_linear(
     flat = weight.reshape(num_panels, -1).double()
     for k in range(in_features):
         for n in range(16):
-            at = (k // 2 * 16 + n) * 2 + k % 2 if weight.dtype == torch.bfloat16 else k * 16 + n
-            columns[:, n, k] = flat[:, at]
+            position = (k // 2 * 16 + n) * 2 + k % 2 if weight.dtype == torch.bfloat16 else k * 16 + n
+            columns[:, n, k] = flat[:, position]
     y = torch.einsum("tk,pnk->tpn", x.double(), columns)
     if bias is not None:
         y = y + bias.double().view(num_panels, 16)

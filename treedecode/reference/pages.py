@@ -1,10 +1,10 @@
-"""Page ops on plain Python lists. `state` is any object with the fields of `treedecode.ops.PageState`."""
+"""References of the page ops. `state` is any object with the fields of `treedecode.ops.PageState`."""
 
 from typing import Any
 
 from torch import Tensor
 
-# The status word, as in csrc/cpu/page_status.h: where its numbers are, and what the error may be.
+# Positions of the numbers in the status, and values of its error, as in csrc/cpu/page_status.h.
 STATUS_ERROR, STATUS_NUM_FREE, STATUS_NUM_NEEDED, STATUS_PEAK_USED = range(4)
 OK, OUT_OF_PAGES, BAD_ARGUMENT = range(3)
 
@@ -83,7 +83,7 @@ def append_slots(state: Any, kv: Tensor, slots: Tensor, rows: Tensor, q_lens: Te
         raise ValueError(f"slots: expected at least {sum(new)} of them, got {len(slots)}")
 
     needed = 0
-    references = state.refcount.tolist()  # that remain on each page as sharers copy it
+    references = state.refcount.tolist()  # to each page, after the copies of the sharers so far
     for row, n in zip(rows.tolist(), new, strict=True):
         length = int(state.seq_lens[row])
         needed += _pages_of(state, length + n) - _pages_of(state, length)

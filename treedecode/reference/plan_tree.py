@@ -1,3 +1,5 @@
+"""Reference of plan_tree, and the names of the columns of a plan."""
+
 from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
@@ -43,7 +45,7 @@ class PlanCounts(NamedTuple):
 
 
 class Node(NamedTuple):
-    """Rows that share the pages [page_begin, page_end), and what lies below; a leaf has one row and no children."""
+    """Rows that share the pages [page_begin, page_end), and the nodes below; a leaf has one row and no children."""
 
     rows: list[int]
     page_begin: int
@@ -64,7 +66,7 @@ def plan_tree(
     head_dim: int,
     num_workers: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `treedecode.ops.plan_tree`: the same plan to the last number, built from the top down."""
+    """See `treedecode.ops.plan_tree`; builds the same plan from the top down."""
     num_rows = len(page_table)
     seq_len = seq_lens.tolist()
     q_len = [1] * num_rows if q_lens is None else q_lens.tolist()
@@ -72,16 +74,16 @@ def plan_tree(
     pages = [row[: ceil_div(n, page_size)] for row, n in zip(page_table.tolist(), seq_len, strict=True)]
 
     def runs(rows: list[int], depth: int) -> list[list[int]]:
-        """Neighbours that share page number `depth`; a row that has none is a run of its own."""
-        found = [[rows[0]]]
+        """Groups neighbours that share page number `depth`; a row without that page is a run of its own."""
+        result = [[rows[0]]]
         last = depth if page_size % 2 == 0 else depth | 1  # odd pages are shared in twos
         for before, row in pairwise(rows):
             has_page = len(pages[before]) > last and len(pages[row]) > last
             if has_page and pages[before][depth : last + 1] == pages[row][depth : last + 1]:
-                found[-1].append(row)
+                result[-1].append(row)
             else:
-                found.append([row])
-        return found
+                result.append([row])
+        return result
 
     def grow(rows: list[int], page_begin: int) -> Node:
         active = [row for row in rows if q_len[row] > 0 and seq_len[row] > 0]
@@ -99,7 +101,7 @@ def plan_tree(
         return min(node.page_end * page_size, node.token_end) - node.page_begin * page_size
 
     def fold(node: Node, level: int = 0) -> list[Node]:
-        """The subtree without the nodes that do not pay and the rows that have no queries."""
+        """Returns the subtree without nodes that do not pay and without rows that have no queries."""
         if node.queries == 0:
             return []
         children = [child for child in node.children if child.queries > 0]
@@ -135,7 +137,7 @@ def plan_tree(
 
 
 def _chained(roots: list[Node], seq_len: list[int], group: int, page_size: int) -> list[ChainedChunk]:
-    """Chunks that end at segment borders and go on from one another."""
+    """Cuts nodes into chunks that end at the borders of segments, and continue one another."""
     chunks: list[ChainedChunk] = []
     costs: list[int] = []
 
@@ -165,7 +167,7 @@ def _chained(roots: list[Node], seq_len: list[int], group: int, page_size: int) 
 def _flat(
     roots: list[Node], num_rows: int, group: int, page_size: int, workers: int
 ) -> tuple[list[FlatChunk], list[int], int]:
-    """Chunks of comparable cost that know nothing of one another; also parts per row, and tiles of all chunks."""
+    """Cuts nodes into independent chunks of comparable cost; also returns parts per row, and tiles of all chunks."""
 
     class Piece(NamedTuple):
         node: Node

@@ -1,3 +1,5 @@
+"""Reference of rms_norm."""
+
 import torch
 from torch import Tensor
 

@@ -1,3 +1,5 @@
+"""Reference of rotary_embed."""
+
 from torch import Tensor
 
 

@@ -1,3 +1,5 @@
+"""Reference of sample."""
+
 import math
 
 import torch
@@ -16,7 +18,7 @@ def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tupl
 
 
 def uniform(seed: int, position: int) -> float:
-    """The number in [0, 1) with 53 random bits that belongs to (seed, position)."""
+    """Returns a number in [0, 1) with 53 random bits, a function of (seed, position) alone."""
     seed, position = seed % 2**64, position % 2**64
     low, high, _, _ = philox4x32((position % 2**32, position >> 32, 0, 0), (seed % 2**32, seed >> 32))
     return ((high << 32 | low) >> 11) * 2.0**-53
@@ -29,7 +31,7 @@ def allowed(token_mask: Tensor, vocab: int) -> Tensor:
 
 
 def kept_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor]:
-    """(tokens, weights) that survive the filters, in increasing token order, of logits `[vocab]` in float64."""
+    """Returns (tokens, weights) that the filters keep of logits `[vocab]` in float64, in increasing token order."""
     if temperature == 0:
         return logits.argmax()[None], torch.ones(1, dtype=torch.float64)
     order = torch.sort(logits, descending=True, stable=True).indices  # stable: the lower token wins a tie
@@ -58,7 +60,7 @@ def sample(
     position: Tensor,
     token_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `treedecode.ops.sample`; settings `[rows]`, logprob and entropy come in float64."""
+    """See `treedecode.ops.sample`; settings are `[rows]`, and logprob and entropy are returned in float64."""
     x = logits.double()
     if token_mask is not None:
         x = x.masked_fill(~allowed(token_mask, x.shape[1]), -math.inf)
@@ -70,7 +72,9 @@ def sample(
             raise ValueError(
                 f"logits: expected at least one token above -inf that token_mask allows, got none in row {row}"
             )
-        logp = x[row] - x[row].max()  # first: beside logits of 1e38 the sum's logarithm would vanish
+        logp = (
+            x[row] - x[row].max()
+        )  # before logsumexp, which would lose the logarithm of the sum beside logits of 1e38
         logp = logp - logp.logsumexp(0)
         kept, weights = kept_tokens(
             x[row], float(temperature[row]), int(top_k[row]), float(top_p[row]), float(min_p[row])

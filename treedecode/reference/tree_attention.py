@@ -1,3 +1,5 @@
+"""Reference of tree_attention, which reads the pages of each branch without a tree."""
+
 from typing import Protocol
 
 import torch
@@ -5,7 +7,7 @@ from torch import Tensor
 
 
 class HasQIndptr(Protocol):
-    """What the reference takes of a plan."""
+    """The part of a plan that the reference uses."""
 
     @property
     def q_indptr(self) -> Tensor:
@@ -25,7 +27,7 @@ def tree_attention(
     logits_soft_cap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `treedecode.ops.tree_attention`; the result is float64. Each branch by itself, straight from its pages."""
+    """See `treedecode.ops.tree_attention`; returns float64. It computes each branch by itself, from its pages."""
     num_q, num_qo_heads, head_dim = q.shape
     page_size, num_kv_heads = k_pages.shape[1:3]
     scale = head_dim**-0.5 if sm_scale is None else sm_scale
@@ -47,10 +49,10 @@ def tree_attention(
             score = logits_soft_cap * torch.tanh(score / logits_soft_cap)
         key = torch.arange(seq_len)
         position = seq_len - (q_end - q_begin) + torch.arange(q_end - q_begin)[:, None]
-        hidden = key > position
+        masked = key > position
         if window_left >= 0:
-            hidden |= key < position - window_left
-        score = score.masked_fill(hidden[:, None, None, :], -torch.inf).flatten(1, 2)  # [q_len, num_qo_heads, seq_len]
+            masked |= key < position - window_left
+        score = score.masked_fill(masked[:, None, None, :], -torch.inf).flatten(1, 2)  # [q_len, num_qo_heads, seq_len]
         row_lse = torch.logaddexp(score.logsumexp(-1), lse[q_begin:q_end])
         weight = torch.where(row_lse.isneginf()[..., None], 0.0, (score - row_lse[..., None]).exp())
         weight = weight.unflatten(1, (num_kv_heads, -1))
