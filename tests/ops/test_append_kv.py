@@ -62,7 +62,7 @@ def test_bad_arguments_write_nothing(change, error, message):
 
 
 def test_a_meta_tensor_among_others_is_refused():
-    """One is enough for the dispatcher to take the fake kernel, which writes nothing."""
+    """With one meta tensor the dispatcher would take the fake kernel, which writes nothing."""
     k, pages = torch.ones(2, 1, 8), torch.zeros(2, 4, 1, 8)
     with pytest.raises(ValueError, match="append_kv: expected tensors on one device, got cpu and meta"):
         ops.append_kv(k.to("meta"), k, pages, pages.clone(), torch.arange(2))

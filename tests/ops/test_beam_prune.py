@@ -49,8 +49,8 @@ def test_masks(dtype, isa):
     mask, cum, groups = pack(allowed), torch.zeros(rows), indptr(1, 1, 1, 2)
     for k in (4, 40):
         got = ops.beam_prune(logits, cum, groups, k, token_mask=mask)
-        found = got[1] >= 0
-        assert allowed[got[1][found].long(), got[2][found].long()].all()
+        exists = got[1] >= 0
+        assert allowed[got[1][exists].long(), got[2][exists].long()].all()
         assert (got[1][2] == -1).all()
         assert_pruned_right(logits, cum, groups, k, got, token_mask=mask)
 
@@ -74,7 +74,7 @@ def test_ties(isa):
 
 
 def test_far_apart_values(isa):
-    """The exponentials' reference must move up when a later block is far above the first ones."""
+    """The base of the exponentials must move up when a later block is far above the first ones."""
     logits = torch.full((3, 9000), -300.0)
     logits[0, 8000] = 500.0
     logits[1, :5000] = -math.inf
@@ -104,7 +104,7 @@ def test_threads_and_batch_do_not_matter(dtype, isa):
 
 @pytest.mark.parametrize("k", [5, 100])
 def test_flushed_denormals_change_nothing(k, isa):
-    """The number just below 0 is a denormal, and equal to 0 where denormals are flushed."""
+    """The number next below 0 is a denormal, which is equal to 0 where denormals are flushed."""
     logits = torch.full((2, 6000), -1.0)
     logits[:, 1::2] = 0.0
     args = logits, torch.zeros(2), indptr(1, 1), k
@@ -121,7 +121,7 @@ def test_flushed_denormals_change_nothing(k, isa):
 
 
 def test_more_candidates_than_tokens():
-    """What a row needs in between goes by the tokens it has, not by the candidates that are asked for."""
+    """Scratch memory depends on the number of tokens of a row, not on the number of candidates asked for."""
     rows, k = 40000, 65536
     logits, cum = make_logits("normal", rows, 3), torch.zeros(rows)
     got = ops.beam_prune(logits, cum, indptr(rows), k)
@@ -139,7 +139,7 @@ def test_more_candidates_than_tokens():
 
 
 def test_logits_that_are_denormals(isa):
-    """They are ranked as any others are, also around the best of a block, from which the threshold is taken."""
+    """Denormal logits are ranked as any others, also around the best of a block, which sets the threshold."""
     tiny = torch.finfo(torch.float32).tiny
     logits = torch.tensor([0.0, tiny / 2, -tiny / 2, tiny / 4, -tiny, tiny]).repeat(1000)[None]
     logits = logits[:, torch.randperm(6000, generator=torch.Generator().manual_seed(0))]

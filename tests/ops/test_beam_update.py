@@ -19,7 +19,7 @@ def finished(args):
 
 @st.composite
 def searches(draw):
-    """Several groups of different size, some already done, and the candidates of a few steps."""
+    """Draws several groups of different size, some already done, and the candidates of a few steps."""
     num_groups = draw(st.integers(1, 4))
     return {
         "num_beams": [draw(st.sampled_from([1, 2, 3, 8])) for _ in range(num_groups)],
@@ -121,7 +121,7 @@ def test_result_does_not_depend_on_the_number_of_threads():
 
 
 def test_token_id_equal_to_a_slot_is_not_a_hit():
-    """Candidate 1's rank, row and beam are all equal to the EOS id; its token is not."""
+    """The rank, row and beam of candidate 1 are equal to the EOS id, but its token is not."""
     args = make_args(2, [(-1.0, 0, 7), (-2.0, 1, 8), (-3.0, 1, 9), (-4.0, 0, 6)], eos=[1])
     assert running(ops.beam_update(**args)) == [(-1.0, 0, 7), (-2.0, 1, 8)]
     assert finished(args) == []
@@ -134,7 +134,7 @@ def test_parent_is_the_row_not_the_rank():
 
 
 def test_length_limit_is_also_hit_when_it_is_passed():
-    """An `==` guard would run on for ever once the counter is past the limit: that is refused, not ignored."""
+    """A length beyond the limit is refused; a check by `==` would ignore it, and the search would never end."""
     at_limit = make_args(1, [(-1.0, 0, 7), (-2.0, 0, 8)], gen_len=3, max_new_tokens=4)
     ops.beam_update(**at_limit)
     assert finished(at_limit) == [(-0.25, 4, 0, 7)]
@@ -160,7 +160,7 @@ def test_hit_at_rank_k_does_not_finish():
 
 
 def test_equal_scores_keep_their_order():
-    """At equal scores an old finished beam goes before a new one, and candidates keep their order, ended or not."""
+    """At equal scores an old finished beam comes before a new one, and candidates keep their order, ended or not."""
     args = make_args(1, [(-2.0, 0, 5), (-3.0, 0, 7)], eos=[5], pool=[(-2.0, 1, 0, 9)], length_penalty=0.0)
     ops.beam_update(**args)
     assert finished(args) == [(-2.0, 1, 0, 9)]
@@ -169,7 +169,7 @@ def test_equal_scores_keep_their_order():
 
 
 def test_the_1e9_is_subtracted_in_fp32():
-    """There the hit and the candidate of score -1e9 are equal, so the hit stays first; in float64 it would not."""
+    """In fp32 the hit and the candidate of score -1e9 are equal, so the hit stays first; in float64 it would not."""
     args = make_args(1, [(-10.0, 0, 7), (-1e9, 0, 3)], eos=[7])
     for update in (ops.beam_update, reference.beam_update):
         assert running(update(**{name: torch.clone(v) if torch.is_tensor(v) else v for name, v in args.items()})) == [
@@ -232,7 +232,7 @@ def test_a_done_group_is_left_alone():
 
 
 def test_wide_beam():
-    """k hits of 1000 interleave with a pool of 1000."""
+    """Hits of 1000 beams interleave with a pool of 1000."""
     k = 1000
     args = make_args(
         k,

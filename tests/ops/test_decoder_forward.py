@@ -45,13 +45,13 @@ def rms(x):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matches_reference(isa, dtype, options):
-    """Errors against float64 are at most twice those of torch operators in the dtype, and an ulp."""
+    """Errors against float64 are at most twice those of torch operators in the dtype, plus one ulp."""
     case = make_case(dtype=dtype, **options)
     exact, peer = truth(case)
     got = case.run()
     for name, a, b, c in zip(("logits", "hidden", "kv"), got, exact, peer, strict=True):
         assert a.dtype == dtype
-        assert torch.equal(a.isnan(), b.isnan()), name  # of kv, nothing but the tokens' slots is written
+        assert torch.equal(a.isnan(), b.isnan()), name  # only the tokens' slots of kv are written
         budget = 2 * rms((c - b).nan_to_num()) + torch.finfo(dtype).eps * rms(b.nan_to_num())
         assert rms((a - b).nan_to_num()) <= budget, f"{name}: {rms((a - b).nan_to_num()) / budget:.2f} of the budget"
     written = case.options["num_layers"] * 2 * int((case.args[4] >= 0).sum())
@@ -61,7 +61,7 @@ def test_matches_reference(isa, dtype, options):
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_reference_is_the_computation_in_torch(options):
-    """In float64 the reference and torch operators with dense masks agree."""
+    """The reference agrees with torch operators with dense masks, in float64."""
     case = make_case(**options)
     for a, b in zip(truth(case)[0], in_torch(case, torch.float64), strict=True):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-9, equal_nan=True)
@@ -94,11 +94,11 @@ def test_a_branch_does_not_depend_on_the_others(isa, dtype):
     case = make_case(dtype=dtype, **LARGE)
     logits, hidden, kv = case.run()
     for row in range(len(case.args[6])):
-        alone, mine = branch_alone(case, row)
-        own_logits, own_hidden, own_kv = alone.run()
-        assert torch.equal(own_logits, logits[mine])
-        assert torch.equal(own_hidden, hidden[mine])
-        page, offset = alone.args[4] // 16, alone.args[4] % 16
+        single, tokens = branch_alone(case, row)
+        own_logits, own_hidden, own_kv = single.run()
+        assert torch.equal(own_logits, logits[tokens])
+        assert torch.equal(own_hidden, hidden[tokens])
+        page, offset = single.args[4] // 16, single.args[4] % 16
         assert torch.equal(own_kv[:, :, page, :, offset], kv[:, :, page, :, offset])
 
 
@@ -125,7 +125,7 @@ def test_tokens_of_no_branch_change_nothing(isa, dtype):
 
 
 def without_tokens(case, num_branches):
-    """No query token at all, in a batch of so many branches."""
+    """Returns a case without query tokens, in a batch of so many branches."""
     x, cos, sin, _, slots, table, lens, _, logit_rows = case.args
     table, lens = table[:num_branches], lens[:num_branches]
     heads = {"num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 8}
@@ -173,7 +173,7 @@ def test_angles_and_tables_may_be_strided():
 
 
 def slow_case():
-    """Hundreds of layers of the same weights: some tenths of a second."""
+    """Returns a case of hundreds of layers of the same weights, which takes some tenths of a second."""
     case = make_case(**(LARGE | {"dtype": torch.float32, "num_layers": 1}))
     count, w = 400, case.weights
     return case.replace(

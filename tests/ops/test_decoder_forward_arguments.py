@@ -1,4 +1,4 @@
-"""What decoder_forward refuses: every argument by its name, and before anything is written."""
+"""decoder_forward refuses bad arguments by name, before it writes anything."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from treedecode.ops.decoder_forward import HEAD_TENSORS, LAYER_TENSORS
 
 
 def tensors_with(case, **changes):
-    """The case's weights, those of layer 1 or of the head changed; a function is given what was there."""
+    """Returns the weights of a case, with changes in layer 1 or in the head; a function gets the old tensor."""
     names = [*LAYER_TENSORS, *(f"1.{name}" for name in LAYER_TENSORS), *HEAD_TENSORS]
     tensors = dict(zip(names, case.weights.tensors, strict=True))
     for name, new in changes.items():
@@ -29,12 +29,12 @@ def rows_of(*values):
 
 
 def argument(name, change, error, message):
-    """The argument `name` replaced by `change(case)`."""
+    """Makes a parameter: argument `name` is replaced by `change(case)`."""
     return pytest.param(lambda case: {name: change(case)}, error, f"{name}: {message}", id=f"{name} {message}")
 
 
 def weight(name, change, error, message):
-    """A tensor of layer 1 or of the head replaced."""
+    """Makes a parameter: a tensor of layer 1 or of the head is replaced."""
     where = "weights: " if name in HEAD_TENSORS else "weights of layer 1: "
     return pytest.param(
         lambda case: {"tensors": tensors_with(case, **{name: change})}, error, f"{where}{name}: {message}",

@@ -1,4 +1,4 @@
-"""One of everything per op: what CONTRIBUTING's "adding an op" asks for is there for every op of the library."""
+"""Every op of the library has all parts that "adding an op" in CONTRIBUTING lists."""
 
 import inspect
 import re
@@ -19,10 +19,10 @@ def op(request):
 
 @pytest.fixture
 def family(op):
-    """The name shared by the files of an op: its own, or that of a group such as `pages`."""
-    found = [path.stem for path in (ROOT / "csrc" / "api").glob("*.cpp") if f'm.impl("{op}"' in path.read_text()]
-    assert len(found) == 1, f"{op} is registered in {found} of csrc/api/"
-    return found[0]
+    """Returns the name that the files of an op share: its own, or that of a group such as `pages`."""
+    names = [path.stem for path in (ROOT / "csrc" / "api").glob("*.cpp") if f'm.impl("{op}"' in path.read_text()]
+    assert len(names) == 1, f"{op} is registered in {names} of csrc/api/"
+    return names[0]
 
 
 def test_schemas_are_all_here():

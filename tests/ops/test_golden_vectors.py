@@ -1,4 +1,4 @@
-"""What every backend must give to the last number: histories of pages and rankings with ties, as committed in golden/.
+"""Histories of pages, and rankings with ties: every backend must give the numbers in golden/.
 
 Plans are in test_plan_tree.py, test_triton_attention.py and test_cuda_plan_tree.py.
 """
@@ -34,7 +34,7 @@ def state_of(sizes):
 
 
 def shown(state):
-    """The state's numbers without what is undefined."""
+    """Returns the defined numbers of the state."""
     pages = [-(-n // state.page_size) for n in state.seq_lens.tolist()]
     return {
         "refcount": state.refcount.tolist(),
@@ -54,7 +54,7 @@ def page_op(backend, op, *args):
 
 
 def play(sizes, calls, backend):
-    """Every state after every call, and what was copied: a page's values are its number at first."""
+    """Returns the state and the copies after every call; at first the values of a page are its id."""
     state = state_of(sizes)
     kv = torch.arange(sizes["num_pages"], dtype=torch.float32).view(1, 1, -1, 1, 1, 1)
     kv = kv.expand(1, 2, -1, 1, sizes["page_size"], 8).contiguous()
@@ -70,7 +70,7 @@ def play(sizes, calls, backend):
         if op == "append_slots":
             after |= {"slots": slots.tolist(), "copied": kv[0, 0, :, 0, :, 0].flatten().int().tolist()}
         if after["status"][STATUS_ERROR]:
-            state.status[STATUS_ERROR] = 0  # the owner's doing, as it makes room
+            state.status[STATUS_ERROR] = 0  # as the owner does when it has freed pages
         yield after
 
 

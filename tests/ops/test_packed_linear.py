@@ -7,7 +7,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def case(rows, in_features, out_features, dtype, gate="", extras=True, seed=0):
-    """(x, arguments) of packed_linear with weights scaled so that results are of order one."""
+    """Makes (x, arguments) of packed_linear, with weights scaled so that results are of order one."""
     torch.manual_seed(seed)
     count = 2 if gate else 1
     weights = [(torch.randn(out_features, in_features) * in_features**-0.5).to(dtype) for _ in range(count)]
@@ -25,7 +25,7 @@ def exact(x, args, kwargs):
 
 
 class _Double:
-    """x whose reference result stays float64."""
+    """An x for which the reference returns float64."""
 
     def __init__(self, x):
         self._x = x

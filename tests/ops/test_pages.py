@@ -1,4 +1,4 @@
-"""The page ops on the CPU: they leave the reference's state, and refuse what would write out of bounds."""
+"""The page ops on the CPU: they change the state as the reference does, and refuse to write out of bounds."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def test_refused_append_hands_out_no_slots_until_the_status_is_reset():
     ops.append_slots(pool.state, pool.kv, slots, rows, q_lens)
     assert slots.tolist() == [-1] * 5
     assert pool.status.tolist() == [ops.pages.OUT_OF_PAGES, 1, 2, 0]
-    # the error is sticky: what follows in a stream of ops does nothing
+    # the error is sticky: later ops do nothing
     slots = torch.full((1,), 7)
     ops.append_slots(pool.state, pool.kv, slots, rows)
     assert slots.tolist() == [-1]
@@ -41,7 +41,7 @@ def test_refused_append_hands_out_no_slots_until_the_status_is_reset():
     ],
 )
 def test_broken_state_is_refused(field, index, value, message):
-    """Lengths and page ids are addresses: out of range they would be written to wherever they point."""
+    """Lengths and page ids are used as addresses: out of range, they would write to other memory."""
     pool = make_pool()
     pool.append(pool.allocate_rows(3)[:2], [6, 3])
     getattr(pool, field)[index] = value
@@ -85,7 +85,7 @@ def test_arguments_that_are_no_vectors():
 
 
 def test_ops_match_the_reference_in_every_tensor():
-    """Random calls on two copies of one state; page ids and the free stack must agree too."""
+    """Random calls run on two copies of one state; page ids and the free stack must agree too."""
     rng = np.random.default_rng(0)
     native, plain = make_pool(num_pages=20), make_pool(num_pages=20)
     for pool in (native, plain):
@@ -200,7 +200,7 @@ def test_slots_are_at_least_as_many_as_tokens():
 
 
 def test_a_row_holds_no_more_tokens_than_its_length_can_say():
-    """A table of 2^31 + 2^30 tokens: a length beyond 2^31 - 1 would wrap around and be negative."""
+    """The table has room for 2^31 + 2^30 tokens; a length beyond 2^31 - 1 would wrap around and be negative."""
     page_size = 2**30
     pool = make_pool(num_pages=3, page_size=page_size, max_branches=1, max_pages_per_branch=3, num_layers=0)
     pool.seq_lens[0], pool.page_table[0, :2] = 2**31 - 3, int32(0, 1)

@@ -56,7 +56,7 @@ def test_bad_arguments(change, error, message):
 
 
 def test_gradients_are_refused():
-    """A residual connection around an op would hide that the op's own part of the gradient is missing."""
+    """A residual connection around an op would hide the missing gradient of the op."""
     x, weight = torch.ones(2, 8, requires_grad=True), torch.nn.Parameter(torch.ones(8))
     with pytest.raises(RuntimeError, match=r"inference: x, weight of rms_norm requires grad; use .*, or detach"):
         ops.rms_norm(x * 2, weight, 1e-6)

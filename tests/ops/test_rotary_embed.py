@@ -7,7 +7,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def case(num_tokens, num_qo_heads, num_kv_heads, head_dim, dtype):
-    """q and k as strided views of one projection, and angles."""
+    """Makes q and k as strided views of one projection, and angles."""
     torch.manual_seed(0)
     qkv = torch.randn(num_tokens, num_qo_heads + 2 * num_kv_heads, head_dim).to(dtype)
     q, k, _ = qkv.split([num_qo_heads, num_kv_heads, num_kv_heads], dim=1)

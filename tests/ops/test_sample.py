@@ -52,7 +52,7 @@ def test_masks(filters, isa):
     allowed = torch.rand(rows, vocab, generator=generator) < torch.tensor([0.5, 0.01, 0.001, 1.0, 0.9, 0.0])[:, None]
     allowed[5, 2999] = True
     logits[~allowed] += 50
-    logits[0, (~allowed[0]).nonzero()[0]] = math.nan  # what is forbidden is not even looked at
+    logits[0, (~allowed[0]).nonzero()[0]] = math.nan  # the logit of a forbidden token is not read
     mask = pack(allowed)
     settings = per_row(rows, **filters, seed=torch.arange(rows))
     got = ops.sample(logits, **settings, token_mask=mask)
@@ -93,7 +93,7 @@ def test_reference_keeps_what_transformers_keeps(filters):
     ids=str,
 )
 def test_draws_follow_the_distribution(filters):
-    """Chi-square of 20,000 draws over the kept tokens of one row, each with its own position."""
+    """A chi-square test of 20,000 draws over the kept tokens of one row, each with its own position."""
     draws, vocab = 20000, 300
     logits = 2 * torch.randn(vocab, generator=torch.Generator().manual_seed(3))
     settings = {name: (OFF | filters)[name] for name in ("temperature", "top_k", "top_p", "min_p")}
@@ -111,7 +111,7 @@ def test_draws_follow_the_distribution(filters):
 
 
 def test_philox_known_answers():
-    """The Random123 distribution's own vectors for philox4x32-10."""
+    """The vectors are those of the Random123 distribution for philox4x32-10."""
     ones = 0xFFFFFFFF
     assert philox4x32((0, 0, 0, 0), (0, 0)) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
     assert philox4x32((ones,) * 4, (ones,) * 2) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
@@ -120,7 +120,7 @@ def test_philox_known_answers():
 
 
 def test_the_kernel_draws_with_philox():
-    """Equal logits turn the token into floor(uniform * vocab)."""
+    """With equal logits, the token is floor(uniform * vocab)."""
     vocab, rows = 4096, 64
     seed = torch.arange(rows) * 0x123456789ABCD - 2**62
     position = torch.arange(rows) * 2**33 + 5
@@ -195,7 +195,7 @@ def test_impossible_tokens_have_no_mass_at_any_temperature(temperature, isa):
     rows, vocab = 60, 6000
     logits = torch.full((rows, vocab), -math.inf)
     logits[:, 2900:2950] = make_logits("normal", rows, 50)
-    logits[:, 100] = -1000.0  # not impossible, only far away
+    logits[:, 100] = -1000.0  # possible, but far below the others
     for filters in ({}, {"top_p": 0.999}, {"min_p": 1e-6}, {"top_k": 3000}):
         settings = per_row(rows, **filters, temperature=temperature, seed=torch.arange(rows))
         assert_drawn_right(logits, ops.sample(logits, **settings), settings)
@@ -211,7 +211,7 @@ def test_large_equal_logits_are_as_uncertain_as_any(isa):
 
 
 def test_flushed_denormals_change_nothing(isa):
-    """The number just below 0 is a denormal, and equal to 0 where denormals are flushed."""
+    """The number next below 0 is a denormal, which is equal to 0 where denormals are flushed."""
     rows, vocab = 30, 4000
     logits = torch.full((rows, vocab), -1.0)
     logits[:, 1000::3] = 0.0
@@ -240,7 +240,9 @@ def test_numbers_of_any_kind():
     for top_k in (2**40, 2**31, torch.full((4,), 2**32 + 1), np.int64(0), torch.zeros(4, dtype=torch.uint8)):
         assert torch.equal(ops.sample(logits, **OFF | {"top_k": top_k})[0], off)
     ops.sample(logits, **OFF | {"top_k": 2})
-    with pytest.raises(TypeError, match=r"top_k: expected an integer, got 2.0"):  # 2 is known already, 2.0 is not 2
+    with pytest.raises(
+        TypeError, match=r"top_k: expected an integer, got 2.0"
+    ):  # 2 is cached already, and 2.0 must not use it
         ops.sample(logits, **OFF | {"top_k": 2.0})
     settings = OFF | {"temperature": np.float32(0.5), "seed": np.uint32(7)}
     assert torch.equal(
@@ -250,7 +252,7 @@ def test_numbers_of_any_kind():
 
 @pytest.mark.parametrize("seed", [1001, 1002])
 def test_settings_are_not_kept_from_tracing(seed):
-    """What a setting becomes while tracing is of no use outside of it, and the other way round."""
+    """Tensors of settings made while tracing are not used outside of it, and the other way round."""
     settings = OFF | {"temperature": 0.83, "seed": seed}
     logits = make_logits("normal", 2, 50)
     want = ops.sample(logits, **OFF | {"temperature": 0.83, "seed": torch.tensor([seed])})[0]
@@ -262,7 +264,7 @@ def test_settings_are_not_kept_from_tracing(seed):
         assert torch.equal(draw(logits), want)
 
     if seed == 1002:
-        check()  # known before
+        check()  # cached before
     with FakeTensorMode():
         draw(torch.empty(2, 50))
     check()

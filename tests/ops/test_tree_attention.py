@@ -186,7 +186,7 @@ def test_nothing_to_do(rows):
 
 
 def test_the_plan_changes_nothing(isa):
-    """Any plan that keeps its promises gives the same bits: here one that folds what the other shares, and none."""
+    """Any valid plan gives the same bits: here with nodes folded that another plan shares, and without sharing."""
     case = make_case(ragged(tree_rows([2, 2], [70, 1, 5]), 16), dtype=torch.bfloat16)
     heads = {"num_qo_heads": 64, "num_kv_heads": 1}
     plan = ops.plan_tree(case.page_table, case.seq_lens, page_size=16, head_dim=32, **heads)
@@ -212,7 +212,7 @@ def test_the_plan_changes_nothing(isa):
     st.randoms(),
 )
 def test_a_query_does_not_depend_on_its_batch(isa, forest, dtype, head_dim, window_left, rng):
-    """Alone and as one of several queries, with and without the rows that share its pages: the same bits."""
+    """A query alone, among others, and with or without rows that share its pages gets the same bits."""
     page_table, seq_lens, q_lens, page_size = forest
     q_lens = (torch.ones_like(seq_lens) if q_lens is None else q_lens.clamp(max=9)).clamp(max=seq_lens)
     case = make_case(
@@ -224,7 +224,7 @@ def test_a_query_does_not_depend_on_its_batch(isa, forest, dtype, head_dim, wind
     for row, (begin, end) in enumerate(pairwise(case.plan.q_indptr.tolist())):
         if begin == end:
             continue
-        taken = rng.randint(1, end - begin)  # the row's first queries, as if the others were still to come
+        taken = rng.randint(1, end - begin)  # the row's first queries, before the others are there
         table, lens = case.page_table[row : row + 1], case.seq_lens[row : row + 1] - (end - begin - taken)
         plan = ops.plan_tree(
             table, lens, torch.tensor([taken], dtype=torch.int32), page_size=page_size, num_qo_heads=4, num_kv_heads=2,
@@ -335,7 +335,7 @@ def test_bad_arguments(change, error, message):
         ("chunks", {(0, TOKEN_END): 30}, "plan: chunk 1 does not go on where the one before of row 0 ends"),
         ("chunks", {(1, TOKEN_END): 33}, "plan: its chunks end at token 33 of row 0, which has 40"),
         ("chunks", {(1, TOKEN_BEGIN): 33}, "plan: chunk 1 does not go on"),
-        ("chunks", {(1, ROUND): 2, (2, ROUND): 2}, "plan: chunk 1 does not go on"),  # from a round that there is not
+        ("chunks", {(1, ROUND): 2, (2, ROUND): 2}, "plan: chunk 1 does not go on"),  # of a round that does not exist
         ("counts", {NUM_CHUNKS: 2}, "plan: its chunks end at token 32 of row 1, which has 37"),
         ("counts", {NUM_CHUNKS: 0}, "plan: its chunks end at token 0 of row 0, which has 40"),
         ("part_indptr", {1: 2}, "plan: expected 1 parts per query token of row 0, got 2 for 1"),
@@ -360,7 +360,7 @@ def test_plans_that_leave_keys_out(field, change, message):
 
 
 def test_the_last_round_may_have_any_number():
-    """A chunk of rows without queries is not computed, whatever its round."""
+    """A chunk of rows without queries is not computed, and its round may be any number."""
     page_table, seq_lens = torch.cat([TWO_ROWS[0], int32(5, 6, 7)[None]]), torch.cat([TWO_ROWS[1], int32(48)])
     plan = ops.plan_tree(page_table, seq_lens, int32(1, 1, 0), **SIZES)
     assert (plan.num_chunks, plan.num_parts) == (3, 2)

@@ -14,7 +14,7 @@ from treedecode.ops import tuning as tune
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
-    """An empty cache folder."""
+    """Makes an empty cache folder."""
     monkeypatch.setenv("TREEDECODE_CACHE", str(tmp_path))
     for cached in (_tuned.tables, _tuned._sizes):
         cached.cache_clear()
@@ -25,7 +25,7 @@ def cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU by name only: everything runs on the CPU."""
+    """Pretends that there is a GPU; everything runs on the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")
 
@@ -45,7 +45,7 @@ def test_cases_are_arguments_of_the_op(op):
         assert len(args) == len(schema.arguments)
         for argument, value in zip(schema.arguments, args, strict=True):
             assert value is None or isinstance(value, Tensor) == ("Tensor" in str(argument.type)), argument.name
-        if op != "tree_attention":  # whose plan is a GPU's there
+        if op != "tree_attention":  # its plan is a flat one, which the CPU op refuses
             before = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
             getattr(torch.ops.treedecode, op)(*args)
             if op == "fork_branches":
@@ -75,14 +75,14 @@ def test_the_faster_kernel_is_kept_and_taken(cache, gpu, monkeypatch):
     monkeypatch.setattr(tune, "CASES", {"sample": small, "rms_norm": small})
     monkeypatch.setattr(tune, "kernels", lambda op: kernels if op == "sample" else {"triton": kernels["triton"]})
     monkeypatch.setattr(tune, "seconds", lambda call: times[call(), call.args[0].numel()])
-    said = []
-    path = tune.tune(said.append)
+    lines = []
+    path = tune.tune(lines.append)
     assert path == str(cache / "tuned" / "nvidia-h100-80gb-hbm3.json")
     table = json.loads((cache / "tuned" / "nvidia-h100-80gb-hbm3.json").read_text())
     assert table["choices"] == {"sample": {"1": "cuda", "10": "triton"}}
     assert table["seconds"]["sample"]["1"] == {"cuda": 2.0, "triton": 6.0}
     assert table["device"] == "NVIDIA H100 80GB HBM3"
-    assert any(line.startswith("rms_norm: only triton") for line in said)
+    assert any(line.startswith("rms_norm: only triton") for line in lines)
     assert [path.name for path in (cache / "tuned").iterdir()] == ["nvidia-h100-80gb-hbm3.json"]
 
     _tuned.tables.cache_clear()
@@ -105,8 +105,8 @@ def test_a_broken_table_is_named(cache):
 
 def test_kernels_are_those_of_this_build():
     for op in ("sample", "append_kv"):
-        found = tune.kernels(op)
-        assert ("cuda" in found) == (op in _native.CUDA_OPS)
+        by_backend = tune.kernels(op)
+        assert ("cuda" in by_backend) == (op in _native.CUDA_OPS)
 
 
 @pytest.mark.skipif("sample" not in _native.CUDA_OPS, reason="this build has no CUDA kernels")

@@ -1,4 +1,4 @@
-"""Inputs of tree_attention with poison wherever the op must not look, and the error it is allowed."""
+"""Inputs of tree_attention with NaN wherever the op must not read, and the error that it is allowed."""
 
 import dataclasses
 import functools
@@ -31,11 +31,11 @@ class Case:
         return ops.tree_attention(*self.args, **self.options)
 
 
-_made = {}  # the same cases are asked for once per instruction set
+_made = {}  # tests of each instruction set use the same cases
 
 
 def make_case(forest, q_lens=None, **options):
-    """`_make_case`, once for equal arguments."""
+    """Returns `_make_case`, made once for equal arguments."""
     key = repr((forest[0].tolist(), forest[1].tolist(), q_lens, sorted(options.items())))
     if key not in _made:
         _made[key] = _make_case(forest, q_lens, **options)
@@ -56,7 +56,7 @@ def _make_case(
     seed=0,
     **options,
 ):
-    """A case on a forest's (page_table, seq_lens): pages in random places, NaN in every slot that holds no token."""
+    """Makes a case on a forest (page_table, seq_lens), with random page ids, and NaN in every slot without a token."""
     generator = torch.Generator().manual_seed(seed)
     page_table, seq_lens = forest
     if q_lens is not None:
@@ -92,10 +92,10 @@ def _make_case(
 
 
 def same_in_torch(case, dtype):
-    """(out, lse, size) by torch operators in `dtype`, branch by branch.
+    """Computes (out, lse, size) by torch operators in `dtype`, branch by branch.
 
-    size is the sum of |weight * value| times 1 + the largest score: what an ulp of each term, and of each score, can
-    change in the result.
+    size is the sum of |weight * value| times 1 + the largest score: how much an ulp of each term, and of each score,
+    can change the result.
     """
     options = {"sm_scale": None, "window_left": -1, "logits_soft_cap": 0.0, "sinks": None} | case.options
     num_q, num_qo_heads, head_dim = case.q.shape
@@ -126,11 +126,11 @@ def same_in_torch(case, dtype):
             score = options["logits_soft_cap"] * torch.tanh(score / options["logits_soft_cap"])
         key = torch.arange(seq_len)
         position = torch.arange(seq_len - (end - begin), seq_len)[:, None]
-        hidden = key > position
+        masked = key > position
         if options["window_left"] >= 0:
-            hidden |= key < position - options["window_left"]
+            masked |= key < position - options["window_left"]
         sink = sinks.to(dtype)[:, None, None].expand(-1, end - begin, 1)
-        score = torch.cat([score.masked_fill(hidden, -torch.inf), sink], -1)
+        score = torch.cat([score.masked_fill(masked, -torch.inf), sink], -1)
         lse[begin:end] = score.logsumexp(-1).T
         weight = score.softmax(-1)[..., :-1]
         out[begin:end] = (weight @ v).transpose(0, 1)
@@ -140,14 +140,14 @@ def same_in_torch(case, dtype):
 
 @functools.lru_cache(maxsize=512)
 def truth(case):
-    """(exact out, exact lse, out by torch in the dtype of q, lse by torch in fp32, size in fp32)."""
+    """Returns (exact out, exact lse, out by torch in the dtype of q, lse by torch in fp32, size in fp32)."""
     peer, _, _ = same_in_torch(case, case.q.dtype)
     _, peer_lse, size = same_in_torch(case, torch.float32)
     return *reference.tree_attention(*case.args, **case.options), peer, peer_lse, size
 
 
 def assert_within_budget(case, got):
-    """As good as the same computation by torch operators.
+    """Asserts that results are as good as those of torch operators.
 
     `out`: the worst error of torch in the dtype of q on the same branch, plus the rounding of the result, plus a few
     fp32 ulps of the scores and of the terms that are summed. `lse`: the same with torch in fp32, always.
@@ -183,13 +183,13 @@ def assert_within_budget(case, got):
 
 
 def ragged(rows, page_size, seed=0):
-    """(page_table, seq_lens) of rows of page ids, the last pages filled to random heights."""
+    """Makes (page_table, seq_lens) of rows of page ids, with random numbers of tokens in the last pages."""
     generator = torch.Generator().manual_seed(seed)
     return as_tables(rows, page_size, torch.randint(1, page_size + 1, (len(rows),), generator=generator).tolist())
 
 
 def assert_idle_tokens_are_left_out(case, run):
-    """Query tokens beyond those of the plan: `run(case)` gives them 0 and -inf, and changes nothing for the others."""
+    """Asserts that `run(case)` gives query tokens beyond the plan 0 and -inf, and the others the same results."""
     want = run(case)
     more = dataclasses.replace(case, q=torch.cat([case.q, case.q.new_full((3, *case.q.shape[1:]), torch.nan)]))
     out, lse = run(more)
@@ -200,7 +200,7 @@ def assert_idle_tokens_are_left_out(case, run):
 
 
 def two_trees_and_loners(page_size):
-    """Three levels, two levels, single rows, forks in the middle of what others share, an empty row."""
+    """Makes a forest: three levels, two levels, single rows, forks inside of shared pages, an empty row."""
     unit = max(1, 32 // page_size)
     deep = tree_rows([2, 3], [5 * unit, 2 * unit, unit])
     wide = [[1000 + page for page in row] for row in tree_rows([4], [3 * unit, 1])]

@@ -1,4 +1,4 @@
-"""tree_attention's CUDA kernels on the host, called with a case of `attention_cases`."""
+"""Runs the CUDA kernels of tree_attention on the host, with a case of `attention_cases`."""
 
 import math
 
@@ -11,7 +11,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def flat_plan(case, num_workers):
-    """The flat plan of a case for `num_workers` thread blocks."""
+    """Makes the flat plan of a case for `num_workers` thread blocks."""
     page_size, num_kv_heads, head_dim = case.k_pages.shape[1:]
     return ops.plan_tree(
         case.page_table, case.seq_lens, case.plan.q_indptr.diff().int(), page_size=page_size,
@@ -20,13 +20,13 @@ def flat_plan(case, num_workers):
 
 
 def reserved_parts(plan, num_q, group):
-    """max_parts of csrc/cuda/attention/tree_attention.h."""
+    """Returns max_parts of csrc/cuda/attention/tree_attention.h."""
     cuts = max(0, len(plan.chunks) - max(0, 2 * len(plan.q_indptr) - 3))
     return 9 * num_q + min(num_q * cuts, 128 * cuts // group)
 
 
 def arguments(case, plan, **changes):
-    """The fields of TreeAttentionParams, with outputs and scratch full of NaN."""
+    """Returns the fields of TreeAttentionParams, with outputs and scratch full of NaN."""
     q, k_pages, v_pages, page_table, seq_lens, _ = case.args
     options = {"sm_scale": None, "window_left": -1, "logits_soft_cap": 0.0, "sinks": None} | case.options
     sm_scale = options["sm_scale"] or q.shape[-1] ** -0.5
@@ -53,7 +53,7 @@ def arguments(case, plan, **changes):
 
 
 def attend(case, num_workers=4, *, plan=None, seed=0, drop=None, **changes):
-    """(out, lse) of the case; `changes` are fields of TreeAttentionParams."""
+    """Computes (out, lse) of the case; `changes` are fields of TreeAttentionParams."""
     fields = arguments(case, flat_plan(case, num_workers) if plan is None else plan, **changes)
     simt.run("tree_attention", seed=seed, drop=drop, **fields)
     return fields["out"], fields["lse"]

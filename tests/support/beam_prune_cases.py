@@ -10,7 +10,7 @@ EPS = 2.0**-23
 
 
 def indptr(*sizes):
-    """Offsets of groups of these sizes."""
+    """Returns the offsets of groups of these sizes."""
     return torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
 
 
@@ -28,7 +28,7 @@ def assert_pruned_right(logits, cum, groups, k, got, **options):
     assert (token[missing] == -1).all()
     slack = 3 * EPS * (scale.max() + cum[cum > -math.inf].abs().amax().double())
     assert ((scores - want_scores).abs() <= slack)[~missing].all()
-    # Tie-safe: what the candidates point at has the score they claim.
+    # Safe with ties: the logits that the candidates point at have their scores.
     x = logits.double()
     exact = cum.double()[:, None] + (x - (0.0 if options.get("is_logprobs") else want_lse[:, None]))
     pointed = exact[parent.long().clamp(min=0), token.long().clamp(min=0)]
@@ -47,7 +47,7 @@ def assert_pruned_right(logits, cum, groups, k, got, **options):
         assert found == sorted(found)
         assert len({(row, t) for _, row, _, t in found}) == len(found)
         assert all(groups[group] <= row < groups[group + 1] for _, row, _, _ in found)
-        # Nothing equal to the last one of a row came before it in the order and was left out.
+        # No candidate equal to the last one of a row, and before it in the order, is missing.
         for row in {row for _, row, _, _ in found}:
             mine = [(value, t) for _, r, value, t in found if r == row]
             value, last = mine[-1]

@@ -10,7 +10,7 @@ def i32(values):
 
 
 def make_args(num_beams, candidates, *, eos=(), gen_len=0, max_new_tokens=100, pool=(), rows=None, **settings):
-    """Arguments of `ops.beam_update` for one group.
+    """Makes arguments of `ops.beam_update` for one group.
 
     Candidates are (score, row, token), entries of the pool (score, len, parent, token).
     """

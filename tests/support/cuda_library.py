@@ -1,4 +1,4 @@
-"""What the tests look up in the CUDA library: whether it is built, its ops' errors, its kernels' machine code."""
+"""Looks things up in the CUDA library: if it is built, the errors of its ops, the machine code of its kernels."""
 
 import functools
 import re
@@ -18,22 +18,22 @@ needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="built without C
 
 
 def call(op, *args):
-    """Calls the CUDA implementation of `op` with tensors of any device: all of its checks run, the device's last."""
+    """Calls the CUDA implementation of `op` with tensors of any device: all its checks run, that of the device last."""
     return _native.call(getattr(torch.ops.treedecode_cuda, op).default, *args)
 
 
 @functools.cache
 def tool(name):
-    """cuobjdump or nvdisasm, of the toolkit or of Triton; None where there is none."""
-    found = shutil.which(name)
-    if found is None:
+    """Returns the path of cuobjdump or nvdisasm, of the toolkit or of Triton; None where there is none."""
+    path = shutil.which(name)
+    if path is None:
         try:
             import triton
         except ImportError:
             return None
-        path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-        found = str(path) if path.exists() else None
-    return found
+        of_triton = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+        path = str(of_triton) if of_triton.exists() else None
+    return path
 
 
 def _run(name, *args, **options):
@@ -43,7 +43,7 @@ def _run(name, *args, **options):
 
 
 def _short_names(text):
-    """Short names of the kernels that a text has symbols of, such as `_append_kv_kernel<16>`."""
+    """Returns short names of the kernels whose symbols a text has, such as `_append_kv_kernel<16>`."""
     symbols = sorted(set(re.findall(r"\b_Z\w+", text)))
     out = subprocess.run(["c++filt", "-p"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
     plain = re.sub(r"^void |treedecode::(cuda::)?|\(anonymous namespace\)::", "", out, flags=re.MULTILINE).split("\n")
@@ -52,10 +52,10 @@ def _short_names(text):
 
 @functools.cache
 def resources():
-    """(kernel, "sm_80") -> registers, bytes of stack (spills, arrays outside of registers), of shared memory."""
+    """Returns (kernel, "sm_80") -> registers, bytes of stack (spills, arrays not in registers) and of shared memory."""
     text = _run("cuobjdump", "--dump-resource-usage", LIBRARY)
     names = _short_names(text)
-    found, arch = {}, None
+    result, arch = {}, None
     for line in text.splitlines():
         if match := re.match(r"arch = (\w+)", line):
             arch = match[1]
@@ -63,12 +63,12 @@ def resources():
             kernel = names[match[1]]
         elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
             registers, stack, shared = map(int, match.groups())
-            found[kernel, arch] = {"registers": registers, "stack": stack, "shared": shared}
-    return found
+            result[kernel, arch] = {"registers": registers, "stack": stack, "shared": shared}
+    return result
 
 
 def mnemonics(cubin):
-    """(kernel, "sm_80") -> the opcodes of its machine code, such as "HMMA.16816.F32.BF16".
+    """Returns (kernel, "sm_80") -> the opcodes of its machine code, such as "HMMA.16816.F32.BF16".
 
     `cubin` is a file NAME.ARCH.cubin, or a part of the names of those in the library.
     """
@@ -78,13 +78,13 @@ def mnemonics(cubin):
         else:
             _run("cuobjdump", "-xelf", cubin, LIBRARY, cwd=folder)
             files = list(Path(folder).iterdir())
-        found = {}
+        result = {}
         for file in files:
             text, arch = _run("nvdisasm", "-c", file), file.name.split(".")[-2]
             names = _short_names(text)
             for line in text.splitlines():
                 if match := re.match(r"\.text\.(\w+):", line):
-                    opcodes = found[names[match[1]], arch] = set()
+                    opcodes = result[names[match[1]], arch] = set()
                 elif match := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", line):
                     opcodes.add(match[1])
-    return found
+    return result

@@ -1,4 +1,4 @@
-"""Small decoders over small trees for decoder_forward, NaN wherever it must not look, and the same in single ops."""
+"""Small decoders over small trees for decoder_forward, NaN wherever it must not read, and the same by single ops."""
 
 import dataclasses
 import functools
@@ -35,25 +35,25 @@ class Case:
         return self.args[3]
 
     def replace(self, **changes):
-        """The same with other arguments, by name."""
+        """Returns the case with other arguments, by name."""
         names = ("x", "cos", "sin", "kv", "slots", "page_table", "seq_lens", "plan", "logit_rows")
         args = tuple(changes.pop(name, value) for name, value in zip(names, self.args, strict=True))
         return dataclasses.replace(self, args=args, weights=dataclasses.replace(self.weights, **changes))
 
     def run(self, module=ops):
-        """(logits, hidden, kv), with a kv of its own; other arguments stay as they are."""
+        """Returns (logits, hidden, kv), with a copy of kv; other arguments are not copied."""
         case = self.replace(kv=self.kv.clone(memory_format=torch.preserve_format))
         return *module.decoder_forward(*case.args, case.weights), case.kv
 
 
 def draw(dtype, *shape, scale=1.0):
-    """Normal, rounded to `dtype`."""
+    """Draws normal numbers, rounded to `dtype`."""
     return (torch.randn(shape) * scale).to(dtype)
 
 
-@functools.cache  # the same cases are asked for once per instruction set
+@functools.cache  # tests of each instruction set use the same cases
 def make_case(**options):
-    """A case on four branches of a tree that forks twice, a prompt of its own, and a branch without queries."""
+    """Makes a case of four branches of a tree that forks twice, a single prompt, and a branch without queries."""
     o = PLAIN | options
     torch.manual_seed(0)
     dtype, page_size = o["dtype"], o["page_size"]
@@ -74,7 +74,7 @@ def make_case(**options):
     asked = [(row, p) for row, p in positions if p >= lens[row] - q_lens[row]]
     slot_of = {(row, p): int(table[row, p // page_size]) * page_size + p % page_size for row, p in positions}
     slots = torch.tensor([slot_of[key] for key in asked] + [-1] * o["idle"], dtype=torch.int64)
-    assert len(slots.unique()) >= len(asked)  # nobody writes where somebody else does
+    assert len(slots.unique()) >= len(asked)  # no two tokens share a slot
     shape = (o["num_layers"], 2, num_pages, num_kv_heads, page_size, head_dim)
     kv = torch.full(shape, torch.nan, dtype=dtype)
     if o["layout"] == "NHD":
@@ -111,7 +111,7 @@ def draw_layer(o):
 
 
 def packed(plain, head, o):
-    """DecoderWeights of what `make_case` drew; layers take turns with windows, soft caps and scales."""
+    """Packs the weights of `make_case` as DecoderWeights; windows, soft caps and scales alternate between layers."""
     _, num_qo_heads, _, head_dim, intermediate, vocab = o["sizes"]
     none = head["lm_head"].new_empty(0)
 
@@ -139,7 +139,7 @@ def packed(plain, head, o):
 
 
 def one_after_another(case):
-    """(logits, hidden, kv) by the single ops."""
+    """Computes (logits, hidden, kv) by the single ops."""
     x, cos, sin, kv, slots, table, lens, plan, logit_rows = case.replace(
         kv=case.kv.clone(memory_format=torch.preserve_format)
     ).args
@@ -175,7 +175,7 @@ def one_after_another(case):
 
 
 def in_torch(case, dtype):
-    """(logits, hidden) by torch operators in `dtype`, branch by branch and with dense masks."""
+    """Computes (logits, hidden) by torch operators in `dtype`, branch by branch and with dense masks."""
     x, cos, sin, kv, slots, table, lens, plan, logit_rows = case.args
     w, kv = case.weights, case.kv.to(dtype, copy=True)
     x, cos, sin = x.to(dtype), cos.to(dtype), sin.to(dtype)
@@ -205,9 +205,9 @@ def in_torch(case, dtype):
         if layer["q_norm"] is not None:
             q, k = norm(q, layer["q_norm"]), norm(k, layer["k_norm"])
         q, k = rotate(q), rotate(k)
-        at = slots[written]
-        kv[i, 0, at // page_size, :, at % page_size] = k[written]
-        kv[i, 1, at // page_size, :, at % page_size] = v[written]
+        positions = slots[written]
+        kv[i, 0, positions // page_size, :, positions % page_size] = k[written]
+        kv[i, 1, positions // page_size, :, positions % page_size] = v[written]
         mixed = torch.zeros_like(q)
         for row, (begin, end) in enumerate(pairwise(plan.q_indptr.tolist())):
             n = int(lens[row])
@@ -236,7 +236,7 @@ def in_torch(case, dtype):
 
 
 def in_float64(case):
-    """The case with all tensors in float64, for the reference; packed anew, for bf16 is packed in a way of its own."""
+    """Returns the case with all tensors in float64, for the reference; packed again, since bf16 has another layout."""
     args = tuple(a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in case.args)
     plain = [{name: None if t is None else t.double() for name, t in layer.items()} for layer in case.plain]
     head = {name: None if t is None else t.double() for name, t in case.head.items()}
@@ -245,32 +245,32 @@ def in_float64(case):
 
 @functools.lru_cache(maxsize=256)
 def truth(case):
-    """(exact results of the reference, the same by torch in the case's dtype)."""
+    """Returns (exact results of the reference, the same by torch in the case's dtype)."""
     return in_float64(case).run(reference), in_torch(case, case.args[0].dtype)
 
 
 def branch_alone(case, row):
-    """The case of one branch's query tokens and nothing else, and which tokens those are."""
+    """Returns the case of one branch's query tokens alone, and the indices of these tokens."""
     x, cos, sin, _, slots, table, lens, plan, _ = case.args
     begin, end = plan.q_indptr[row : row + 2].tolist()
-    mine = slice(begin, end)
+    tokens = slice(begin, end)
     _, num_qo_heads, num_kv_heads, head_dim, _, _ = case.options["sizes"]
     own = table[row : row + 1], lens[row : row + 1]
     alone = ops.plan_tree(
         *own, torch.tensor([end - begin], dtype=torch.int32), page_size=case.options["page_size"],
         num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
     )  # fmt: skip
-    changes = {"x": x[mine], "cos": cos[mine], "sin": sin[mine], "slots": slots[mine], "page_table": own[0]}
-    return case.replace(**changes, seq_lens=own[1], plan=alone, logit_rows=torch.arange(end - begin)), mine
+    changes = {"x": x[tokens], "cos": cos[tokens], "sin": sin[tokens], "slots": slots[tokens], "page_table": own[0]}
+    return case.replace(**changes, seq_lens=own[1], plan=alone, logit_rows=torch.arange(end - begin)), tokens
 
 
 def bits(x):
-    """For comparing NaN too."""
+    """Returns the bits, which compare equal for NaN too."""
     return x.contiguous().view(torch.int32 if x.dtype == torch.float32 else torch.int16)
 
 
 def assert_same(got, want):
-    """(logits, hidden, kv) to the last bit."""
+    """Asserts that (logits, hidden, kv) are equal to the last bit."""
     for name, a, b in zip(("logits", "hidden", "kv"), got, want, strict=True):
         assert a.shape == b.shape, name
         assert torch.equal(bits(a), bits(b)), name

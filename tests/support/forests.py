@@ -6,7 +6,7 @@ import random
 import torch
 from hypothesis import strategies as st
 
-UNUSED = 2**31 - 1  # a page id nobody may look at
+UNUSED = 2**31 - 1  # a page id that no op may read
 
 
 def as_tables(rows, page_size, last_page_tokens, max_pages=None):

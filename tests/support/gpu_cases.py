@@ -1,4 +1,4 @@
-"""Helpers of the tests on a GPU: marks, moving tensors there, and choosing the backend of the ops' front doors."""
+"""Helpers of the tests on a GPU: marks, copies of tensors to it, and the backend of the ops."""
 
 import sys
 
@@ -33,8 +33,8 @@ def to_cpu(tensors):
 
 
 def send(monkeypatch, backend, *names):
-    """Lets the front doors of these ops call a backend's kernels; skips the test where an op has none."""
-    from bench.gpu.backends import kernels  # not where `make sanitize` runs, which takes the marks alone
+    """Makes these ops call the kernels of a backend; skips the test where an op has none."""
+    from bench.gpu.backends import kernels  # not at the top: `make sanitize` uses only the marks
 
     chosen = {}
     for name in names:

@@ -6,7 +6,7 @@ from treedecode import reference
 
 
 def random_parts(counts, num_heads, head_dim, dtype, empty=0.2):
-    """(part_out, part_lse, merge_indptr) with wide-spread lse; parts without keys have NaN as their output."""
+    """Makes (part_out, part_lse, merge_indptr) with wide-spread lse; parts without keys have NaN as their output."""
     num_parts = sum(counts)
     part_out = torch.randn(num_parts, num_heads, head_dim).to(dtype)
     part_lse = 8 * torch.randn(num_parts, num_heads)

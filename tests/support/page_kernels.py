@@ -1,20 +1,20 @@
-"""The page ops' CUDA kernels, called like the ops of `treedecode.ops` and with tensors of the CPU."""
+"""Runs the CUDA kernels of the page ops, called like `treedecode.ops` with tensors of the CPU."""
 
 import torch
 from support import simt_kernels as simt
 
 from treedecode import ops
 
-POISON = -1234567  # of scratch, which a kernel must set up before it reads it
+POISON = -1234567  # in scratch, which a kernel must initialise before it reads it
 
 
 def on_host(op, *args, **options):
-    """Runs the page op's kernel in the shim."""
+    """Runs the kernel of a page op in the shim."""
     globals()[op](*args, **options)
 
 
 def on_device(op, state, *args, seed=0):
-    """Runs the page op with copies of its arguments on the device, and copies back what it may have written."""
+    """Runs a page op with copies of its arguments on the device, and copies back the tensors that it may write."""
     assert ops.explain(op, "cuda").backend == "cuda"
     moved = [value.cuda() if isinstance(value, torch.Tensor) else value for value in (*state, *args)]
     getattr(ops, op)(ops.PageState(*moved[: len(state)]), *moved[len(state) :])

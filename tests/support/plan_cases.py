@@ -13,7 +13,7 @@ GOLDEN = json.loads((paths.GOLDEN / "plan_tree.json").read_text())
 
 
 def plan_of(page_table, seq_lens, q_lens=None, page_size=16, num_qo_heads=4, num_kv_heads=4, num_workers=0):
-    """`ops.plan_tree` with defaults for what most tests do not care about."""
+    """Makes a plan by `ops.plan_tree`, with defaults for arguments that most tests do not vary."""
     return ops.plan_tree(
         page_table,
         seq_lens,
@@ -27,10 +27,10 @@ def plan_of(page_table, seq_lens, q_lens=None, page_size=16, num_qo_heads=4, num
 
 
 def chunks_of(plan):
-    """The rows of `plan.chunks` that are defined."""
+    """Returns the defined rows of `plan.chunks`."""
     return plan.chunks[: plan.num_chunks].tolist()
 
 
 def plain(plan):
-    """The numbers of the plan that are defined, as lists."""
+    """Returns the defined numbers of the plan, as lists."""
     return [plan.q_indptr.tolist(), plan.part_indptr.tolist(), chunks_of(plan), plan.counts.tolist()]

@@ -11,7 +11,7 @@ OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 1, "p
 
 
 def per_row(rows, **settings):
-    """The settings of `ops.sample` as tensors of one value per row; `OFF` where none is given."""
+    """Makes settings of `ops.sample`, as tensors of one value per row; `OFF` where none is given."""
     dtypes = {"top_k": torch.int32, "seed": torch.int64, "position": torch.int64}
     return {
         name: torch.as_tensor(value, dtype=dtypes.get(name, torch.float32)).expand(rows)
@@ -37,11 +37,11 @@ def assert_drawn_right(logits, got, settings, token_mask=None):
             p = min(max(top_p, 0.0), 1.0) if one["top_p"] < 1 else 1.0
             kept, weights = kept_tokens(x[row], one["temperature"], one["top_k"], p, one["min_p"])
             cdf = weights.cumsum(0) / weights.sum()
-            here = (kept == token[row]).nonzero().flatten()
-            if len(here):
-                low = cdf[here[0] - 1].item() if here[0] > 0 else 0.0
+            positions = (kept == token[row]).nonzero().flatten()
+            if len(positions):
+                low = cdf[positions[0] - 1].item() if positions[0] > 0 else 0.0
                 u = uniform(one["seed"], one["position"])
-                chances.append(low - slack <= u <= cdf[here[0]].item() + slack)
+                chances.append(low - slack <= u <= cdf[positions[0]].item() + slack)
         assert any(chances), (row, token[row], want_token[row])
     want_logprob = (x - x.logsumexp(1, keepdim=True)).gather(1, token.long()[:, None])[:, 0]
     eps = 2.0**-23

@@ -1,6 +1,6 @@
-"""The CUDA kernels on the host: `run("append_kv", seed=3, k=..., ...)` calls a launcher with a params struct.
+"""Runs CUDA kernels on the host: `run("append_kv", seed=3, k=..., ...)` calls a launcher with a params struct.
 
-The struct's fields are read from its header, so that a test names them and nothing is written down twice.
+The fields of the struct are read from its header, so that they are listed only there.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ SEEDS = (0, 1, 2, 3)  # threads in ascending order, in descending order, at rand
 
 
 class KernelError(Exception):
-    """What the shim refused: a divergent collective, a deadlock, a wrong launch."""
+    """An error that the shim reports: a divergent collective, a deadlock, a wrong launch."""
 
 
 @functools.cache
@@ -46,7 +46,7 @@ def _sources():
 
 @functools.cache
 def _struct(name):
-    """The ctypes twin of a plain struct: one field per line, `type name;` or `type name[n];`."""
+    """Returns the ctypes twin of a plain struct: one field per line, `type name;` or `type name[n];`."""
     body = re.search(rf"\bstruct {name} {{\n(.*?)\n}};", _sources()[0], re.DOTALL)[1]
     fields = []
     for line in body.splitlines():
@@ -75,9 +75,9 @@ def run(op, *, seed=0, resident_blocks=1, drop=None, **fields):
     """Runs the launcher `op` on the host.
 
     Args:
-        seed: which thread runs next; see tests/simt/simt.h.
-        resident_blocks: how many blocks run interleaved.
-        drop: "file:line" of a `sync_threads` that is to do nothing.
+        seed: chooses the threads that run next; see tests/simt/simt.h.
+        resident_blocks: blocks that run interleaved.
+        drop: "file:line" of a `sync_threads` that shall do nothing.
         fields: of the params struct; tensors for pointers, tuples for arrays, dictionaries for structs in it.
 
     Raises:
@@ -97,7 +97,7 @@ def run(op, *, seed=0, resident_blocks=1, drop=None, **fields):
 
 
 def traffic(call):
-    """What the kernels that `call()` runs ask of memory: a dictionary of the counts in tests/simt/traffic.h."""
+    """Returns the memory traffic of the kernels that `call()` runs, by the names of tests/simt/traffic.h."""
     counts = _struct("Traffic")()
     _library().simt_count_traffic()
     try:
@@ -108,18 +108,18 @@ def traffic(call):
 
 
 def barriers_seen():
-    """ "file:line" of every `sync_threads` that was reached since this was called last."""
+    """Returns "file:line" of every `sync_threads` that was reached since the last call."""
     return _library().simt_barriers().decode().split()
 
 
 def is_noticed(goes_wrong):
-    """Whether `goes_wrong()` is true, in a process of its own: a kernel without a barrier may also write anywhere."""
+    """Returns whether `goes_wrong()` is true or crashes, in another process: it may write anywhere."""
     unnoticed = 42
     child = os.fork()
     if child == 0:
         faulthandler.disable()
-        torch.set_num_threads(1)  # the others have not come along
-        signal.setitimer(signal.ITIMER_VIRTUAL, 5)  # ends what goes round in circles
+        torch.set_num_threads(1)  # a fork has no other threads
+        signal.setitimer(signal.ITIMER_VIRTUAL, 5)  # ends endless loops
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         status = 0
         try:

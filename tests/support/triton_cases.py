@@ -1,4 +1,4 @@
-"""Helpers of the Triton tests: launchers as ops, refusals in the native op's words, compiling for every target.
+"""Helpers of the Triton tests: launchers as ops, errors as of the native op, compilation for every target.
 
 Importing this skips a test module where kernels cannot run in Triton's interpreter.
 """
@@ -22,11 +22,11 @@ if not triton.knobs.runtime.interpret:
     pytest.skip("Triton was imported before TRITON_INTERPRET=1 was set", allow_module_level=True)
 
 
-IS_3_6 = triton.__version__.startswith("3.6.")  # spills a few bytes that later ones do not
+IS_3_6 = triton.__version__.startswith("3.6.")  # it spills a few bytes, unlike later versions
 
 
 def assert_refused_in_the_same_words(op, good, change):
-    """The launcher takes the arguments `good`, and with `change` in them says what the native op says."""
+    """Asserts that the launcher takes the arguments `good`, and with `change` raises the error of the native op."""
     launch = triton_kernels.launcher(op)
     launch(*copy.deepcopy(good).values())
     args = (good | change).values()
@@ -38,7 +38,7 @@ def assert_refused_in_the_same_words(op, good, change):
 
 
 def compile_all(script, *args):
-    """What a script of this folder prints that compiles kernels, in a process without the interpreter."""
+    """Returns the output of a script of this folder that compiles kernels, in a process without the interpreter."""
     path = Path(__file__).with_name(script)
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, TESTS)))
@@ -47,7 +47,7 @@ def compile_all(script, *args):
 
 
 class PageOps:
-    """The page ops of `treedecode.ops` by their launchers, as on a GPU."""
+    """The page ops of `treedecode.ops`, by their launchers, as on a GPU."""
 
     @staticmethod
     def fork_branches(state, src, dst, lens=None):

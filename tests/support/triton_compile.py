@@ -1,6 +1,6 @@
-"""Compiles Triton kernels ahead of time for every target, without a GPU: `python triton_compile.py [op ...]`, to JSON.
+"""Compiles Triton kernels for every target, without a GPU: `python triton_compile.py [op ...]` prints JSON.
 
-A process of its own: the tests beside it run the kernels in Triton's interpreter, and a process does one or the other.
+A process of its own, because the tests run the kernels in Triton's interpreter, and a process can only do one of these.
 """
 
 import importlib
@@ -36,9 +36,9 @@ SAMPLE = LOGITS | {
     "logprob_ptr": "*fp32", "entropy_ptr": "*fp32", "temperature_ptr": "*fp32", "top_k_ptr": "*i32",
     "top_p_ptr": "*fp32", "min_p_ptr": "*fp32", "seed_ptr": "*i64", "position_ptr": "*i64",
 }  # fmt: skip
-# Kernel -> types of its arguments by name ("*" and the dtype under test: "*T"; the other pointers point to 32-bit
-# integers, and the rest are such), the values of its constants, and how many warps run it if not 4. What follows a
-# slash tells the same kernel with other constants apart. tree_attention and plan_tree: triton_compile_attention.py.
+# Kernel -> types of its arguments by name ("*T" points to the dtype under test; other pointers point to 32-bit
+# integers, and other arguments are such), values of its constants, and the number of warps if not 4. A suffix after a
+# slash tells apart the same kernel with other constants. tree_attention and plan_tree: triton_compile_attention.py.
 KERNELS = {
     "adopt_pages": ({}, {"BLOCK": 1024}),
     "append_kv": (
@@ -97,7 +97,7 @@ KERNELS = {
 
 
 def resources(compiled, target):
-    """Registers and spilled bytes of one kernel, from the code itself."""
+    """Returns the registers and spilled bytes of one kernel, from its code."""
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
         return {name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count")}
@@ -106,12 +106,12 @@ def resources(compiled, target):
         file.write(compiled.asm["cubin"])
         file.flush()
         text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    return {"registers": int(found[1]), "stack": int(found[2])}
+    match = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    return {"registers": int(match[1]), "stack": int(match[2])}
 
 
 def kernels_of(op):
-    """Every kernel in the op's module, and its keys in KERNELS."""
+    """Returns every kernel in the op's module, and its keys in KERNELS."""
     module = importlib.import_module(f"treedecode.triton_kernels.{op}")
     for name, kernel in vars(module).items():
         if re.fullmatch(r"_\w+_kernel", name):
@@ -137,7 +137,7 @@ def compile_one(op, key, target_name, dtype):
 
 
 def main():
-    # bf16 is what these targets are for; fp32, of kernels that know a dtype, is compiled for one of each maker.
+    # All targets compile bf16; one target of each maker compiles fp32, of kernels that depend on a dtype.
     jobs = [
         (op, key, target, dtype)
         for dtype, targets in (("bf16", TARGETS), ("fp32", ("sm_90", "gfx942")))

@@ -1,4 +1,4 @@
-"""`triton_compile.py` for tree_attention and plan_tree, with the constants that their launchers choose."""
+"""Compiles tree_attention and plan_tree as `triton_compile.py` does, with the constants that their launchers choose."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def compile_kernel(kernel, target_name, dtype, constants, num_warps):
     target = TARGETS[target_name]
     compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
     text = compiled.asm["amdgcn" if target.backend == "hip" else "ptx"]
-    found = {
+    report = {
         "target": target_name,
         "dtype": dtype,
         "shared": compiled.metadata.shared,
@@ -56,28 +56,28 @@ def compile_kernel(kernel, target_name, dtype, constants, num_warps):
         "async_copies": text.count("cp.async.cg"),
         **resources(compiled, target),
     }
-    if target.backend == "hip":  # spilled or not, also by functions that are called
-        found["stack"] = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
-    return found
+    if target.backend == "hip":  # the code object has the stack of called functions too
+        report["stack"] = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
+    return report
 
 
 def compile_attention(target, dtype, head_dim, rows, constants):
     is_plain = not (constants["HAS_WINDOW"] or constants["HAS_SOFT_CAP"])
     c = tree_attention.config(head_dim, DTYPES[dtype], target, rows, is_plain)
     constants = constants | {"D": head_dim, "BLOCK_D": tree_attention.block_d(head_dim)} | tree_attention.constants(c)
-    found = compile_kernel(tree_attention._tree_attention_kernel, target, dtype, constants, c.num_warps)
-    return {"op": "tree_attention", "head_dim": head_dim, "stages": c.num_stages, **found}
+    report = compile_kernel(tree_attention._tree_attention_kernel, target, dtype, constants, c.num_warps)
+    return {"op": "tree_attention", "head_dim": head_dim, "stages": c.num_stages, **report}
 
 
 def compile_merge(target):
     constants = {"NUM_HEADS": 32, "D": 128, "PAGE_SIZE": 16, "BLOCK_D": 128, "BLOCK_P": 8}
-    found = compile_kernel(tree_attention._merge_parts_kernel, target, "bf16", constants, 1)
-    return {"op": "merge_parts", **found}
+    report = compile_kernel(tree_attention._merge_parts_kernel, target, "bf16", constants, 1)
+    return {"op": "merge_parts", **report}
 
 
 def compile_plan(target, kernel):
-    found = compile_kernel(getattr(plan_tree, kernel), target, "bf16", {"BLOCK": 512}, 8)
-    return {"op": "plan_tree", "kernel": kernel, **found}
+    report = compile_kernel(getattr(plan_tree, kernel), target, "bf16", {"BLOCK": 512}, 8)
+    return {"op": "plan_tree", "kernel": kernel, **report}
 
 
 def main():

@@ -1,8 +1,8 @@
 """Makes Triton's interpreter three times as fast for kernels with small device functions; results stay the same.
 
-At every call of a device function it looks through all of `triton.language` for what it has to replace there, which
-takes longer than the function, and it reduces with xor (of which sorting consists) element by element. Triton 3.6's is
-made to run with the NumPy of today, too.
+At every call of a device function the interpreter searches all of `triton.language` for names to replace, which takes
+longer than the function. It reduces with xor, as sorting does, element by element. This module avoids both, and makes
+the interpreter of Triton 3.6 work with NumPy 2.4.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from triton.runtime import interpreter
 
 _patch_lang, _patch_lang_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
 _launch, _reduce = interpreter.GridExecutor.__call__, interpreter.ReduceOps.apply_impl
-_patched: set[int] = set()  # ids of the globals for which the running launch has done it
+_patched: set[int] = set()  # ids of the globals that the running launch has patched
 
 
 def _patch_lang_once(fn):
@@ -21,7 +21,7 @@ def _patch_lang_once(fn):
 
 
 def _index_by_item(tensor, scope):
-    """That of Triton 3.6 takes int() of arrays with one element, which NumPy 2.4 and later refuse."""
+    """Replaces a function of Triton 3.6 that takes int() of arrays with one element, which NumPy 2.4 refuses."""
     _patch_lang_tensor(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 

@@ -1,7 +1,7 @@
-"""Every Triton kernel up to its launch, without a GPU: what is special about the arguments, and the compiled kernel.
+"""Runs every Triton kernel up to its launch, without a GPU: Triton specialises the arguments and compiles the kernel.
 
 The launchers run as on a GPU, on CPU tensors, with a driver that names a target and starts nothing. `triton_compile.py`
-hands signatures to the compiler that it has made itself; here Triton makes them of what the launchers pass.
+passes its own signatures to the compiler; here Triton makes them from the launchers' arguments.
 """
 
 import json
@@ -21,7 +21,7 @@ ARCH = "sm_90"
 
 
 class Driver:
-    """As much of a driver as launching asks for."""
+    """The part of a driver that a launch needs."""
 
     def get_current_device(self):
         return 0
@@ -34,7 +34,7 @@ class Driver:
 
 
 def main():
-    driver.set_active(Driver())  # before anything asks for the one of a GPU
+    driver.set_active(Driver())  # before Triton looks for a GPU's driver
     tree_attention.arch_of = lambda device: ARCH
     sanitize.default_workers = lambda device: 264
     compiled, run = defaultdict(set), JITFunction.run
@@ -51,7 +51,7 @@ def main():
             op_now = op
             triton_kernels.launcher(op)(*args)
 
-    def launch_and_do(op, args):  # the page ops' history goes on
+    def launch_and_do(op, args):  # so that the history of the page ops goes on
         launch(op, args)
         getattr(torch.ops.treedecode, op)(*args)
 

@@ -1,4 +1,4 @@
-"""append_kv's CUDA kernel on the host."""
+"""The CUDA kernel of append_kv, run on the host."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_matches_reference(dtype, layout, head_dim):
     slots = torch.randperm(72)[:num_tokens]
     slots[[0, 5]] = -1
     reference.append_kv(k, v, *want, slots)
-    slots[5] = 72  # beyond the pages: nobody has looked at the values
+    slots[5] = 72  # beyond the pages: the host does not check slots
     for seed in simt.SEEDS:
         append_kv(k, v, *got, slots, seed=seed)
         assert all(map(torch.equal, got, want))

@@ -1,4 +1,4 @@
-"""Each barrier of beam_prune, sample and beam_update is needed; the kernels without it run on the host."""
+"""The kernels of beam_prune, sample and beam_update need each of their barriers: without it they fail on the host."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ SOURCES = ROOT / "csrc" / "cuda"
 
 
 def with_included(names):
-    """The headers `names` and all that they include."""
+    """Returns the headers `names` and all headers that they include."""
     found, left = set(), [SOURCES / name for name in names]
     while left:
         path = left.pop()
@@ -43,7 +43,7 @@ def pruned(logits, groups, k, **options):
 
 
 def updated(num_beams, num_old, bad_rank=None):
-    """Every other candidate ends; the pool has room for some of them."""
+    """Returns a call of beam_update: every other candidate ends, and the pool has room for some of them."""
     candidates = [(-float(i), -2 if i == bad_rank else i % num_beams, 5 + i % 2) for i in range(2 * num_beams)]
     pool = [(-2.0 * i, 1, i, 9) for i in range(num_old)]
     args = make_args(num_beams, candidates, eos=[5], pool=pool, length_penalty=0.0, early_stopping=True)
@@ -78,13 +78,13 @@ CASES = {
     "few candidates": pruned(make_logits("normal", 3, 100), [1, 2], 5, chunk_len=64, resident_blocks=3),
     "candidates of four blocks": pruned(torch.full((4, 256), -math.inf), [4], 256, resident_blocks=4),
 }
-# That one block's warp has yet to write while another block merges takes two priorities drawn at the right moment.
+# A warp of one block must write late, while another block merges; that needs two priorities drawn at the right moment.
 SEEDS = dict.fromkeys(CASES, range(12)) | {"candidates of four blocks": range(60)}
 
 
 @functools.cache
 def intact(case):
-    """What comes out, and the barriers on the way."""
+    """Returns the results of a case with all barriers, and the barriers that it reaches."""
     simt.barriers_seen()
     return CASES[case](seed=0), set(simt.barriers_seen())
 
@@ -100,7 +100,7 @@ def goes_wrong(case, barrier):
 
 @pytest.mark.parametrize("barrier", BARRIERS)
 def test_every_barrier_is_needed(barrier):
-    """Without it a result is wrong, or depends on the threads' order."""
+    """Without the barrier a result is wrong, or depends on the order of threads."""
     cases = [case for case in CASES if barrier in intact(case)[1]]
     assert cases, "no case comes by"
     assert any(simt.is_noticed(functools.partial(goes_wrong, case, barrier)) for case in cases)
@@ -108,5 +108,5 @@ def test_every_barrier_is_needed(barrier):
 
 @pytest.mark.parametrize("case", CASES)
 def test_with_all_barriers_nothing_is_noticed(case):
-    """Neither another result nor the time, which is limited."""
+    """With all barriers, the check finds neither a wrong result nor a run that takes too long."""
     assert not simt.is_noticed(functools.partial(goes_wrong, case, None))

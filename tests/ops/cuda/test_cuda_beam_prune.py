@@ -1,4 +1,4 @@
-"""beam_prune's CUDA kernels, run on the host; the checks of the results are those of the CPU kernel."""
+"""The CUDA kernels of beam_prune, run on the host, with the checks of the CPU kernel."""
 
 import itertools
 import math
@@ -38,7 +38,7 @@ def test_any_vocab_and_alignment(dtype, vocab):
 @pytest.mark.parametrize("kind", ["normal", "ascending", "equal"])
 @pytest.mark.parametrize("k", [1024, 3000])
 def test_many_candidates(kind, k):
-    """1024 are sorted in shared memory, 3000 in global memory."""
+    """1024 candidates are sorted in shared memory, 3000 in global memory."""
     logits, cum = make_logits(kind, 2, 4001).to(torch.bfloat16), torch.tensor([-0.5, 0.0])
     assert_pruned_right(logits, cum, indptr(2), k, beam_prune(logits, cum, indptr(2), k, chunk_len=2048, seed=2))
 
@@ -51,7 +51,7 @@ def test_a_vocabulary_of_several_chunks(dtype):
 
 
 def test_more_candidates_than_tokens():
-    """What a row needs in between goes by the tokens it has, not by the candidates that are asked for."""
+    """Scratch memory depends on the number of tokens of a row, not on the number of candidates asked for."""
     logits, cum = make_logits("normal", 100, 3), torch.zeros(100)
     assert_pruned_right(logits, cum, indptr(99, 1), 2500, beam_prune(logits, cum, indptr(99, 1), 2500))
 
@@ -66,8 +66,8 @@ def test_masks(dtype):
     mask, cum, groups = pack(allowed), torch.zeros(rows), indptr(1, 1, 1, 2)
     for k in (4, 40):
         got = beam_prune(logits, cum, groups, k, token_mask=mask, chunk_len=512)
-        found = got[1] >= 0
-        assert allowed[got[1][found].long(), got[2][found].long()].all()
+        exists = got[1] >= 0
+        assert allowed[got[1][exists].long(), got[2][exists].long()].all()
         assert (got[1][2] == -1).all()
         assert_pruned_right(logits, cum, groups, k, got, token_mask=mask)
 
@@ -111,7 +111,7 @@ def test_far_apart_values():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_schedule_and_batch_do_not_matter(dtype):
-    """Rows of 1001 lie at every alignment, which must not change the order of a sum."""
+    """Rows of 1001 tokens have every alignment, which must not change the order of a sum."""
     logits = make_logits("normal", 6, 1001).to(dtype)
     cum, groups = torch.linspace(-3, 0, 6), indptr(2, 3, 1)
     whole = beam_prune(logits, cum, groups, 20, chunk_len=512)
@@ -155,7 +155,7 @@ def test_bad_cumulative_logprobs_are_marked(bad):
     [[0, 4, 2, 5], [0, 4], [1, 5], [0, -3, 5], [0, 7, 5], [0, 2**31 - 1, 5], [-1, 5], [0, 5, 0, 5], [5, 0], [0]],
 )
 def test_offsets_that_are_none(offsets):
-    """Whoever owns its rows alone may be right; nobody else is, and nothing is written elsewhere."""
+    """With bad offsets only groups that own their rows alone may have results, and no write is out of bounds."""
     logits, cum = make_logits("normal", 5, 50), torch.zeros(5)
     groups = torch.tensor(offsets, dtype=torch.int32)
     scores, parent, token, lse = beam_prune(logits, cum, groups, 3, resident_blocks=3)

@@ -1,4 +1,4 @@
-"""beam_update's CUDA kernel, run on the host, against the CPU kernel."""
+"""The CUDA kernel of beam_update, run on the host, against the CPU kernel."""
 
 import pytest
 import torch
@@ -79,7 +79,7 @@ def test_equals_the_cpu_kernel(search):
 
 
 def test_wide_beam():
-    """More hits and old entries than the block has threads, which interleave."""
+    """There are more hits and old entries than threads in a block, and they interleave."""
     k = 300
     args = make_args(
         k,

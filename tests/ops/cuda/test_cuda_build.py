@@ -1,4 +1,4 @@
-"""The CUDA library without a GPU: it loads, registers, and its machine code keeps within the budget."""
+"""The CUDA library without a GPU: it loads and registers its ops, and its machine code keeps within a budget."""
 
 import ctypes
 import json
@@ -21,10 +21,10 @@ BUDGET = json.loads((paths.GOLDEN / "cuda_budget.json").read_text())
 
 @cuda_library.needs_library
 def test_kernels_keep_within_their_budget():
-    """No kernel needs more registers than listed or keeps anything in local memory, on any architecture."""
-    found = cuda_library.resources()
-    assert {kernel for kernel, _ in found} == BUDGET.keys(), "tests/golden/cuda_budget.json lists other kernels"
-    over = {key: use for key, use in found.items() if use["registers"] > BUDGET[key[0]] or use["stack"]}
+    """No kernel needs more registers than listed or uses local memory, on any architecture."""
+    results = cuda_library.resources()
+    assert {kernel for kernel, _ in results} == BUDGET.keys(), "tests/golden/cuda_budget.json lists other kernels"
+    over = {key: use for key, use in results.items() if use["registers"] > BUDGET[key[0]] or use["stack"]}
     assert not over
 
 
@@ -40,7 +40,7 @@ def test_every_kernel_is_built_for_every_architecture():
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_every_name_of_ptx_compiles_to_its_instruction(arch, tmp_path):
-    """The shim's own kernels use all of ptx.cuh; here the device's compiler takes them, without a warning."""
+    """The shim's own kernels use all of ptx.cuh; nvcc compiles them without a warning."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc on PATH")
@@ -62,18 +62,18 @@ def test_every_name_of_ptx_compiles_to_its_instruction(arch, tmp_path):
 @cuda_library.needs_library
 @pytest.mark.parametrize("op", ["append_kv", "copy_pages"])
 def test_wide_accesses(op):
-    """16 bytes at a time where addresses allow."""
-    found = [opcodes for (name, _), opcodes in cuda_library.mnemonics(op).items() if name == f"_{op}_kernel<16>"]
-    assert found
-    for opcodes in found:
+    """The kernels access 16 bytes at a time where addresses allow."""
+    results = [opcodes for (name, _), opcodes in cuda_library.mnemonics(op).items() if name == f"_{op}_kernel<16>"]
+    assert results
+    for opcodes in results:
         assert {"LDG.E.128", "STG.E.128"} <= {opcode.removesuffix(".CONSTANT") for opcode in opcodes}
 
 
 @cuda_library.needs_library
 def test_attention_uses_tensor_cores_and_asynchronous_copies():
-    found = cuda_library.mnemonics("mma_")
-    assert len(found) == sum("_tree_attention_mma_kernel" in kernel for kernel in BUDGET) * len(archs())
-    for (kernel, _), opcodes in found.items():
+    results = cuda_library.mnemonics("mma_")
+    assert len(results) == sum("_tree_attention_mma_kernel" in kernel for kernel in BUDGET) * len(archs())
+    for (kernel, _), opcodes in results.items():
         assert ("HMMA.16816.F32.BF16" if "bf16" in kernel else "HMMA.16816.F32") in opcodes, kernel
         assert any(name.startswith("LDGSTS.E.BYPASS") and "128" in name for name in opcodes), kernel
         assert any(name.startswith("LDSM.16.MT88.4") for name in opcodes), kernel
@@ -93,7 +93,7 @@ def test_cuda_tensors_take_the_cuda_kernel(op):
 
 
 def test_a_library_that_torch_has_loaded_is_found_by_its_name():
-    """That is how the current stream is found in libtorch_cuda.so, wherever it lies; its symbols are local."""
+    """The current stream is looked up in libtorch_cuda.so in this way, because its symbols are local."""
     flags = os.RTLD_NOW | os.RTLD_NOLOAD
     assert ctypes.CDLL("libtorch_cpu.so", mode=flags).aoti_torch_get_current_stream
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""The page ops' CUDA kernels on the host against the CPU ops: same state, page ids and slots, whoever runs first."""
+"""The CUDA kernels of the page ops on the host: state, page ids and slots of the CPU ops, in any order of threads."""
 
 import copy
 
@@ -19,7 +19,7 @@ from treedecode.ops.pages import BAD_ARGUMENT, OK, OUT_OF_PAGES, STATUS_ERROR, S
 seeds = st.one_of(st.sampled_from([0, 1]), st.integers(2, 1000))
 
 
-# The device runs what the shim runs, where there is one.
+# The same tests run on a device, where there is one.
 everywhere = pytest.mark.parametrize(
     "run",
     [
@@ -30,7 +30,7 @@ everywhere = pytest.mark.parametrize(
 
 
 class Pair:
-    """A state and its copy: ops run on the first on the CPU and on the second in the CUDA kernel, then both agree."""
+    """A state and its copy: an op runs on one on the CPU and on the other in the CUDA kernel, and both must agree."""
 
     def __init__(self, state, kv):
         self.cpu, self.cuda = state, state._replace(**{name: getattr(state, name).clone() for name in STATE_FIELDS})
@@ -48,15 +48,15 @@ class Pair:
 
     @property
     def is_possible(self):
-        """Whether every page counts all rows that have it: what becomes of one that does not is nobody's word."""
+        """Returns whether every page counts all rows that have it; with wrong counts the results are undefined."""
         held = torch.zeros_like(self.cpu.refcount)
         for pages, length in zip(self.cpu.page_table, self.cpu.seq_lens.tolist(), strict=True):
-            mine = pages[: max(0, -(-length // self.cpu.page_size))]
-            held += torch.bincount(mine[(mine >= 0) & (mine < len(held))], minlength=len(held))
+            used = pages[: max(0, -(-length // self.cpu.page_size))]
+            held += torch.bincount(used[(used >= 0) & (used < len(held))], minlength=len(held))
         return bool((held <= self.cpu.refcount).all())
 
     def call(self, op, *args, num_slots=None, run=page_kernels.on_host, **options):
-        """Whether the CPU op took the arguments; the slots where it gives some."""
+        """Returns whether the CPU op accepted the arguments, or its slots if it returns some."""
         names = STATE_FIELDS if self.is_possible else ("page_table", "seq_lens")
         cpu_args, cuda_args = [self.cpu], [self.cuda]
         if op == "append_slots":
@@ -93,7 +93,7 @@ class Pair:
 
 @st.composite
 def walks(draw):
-    """A pair after some appends, forks and holds, and pages held outside of the table."""
+    """Draws a pair after some appends, forks and holds, and the pages held outside of the table."""
     page_size = draw(st.sampled_from([1, 2, 16]))
     num_rows = draw(st.integers(1, 8))
     pair = Pair.make(num_pages=draw(st.integers(4, 24)), page_size=page_size, max_branches=8, num_layers=1)
@@ -117,7 +117,7 @@ def walks(draw):
 @settings(max_examples=120, deadline=None)
 @given(walk=walks(), seed=seeds, data=st.data())
 def test_valid_calls_match_the_cpu(run, walk, seed, data):
-    """Forks with any overlap, appends that may run out of pages, holds and adoptions in a row."""
+    """The calls are forks with any overlap, appends that may run out of pages, holds and adoptions."""
     pair, held, rng = walk
     page_size = pair.cpu.page_size
     for kind in data.draw(
@@ -153,7 +153,7 @@ def test_valid_calls_match_the_cpu(run, walk, seed, data):
 @settings(max_examples=200, deadline=None)
 @given(walk=walks(), seed=seeds, data=st.data())
 def test_refuses_what_the_cpu_refuses(run, walk, seed, data):
-    """Any values in arguments and in the state: an address out of range is found before it is used."""
+    """Arguments and state have any values: an address out of range is found before it is used."""
     pair, _, _ = walk
     num_pages, page_size = len(pair.cpu.refcount), pair.cpu.page_size
     wild = st.sampled_from([-(2**31), -1, 0, 1, 2**31 - 1])
@@ -183,7 +183,7 @@ def test_refuses_what_the_cpu_refuses(run, walk, seed, data):
 @everywhere
 @pytest.mark.parametrize("seed", simt.SEEDS)
 def test_more_rows_than_threads(run, seed):
-    """1100 rows: scans go on from one round of the block to the next, and warps take several rows."""
+    """With 1100 rows, scans continue from one round of the block to the next, and warps take several rows."""
     pair = Pair.make(num_pages=3000, page_size=2, max_branches=1100, max_pages_per_branch=4, num_layers=1, head_dim=1)
     rows = torch.randperm(1100, dtype=torch.int32)
     assert pair.call("append_slots", rows, torch.randint(0, 4, (1100,), dtype=torch.int32), seed=seed, run=run)
@@ -254,7 +254,7 @@ def test_copy_pages(dtype, head_dim, seed):
 
 
 def test_every_barrier_is_needed():
-    """With any one barrier left out, some order of threads gives another result or an error of the shim."""
+    """Without the barrier, some order of threads gives another result or an error of the shim."""
     pair = Pair.make(num_pages=200, page_size=4, max_branches=40, num_layers=1)
     rows = torch.arange(40, dtype=torch.int32)
     assert pair.call("append_slots", rows[:3], int32(11, 9, 2))
@@ -285,7 +285,7 @@ def test_every_barrier_is_needed():
 
 
 def is_wrong(pair, op, args, seed, drop):
-    """Whether a call differs from the CPU's."""
+    """Returns whether the results of a call differ from those of the CPU."""
     try:
         pair.call(op, *args, seed=seed, drop=drop)
     except (AssertionError, simt.KernelError):

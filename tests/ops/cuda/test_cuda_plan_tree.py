@@ -1,4 +1,4 @@
-"""plan_tree's CUDA kernels on the host: the reference's flat plan to the last number."""
+"""The CUDA kernels of plan_tree, run on the host: they make the flat plan of the reference to the last number."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def scratch_words(num_rows, max_pages):
 
 
 def fields_of(page_table, seq_lens, q_lens, page_size, num_qo_heads, num_kv_heads, num_workers):
-    """The launcher's params, -1 in what it is to write."""
+    """Returns the params of the launcher, with outputs full of -1."""
     num_rows, max_pages = page_table.shape
     workers = max(1, num_workers // num_kv_heads)
     max_chunks = max(0, 2 * num_rows - 1) + (4 * workers if num_rows else 0)
@@ -42,7 +42,7 @@ def fields_of(page_table, seq_lens, q_lens, page_size, num_qo_heads, num_kv_head
 
 
 def run(*args, **how):
-    """(q_indptr, part_indptr, chunks, counts)."""
+    """Runs the kernels; returns (q_indptr, part_indptr, chunks, counts)."""
     fields = fields_of(*args)
     simt.run("plan_tree", **how, **fields)
     return tuple(fields[name] for name in ("q_indptr", "part_indptr", "chunks", "counts"))
@@ -84,7 +84,7 @@ def native(page_table, seq_lens, q_lens, page_size, num_qo_heads, num_kv_heads, 
 
 @pytest.mark.parametrize("num_rows", [600, 1023, 1024, 1025, 1500])
 def test_more_rows_than_threads(num_rows):
-    """The tree lies in shared memory up to 1024 rows, then in scratch."""
+    """The tree is in shared memory up to 1024 rows, and in scratch beyond."""
     rows = tree_rows([5, 10, 30], [3, 2, 1, 1])[:num_rows]
     args = *as_tables(rows, 16, [1 + i % 16 for i in range(num_rows)]), None, 16, 8, 2, 264
     assert plain(*run(*args)) == native(*args)
@@ -92,7 +92,7 @@ def test_more_rows_than_threads(num_rows):
 
 @pytest.mark.parametrize("step", [1, 2])
 def test_one_row_after_the_other_forks(step):
-    """The deepest tree there is: a comb, growing or shrinking."""
+    """The tree is a comb, which is the deepest one, and its shared prefix grows or shrinks."""
     rows = [[*range(i + 1), 1000 + i] for i in range(0, 150, step)]
     for comb in (rows, rows[::-1]):
         args = *as_tables(comb, 64, [64] * len(comb)), None, 64, 4, 4, 264
@@ -101,7 +101,7 @@ def test_one_row_after_the_other_forks(step):
 
 @pytest.mark.parametrize("differs_at", [0, 1, 2047, 2048, 2049, 4095, 4096, 4999, 5000])
 def test_long_tables(differs_at):
-    """Several blocks compare two rows, whose pages may agree again after the first that differs."""
+    """Several blocks compare two rows, whose pages may be equal again after the first that differs."""
     pages = torch.arange(5000, dtype=torch.int32)
     page_table = torch.stack([pages, pages])
     if differs_at < 5000:
@@ -111,7 +111,7 @@ def test_long_tables(differs_at):
 
 
 def test_reads_nothing_beyond_seq_len():
-    """Entries behind a row's pages may be equal, and tables may end right there."""
+    """Table entries after a row's pages may be equal, and the table may end there."""
     page_table, seq_lens = as_tables([[1, 2], [1, 3], [1]], 16, [16, 16, 3])
     for fill in (UNUSED, -1, 7):
         table = page_table.masked_fill(page_table == UNUSED, fill)
@@ -128,7 +128,7 @@ def test_little_to_plan(rows):
 
 
 def test_lengths_that_the_cpu_refuses_are_clamped():
-    """To the table's width, to the row's tokens, to 0: the plan is that of the clamped lengths."""
+    """The plan is that of lengths clamped to the table's width, to the row's tokens, or to 0."""
     page_table, _ = as_tables(tree_rows([3], [4, 2]), 16, [16] * 3)
     wrong = torch.tensor([2**31 - 1, -5, 96], dtype=torch.int32), torch.tensor([97, 3, -1], dtype=torch.int32)
     right = torch.tensor([96, 0, 96], dtype=torch.int32), torch.tensor([96, 3, 0], dtype=torch.int32)
@@ -142,9 +142,9 @@ def test_counts_that_do_not_fit_are_marked():
 
 
 def test_every_barrier_is_needed():
-    """Without any one of them the plan is wrong under some order of the threads."""
+    """Without the barrier the plan is wrong in some order of threads."""
 
-    def forest(num_inner):  # roots that are worth keeping for all of their children only
+    def forest(num_inner):  # roots that only pay with all of their children
         rows = []
         for i in range(num_inner):
             path = [*range(i // 20 * 8, i // 20 * 8 + 8), i // 5 + 10_000, i + 20_000]

@@ -1,4 +1,4 @@
-"""What attention's tensor core kernel asks of memory, counted on the host: keys once, whole sectors, no bank twice."""
+"""Memory traffic of the tensor core kernel, counted on the host: each key once, whole sectors, no bank conflicts."""
 
 import pytest
 import torch
@@ -18,20 +18,20 @@ def num_queries(plan, chunk):
 
 
 def query_bytes(plan, num_qo_heads, head_dim):
-    """A query is read for each chunk on its path."""
+    """Returns the bytes of queries, which are read once for each chunk on their path."""
     return sum(num_queries(plan, chunk) for chunk in plan.named_chunks()) * num_qo_heads * head_dim * 2
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-@pytest.mark.parametrize("num_branches", [4, 20, 40, 100])  # each way in which warps share a tile
+@pytest.mark.parametrize("num_branches", [4, 20, 40, 100])  # all ways in which warps share a tile
 def test_shared_memory_has_no_bank_conflicts(num_branches, head_dim):
     rows = ragged(tree_rows([num_branches], [9, 1]), 16)
     case = make_case(rows, num_qo_heads=1, num_kv_heads=1, head_dim=head_dim, dtype=torch.bfloat16)
-    _, found = counted(case, 1)
-    assert found["matrices"] > 0
-    assert found["matrix_passes"] == found["matrices"]
-    assert found["copy_passes"] == found["copies"] > 0
-    assert found["sectors"] * 32 == found["bytes"]
+    _, counts = counted(case, 1)
+    assert counts["matrices"] > 0
+    assert counts["matrix_passes"] == counts["matrices"]
+    assert counts["copy_passes"] == counts["copies"] > 0
+    assert counts["sectors"] * 32 == counts["bytes"]
 
 
 @pytest.mark.parametrize(
@@ -40,24 +40,24 @@ def test_shared_memory_has_no_bank_conflicts(num_branches, head_dim):
     ids=["wide", "deep", "alone"],
 )
 def test_each_shared_page_is_read_once_for_each_kv_head(fan_out, pages, num_workers):
-    """Where a kv head's packed rows of a node fit a tile; otherwise once a tile, as the next test has it."""
+    """The packed rows of a kv head in a node fit one tile here; otherwise a page is read once for each tile."""
     heads, head_dim = (8, 2), 128
     case = make_case(
         ragged(tree_rows(fan_out, pages), 16), num_qo_heads=heads[0], num_kv_heads=heads[1], head_dim=head_dim,
         dtype=torch.bfloat16,
     )  # fmt: skip
-    plan, found = counted(case, num_workers)
+    plan, counts = counted(case, num_workers)
     keys_and_values = plan.unique_tokens.item() * heads[1] * head_dim * 2 * 2
-    assert found["bytes"] == keys_and_values + query_bytes(plan, heads[0], head_dim)
+    assert counts["bytes"] == keys_and_values + query_bytes(plan, heads[0], head_dim)
 
 
 def test_a_page_is_read_once_for_128_packed_rows():
     case = make_case(
         ragged(tree_rows([70], [20, 1]), 16), num_qo_heads=4, num_kv_heads=1, head_dim=64, dtype=torch.bfloat16
     )
-    plan, found = counted(case, 4)
+    plan, counts = counted(case, 4)
     chunks = plan.named_chunks()
     tiles = [-(-num_queries(plan, chunk) * 4 // 128) for chunk in chunks]
     assert max(tiles) == 3
     tokens = sum((chunk.token_end - chunk.token_begin) * n for chunk, n in zip(chunks, tiles, strict=True))
-    assert found["bytes"] == tokens * 64 * 2 * 2 + query_bytes(plan, 4, 64)
+    assert counts["bytes"] == tokens * 64 * 2 * 2 + query_bytes(plan, 4, 64)

@@ -1,4 +1,4 @@
-"""tree_attention's CUDA kernels on the host: against the reference, with the error budget of the CPU's."""
+"""The CUDA kernels of tree_attention, run on the host, against the reference with the error budget of the CPU op."""
 
 import functools
 import itertools
@@ -39,7 +39,7 @@ def test_decode(dtype, shape):
     case = make_case(two_trees_and_loners(page_size), page_size=page_size, dtype=dtype, **sizes)
     first = attend(case)
     assert_within_budget(case, first)
-    for seed in simt.SEEDS[1:]:  # whatever the threads' order: the same bits
+    for seed in simt.SEEDS[1:]:  # the same bits in any order of threads
         assert all(map(torch.equal, attend(case, seed=seed), first))
 
 
@@ -64,7 +64,7 @@ def test_options(dtype, options):
         assert_within_budget(case, attend(case, num_workers=2, seed=2))
 
 
-# 1 to 128 packed rows in a tile: every way in which warps share the work
+# 1 to 128 packed rows in a tile: all ways in which warps share the work
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("num_branches", [1, 16, 17, 32, 33, 64, 65, 100, 130])
 def test_tiles_of_all_heights(num_branches, head_dim):
@@ -92,7 +92,7 @@ def test_prefill_beside_decode(dtype):
 @pytest.mark.parametrize("page_size", [1, 3, 16, 64, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_long_branches(dtype, page_size):
-    """Many tiles of keys to a chunk, many chunks to a path, pages that end anywhere in a tile."""
+    """A chunk has many tiles of keys, a path has many chunks, and pages end anywhere in a tile."""
     pages = list(range(-(-900 // page_size)))
     rows = [pages, [*pages[: len(pages) // 2], *range(5000, 5000 + 300 // page_size)], pages]
     case = make_case(ragged(rows, page_size), [1, 2, 1], page_size=page_size, head_dim=64, dtype=dtype)
@@ -135,7 +135,7 @@ def test_layout_does_not_matter(dtype):
 
 
 def test_rows_that_are_not_aligned():
-    """They take the kernel without tensor cores, and come out as well."""
+    """Such rows take the kernel without tensor cores, within the same budget."""
     case = make_case(two_trees_and_loners(16), dtype=torch.bfloat16)
     shifted = torch.cat([case.q.flatten()[:1], case.q.flatten()])[1:].view(case.q.shape)
     assert shifted.data_ptr() % 16 != 0
@@ -162,7 +162,7 @@ def test_nothing_to_do(rows):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_page_id_out_of_range_is_marked(dtype):
-    """NaN for the branches that have it, and for no others."""
+    """The results of branches with such a page id are NaN, and no others."""
     case = make_case(as_tables([[0, 1], [2, 3], [4, 5]], 16, [16, 16, 16]), dtype=dtype)
     for page in (-1, len(case.k_pages), 2**31 - 1):
         page_table = case.page_table.clone()
@@ -199,7 +199,7 @@ def same(got, want):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_barrier_is_needed(dtype):
-    """Without any one of them the result is wrong, or depends on the threads' order."""
+    """Without the barrier the result is wrong, or depends on the order of threads."""
     runs, barriers = [], set()
     for change in ({}, {"window_left": 290}, {"num_pages": 20}):  # the last one: page ids out of range
         case = make_case(ragged(tree_rows([3], [20, 1]), 16), head_dim=64, dtype=dtype)
@@ -222,7 +222,7 @@ def test_every_barrier_is_needed(dtype):
 
 
 def on_device(case, num_workers):
-    """The ops themselves, plan included."""
+    """Runs the ops themselves, and plan_tree before."""
     tensors = (t.cuda() for t in (*case.args[:5], case.plan.q_indptr.diff().int()))
     q, k_pages, v_pages, page_table, seq_lens, q_lens = tensors
     page_size, num_kv_heads, head_dim = k_pages.shape[1:]

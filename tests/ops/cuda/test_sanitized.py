@@ -1,6 +1,6 @@
-"""CUDA kernels on the host under AddressSanitizer and UndefinedBehaviorSanitizer: every kernel, most of its paths.
+"""Runs every CUDA kernel on the host under AddressSanitizer and UndefinedBehaviorSanitizer, on most of its paths.
 
-`make sanitize` takes all tests of the ops, and the CPU's kernels too.
+`make sanitize` runs all tests of the ops in this way, those of the CPU kernels too.
 """
 
 import os
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not simt_kernels.SANITIZED.exists(), reason="thi
 
 
 def run(*command):
-    """Runs Python with the sanitizers loaded; they look for C++'s exceptions when they start, so libstdc++ is too."""
+    """Runs Python with the sanitizers loaded, and libstdc++, which they need at their start for C++ exceptions."""
     paths = [
         subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so", "libstdc++.so")
@@ -44,7 +44,7 @@ def run(*command):
 @pytest.mark.slow
 def test_every_kernel():
     tests = [f"tests/ops/cuda/test_cuda_{op}.py::test_{name}" for op, names in TESTS.items() for name in names]
-    # Not with what is read from the file descriptors: a sanitizer's report would be lost with the process.
+    # Without capture by file descriptors, which would lose a sanitizer's report with the process.
     options = ["-p", "no:cacheprovider", "-p", "no:xdist", "--capture=sys", "-x", "--tb=short"]
     done = run("-m", "pytest", *options, "tests/ops/cuda/test_simt.py", *tests)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]

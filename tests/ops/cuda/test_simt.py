@@ -1,4 +1,4 @@
-"""The host shim that runs CUDA kernels: it must see what it is there to see, and compute what the device computes."""
+"""The host shim that runs CUDA kernels: it reports misuse, and computes the results of the device."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_every_barrier_of_a_block_scan_is_needed(name, factor):
 def test_misuse_is_reported(name, message, seed):
     with pytest.raises(simt.KernelError, match=message):
         run_toy(name, seed=seed)
-    run_toy("toy_reverse", seed=seed)  # a run that ended early leaves nothing behind
+    run_toy("toy_reverse", seed=seed)  # after a run that ended early
 
 
 def test_a_wrong_launch_is_refused():

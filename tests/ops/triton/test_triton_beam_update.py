@@ -1,4 +1,4 @@
-"""beam_update's Triton kernel, in the interpreter: it leaves what the CPU op leaves, to the bit."""
+"""The Triton kernel of beam_update, in the interpreter: it writes the bits that the CPU op writes."""
 
 import math
 
@@ -21,14 +21,14 @@ def clone(args):
 
 
 def update(args):
-    """Through the launcher, which is what `ops.beam_update` comes to on a GPU."""
+    """Runs the launcher, as `ops.beam_update` does on a GPU."""
     columns = (args[name] for name in (*NAMES, "eos_ids"))
     penalty, mode = args.get("length_penalty", 1.0), MODES[args.get("early_stopping", False)]
     return triton_kernels.launcher("beam_update")(*columns, penalty, mode, args.get("stop"))
 
 
 def assert_as_on_the_cpu(args):
-    """Runs both on copies; returns the pool and `done` as they are after it."""
+    """Runs both on copies; returns the pool and `done` after the step."""
     got, want = clone(args), clone(args)
     got_running, want_running = update(got), ops.beam_update(**want)
     for name, a, b in zip(("scores", "parent", "token"), got_running, want_running, strict=True):
@@ -95,7 +95,7 @@ def test_random_searches(search):
 
 @pytest.mark.parametrize("every", [2, 100])
 def test_more_beams_than_a_block(every):
-    """Hits of 700 beams interleave with a pool of 700; few of them move it by less than a block."""
+    """Hits of 700 beams interleave with a pool of 700; a few hits move it by less than a block."""
     k = 700
     candidates = [(-float(i), i % k, 7 if i % every else 5) for i in range(2 * k)]
     pool = [(-2.0 * i, 1, i, 9) for i in range(k)]
@@ -115,7 +115,7 @@ def test_equal_scores_keep_their_order():
 
 
 def together(groups, **settings):
-    """One call for groups of one beam each."""
+    """Makes one call of groups of one beam each."""
     args = {name: torch.cat([group[name] for group in groups]) for name in NAMES}
     args["parent"] += torch.arange(len(groups), dtype=torch.int32)[:, None]
     args["row_indptr"] = args["beam_indptr"] = torch.arange(len(groups) + 1, dtype=torch.int32)
@@ -124,7 +124,7 @@ def together(groups, **settings):
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0, 0.5, 0.7, -1.0, -0.6])
 def test_the_length_penalty_is_rounded_as_on_the_cpu(penalty):
-    """Squares above 2^24 lie half-way between two fp32 numbers now and then: 4097^2 = 2^24 + 2^13 + 1."""
+    """Some squares above 2^24 are half-way between two fp32 numbers: 4097^2 = 2^24 + 2^13 + 1."""
     lengths = [1, 2, 3, 5, 7, 10, 33, 100, 4097, 5001, 8193, 100003]
     candidates = [(-7.3, 0, 5), (-8.0, 0, 7)]
     groups = [make_args(1, candidates, gen_len=length - 1, max_new_tokens=2**20) for length in lengths]
@@ -134,7 +134,7 @@ def test_the_length_penalty_is_rounded_as_on_the_cpu(penalty):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("penalty", [-1.0, 0.0, 1.0])
 def test_when_a_full_pool_ends_the_search(penalty, mode):
-    """The worst finished score on either side of what the best running beam has now and of what it may still reach."""
+    """The worst finished score is above and below the best running beam's score now, and the one it may still reach."""
     groups = [
         make_args(1, [(-3.0, 0, 7), (-4.0, 0, 8)], pool=[(-worst, 3, 0, 5)], gen_len=3, max_new_tokens=10)
         for worst in (0.2, 0.3, 0.5, 0.75, 0.9, 2.0, 3.0, 9.0, 11.0, 12.0, 20.0, 40.0)
@@ -144,7 +144,7 @@ def test_when_a_full_pool_ends_the_search(penalty, mode):
 
 
 def two_groups(**changes):
-    """A group of two beams and one of a single beam in row 2."""
+    """Makes a group of two beams, and one of a single beam in row 2."""
     return {
         "scores": torch.tensor([[-1.0, -2.0, -3.0, -4.0], [-1.0, -2.0, -3.0, -4.0]]),
         "parent": i32([[0, 1, 0, 1], [2, 2, 2, 2]]),
@@ -177,12 +177,12 @@ def two_groups(**changes):
     ],
 )
 def test_a_group_with_a_refused_value_is_left_alone(change):
-    """The other group is not."""
+    """The other group goes on."""
     args = two_groups(**change)
     with pytest.raises(ValueError, match="expected"):
         ops.beam_update(**clone(args))
     got, want = clone(args), clone(args)
-    want["done"][0] = True  # what the group is refused for is not looked at then
+    want["done"][0] = True  # a group that is done is not checked
     scores, parent, token = update(got)
     want_scores, want_parent, want_token = ops.beam_update(**want)
     want_scores[:2], want["done"][0] = math.nan, False

@@ -1,4 +1,4 @@
-"""Triton kernels without a GPU: run in the interpreter against the reference, and compiled for every target."""
+"""Triton kernels without a GPU: in the interpreter against the reference, and compiled for every target."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ STACK = {"beam_prune_rank": 24, "beam_prune_merge": 8, "sample_draw": 32} if IS_
 
 @pytest.fixture(scope="module")
 def compiled():
-    """What the compiler says of every kernel on every target, a row each."""
+    """Returns the report of the compiler on every kernel on every target, a row each."""
     return compile_all("triton_compile.py")
 
 
@@ -34,7 +34,7 @@ def test_compiles_for_every_target_without_spills(compiled, op):
 
 @pytest.mark.slow
 def test_every_launcher_reaches_the_compiler():
-    """With arguments as Triton sees them in a launch, tuples and functions among the constants."""
+    """The compiler gets the arguments as in a launch, with tuples and functions among the constants."""
     assert compile_all("triton_launch.py").keys() == {*triton_kernels.OPS}
 
 

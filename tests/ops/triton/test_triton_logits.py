@@ -1,6 +1,6 @@
-"""The Triton kernels that read logits, without a GPU: in the interpreter against the reference and the CPU's kernels.
+"""The Triton kernels of beam_prune and sample, in the interpreter against the reference and the CPU kernels.
 
-As in test_triton_kernels.py, fp32 and fp16 alone: the interpreter gets bf16 wrong.
+Only fp32 and fp16, as in test_triton_kernels.py: the interpreter gets bf16 wrong.
 """
 
 import math
@@ -32,7 +32,7 @@ def sample(logits, *, token_mask=None, **settings):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """So small that rows of the interpreter's size have several chunks, and take every path."""
+    """Makes blocks so small that small rows have several chunks and take every path."""
     import importlib
 
     for op, sizes in {
@@ -64,7 +64,7 @@ def test_beam_prune_any_vocab(vocab, k):
 
 @pytest.mark.parametrize("k", [4, 40, 300])
 def test_beam_prune_is_what_the_cpu_computes(k):
-    """The scores' last bits may differ with lse, the order of a row's tokens may not."""
+    """The last bits of scores may differ with lse, but the order of a row's tokens is the same."""
     logits, cum = make_logits("normal", 3, 1100), torch.zeros(3)
     got, want = (f(logits, cum, indptr(1, 1, 1), k) for f in (beam_prune, ops.beam_prune))
     assert torch.equal(got[1], want[1])
@@ -83,8 +83,8 @@ def test_beam_prune_masks(k):
     logits[~allowed] += 8
     mask, groups = pack(allowed), indptr(1, 1, 1, 2)
     got = beam_prune(logits, torch.zeros(rows), groups, k, token_mask=mask)
-    found = got[1] >= 0
-    assert allowed[got[1][found].long(), got[2][found].long()].all()
+    exists = got[1] >= 0
+    assert allowed[got[1][exists].long(), got[2][exists].long()].all()
     assert (got[1][2] == -1).all()
     assert_pruned_right(logits, torch.zeros(rows), groups, k, got, token_mask=mask)
 
@@ -197,7 +197,7 @@ def test_sample_draws_the_cpu_s_tokens(filters):
 
 
 def test_sample_draws_with_philox():
-    """Equal logits turn the token into floor(uniform * vocab)."""
+    """With equal logits, the token is floor(uniform * vocab)."""
     seed, position = torch.arange(8) * 0x123456789ABCD - 2**62, torch.arange(8) * 2**33 - 5
     logits = torch.zeros(8, 512)
     settings = per_row(8, seed=seed, position=position)
@@ -222,7 +222,7 @@ def test_sample_masks(filters):
     allowed = torch.rand(rows, vocab, generator=generator) < torch.tensor([0.5, 0.02, 1.0, 0.9, 0.0])[:, None]
     allowed[4, 599] = True
     logits[~allowed] += 50
-    logits[0, (~allowed[0]).nonzero()[0]] = math.nan  # what is forbidden is not even looked at
+    logits[0, (~allowed[0]).nonzero()[0]] = math.nan  # the logit of a forbidden token is not read
     settings = per_row(rows, **filters, seed=torch.arange(rows))
     got = sample(logits, **settings, token_mask=pack(allowed))
     assert allowed.gather(1, got[0].long()[:, None]).all()
@@ -231,7 +231,9 @@ def test_sample_masks(filters):
 
 @pytest.mark.parametrize("size", [64, 2])
 def test_sample_ties(size, monkeypatch):
-    monkeypatch.setattr(sys.modules["treedecode.triton_kernels.sample"], "FEW", size)  # 2: every row takes the long way
+    monkeypatch.setattr(
+        sys.modules["treedecode.triton_kernels.sample"], "FEW", size
+    )  # 2: every row searches all tokens
     logits = torch.tensor([[1.0, 2.0, 2.0, -0.0, 2.0, 1.0] + [-5.0] * 100])
     for top_k, top_p, want in [(1, 1.0, {1}), (2, 1.0, {1, 2}), (4, 1.0, {0, 1, 2, 4}), (0, 0.35, {1, 2}),
                                (3, 0.34, {1, 2})]:  # fmt: skip
@@ -256,7 +258,7 @@ def test_sample_gives_impossible_tokens_no_mass_at_any_temperature(temperature):
     rows, vocab = 3, 700
     logits = torch.full((rows, vocab), -math.inf)
     logits[:, 290:340] = make_logits("normal", rows, 50)
-    logits[:, 100] = -1000.0  # not impossible, only far away
+    logits[:, 100] = -1000.0  # possible, but far below the others
     for filters in ({}, {"top_p": 0.999}, {"min_p": 1e-6}, {"top_k": 300}):
         settings = per_row(rows, **filters, temperature=temperature, seed=torch.arange(rows))
         assert_drawn_right(logits, sample(logits, **settings), settings)

@@ -1,4 +1,4 @@
-"""The page ops' Triton kernels, in the interpreter: every tensor they leave is the one the CPU op leaves."""
+"""The Triton kernels of the page ops, in the interpreter: all tensors are those of the CPU ops."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ I32_MAX = 2**31 - 1
 
 
 class Pair:
-    """Two pools with one history, one kept by the CPU ops and one by the kernels."""
+    """Two pools with one history: the CPU ops run on one, the kernels on the other."""
 
     def __init__(self, **sizes):
         self.cpu, self.device = make_pool(**sizes), make_pool(**sizes)
@@ -32,7 +32,7 @@ class Pair:
         self.assert_same(name)
 
     def append(self, rows, q_lens=None, more_slots=0):
-        """The slots. Each call's tokens are told from the others' by their value, so a wrong copy is seen."""
+        """Appends on both; returns the slots. Each call has its own value of tokens, which shows a wrong copy."""
         self.step += 1
         slots = []
         for pool, module in ((self.cpu, ops), (self.device, PageOps)):
@@ -57,13 +57,13 @@ class Pair:
 
 
 def random_step(rng, pair, held):
-    """One random call; returns the pages that are held after it."""
+    """Makes one random call; returns the pages that are held after it."""
     rows = int32(*rng.permutation(pair.max_branches)[: rng.integers(1, 9)])
     n, room = len(rows), pair.page_table.shape[1] * pair.page_size
     kind = rng.integers(0, 6)
     if kind < 3:
-        most = [1, 3, 2 * pair.page_size + 1][kind]
-        q_lens = torch.minimum(torch.from_numpy(rng.integers(0, most + 1, n)), room - pair.seq_lens[rows]).int()
+        max_len = [1, 3, 2 * pair.page_size + 1][kind]
+        q_lens = torch.minimum(torch.from_numpy(rng.integers(0, max_len + 1, n)), room - pair.seq_lens[rows]).int()
         if kind == 0 and (pair.seq_lens[rows] < room).all():
             pair.append(rows)
         else:
@@ -78,8 +78,8 @@ def random_step(rng, pair, held):
         pair.call("hold_pages", int32(*held), True)
     else:
         pair.call("fork_branches", rows[:1], rows[:1], int32(0))
-        most = int(min(len(held), pair.page_table.shape[1]))
-        num_pages = int(rng.integers(0, most + 1))
+        max_pages = int(min(len(held), pair.page_table.shape[1]))
+        num_pages = int(rng.integers(0, max_pages + 1))
         num_tokens = max(0, num_pages * pair.page_size - int(rng.integers(0, pair.page_size)))
         pair.call("adopt_pages", int32(*held[:num_pages]), int(rows[0]), num_tokens)
     return held
@@ -107,7 +107,7 @@ def test_status_words_are_those_of_the_ops():
 
 
 def test_more_rows_than_a_block():
-    """The sums that are carried from block to block, and sharers in different blocks."""
+    """Sums are carried from block to block, and sharers are in different blocks."""
     pair = Pair(num_pages=4000, page_size=2, max_branches=1200, max_pages_per_branch=4, num_layers=1)
     rng = np.random.default_rng(0)
     pair.append(int32(*rng.permutation(1200)[:1100]), torch.from_numpy(rng.integers(0, 4, 1100)).int())
@@ -138,7 +138,7 @@ def test_sharers_copy_in_the_order_of_rows_and_the_last_one_writes_in_place():
     pair = Pair()
     pair.append(int32(3), int32(6))
     pair.call("fork_branches", int32(3, 3, 3), int32(0, 5, 1))
-    slots = pair.append(int32(5, 3, 0, 1), int32(1, 0, 3, 1))  # row 3 stays out of it, so all of the others copy
+    slots = pair.append(int32(5, 3, 0, 1), int32(1, 0, 3, 1))  # row 3 appends nothing, so all of the others copy
     assert pair.status.tolist() == [OK, 24 - 6, 0, 6]
     assert (slots // 4).tolist() == [2, 3, 3, 4, 5]
     pair.append(int32(3))
@@ -181,7 +181,7 @@ def test_out_of_pages_changes_nothing_and_holds_until_it_is_reset():
 
 
 def refused_calls():
-    """(name, a change of the state before or None, arguments), all of them refused by value."""
+    """Returns (name, a change of the state before or None, arguments) of calls that are refused by value."""
     fork, append, hold, adopt = "fork_branches", "append_slots", "hold_pages", "adopt_pages"
     yield from ((fork, None, args) for args in (
         (int32(0, 8), int32(5, 6)), (int32(0, -1), int32(5, 6)), (int32(I32_MAX), int32(0)), (int32(0), int32(8)),
