@@ -234,7 +234,8 @@ def sample(
     best = logits.new_empty(rows, num_chunks * slots, dtype=torch.int64)
     values = [setting for setting, _ in settings.values()]
     strides = [0 if setting.shape[0] == 1 else setting.stride(0) for setting in values]
-    filters = *values[:4], logits.stride(0), 0 if token_mask is None else token_mask.stride(0), *strides[:4]
+    row_strides = logits.stride(0), 0 if token_mask is None else token_mask.stride(0)
+    filters = *values[:4], *row_strides, *strides[:4]  # without seed and position
     _sample_scan_kernel[(rows, num_chunks)](
         keys,
         *sums,
@@ -254,7 +255,7 @@ def sample(
         CHUNK=chunk, SLOTS=slots, BLOCK_MAXIMA=triton.next_power_of_2(maxima.shape[1]), FEW=few, num_warps=8,
     )  # fmt: skip
     _sample_draw_kernel[(rows,)](
-        token, logprob, entropy, keys, *sums, best, counts, logits, token_mask, *values, *filters[4:], *strides[4:],
+        token, logprob, entropy, keys, *sums, best, counts, logits, token_mask, *values, *row_strides, *strides,
         vocab, num_chunks, best.shape[1],
         SHIFT={torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}[logits.dtype], CHUNK=chunk,
         CHUNKS=triton.next_power_of_2(num_chunks), FEW=few, num_warps=16,

@@ -16,7 +16,7 @@ from bench.gpu.backends import kernels
 from bench.gpu.forests import Heads
 from treedecode import ops
 from treedecode.cache.page_pool import PagePool
-from treedecode.ops.pages import OUT_OF_PAGES
+from treedecode.ops.pages import OUT_OF_PAGES, STATUS_ERROR
 from treedecode.ops.plan_tree import default_workers
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -113,7 +113,7 @@ def pages(device: torch.device, run: Callable[[str, Call], None]) -> None:
     run("hold_pages", (*state[:2], state.status, held, False))
     run("copy_pages", (pool.kv, held[:2], int32([38, -1], device), int32([3, 4], device)))
     append(rows, int32([30] * 9, device), 270)  # more than there is
-    if int(pool.status[0]) != OUT_OF_PAGES:
+    if int(pool.status[STATUS_ERROR]) != OUT_OF_PAGES:
         raise RuntimeError(f"expected to be out of pages, got status {pool.status.tolist()}")
     pool.reset_status()
     pool.check_integrity()

@@ -9,6 +9,9 @@ from support.plan_cases import GOLDEN, HEADS, LONG_PREFILLS, chunks_of, plain, p
 from support.tensors import int32
 
 from treedecode import ops, reference
+from treedecode.reference.plan_tree import ChainedChunk
+
+ROW_END = ChainedChunk._fields.index("row_end")  # the same column in a flat plan
 
 
 @settings(max_examples=300, deadline=None)
@@ -298,14 +301,14 @@ def test_repr_shows_what_is_defined(num_workers):
     page_table, seq_lens = as_tables([[1, 2, 3], [1, 2, 4]], 16, [5, 6])
     plan = plan_of(page_table, seq_lens, num_workers=num_workers)
     last = 123456789
-    plan.chunks[plan.num_chunks - 1, 1] = last
+    plan.chunks[plan.num_chunks - 1, ROW_END] = last
     plan.chunks[plan.num_chunks :] = 987654321  # as memory that nothing has written may hold
     text = repr(plan)
     assert text.startswith(f"TreePlan(num_chunks={plan.num_chunks}, num_parts=")
     assert f"page_size=16, num_tiles={plan.num_tiles}, q_indptr=tensor([0, 1, 2]" in text
     assert str(last) in text
     assert "987654321" not in text
-    plan.counts[0] = -1  # as on a GPU, where a count does not fit
+    plan.num_chunks.fill_(-1)  # as on a GPU, where a count does not fit
     assert str(last) not in repr(plan)
     meta = ops.TreePlan(*(tensor.to("meta") for tensor in (plan.q_indptr, plan.part_indptr, plan.chunks, plan.counts)))
     assert repr(meta) == f"TreePlan(num_branches=2, max_chunks={len(plan.chunks)})"
