@@ -209,7 +209,7 @@ def test_length_counts_generated_tokens_and_eos_only():
         (False, 0.0, -3.0, -3.0, True),  # equal is not better
     ],
 )
-def test_when_a_full_pool_ends_the_search(early_stopping, length_penalty, pool_score, best, done):
+def test_a_full_pool_ends_the_search(early_stopping, length_penalty, pool_score, best, done):
     args = make_args(
         1,
         [(best, 0, 7), (best - 1, 0, 8)],

@@ -26,7 +26,7 @@ def test_matches_reference(forest, heads, num_workers):
 @settings(max_examples=300, deadline=None)
 @given(forests(), st.sampled_from(HEADS))
 @example((*LONG_PREFILLS, LONG_PREFILLS[1], 64), (1, 1))  # so much work that cost alone would leave chunks too long
-def test_keeps_its_promises(forest, heads):
+def test_invariants_of_a_chained_plan(forest, heads):
     page_table, seq_lens, q_lens, page_size = forest
     plan = plan_of(page_table, seq_lens, q_lens, page_size, *heads)
     num_rows = len(seq_lens)
@@ -72,7 +72,7 @@ def test_keeps_its_promises(forest, heads):
 @settings(max_examples=300, deadline=None)
 @given(forests(), st.sampled_from(HEADS), st.sampled_from([1, 30, 264]))
 @example((*LONG_PREFILLS, LONG_PREFILLS[1], 64), (1, 1), 264)
-def test_a_flat_plan_keeps_its_promises(forest, heads, num_workers):
+def test_invariants_of_a_flat_plan(forest, heads, num_workers):
     page_table, seq_lens, q_lens, page_size = forest
     plan = plan_of(page_table, seq_lens, q_lens, page_size, *heads, num_workers)
     q_len = plan.q_indptr.diff().tolist()
@@ -169,7 +169,7 @@ def test_golden(case):
         assert plain(plan) == [case["q_indptr"], flat["part_indptr"], flat["chunks"], flat["counts"]]
 
 
-def test_shares_what_is_shared():
+def test_each_shared_page_is_read_once():
     rows = tree_rows([4, 3], [20, 10, 5])
     page_table, seq_lens = as_tables(rows, 16, [16] * 12)
     plan = plan_of(page_table, seq_lens)
@@ -297,7 +297,7 @@ def test_counts_that_do_not_fit_are_an_error():
 
 
 @pytest.mark.parametrize("num_workers", [0, 8])
-def test_repr_shows_what_is_defined(num_workers):
+def test_repr_shows_only_defined_numbers(num_workers):
     page_table, seq_lens = as_tables([[1, 2, 3], [1, 2, 4]], 16, [5, 6])
     plan = plan_of(page_table, seq_lens, num_workers=num_workers)
     last = 123456789

@@ -72,7 +72,7 @@ def transformers_kept(logits, temperature, top_k, top_p, min_p):
 
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
-def test_reference_keeps_what_transformers_keeps(filters):
+def test_reference_keeps_the_tokens_that_transformers_keeps(filters):
     f = {name: (OFF | filters)[name] for name in ("temperature", "top_k", "top_p", "min_p")}
     if f["temperature"] == 0:
         pytest.skip("transformers has no temperature 0")

@@ -25,7 +25,7 @@ if not triton.knobs.runtime.interpret:
 IS_3_6 = triton.__version__.startswith("3.6.")  # it spills a few bytes, unlike later versions
 
 
-def assert_refused_in_the_same_words(op, good, change):
+def assert_same_error(op, good, change):
     """Asserts that the launcher takes the arguments `good`, and with `change` raises the error of the native op."""
     launch = triton_kernels.launcher(op)
     launch(*copy.deepcopy(good).values())

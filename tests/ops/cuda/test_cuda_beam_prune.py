@@ -154,7 +154,7 @@ def test_bad_cumulative_logprobs_are_marked(bad):
     "offsets",
     [[0, 4, 2, 5], [0, 4], [1, 5], [0, -3, 5], [0, 7, 5], [0, 2**31 - 1, 5], [-1, 5], [0, 5, 0, 5], [5, 0], [0]],
 )
-def test_offsets_that_are_none(offsets):
+def test_invalid_offsets(offsets):
     """With bad offsets only groups that own their rows alone may have results, and no write is out of bounds."""
     logits, cum = make_logits("normal", 5, 50), torch.zeros(5)
     groups = torch.tensor(offsets, dtype=torch.int32)

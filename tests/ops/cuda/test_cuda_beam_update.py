@@ -121,7 +121,7 @@ def test_what_the_cpu_refuses_is_marked(message, change):
 
 
 @pytest.mark.parametrize("beam_indptr", [[0, 1], [1, 2], [0, 3], [0, -1], [2, 0], [0, 2**30]])
-def test_beams_of_nobody_are_not_touched(beam_indptr):
+def test_beams_of_no_group_are_not_touched(beam_indptr):
     args = make_args(2, GOOD, eos=[5]) | {"beam_indptr": i32(beam_indptr)}
     before = cloned(args)
     beam_update(args)

@@ -230,7 +230,7 @@ def test_the_error_is_sticky(seed):
 
 
 @pytest.mark.parametrize("row", [0, 1])
-def test_adopt_refuses_what_lies_on_the_device(row):
+def test_adopt_refuses_pages_on_the_device(row):
     pair = Pair.make()
     assert pair.call("append_slots", int32(0), int32(5))
     for pages in ([0, 7], [0, 24], [-1, 0], [0, 1]):
@@ -319,7 +319,7 @@ def is_wrong(pair, op, args, seed, drop):
         ("copy_pages", {"num_tokens": torch.zeros(2)}),
     ],
 )
-def test_refuses_arguments_in_the_words_of_the_cpu_op(op, change):
+def test_same_errors_as_the_cpu_op(op, change):
     pool = make_pool(num_pages=6, max_branches=3, max_pages_per_branch=5, num_layers=1, head_dim=8)
     ids, slots = int32(0, 1), torch.zeros(2, dtype=torch.int64)
     state = dict(zip(STATE_FIELDS, pool.state[:5], strict=True))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.beam_update_cases import POOL, i32, make_args
-from support.triton_cases import assert_refused_in_the_same_words
+from support.triton_cases import assert_same_error
 
 from treedecode import ops, triton_kernels
 
@@ -133,7 +133,7 @@ def test_the_length_penalty_is_rounded_as_on_the_cpu(penalty):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("penalty", [-1.0, 0.0, 1.0])
-def test_when_a_full_pool_ends_the_search(penalty, mode):
+def test_a_full_pool_ends_the_search(penalty, mode):
     """The worst finished score is above and below the best running beam's score now, and the one it may still reach."""
     groups = [
         make_args(1, [(-3.0, 0, 7), (-4.0, 0, 8)], pool=[(-worst, 3, 0, 5)], gen_len=3, max_new_tokens=10)
@@ -243,8 +243,8 @@ BAD = [
 
 
 @pytest.mark.parametrize("change", BAD)
-def test_refuses_what_the_native_op_refuses_in_the_same_words(change):
+def test_same_errors_as_the_native_op(change):
     args = two_groups()
     good = {name: args[name] for name in (*NAMES, "eos_ids")}
     good |= {"length_penalty": 1.0, "early_stopping": 0, "stop": None}
-    assert_refused_in_the_same_words("beam_update", good, change)
+    assert_same_error("beam_update", good, change)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.merge_states_cases import assert_within_budget, random_parts
-from support.triton_cases import IS_3_6, assert_refused_in_the_same_words, compile_all
+from support.triton_cases import IS_3_6, assert_same_error, compile_all
 
 from treedecode import ops, reference, triton_kernels
 from treedecode.ops import _native
@@ -39,7 +39,7 @@ def test_every_launcher_reaches_the_compiler():
 
 
 @pytest.mark.parametrize("op", triton_kernels.OPS)
-def test_is_what_cuda_tensors_take(op):
+def test_backend_of_cuda_tensors(op):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"treedecode::{op}", "CUDA")
     choice = ops.explain(op, "cuda")
     if op in _native.CUDA_OPS:
@@ -152,5 +152,5 @@ def good_arguments(op):
 
 
 @pytest.mark.parametrize(("op", "change"), [(op, change) for op in BAD for change in BAD[op]])
-def test_refuses_what_the_native_op_refuses_in_the_same_words(op, change):
-    assert_refused_in_the_same_words(op, good_arguments(op), change)
+def test_same_errors_as_the_native_op(op, change):
+    assert_same_error(op, good_arguments(op), change)

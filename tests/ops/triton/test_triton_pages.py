@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.page_cases import STATE_FIELDS, assert_unchanged, make_pool, snapshot
 from support.tensors import int32
-from support.triton_cases import PageOps, assert_refused_in_the_same_words
+from support.triton_cases import PageOps, assert_same_error
 
 from treedecode import ops
 from treedecode.ops.pages import BAD_ARGUMENT, OK, OUT_OF_PAGES, STATUS_ERROR
@@ -278,5 +278,5 @@ BAD = {
 
 
 @pytest.mark.parametrize(("op", "change"), [(op, change) for op in BAD for change in BAD[op]])
-def test_refuses_what_the_native_op_refuses_in_the_same_words(op, change):
-    assert_refused_in_the_same_words(op, GOOD[op], change)
+def test_same_errors_as_the_native_op(op, change):
+    assert_same_error(op, GOOD[op], change)
