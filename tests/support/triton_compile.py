@@ -50,7 +50,7 @@ KERNELS = {
     "append_slots_plan": ({"first_slot_ptr": "*i64"}, {"BLOCK": 512}),
     "beam_prune_scan": (
         LOGITS | {"refs_ptr": "*fp32", "sums_ptr": "*fp32", "keys_ptr": "*i64"},
-        {"tops_ptr": None, "counts_ptr": None, "CHUNK": 4096, "SETS": 256, "SLOTS": 128},
+        {"maxima_ptr": None, "counts_ptr": None, "CHUNK": 4096, "SETS": 256, "SLOTS": 128},
         8,
     ),
     "beam_prune_scan/wide": (
@@ -60,7 +60,7 @@ KERNELS = {
     ),
     "beam_prune_collect": (
         LOGITS | {"keys_ptr": "*i64"},
-        {"CHUNK": 4096, "SLOTS": 1024, "TOPS": 4096},
+        {"CHUNK": 4096, "SLOTS": 1024, "BLOCK_MAXIMA": 4096},
         8,
     ),
     "beam_prune_rank": (
@@ -90,7 +90,7 @@ KERNELS = {
         {"UNIT_OFFSET": False, "BLOCK": 4096},
     ),
     "rotary_embed": (dict.fromkeys(("q_ptr", "k_ptr", "cos_ptr", "sin_ptr"), "*T"), {"BLOCK": 64}),
-    "sample_collect": (SAMPLE, {"CHUNK": 4096, "SLOTS": 1024, "TOPS": 4096, "FEW": 1024}, 8),
+    "sample_collect": (SAMPLE, {"CHUNK": 4096, "SLOTS": 1024, "BLOCK_MAXIMA": 4096, "FEW": 1024}, 8),
     "sample_draw": (SAMPLE, {"SHIFT": 0, "CHUNK": 4096, "CHUNKS": 32, "FEW": 1024}, 16),
     "sample_scan": (SAMPLE, {"CHUNK": 4096, "SETS": 64}, 8),
 }
