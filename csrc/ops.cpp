@@ -29,6 +29,7 @@ TD_DEFINE_LIBRARY(TD_LIBRARY) {
       "position, "
       "Tensor? token_mask) -> (Tensor, Tensor, Tensor)");
   m.def("_cpu_isa(int isa) -> (int, int, int)");
+  m.def("_cpu_threads(str root) -> (int, int)");
   m.def(
       "plan_tree(Tensor page_table, Tensor seq_lens, Tensor? q_lens, int page_size, int num_qo_heads, int "
       "num_kv_heads, "

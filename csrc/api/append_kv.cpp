@@ -5,6 +5,7 @@
 
 #include "append_kv_args.h"
 #include "launch.h"
+#include "parallel.h"
 
 namespace treedecode {
 
@@ -18,7 +19,7 @@ void check_slots(const int64_t* slots, int64_t num_tokens, int64_t num_slots) {
 
 void launch(const cpu::AppendKvParams& p) {
   // Below 64 tokens the copies cost less than waking a thread.
-  torch::stable::parallel_for(0, p.num_tokens, 64, [&](int64_t begin, int64_t end) { cpu::append_kv(p, begin, end); });
+  parallel_for(0, p.num_tokens, 64, [&](int64_t begin, int64_t end) { cpu::append_kv(p, begin, end); });
 }
 
 namespace {

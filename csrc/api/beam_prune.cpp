@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "beam_prune_args.h"
+#include "parallel.h"
 
 namespace treedecode {
 namespace {
@@ -83,18 +84,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> beam_prune_cpu(Tensor logits, Tensor 
   const auto scan = TD_DISPATCH(beam_prune_scan);
   // Below 16384 logits a second thread costs more to wake than it saves.
   const int64_t grain = std::max<int64_t>(1, 16384 / std::min(chunk_len, vocab));
-  torch::stable::parallel_for(0, rows * num_chunks, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows * num_chunks, grain, [&](int64_t begin, int64_t end) {
     const auto buffer = scratch<uint64_t>(p.buffer_len());
     const auto seeds = scratch<uint64_t>(2048);
     scan(p, begin, end, buffer.get(), seeds.get());
   });
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 2048 / row_k),
-                              [&](int64_t begin, int64_t end) { cpu::beam_prune_rank(p, begin, end); });
-  torch::stable::parallel_for(0, num_groups, std::max<int64_t>(1, 4096 / (row_k * std::max<int64_t>(largest_group, 1))),
-                              [&](int64_t begin, int64_t end) {
-                                const auto keys = scratch<uint64_t>(largest_group * row_k);
-                                cpu::beam_prune_merge(p, begin, end, keys.get());
-                              });
+  parallel_for(0, rows, std::max<int64_t>(1, 2048 / row_k),
+               [&](int64_t begin, int64_t end) { cpu::beam_prune_rank(p, begin, end); });
+  parallel_for(0, num_groups, std::max<int64_t>(1, 4096 / (row_k * std::max<int64_t>(largest_group, 1))),
+               [&](int64_t begin, int64_t end) {
+                 const auto keys = scratch<uint64_t>(largest_group * row_k);
+                 cpu::beam_prune_merge(p, begin, end, keys.get());
+               });
   for (int64_t r = 0; r < rows; ++r) {
     STD_TORCH_CHECK(!std::isnan(p.lse[r]), "[ValueError] logits: expected numbers below +inf, got NaN or +inf in row ",
                     r);

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "beam_update_args.h"
+#include "parallel.h"
 
 namespace treedecode {
 namespace {
@@ -87,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> beam_update_cpu(Tensor scores, Tensor parent,
   };
   check_groups(p, num_groups, num_pool);
   // A group is about a microsecond of work: only very many of them are worth a second thread.
-  torch::stable::parallel_for(0, num_groups, 128, [&](int64_t begin, int64_t end) { cpu::beam_update(p, begin, end); });
+  parallel_for(0, num_groups, 128, [&](int64_t begin, int64_t end) { cpu::beam_update(p, begin, end); });
   return {running_scores, running_parent, running_token};
 }
 

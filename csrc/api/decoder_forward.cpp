@@ -13,6 +13,7 @@
 #include "decoder_forward_args.h"
 #include "kernel_dtype.h"
 #include "launch.h"
+#include "parallel.h"
 #include "tree_attention_args.h"
 
 namespace treedecode {
@@ -195,6 +196,7 @@ std::tuple<Tensor, Tensor> decoder_forward_cpu(Tensor x, Tensor cos, Tensor sin,
   Tensor hidden = torch::stable::new_empty(x, {num_logits, s.hidden_size});
   Tensor logits = torch::stable::new_empty(x, {num_logits, vocab_size});
   if (s.num_tokens == 0) return {logits, hidden};
+  choose_threads(Threads::Team);
   Scratch scratch;
   Buffers(scratch, s, widest);
   Tensor memory = torch::stable::new_empty(x, {scratch.size() + 64}, ScalarType::Byte);

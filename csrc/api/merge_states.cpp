@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../check.h"
+#include "parallel.h"
 
 namespace treedecode {
 namespace {
@@ -55,8 +56,7 @@ std::tuple<Tensor, Tensor> merge_states_cpu(Tensor part_out, Tensor part_lse, Te
   // A thread is worth waking for about 64k numbers.
   const int64_t numbers = p.num_heads * p.head_dim * (part_out.size(0) + num_states) / std::max<int64_t>(1, num_states);
   const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(1, numbers));
-  torch::stable::parallel_for(0, num_states, grain,
-                              [&](int64_t begin, int64_t end) { TD_DISPATCH(merge_states)(p, begin, end); });
+  parallel_for(0, num_states, grain, [&](int64_t begin, int64_t end) { TD_DISPATCH(merge_states)(p, begin, end); });
   return {out, lse};
 }
 

@@ -8,6 +8,7 @@
 #include "../check.h"
 #include "kernel_dtype.h"
 #include "launch.h"
+#include "parallel.h"
 
 namespace treedecode {
 
@@ -22,12 +23,11 @@ void launch(const cpu::PackedLinearParams& p) {
   // A thread is worth waking for a few microseconds of work: about 2^15 packed elements or 2^18 products.
   const int64_t blocks = (p.num_rows + cpu::kRowBlock - 1) / cpu::kRowBlock;
   const int64_t block_grain = 32768 / (cpu::kRowBlock * p.in_features) + 1;
-  torch::stable::parallel_for(0, blocks, block_grain,
-                              [&](int64_t begin, int64_t end) { TD_DISPATCH(pack_rows)(p, begin, end); });
+  parallel_for(0, blocks, block_grain, [&](int64_t begin, int64_t end) { TD_DISPATCH(pack_rows)(p, begin, end); });
   const int64_t out_panels = (p.out_features + cpu::kPanel - 1) / cpu::kPanel;
   const int64_t panel_grain = 262144 / (p.num_rows * p.in_features * cpu::kPanel) + 1;
-  torch::stable::parallel_for(0, out_panels, panel_grain,
-                              [&](int64_t begin, int64_t end) { TD_DISPATCH(packed_linear)(p, begin, end); });
+  parallel_for(0, out_panels, panel_grain,
+               [&](int64_t begin, int64_t end) { TD_DISPATCH(packed_linear)(p, begin, end); });
 }
 
 namespace {
@@ -61,6 +61,7 @@ Tensor packed_linear_cpu(Tensor x, Tensor weight, int64_t out_features, std::opt
 
   Tensor out = torch::stable::new_empty(x, {rows, out_features});
   if (rows == 0) return out;
+  choose_threads(Threads::Torch);
   const int64_t blocks = (rows + cpu::kRowBlock - 1) / cpu::kRowBlock;
   Tensor packed_x = torch::stable::new_empty(x, {blocks, in_features, cpu::kRowBlock}, ScalarType::Float);
   const cpu::PackedLinearParams p{

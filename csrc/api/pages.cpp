@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "pages_args.h"
+#include "parallel.h"
 
 namespace treedecode {
 namespace {
@@ -31,8 +32,7 @@ void run_copies(const cpu::CopyPagesParams& p) {
   const int64_t page_bytes = p.num_kv_heads * p.head_bytes;
   const int64_t grain = std::max<int64_t>(
       1, (512 << 10) / std::max<int64_t>(1, page_bytes));  // 512 KiB a task: below, waking a thread costs more
-  torch::stable::parallel_for(0, p.num_planes * p.n, grain,
-                              [&](int64_t begin, int64_t end) { cpu::copy_pages(p, begin, end); });
+  parallel_for(0, p.num_planes * p.n, grain, [&](int64_t begin, int64_t end) { cpu::copy_pages(p, begin, end); });
 }
 
 void fork_branches_cpu(Tensor refcount, Tensor free_pages, Tensor page_table, Tensor seq_lens, Tensor status,

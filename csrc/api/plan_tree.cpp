@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "parallel.h"
 #include "plan_tree_args.h"
 
 namespace treedecode {
@@ -55,8 +56,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_tree_cpu(Tensor page_table, Tens
   std::vector<int32_t> shared(static_cast<size_t>(num_rows));
   // A thread is worth waking for about 64k page ids.
   const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(1, p.max_pages));
-  torch::stable::parallel_for(0, num_rows, grain,
-                              [&](int64_t begin, int64_t end) { cpu::common_pages(p, shared.data(), begin, end); });
+  parallel_for(0, num_rows, grain,
+               [&](int64_t begin, int64_t end) { cpu::common_pages(p, shared.data(), begin, end); });
   STD_TORCH_CHECK(cpu::plan_tree(p, shared.data()),
                   "[ValueError] seq_lens: the branches' tokens, queries or partial results add up to more than ",
                   std::numeric_limits<int32_t>::max());

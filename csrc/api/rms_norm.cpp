@@ -6,13 +6,13 @@
 #include "../check.h"
 #include "kernel_dtype.h"
 #include "launch.h"
+#include "parallel.h"
 
 namespace treedecode {
 
 void launch(const cpu::RmsNormParams& p, int64_t num_rows) {
   const int64_t grain = 32768 / (p.num_heads * p.size + 1) + 1;
-  torch::stable::parallel_for(0, num_rows, grain,
-                              [&](int64_t begin, int64_t end) { TD_DISPATCH(rms_norm)(p, begin, end); });
+  parallel_for(0, num_rows, grain, [&](int64_t begin, int64_t end) { TD_DISPATCH(rms_norm)(p, begin, end); });
 }
 
 namespace {

@@ -6,13 +6,13 @@
 #include "../check.h"
 #include "kernel_dtype.h"
 #include "launch.h"
+#include "parallel.h"
 
 namespace treedecode {
 
 void launch(const cpu::RotaryEmbedParams& p, int64_t num_tokens) {
   const int64_t grain = 32768 / ((p.num_qo_heads + p.num_kv_heads) * p.head_dim + 1) + 1;
-  torch::stable::parallel_for(0, num_tokens, grain,
-                              [&](int64_t begin, int64_t end) { TD_DISPATCH(rotary_embed)(p, begin, end); });
+  parallel_for(0, num_tokens, grain, [&](int64_t begin, int64_t end) { TD_DISPATCH(rotary_embed)(p, begin, end); });
 }
 
 namespace {

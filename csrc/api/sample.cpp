@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "parallel.h"
 #include "sample_args.h"
 
 namespace treedecode {
@@ -62,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor> sample_cpu(Tensor logits, Tensor temperature,
   };
   const auto kernel = TD_DISPATCH(sample);
   // Below 16384 logits a second thread costs more to wake than it saves.
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 16384 / p.vocab), [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, std::max<int64_t>(1, 16384 / p.vocab), [&](int64_t begin, int64_t end) {
     const int64_t num_blocks = (p.vocab + cpu::SampleScratch::kBlock - 1) / cpu::SampleScratch::kBlock;
     const auto band = scratch<float>(p.vocab + 64), work = scratch<float>(p.vocab + 64);
     const auto masses = scratch<double>(num_blocks),

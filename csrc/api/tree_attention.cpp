@@ -14,6 +14,7 @@
 
 #include "kernel_dtype.h"
 #include "launch.h"
+#include "parallel.h"
 #include "tree_attention_args.h"
 
 namespace treedecode {
@@ -140,13 +141,12 @@ void run_round(const cpu::TreeAttentionParams& p, const std::vector<Cell>& cells
   if (cells.empty()) return;
   const double total = cells.back().begin + cells.back().per_head * static_cast<double>(p.num_kv_heads);
   // Waking a thread costs about as much as 20,000 cycles of work.
-  const int64_t threads =
-      std::clamp<int64_t>(static_cast<int64_t>(total / 20000.0), 1, torch::stable::get_num_threads());
+  const int64_t pieces = std::clamp<int64_t>(static_cast<int64_t>(total / 20000.0), 1, max_pieces());
   const auto position = [&](int64_t i) {
-    return i == threads ? Position{cells.size(), 0, 0}
-                        : cut(cells, p.num_kv_heads, static_cast<double>(i) / static_cast<double>(threads));
+    return i == pieces ? Position{cells.size(), 0, 0}
+                       : cut(cells, p.num_kv_heads, static_cast<double>(i) / static_cast<double>(pieces));
   };
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) run_between(p, cells, position(i), position(i + 1));
   });
 }
@@ -261,8 +261,8 @@ void launch(cpu::TreeAttentionParams p, const cpu::PlanCounts& counts, int64_t n
     run_round(p, cells_of(p, begin, end, element_size));
   }
   if (merge) {
-    torch::stable::parallel_for(0, p.num_rows, std::max<int64_t>(1, 65536 / (p.num_qo_heads * p.head_dim)),
-                                [&](int64_t begin, int64_t end) { TD_DISPATCH(tree_attention_merge)(p, begin, end); });
+    parallel_for(0, p.num_rows, std::max<int64_t>(1, 65536 / (p.num_qo_heads * p.head_dim)),
+                 [&](int64_t begin, int64_t end) { TD_DISPATCH(tree_attention_merge)(p, begin, end); });
   }
   // Tokens that belong to no branch get zeros and -inf.
   const int64_t first_idle = p.q_indptr[p.num_rows] * p.num_qo_heads;
@@ -280,6 +280,7 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
                                               double logits_soft_cap, std::optional<Tensor> sinks) {
   check_tree_attention(q, k_pages, v_pages, page_table, seq_lens, q_indptr, part_indptr, chunks, counts, sm_scale,
                        window_left, logits_soft_cap, sinks);
+  choose_threads(Threads::Torch);
   const int64_t num_q = q.size(0), num_qo_heads = q.size(1), head_dim = q.size(2), num_kv_heads = k_pages.size(2);
   const int64_t num_rows = page_table.size(0);
   if (sinks) check_sinks(sinks->const_data_ptr<float>(), num_qo_heads, "sinks");

@@ -33,10 +33,12 @@ def isa() -> str:
 
 
 def threads() -> str:
-    """Counts torch's threads."""
+    """Counts the threads of torch and of the CPU kernels."""
     import torch
 
-    return f"{torch.get_num_threads()} (torch intra-op)"
+    from treedecode import ops
+
+    return f"{torch.get_num_threads()} (torch intra-op), {attempt(ops.cpu_threads)} (CPU kernels)"
 
 
 def variables() -> str:

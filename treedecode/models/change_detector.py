@@ -8,7 +8,7 @@ from torch import nn
 
 
 class ChangeDetector:
-    """Remembers a model's modules, their hooks and forwards, and its parameters, and compares them with those of now.
+    """Remembers a model's modules, hooks, forwards, parameters and buffers, and compares them with those of now.
 
     It does not see writes through `.data`, which torch does not count, and plain attributes that a forward reads.
     """
@@ -19,7 +19,9 @@ class ChangeDetector:
         self._attributes = [vars(module) for module in self._modules]
         self._children = [module._modules for module in self._modules]
         self._hooks = [hooks for m in self._modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        slots: list[tuple[dict[str, Any], str]]
         slots = [(module._parameters, name) for module in self._modules for name in module._parameters]
+        slots += [(m._buffers, name) for m in self._modules if not _updates_own_buffers(m) for name in m._buffers]
         self._owners, self._names = [owner for owner, _ in slots], [name for _, name in slots]
         self._tensors = self._current_tensors()
         self._counted = [tensor for tensor in self._tensors if tensor is not None and not tensor.is_inference()]
@@ -40,3 +42,9 @@ class ChangeDetector:
     def has_changed(self) -> bool:
         """Returns whether something differs from when the detector was made."""
         return self._state() != self._before or not all(map(is_, self._current_tensors(), self._tensors))
+
+
+def _updates_own_buffers(module: nn.Module) -> bool:
+    """Returns whether forwards write the module's buffers: rotary embeddings that follow the length of a sequence."""
+    rope_type = getattr(module, "rope_type", None)
+    return isinstance(rope_type, str) and (rope_type == "longrope" or "dynamic" in rope_type)

@@ -19,7 +19,9 @@ from treedecode.models.attention_probe import probe_positions
 from treedecode.models.context import StepContext
 from treedecode.models.fast_forward import FastForward, require_own_forward
 from treedecode.models.fast_modules import FastLayer, FastLinear, FastNorm, PackedLinear, UnsupportedModule
+from treedecode.models.rotary_table import RotaryTable
 
+_MAX_SERIAL_ELEMENTS = 2**15  # of a tensor; torch copies and gathers more on several threads
 PreparedForward = Callable[[], tuple[Tensor, Tensor]]  # computes `(logits, hidden)`
 
 
@@ -63,18 +65,39 @@ class FusedDecoder:
             intermediate_size=_common("intermediate size", [layer.gate_up.out_features for layer in layers]),
             vocab_size=head.packed.out_features,
         )
+        self._hidden_size = last_norm.weight.numel()
+        self._rotary_table: RotaryTable | None
+        try:
+            self._rotary_table = RotaryTable(self._rotary, head.packed.weight.dtype)
+        except UnsupportedModule:
+            self._rotary_table = None  # the module itself computes the angles of each forward
 
     def prepare_forward(
         self, input_ids: Tensor, position_ids: Tensor, context: StepContext, logit_rows: Tensor
     ) -> PreparedForward:
         """Embeds the tokens, and returns the rest of the forward as a function that may run on any thread."""
         assert context.kv is not None
-        x = self._embed(input_ids)
-        cos, sin = self._rotary(x[None], position_ids=position_ids[None])
+        x = self._embed_in_blocks(input_ids)
+        if self._rotary_table is not None:
+            cos, sin = self._rotary_table(position_ids)
+        else:
+            cos, sin = (values[0] for values in self._rotary(x[None], position_ids=position_ids[None]))
         return partial(
-            _in_inference_mode, x, cos[0], sin[0], context.kv, context.slots, context.page_table, context.seq_lens,
+            _in_inference_mode, x, cos, sin, context.kv, context.slots, context.page_table, context.seq_lens,
             context.plan, logit_rows, self._weights,
         )  # fmt: skip
+
+    def _embed_in_blocks(self, input_ids: Tensor) -> Tensor:
+        """Embeds tokens, so few at once that torch does not wake threads, which would spin beside those of the op."""
+        num_rows = max(1, _MAX_SERIAL_ELEMENTS // self._hidden_size)
+        if len(input_ids) <= num_rows:
+            return self._embed(input_ids)
+        blocks = input_ids.split(num_rows)
+        first = self._embed(blocks[0])
+        x = first.new_empty(len(input_ids), *first.shape[1:])
+        for rows, block in zip(x.split(num_rows), blocks, strict=True):
+            rows.copy_(self._embed(block))
+        return x
 
     def require_same(self, forward: Callable[..., tuple[Tensor, Tensor]], model: ModelAdapter) -> None:
         """Compares this decoder with another forward of the model on a few tokens, each on pages of its own.

@@ -1,6 +1,6 @@
 """The ops: functions over `torch.ops.treedecode.*` with checked arguments and documented semantics."""
 
-from treedecode.ops._native import Choice, compiled_isas, cpu_isa, explain, names, set_cpu_isa
+from treedecode.ops._native import Choice, compiled_isas, cpu_isa, cpu_threads, explain, names, set_cpu_isa
 from treedecode.ops.append_kv import append_kv
 from treedecode.ops.beam_prune import beam_prune
 from treedecode.ops.beam_update import beam_candidates, beam_update
@@ -28,6 +28,7 @@ __all__ = [
     "compiled_isas",
     "copy_pages",
     "cpu_isa",
+    "cpu_threads",
     "decoder_forward",
     "explain",
     "fork_branches",

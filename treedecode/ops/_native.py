@@ -101,6 +101,16 @@ def cpu_isa() -> tuple[str, str]:
     return env.CPU_ISAS[active], env.CPU_ISAS[detected]
 
 
+def cpu_threads() -> int:
+    """Returns how many threads the CPU kernels use.
+
+    It is the number of torch (`OMP_NUM_THREADS`, `torch.set_num_threads`). Where nobody has set that, it is at most the
+    number of CPUs that the affinity mask and the control group leave to the process.
+    """
+    threads: int = torch.ops.treedecode._cpu_threads("")[0]
+    return threads
+
+
 def compiled_isas() -> tuple[str, ...]:
     """Returns the CPU instruction sets that this build has kernels for, the simplest first."""
     return env.CPU_ISAS[: torch.ops.treedecode._cpu_isa(-1)[2] + 1]
