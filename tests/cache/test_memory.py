@@ -1,11 +1,14 @@
 """Sizes of the cache: units, defaults, and errors that name the arguments."""
 
 import os
+import sys
 
+import numpy as np
 import pytest
 import torch
 
-from treedecode.cache.memory import kv_memory_bytes, out_of_memory_named
+from treedecode.cache.memory import kv_memory_bytes, lazy_zeros, out_of_memory_named
+from treedecode.cache.page_pool import PagePool
 
 CPU = torch.device("cpu")
 
@@ -42,3 +45,32 @@ def test_a_failed_allocation_names_the_arguments():
         torch.empty(1 << 60, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="something else"), out_of_memory_named(None, 7):
         raise RuntimeError("something else")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_pool_takes_memory_with_the_pages_that_are_used():
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    pool = PagePool(
+        num_layers=4, num_kv_heads=2, head_dim=64, num_pages=2**14, max_branches=4, max_pages_per_branch=2**12,
+        dtype=torch.float32,
+    )  # fmt: skip
+    assert pool.kv.nbytes == 2**30
+    made = resident() - before
+    assert made < 2**24
+    pages = pool.append(pool.allocate(1), np.array([64], np.int32)) // pool.page_size
+    assert not pool.kv[:, :, pages].any()
+    pool.kv[:, :, pages] = 1
+    assert resident() - before - made < 2**26
+
+
+def test_more_memory_than_there_is():
+    with pytest.raises(MemoryError, match="allocate"):
+        lazy_zeros((2**60,), torch.float32, CPU)
+
+
+def test_lazy_zeros_without_elements():
+    assert lazy_zeros((0, 3), torch.bfloat16, CPU).shape == (0, 3)

@@ -2,10 +2,12 @@
 
 import contextlib
 import math
+import mmap
 import os
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -35,6 +37,24 @@ def kv_memory_bytes(kv_memory: int | str | None, device: torch.device, useful: i
     if isinstance(kv_memory, bool) or not isinstance(kv_memory, (int, float)) or not math.isfinite(kv_memory):
         raise TypeError(f'kv_memory: expected bytes or a string like "2GiB", got {kv_memory!r}')
     return int(kv_memory)
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Makes a tensor of zeros; on the CPU the system gives it memory where it is first written.
+
+    `torch.zeros` writes all of it at once.
+
+    Raises:
+        MemoryError: the system does not promise so much memory.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or num_bytes == 0 or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    try:
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError, ValueError) as error:
+        raise MemoryError(f"cannot allocate {num_bytes} bytes: {error}") from None
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 @contextlib.contextmanager

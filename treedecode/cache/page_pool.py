@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from treedecode import ops
+from treedecode.cache.memory import lazy_zeros
 from treedecode.ops.pages import (
     BAD_ARGUMENT,
     OK,
@@ -86,9 +87,8 @@ class PagePool:
         self.num_pages = num_pages
         self.device = torch.device(device)
         # Zeros: masked-out positions of a page must not hold NaN for kernels that multiply before they mask.
-        # The system hands zero pages out lazily, so a large pool costs nothing until it is used.
         shape = (num_layers, 2, num_pages, num_kv_heads, page_size, head_dim)
-        self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        self.kv = lazy_zeros(shape, dtype, self.device)
         self._layers = [(kv[0].transpose(1, 2), kv[1].transpose(1, 2)) for kv in self.kv]
 
         def zeros(*shape: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,12 +50,13 @@ class Engine:
         self.model = model
         self.matcher = matcher
         self.meter = Meter(model, pool.page_size)
+        engine = weakref.proxy(self)  # in the callbacks: a cycle would keep the memory of the pool and the model
         self.store = BranchStore(
-            pool, max_tokens=max_tokens, on_released=lambda rows, error: self.jobs.fail(rows, error)
+            pool, max_tokens=max_tokens, on_released=lambda rows, error: engine.jobs.fail(rows, error)
         )
         table = self.store.table
         self.scheduler = scheduler_type(table, pool, self.store.index, self.meter, prefill_tokens=prefill_tokens)
-        self.jobs = JobRegistry(table, matcher, on_resting=lambda rows: self.runner.rest(rows))
+        self.jobs = JobRegistry(table, matcher, on_resting=lambda rows: engine.runner.rest(rows))
         self.runner = Runner(model, self.store, self.scheduler, self.jobs, self.meter, matcher, graphs=graphs)
         self.num_beam_searches = 0  # under way; they have jobs only now and then
         self._drivers: dict[asyncio.AbstractEventLoop, asyncio.Task] = {}

@@ -29,7 +29,8 @@ from treedecode.decoding import beam_search
 from treedecode.decoding.beams import BeamSearch, Hypothesis
 from treedecode.decoding.decoder import Decoder
 from treedecode.engine.sampling import Sampling
-from treedecode.models.transformers import check_supported, configs_of, exclusive
+from treedecode.models.change_detector import ChangeDetector
+from treedecode.models.transformers import TransformersModel, check_supported, configs_of, exclusive
 
 # What this module reads.
 _HONOURED = {
@@ -338,9 +339,10 @@ def _beam_output(
 class _Slot:
     """Keeps a decoder on the model it decodes, so that it lives exactly as long; not copied or saved with the model."""
 
-    def __init__(self, decoder: Decoder, key: tuple[Any, ...]) -> None:
+    def __init__(self, decoder: Decoder, key: tuple[Any, ...], detector: ChangeDetector) -> None:
         self.decoder = decoder
         self.key = key
+        self.detector = detector
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
@@ -350,34 +352,15 @@ class _Slot:
 
 
 def _decoder_of(model: PreTrainedModel, kv_memory: int | str | None) -> Decoder:
-    """Returns the model's decoder, made anew when weights, dtype, device or `kv_memory` have changed."""
+    """Returns the model's decoder, made anew when the model, its dtype or device, or `kv_memory` has changed."""
     with exclusive(configs_of(model)):  # two threads must not make one each
-        key = (kv_memory, model.device, model.dtype, _fingerprint(model))
+        key = (kv_memory, model.device, model.dtype)
         slot: _Slot | None = model.__dict__.get(_SLOT)
-        if slot is not None and slot.key == key:
+        if slot is not None and slot.key == key and not slot.detector.has_changed():
             return slot.decoder
         model.__dict__.pop(_SLOT, None)  # not closed: another thread may still decode on it
         del slot
-        decoder = Decoder(model, kv_memory=kv_memory, max_branches=_MAX_BRANCHES)
-        model.__dict__[_SLOT] = _Slot(decoder, key)
+        adapter = TransformersModel(model, keep_alive=False)  # the model holds the decoder, and not the other way round
+        decoder = Decoder(adapter, kv_memory=kv_memory, max_branches=_MAX_BRANCHES)
+        model.__dict__[_SLOT] = _Slot(decoder, key, ChangeDetector(model, samples=True))
         return decoder
-
-
-def _fingerprint(model: PreTrainedModel) -> tuple[Any, ...]:
-    """Identifies the weights: kept prefixes were computed with them, and the decoder may hold them repacked.
-
-    In-place changes count up a tensor's version, except through `.data`: one element of each tensor catches most of
-    those. Plain attributes hold switches, such as those of adapters.
-    """
-    with torch.no_grad():
-        state = model.state_dict(keep_vars=True).values()
-        tensors = [tensor for tensor in state if isinstance(tensor, Tensor)]  # quantised layers have others
-        where = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
-        sample = [tensor.reshape(-1)[tensor.numel() // 2].float() for tensor in tensors if tensor.numel()]
-        switches = [
-            (name, value)
-            for module in model.modules()
-            for name, value in vars(module).items()
-            if isinstance(value, bool | float | str)
-        ]
-        return (*where, *switches, *torch.stack(sample).tolist())

@@ -116,11 +116,12 @@ class TransformersModel(ModelAdapter):
         hidden_size: of the states that the language model head reads.
     """
 
-    def __init__(self, model: PreTrainedModel, *, optimize: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, *, optimize: bool = True, keep_alive: bool = True) -> None:
         """Checks that `model` can be decoded as a tree, and prepares a faster forward if asked to.
 
         Args:
             optimize: on the CPU, replace modules by faster ones that give the same results while a forward runs.
+            keep_alive: False: the adapter does not keep the model alive, because the model holds the adapter.
 
         Raises:
             TypeError: not a Transformers model.
@@ -128,7 +129,7 @@ class TransformersModel(ModelAdapter):
                 is in training mode, or does anything else that the message names.
         """
         config = self._config = check_supported(model)
-        self.model = self.module = model
+        self._model = (lambda: model) if keep_alive else weakref.ref(model)
         self._configs = configs_of(model)
         self._optimize = optimize
         self.dtype: torch.dtype = model.dtype
@@ -146,6 +147,23 @@ class TransformersModel(ModelAdapter):
         self.flops_per_token, self.flops_per_logits = product_flops(model, config)
         # Others, like the -1 of some checkpoints, are never generated.
         self.eos_token_ids: tuple[int, ...] = tuple(i for i in _eos_token_ids(model) if 0 <= i < self.vocab_size)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The user's model.
+
+        Raises:
+            ReferenceError: it was deleted.
+        """
+        model = self._model()
+        if model is None:
+            raise ReferenceError("model: was deleted")
+        return model
+
+    @property
+    def module(self) -> nn.Module:  # type: ignore[override]
+        """The user's model."""
+        return self.model
 
     @property
     def optimizations(self) -> list[str]:
@@ -166,6 +184,7 @@ class TransformersModel(ModelAdapter):
         """
         if self.model.training:
             raise ValueError("model: in training mode, where dropout is random; call model.eval()")
+        refuse_autocast(self.device)
         with exclusive(self._configs):
             if force or self._change_detector.has_changed():
                 self._build_forwards()
@@ -343,7 +362,21 @@ def check_supported(model: PreTrainedModel) -> Any:
         raise ValueError(f"model: {name} attends in both directions; only causal models are supported")
     if model.training:
         raise ValueError(f"model: {name} is in training mode, where dropout is random; call model.eval()")
+    refuse_autocast(model.device)
     return config
+
+
+def refuse_autocast(device: torch.device) -> None:
+    """Refuses to run inside of `torch.autocast`: keys and values would have its dtype, and stay for later calls.
+
+    Raises:
+        ValueError: it is on.
+    """
+    if torch.is_autocast_enabled(device.type):
+        raise ValueError(
+            "torch.autocast: is not supported; load the model with dtype=torch.bfloat16, or call treedecode outside of "
+            "it or under torch.autocast(..., enabled=False)"
+        )
 
 
 def configs_of(model: PreTrainedModel) -> list[Any]:
