@@ -3,7 +3,6 @@
 import os
 import sys
 
-import numpy as np
 import pytest
 import torch
 
@@ -61,7 +60,7 @@ def test_a_pool_takes_memory_with_the_pages_that_are_used():
     assert pool.kv.nbytes == 2**30
     made = resident() - before
     assert made < 2**24
-    pages = pool.append(pool.num_free_rows(1), np.array([64], np.int32)) // pool.page_size
+    pages = pool.append(pool.allocate_rows(1), [64]) // pool.page_size
     assert not pool.kv[:, :, pages].any()
     pool.kv[:, :, pages] = 1
     assert resident() - before - made < 2**26
