@@ -42,30 +42,31 @@ async def complete(
         raise ValueError(f"repetition_penalty: expected a finite number > 0, got {repetition_penalty!r}")
     matcher = engine.matcher
     stop_id = matcher.register(stops)
-    asked = _stop_string(matcher, stop_id, settings.min_new_tokens) if stops.strings else None
+    asked = _stop_string(matcher, stop_id, settings.min_new_tokens, prompts) if stops.strings else None
     results = await search(engine, prompts, settings, repetition_penalty=repetition_penalty, stop=asked)
 
-    def completion(hypothesis: Hypothesis) -> Completion:
-        tokens = hypothesis.token_ids
-        at_string = asked is not None and bool(asked(np.zeros(1, np.int64), tokens[None])[0])
+    def completion(index: int, hypothesis: Hypothesis) -> Completion:
+        prompt, tokens = prompts[index], hypothesis.token_ids
+        at_string = asked is not None and bool(asked(np.array([index]), tokens[None])[0])
         return Completion(
-            text=matcher.text(stop_id, tokens, cut=at_string),
+            text=matcher.text(stop_id, np.concatenate([prompt, tokens]), len(prompt), cut=at_string),
             token_ids=tokens.tolist(),
             logprobs=hypothesis.logprobs.tolist(),
             cum_logprob=float(hypothesis.logprobs.sum()),
             finish_reason="stop" if at_string or int(tokens[-1]) in settings.eos_token_ids else "length",
         )
 
-    return [[completion(hypothesis) for hypothesis in hypotheses[:count]] for hypotheses in results]
+    return [[completion(i, hypothesis) for hypothesis in hypotheses[:count]] for i, hypotheses in enumerate(results)]
 
 
-def _stop_string(matcher: StopMatcher, stop_id: int, min_new_tokens: int) -> Stop:
+def _stop_string(matcher: StopMatcher, stop_id: int, min_new_tokens: int, prompts: Sequence[np.ndarray]) -> Stop:
     possible = matcher.mask(stop_id)
 
     def stop(prompt: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         hits = possible[tokens[:, -1]] & (tokens.shape[1] >= min_new_tokens)
         for i in np.flatnonzero(hits):
-            hits[i] = matcher.stopped(stop_id, tokens[i])
+            context = prompts[int(prompt[i])]
+            hits[i] = matcher.stopped(stop_id, np.concatenate([context, tokens[i]]), len(context))
         return hits
 
     return stop

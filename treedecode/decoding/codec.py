@@ -42,7 +42,8 @@ class Codec:
         if self.tokenizer is None:
             raise ValueError("this decoder has no tokenizer; give token ids instead of text")
         bos = getattr(self.tokenizer, "bos_token", None)
-        return list(self.tokenizer.encode(text, add_special_tokens=special and not (bos and text.startswith(bos))))
+        has_bos = bool(bos) and text.lstrip().startswith(bos)  # white space of a template may come before it
+        return list(self.tokenizer.encode(text, add_special_tokens=special and not has_bos))
 
     def decode(self, ids: Sequence[int] | IntArray) -> str:
         """Converts token ids to text without special tokens; empty without a tokenizer."""

@@ -147,8 +147,9 @@ class Engine:
     def text(self, row: int, *, cut: bool, begin: int | None = None) -> str:
         """Decodes a branch's tokens from `begin` (None: the end of the prompt); `cut`: without its stop string."""
         table = self.table
-        tokens = table.tokens[row, int(table.prompt_len[row]) if begin is None else begin : table.num_tokens[row]]
-        return self.matcher.text(int(table.stop[row]), tokens, cut=cut and table.finish[row] == Finish.STOP)
+        begin = int(table.prompt_len[row]) if begin is None else begin
+        tokens = table.tokens[row, : table.num_tokens[row]]
+        return self.matcher.text(int(table.stop[row]), tokens, begin, cut=cut and table.finish[row] == Finish.STOP)
 
     def check_integrity(self) -> None:
         """Takes the results in flight, and checks pool, prefix index and table against each other.

@@ -115,8 +115,9 @@ class JobRegistry:
     def _new_text(self, job: Job, row: int) -> str:
         table = self._table
         if row not in job.streams:
-            job.streams[row] = TextStream(self._matcher.decode, self._matcher[int(table.stop[row])])
-        tokens = table.tokens[row, table.step_begin[row] : table.num_tokens[row]]
+            stops = self._matcher[int(table.stop[row])]
+            job.streams[row] = TextStream(self._matcher.decode, stops, int(table.step_begin[row]))
+        tokens = table.tokens[row, : table.num_tokens[row]]
         finish = table.finish[row]
         return job.streams[row].push(tokens, last=finish != Finish.NONE, cut=finish == Finish.STOP)
 

@@ -284,7 +284,7 @@ class Runner:
         for stop_id in sample.stop_ids:
             may_stop = (table.stop[rows] == stop_id) & self._matcher.mask(stop_id)[tokens]
             for i in np.flatnonzero(may_stop & (length >= table.min_tokens[rows])):
-                if self._matcher.stopped(stop_id, table.tokens[rows[i], table.step_begin[rows[i]] : length[i]]):
+                if self._matcher.stopped(stop_id, table.tokens[rows[i], : length[i]], int(table.step_begin[rows[i]])):
                     finish[i] = Finish.STOP
         finish[self._is_eos[tokens] & ~table.ignore_eos[rows]] = Finish.EOS
         table.finish[rows] = finish

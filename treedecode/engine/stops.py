@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+_CONTEXT = 6  # tokens; a character is at most four
 _PARTIAL = "\ufffd"  # how a tokenizer shows bytes that are not yet a whole character
 
 StopLike = str | int | Sequence[str | int] | None
@@ -95,6 +96,18 @@ class StopMatcher:
             return str(self._tokenizer.backend_tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    def decode_after(self, tokens: np.ndarray, begin: int) -> str:
+        """Decodes `tokens[begin:]` as they continue the tokens before them.
+
+        Some tokenizers leave out the space of the first token of a text, and a character may begin in the token before.
+        """
+        if begin == 0:
+            return self.decode(tokens)
+        context = max(0, begin - _CONTEXT)
+        before, text = self.decode(tokens[context:begin]), self.decode(tokens[context:])
+        before = before.rstrip(_PARTIAL)
+        return text[len(before) :] if text.startswith(before) else self.decode(tokens[begin:])
+
     @cached_property
     def special(self) -> dict[str, int]:
         """The ids of special tokens that the model can produce, by the text they are written as."""
@@ -127,26 +140,26 @@ class StopMatcher:
             self._masks[stop_id] = mask
         return mask
 
-    def stopped(self, stop_id: int, tokens: np.ndarray) -> bool:
-        """Returns whether the last of `tokens` (all tokens of this extend) completes a stop of the set."""
+    def stopped(self, stop_id: int, tokens: np.ndarray, begin: int = 0) -> bool:
+        """Returns whether the last of `tokens` completes a stop of the set in the text of `tokens[begin:]`."""
         stops = self._sets[stop_id]
         if int(tokens[-1]) in stops.token_ids:
             return True
         if not stops.strings:
             return False
         # A character is at most four byte tokens; the margin keeps what tokenizers do at a text's start out of sight.
-        window = 4 * max(map(len, stops.strings)) + 8
-        text = self.decode(tokens[-window:])
+        begin = max(begin, len(tokens) - 4 * max(map(len, stops.strings)) - 8)
+        text = self.decode_after(tokens, begin)
         if stops.find(text) < 0:
             return False
-        return stops.find(text, self.decode(tokens[-window:-1])) >= 0
+        return stops.find(text, self.decode_after(tokens[:-1], begin)) >= 0
 
-    def text(self, stop_id: int, tokens: np.ndarray, *, cut: bool) -> str:
-        """Decodes a branch's new tokens; `cut`: without the stop string that the last one completed."""
-        text = self.decode(tokens)
+    def text(self, stop_id: int, tokens: np.ndarray, begin: int = 0, *, cut: bool) -> str:
+        """Decodes `tokens[begin:]`; `cut`: without the stop string that the last one completed."""
+        text = self.decode_after(tokens, begin)
         if cut and self._sets[stop_id].strings:
-            begin = self._sets[stop_id].find(text, self.decode(tokens[:-1]))
-            return text[:begin] if begin >= 0 else text
+            position = self._sets[stop_id].find(text, self.decode_after(tokens[:-1], begin))
+            return text[:position] if position >= 0 else text
         return text
 
     def _token_texts(self) -> list[tuple[str, ...]]:
@@ -167,11 +180,12 @@ class StopMatcher:
 class TextStream:
     """Streams one branch's text in pieces that never end within a character or show part of a stop string."""
 
-    def __init__(self, decode: Callable[[np.ndarray], str], stops: StopSet) -> None:
+    def __init__(self, decode: Callable[[np.ndarray], str], stops: StopSet, begin: int = 0) -> None:
+        """Streams the tokens from `begin` on; those before are what they continue."""
         self._decode = decode
         self._stops = stops
-        self._context = 0  # tokens before it were needed to decode what was read last
-        self._read = 0
+        self._context = max(0, begin - _CONTEXT)  # tokens from it are needed to decode what was read last
+        self._read = begin
         self._held = ""
 
     def push(self, tokens: np.ndarray, *, last: bool, cut: bool) -> str:
