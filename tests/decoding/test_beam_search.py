@@ -208,3 +208,13 @@ def test_returns_the_best(make_decoder):
     assert dec.beam_search(PROMPTS, num_beams=5, max_new_tokens=6, num_return_sequences=2) == [o[:2] for o in every]
     ranks = [[out.cum_logprob / len(out.token_ids) for out in outs] for outs in every]
     assert all(rank == sorted(rank, reverse=True) for rank in ranks)
+
+
+@pytest.mark.parametrize("length_penalty", [-30.0, -300.0])
+def test_scores_below_those_of_free_entries_are_refused(make_decoder, length_penalty):
+    decoder = make_decoder()
+    options = {"num_beams": 3, "max_new_tokens": 8, "ignore_eos": True}
+    with pytest.raises(ValueError, match=r"^length_penalty: -30.* takes the scores of finished beams below -1e9"):
+        decoder.beam_search(PROMPTS, **options, length_penalty=length_penalty)
+    assert decoder.pool.num_free_rows == decoder.pool.max_branches
+    assert all(len(beams) == 3 for beams in decoder.beam_search(PROMPTS, **options, length_penalty=-2.0))

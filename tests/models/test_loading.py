@@ -13,9 +13,12 @@ HIDDEN, INTERMEDIATE, VOCAB = 32, 64, 40
 
 @pytest.fixture
 def gguf_path(tmp_path, monkeypatch):
-    """Writes a Llama of one layer as GGUF, with fp16 weights and a byte-level BPE tokenizer."""
     monkeypatch.setenv("TREEDECODE_CACHE", str(tmp_path / "cache"))
-    path = tmp_path / "tiny.gguf"
+    return write_gguf(tmp_path / "tiny.gguf")
+
+
+def write_gguf(path, lacking=()):
+    """Writes a Llama of one layer as GGUF, with fp16 weights and a byte-level BPE tokenizer."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(64)
@@ -48,6 +51,8 @@ def gguf_path(tmp_path, monkeypatch):
         "blk.0.ffn_down": (HIDDEN, INTERMEDIATE),
     }
     for name, shape in shapes.items():
+        if name in lacking:
+            continue
         writer.add_tensor(f"{name}.weight", rng.normal(size=shape).astype(np.float16 if len(shape) > 1 else np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -96,3 +101,35 @@ def test_missing_files_are_named(tmp_path):
         loading.load_pretrained(tmp_path / "absent.gguf")
     with pytest.raises(FileNotFoundError, match=r"path_or_id: no model folder at .*nowhere"):
         loading.load_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("lacking", [["blk.0.ffn_down"], ["token_embd"], ["blk.0.attn_q", "output_norm"]])
+def test_a_gguf_file_that_lacks_weights(tmp_path, monkeypatch, lacking):
+    monkeypatch.setenv("TREEDECODE_CACHE", str(tmp_path / "cache"))
+    path = write_gguf(tmp_path / "part.gguf", lacking)
+    names = {"blk.0.ffn_down": "mlp.down_proj", "token_embd": "embed_tokens", "blk.0.attn_q": "self_attn.q_proj"}
+    for _ in range(2):  # nothing of it is kept
+        with pytest.raises(ValueError, match=rf"^gguf_file: part.gguf lacks weights of .*{names[lacking[0]]}"):
+            loading.load_pretrained(path)
+    assert list((env.cache_dir() / "gguf").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_one_part_of_a_gguf_file(tmp_path, monkeypatch, number):
+    monkeypatch.setenv("TREEDECODE_CACHE", str(tmp_path / "cache"))
+    path = write_gguf(tmp_path / f"tiny-0000{number}-of-00002.gguf")
+    with pytest.raises(ValueError, match=r"^gguf_file: tiny-.* is one of 2 parts"):
+        loading.load_pretrained(path)
+    assert not (env.cache_dir() / "gguf").exists()
+
+
+def test_the_only_part_of_a_gguf_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("TREEDECODE_CACHE", str(tmp_path / "cache"))
+    model, _ = loading.load_pretrained(write_gguf(tmp_path / "tiny-00001-of-00001.gguf"))
+    assert model.config.num_hidden_layers == 1
+
+
+def test_other_versions_convert_anew(gguf_path, monkeypatch):
+    first = loading.convert_gguf(gguf_path, torch.float32)
+    monkeypatch.setattr(loading, "version", lambda package: "another")
+    assert loading.convert_gguf(gguf_path, torch.float32) != first

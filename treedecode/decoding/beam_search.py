@@ -95,7 +95,8 @@ async def search(
         for each prompt its `settings.num_beams` finished beams, best first.
 
     Raises:
-        ValueError: the beams of a prompt are more than the decoder's branches, or would be longer than it can hold.
+        ValueError: the beams of a prompt are more than the decoder's branches, or would be longer than it can hold, or
+            `length_penalty` is so negative that no beam of a prompt is kept.
         OutOfBranches: other work holds the branches.
     """
     max_branches = engine.pool.max_branches
@@ -113,6 +114,12 @@ async def search(
         part = prompts[begin : begin + size]
         asked = None if stop is None else lambda prompt, tokens, begin=begin: stop(prompt + begin, tokens)
         results += await _search(engine, part, settings, repetition_penalty, asked)
+    if any(len(hypotheses) == 0 for hypotheses in results):
+        # A finished beam below the score of a free entry is not kept. Transformers gives out a running beam then.
+        raise ValueError(
+            f"length_penalty: {settings.length_penalty} takes the scores of finished beams below -1e9, where beams are "
+            "not told apart any more"
+        )
     return results
 
 

@@ -18,15 +18,19 @@ class Codec:
 
     Args:
         tokenizer: None = prompts are token ids, and texts are empty.
-        max_position: tokens that the model was made for.
+        max_position: tokens that the model was made for; max_position_reason: why they are fewer.
         capacity: tokens that the pages hold. The last token of a branch needs no room in them.
     """
 
-    def __init__(self, tokenizer: Any, *, vocab_size: int, max_position: int, capacity: int) -> None:
+    def __init__(
+        self, tokenizer: Any, *, vocab_size: int, max_position: int, capacity: int, max_position_reason: str = ""
+    ) -> None:
         self.tokenizer = tokenizer
         self.matcher = StopMatcher(tokenizer, vocab_size)
         self.vocab_size = vocab_size
         self.max_position = max_position
+        self._limit = f"{max_position} tokens" + (f" ({max_position_reason})" if max_position_reason else "")
+        self._is_limited = bool(max_position_reason)
         self.capacity = capacity
         self.max_tokens = min(max_position, capacity)
 
@@ -42,7 +46,9 @@ class Codec:
         if self.tokenizer is None:
             raise ValueError("this decoder has no tokenizer; give token ids instead of text")
         bos = getattr(self.tokenizer, "bos_token", None)
-        has_bos = bool(bos) and text.lstrip().startswith(bos)  # white space of a template may come before it
+        has_bos = (
+            bos is not None and bos != "" and text.lstrip().startswith(bos)
+        )  # white space of a template may come before it
         return list(self.tokenizer.encode(text, add_special_tokens=special and not has_bos))
 
     def decode(self, ids: Sequence[int] | IntArray) -> str:
@@ -71,9 +77,7 @@ class Codec:
         if len(tokens) == 0:
             raise ValueError(f"{name}: is empty")
         if len(tokens) >= self.max_position:
-            raise ValueError(
-                f"{name}: {len(tokens)} tokens leave no room for a new one in the model's {self.max_position}"
-            )
+            raise ValueError(f"{name}: {len(tokens)} tokens leave no room for a new one in the model's {self._limit}")
         if len(tokens) >= self.capacity:
             raise ValueError(
                 f"{name}: {len(tokens)} tokens and a new one do not fit the {self.capacity} tokens of kv_memory"
@@ -134,6 +138,11 @@ class Codec:
             raise ValueError(
                 f"max_new_tokens: {num_tokens[too_long[0]]} tokens and {limits[too_long[0]]} new ones do not fit the "
                 f"{self.capacity} tokens of kv_memory"
+            )
+        if self._is_limited and (num_tokens + limits > self.max_position).any():
+            raise ValueError(
+                f"max_new_tokens: {num_tokens.max()} tokens and {limits.max()} new ones are more than the model's "
+                f"{self._limit}"
             )
         return limits
 

@@ -98,7 +98,11 @@ class Decoder:
                 device=model.device,
             )
         self._codec = Codec(
-            tokenizer, vocab_size=model.vocab_size, max_position=model.max_position, capacity=num_pages * page_size
+            tokenizer,
+            vocab_size=model.vocab_size,
+            max_position=model.max_position,
+            max_position_reason=model.max_position_reason,
+            capacity=num_pages * page_size,
         )
         with out_of_memory_named(kv_memory, max_branches):
             self.engine = Engine(

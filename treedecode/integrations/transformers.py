@@ -30,7 +30,8 @@ from treedecode.decoding.beams import BeamSearch, Hypothesis
 from treedecode.decoding.decoder import Decoder
 from treedecode.engine.sampling import Sampling
 from treedecode.models.change_detector import ChangeDetector
-from treedecode.models.transformers import TransformersModel, check_supported, configs_of, exclusive
+from treedecode.models.supported import check_supported
+from treedecode.models.transformers import TransformersModel, configs_of, exclusive
 
 # What this module reads.
 _HONOURED = {
@@ -132,9 +133,10 @@ def generate(
     ends = [token for token in eos if 0 <= token < decoder.model.vocab_size]  # others mean padding, but never come
     longest = max(map(len, prompts))
     if longest + max_new_tokens > decoder.model.max_position:
+        reason = f" ({decoder.model.max_position_reason})" if decoder.model.max_position_reason else ""
         raise ValueError(
             f"max_new_tokens: {max_new_tokens} after a prompt of {longest} tokens is more than the model's "
-            f"{decoder.model.max_position} positions"
+            f"{decoder.model.max_position} positions{reason}"
         )
     if config.num_beams > 1:
         settings = BeamSearch(
@@ -281,7 +283,8 @@ async def _step_by_step(
 def _prompts(input_ids: Tensor, model_kwargs: dict[str, Any], width: int) -> list[np.ndarray]:
     """Returns the token ids of each prompt without padding; `generate` has repeated every one `width` times."""
     for name, value in model_kwargs.items():
-        if name not in _MODEL_ARGUMENTS and value is not None:
+        is_empty = value is None or (isinstance(value, dict | list | tuple) and not value)
+        if name not in _MODEL_ARGUMENTS and not is_empty:  # multimodal classes always bring an empty dict
             raise ValueError(f"{name}: is not supported by treedecode.generate")
         if name in _CACHES and value is not None and value.get_seq_length() > 0:
             raise ValueError(f"{name}: a filled cache is not supported; treedecode keeps prefixes by itself")

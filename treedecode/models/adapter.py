@@ -19,6 +19,7 @@ class ModelAdapter(Protocol):
         num_layers, num_kv_heads, num_qo_heads, head_dim: sizes of attention and of the K/V cache.
         vocab_size: logits per token.
         max_position: the longest sequence the model was made for, in tokens.
+        max_position_reason: why `max_position` is less than that; "" = it is not.
         dtype, device: of the activations, and so of the K/V cache.
         eos_token_ids: tokens that end a sequence. Ids outside of the vocabulary never come.
         hidden_size: of the states that `forward_hidden` gives; 0 = it gives none.
@@ -39,6 +40,7 @@ class ModelAdapter(Protocol):
     dtype: torch.dtype
     device: torch.device
     eos_token_ids: tuple[int, ...]
+    max_position_reason: str = ""
     hidden_size: int = 0
     min_prefill: int | None = None
     num_changes: int = 0

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import cached_file
 
 from treedecode.common import env
+from treedecode.common.machine import version
 
 
 def load_pretrained(
@@ -35,7 +37,7 @@ def load_pretrained(
     Raises:
         FileNotFoundError: a local path or GGUF file that does not exist.
         OSError: Transformers finds no model under the id.
-        ValueError: Transformers cannot load what it finds.
+        ValueError: Transformers cannot load what it finds, or a GGUF file lacks weights or is one of several parts.
     """
     source = os.fspath(path_or_id)
     if gguf_file is None and source.endswith(".gguf"):
@@ -65,11 +67,22 @@ def _gguf_path(source: str, gguf_file: str, revision: str | None) -> Path:
 def convert_gguf(path: Path, dtype: torch.dtype) -> Path:
     """Converts a GGUF file to a folder of safetensors of `dtype`, if no earlier call has, and returns the folder.
 
-    The folder appears under its name in one step, complete; two processes that convert at once both succeed.
+    The folder appears under its name in one step, complete; two processes that convert at once both succeed. Its name
+    is of the file's content, the dtype and the versions of the packages that convert.
+
+    Raises:
+        ValueError: the file lacks weights of its model, or is one of several parts.
     """
+    if (part := re.search(r"-(\d{5})-of-(\d{5})\.gguf$", path.name)) and part[2] != "00001":
+        raise ValueError(
+            f"gguf_file: {path.name} is one of {int(part[2])} parts, which Transformers does not put together; merge "
+            "them first: llama-gguf-split --merge FIRST_PART MERGED.gguf"
+        )
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    target = env.cache_dir() / "gguf" / f"{path.stem}-{str(dtype).removeprefix('torch.')}-{digest[:16]}"
+        digest = hashlib.file_digest(file, "sha256")
+    for package in ("transformers", "gguf", "torch"):  # another version may convert in another way
+        digest.update(f" {package} {version(package)}".encode())
+    target = env.cache_dir() / "gguf" / f"{path.stem}-{str(dtype).removeprefix('torch.')}-{digest.hexdigest()[:16]}"
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -89,13 +102,17 @@ def convert_gguf(path: Path, dtype: torch.dtype) -> Path:
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    options: dict[str, Any] = {"gguf_file": path.name, "dtype": dtype}
+    options: dict[str, Any] = {"gguf_file": path.name, "dtype": dtype, "output_loading_info": True}
     # Releases that can keep GGUF blocks packed do so unless told not to, and a packed model cannot be saved; earlier
     # ones always unpack and know no such option.
     if (gguf_config := getattr(transformers, "GgufConfig", None)) is not None:
         options["quantization_config"] = gguf_config(gguf_file=path.name, dequantize=True)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path.parent, **options)
+    model, info = loaded
+    if missing := sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])}):
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ValueError(f"gguf_file: {path.name} lacks weights of {type(model).__name__}: {shown}")
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model, tokenizer

@@ -27,14 +27,12 @@ from treedecode.models.fast_forward import FastForward
 from treedecode.models.fast_modules import UnsupportedModule
 from treedecode.models.flops import product_flops
 from treedecode.models.fused_decoder import FusedDecoder, PreparedForward
+from treedecode.models.supported import check_supported, fixed_rotation_limit, refuse_autocast
 
 __all__ = ["StepContext", "TransformersModel"]
 
 ATTENTION = "treedecode"
 _MIN_PREFILL = 256  # query tokens, two work tiles of a group of one
-# Layer types whose attention is what tree_attention computes. Anything else keeps state outside of K and V pages
-# (linear attention, state spaces) or masks differently (chunked attention).
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 _locks: dict[int, threading.RLock] = {}  # by the id of a config
 _locks_lock = threading.Lock()
@@ -106,7 +104,8 @@ class TransformersModel(ModelAdapter):
     Attributes:
         model: the user's model, which is unchanged between two forwards.
         num_layers, num_kv_heads, num_qo_heads, head_dim, vocab_size: sizes of the K/V cache and of the logits.
-        max_position: the longest sequence the model was made for, in tokens.
+        max_position: the longest sequence the model was made for, in tokens, or that is supported (see
+            `max_position_reason`).
         dtype, device: of the activations, and so of the K/V cache.
         eos_token_ids: tokens that end a sequence, from the generation config.
         min_prefill: from how many query tokens on a branch's attention is dense (`prefill.attend`); None = never, as on
@@ -135,6 +134,10 @@ class TransformersModel(ModelAdapter):
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
         self.max_position: int = config.max_position_embeddings
+        self.max_position_reason = ""
+        fixed = fixed_rotation_limit(model)
+        if fixed is not None and fixed.max_position < self.max_position:
+            self.max_position, self.max_position_reason = fixed
         self._fast: FastForward | None = None
         self._fused: FusedDecoder | None = None
         with exclusive(self._configs):
@@ -330,53 +333,6 @@ class TransformersModel(ModelAdapter):
                 return None
             with torch.inference_mode():
                 return self._fused.prepare_forward(input_ids, position_ids, context, logit_rows)
-
-
-def check_supported(model: PreTrainedModel) -> Any:
-    """Checks that a model can be decoded as a tree, and returns its text config.
-
-    Raises:
-        TypeError: it is no model of Transformers.
-        ValueError: it cannot be decoded as a tree (the message says why).
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model: expected a transformers.PreTrainedModel, got {type(model).__name__}")
-    name = type(model).__name__
-    if model.device.type == "meta":
-        raise ValueError(f"model: the weights of {name} are on the meta device; load them first")
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"model: {name} is an encoder-decoder; only decoder-only models are supported")
-    if not model._supports_attention_backend:
-        raise ValueError(
-            f"model: {name} does not support attention backends (_supports_attention_backend is not set), so its "
-            "attention cannot be replaced by tree attention"
-        )
-    if model.get_output_embeddings() is None:
-        raise ValueError(f"model: {name} has no language model head; load it with AutoModelForCausalLM")
-    config = model.config.get_text_config(decoder=True)
-    unsupported = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
-    if unsupported:
-        supported = ", ".join(sorted(_LAYER_TYPES))
-        raise ValueError(f"model: {name} has layers of type {', '.join(unsupported)}; supported are {supported}")
-    if getattr(config, "use_bidirectional_attention", None) or getattr(config, "is_causal", True) is False:
-        raise ValueError(f"model: {name} attends in both directions; only causal models are supported")
-    if model.training:
-        raise ValueError(f"model: {name} is in training mode, where dropout is random; call model.eval()")
-    refuse_autocast(model.device)
-    return config
-
-
-def refuse_autocast(device: torch.device) -> None:
-    """Refuses to run inside of `torch.autocast`: keys and values would have its dtype, and stay for later calls.
-
-    Raises:
-        ValueError: it is on.
-    """
-    if torch.is_autocast_enabled(device.type):
-        raise ValueError(
-            "torch.autocast: is not supported; load the model with dtype=torch.bfloat16, or call treedecode outside of "
-            "it or under torch.autocast(..., enabled=False)"
-        )
 
 
 def configs_of(model: PreTrainedModel) -> list[Any]:
