@@ -66,7 +66,27 @@ class AccountRows:
     order: IntArray  # [n] indices into the batch's rows, of those that have an account
     starts: IntArray  # [accounts] index in `order` where each account's rows begin
     accounts: IntArray  # [accounts] int64
-    shared: IntArray  # [n] tokens in full pages that a row has in common with the one before of its account
+    pages: IntArray  # [n, p] full pages of the ordered rows; other entries are negative and differ between rows
+
+    @classmethod
+    def of(cls, order: IntArray, ids: IntArray, pages: IntArray) -> "AccountRows":
+        """Makes the groups of rows `order` (`[n]`), whose accounts are `ids` (`[n]`, equal ones adjacent)."""
+        starts = np.flatnonzero(np.r_[True, ids[1:] != ids[:-1]][: len(ids)])
+        return cls(order, starts, ids[starts], pages)
+
+    def among(self, active: np.ndarray) -> "AccountRows":
+        """Returns the groups without the rows that are not `active` (`[B]` bool)."""
+        keep = active[self.order]
+        if keep.all():
+            return self
+        ids = np.repeat(self.accounts, np.diff(np.r_[self.starts, len(self.order)]))
+        return AccountRows.of(self.order[keep], ids[keep], self.pages[keep])
+
+    def num_shared(self) -> IntArray:
+        """Counts the full pages that each row has in common with the one before of its account, `[n]`."""
+        shared = np.r_[0, np.cumprod(self.pages[1:] == self.pages[:-1], axis=1).sum(axis=1)]
+        shared[self.starts] = 0
+        return shared
 
 
 class Meter:
@@ -155,27 +175,22 @@ class Meter:
 
         Args:
             accounts: `[B]` int64; -1 = none.
-            pages: `[B, p]` page ids, rows with equal leading pages adjacent.
+            pages: `[B, p]` page ids.
             used: `[B, p]` bool, the entries of `pages` that the row has.
             cached: `[B]` int64, tokens in the cache. A page that is not full is copied before it is written to.
 
         Returns:
             one grouping, two where accounts have parents, none without accounts.
         """
+        is_full = used & (np.arange(pages.shape[1]) < (cached // self._page_size)[:, None])
+        full = np.where(is_full, pages, -1 - np.arange(len(pages))[:, None])
         groupings = []
         for ids in (accounts, self._parents(accounts)):
             if (ids < 0).all():
                 continue
-            order = np.argsort(ids, kind="stable")
+            order = np.lexsort([*full.T[::-1], ids])
             order = order[ids[order] >= 0]
-            ordered = ids[order]
-            first = np.r_[True, ordered[1:] != ordered[:-1]]
-            same = (pages[order][1:] == pages[order][:-1]) & used[order][1:] & used[order][:-1]
-            common = np.cumprod(same, axis=1).sum(axis=1)
-            full = cached[order] // self._page_size
-            shared = np.r_[0, np.minimum(common, np.minimum(full[1:], full[:-1]))] * self._page_size
-            shared[first] = 0
-            groupings.append(AccountRows(order, np.flatnonzero(first), ordered[first], shared))
+            groupings.append(AccountRows.of(order, ids[order], full[order]))
         return groupings
 
     def charge(
@@ -202,9 +217,13 @@ class Meter:
         pairs = q_lens * cached + q_lens * (q_lens + 1) // 2
         flops = self._flops_per_token * q_lens + self._flops_per_logits * wanted + self._flops_per_pair * pairs
         over = np.zeros(0, np.int64)
-        for group in groupings:
+        for grouping in groupings:
+            # A row that took no part reads nothing, so the next one shares with the one before it.
+            group = grouping.among(q_lens > 0)
+            if len(group.order) == 0:
+                continue
             rows = group.order
-            own = np.maximum(lens[rows] - group.shared, 0)
+            own = lens[rows] - group.num_shared() * self._page_size
             pages, own_pages = -(-lens[rows] // self._page_size), -(-own // self._page_size)
             counts = (
                 q_lens[rows],
