@@ -73,10 +73,14 @@ class BranchStore:
             table = self.table
             self.require_held(parents)
             rows = self.pool.allocate_rows(len(parents)).astype(np.int64)
+            cached = table.num_cached[parents] if lens is None else np.minimum(table.num_cached[parents], lens - 1)
+            try:
+                self.pool.fork(parents.astype(np.int32), rows.astype(np.int32), cached.astype(np.int32))
+            except BaseException:
+                self.pool.release(rows.astype(np.int32))
+                raise
             if seeds is None:
                 seeds = child_seeds(table.seed[parents], table.num_tokens[parents], self._ordinals(parents))
-            cached = table.num_cached[parents] if lens is None else np.minimum(table.num_cached[parents], lens - 1)
-            self.pool.fork(parents.astype(np.int32), rows.astype(np.int32), cached.astype(np.int32))
             table.copy(parents, rows)
             table.num_cached[rows] = cached
             table.seed[rows] = seeds
