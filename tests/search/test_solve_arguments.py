@@ -143,3 +143,17 @@ def test_a_forecast_reads_the_file_of_a_gate(tmp_path):
     for path in (tmp_path / "gate.safetensors", str(tmp_path / "gate.safetensors")):
         assert (td.forecast(talkative_decoder(), prompts, gate=path, **settings).draws == expected.draws).all()
     assert isinstance(known, td.Gate)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: td.solve(1), r"^solve\(\) missing 2 required .* 'problems' and 'strategy'$"),
+        (lambda: td.solve(1, 2, colour=4), r"^solve\(\) got an unexpected keyword argument 'colour'$"),
+        (lambda: asyncio.run(td.solve_async(1, 2, colour=4)), r"^solve_async\(\) got an unexpected keyword"),
+        (lambda: td.solve(1, 2, 3), r"^solve\(\) takes "),
+    ],
+)
+def test_unknown_and_missing_arguments_name_the_function(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()

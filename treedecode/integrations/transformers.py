@@ -91,9 +91,10 @@ def generate(
     Prompts are computed once, whatever `num_return_sequences` or `num_beams`, and all branches decode together over
     shared pages. Greedy and beam search give the tokens `generate` gives; sampling draws from the same distribution,
     its seed taken from torch's default generator (`torch.manual_seed`). The model is left as it was; a decoder is kept
-    with it, so later calls start at once and find the beginnings of earlier prompts. It is made anew when weights
-    change, which a write into a part of a tensor through `.data` hides: `del model._treedecode` after one. Several
-    threads may call this on one model, which must not run in other ways meanwhile.
+    with it, so later calls start at once and find the beginnings of earlier prompts. It is made anew when the model
+    changes: weights, modules, hooks, and switches such as those of adapters. A write into a part of a tensor through
+    `.data` cannot be seen: `del model._treedecode` after one. Several threads may call this on one model, which must
+    not run in other ways meanwhile. `torch.autocast` is refused.
 
     Honoured: do_sample, temperature, top_k, top_p, min_p, repetition_penalty, min and max length, min and max new
     tokens, eos_token_id, pad_token_id, num_return_sequences, num_beams, length_penalty, early_stopping, max_time,

@@ -52,14 +52,25 @@ def solve(*args: Any, **kwargs: Any) -> Result:
         ValueError: an argument is wrong (named); nothing has been started or written then.
         Exception: of a verifier or a strategy, with the problem's id in a note; the run ends, the journal stays.
     """
-    config = RunConfig(*args, **kwargs)
+    config = _config("solve", args, kwargs)
     return config.decoder.run(_solve(config))
 
 
 @_with_parameters_of(RunConfig)
 async def solve_async(*args: Any, **kwargs: Any) -> Result:
     """Runs a strategy on problems: `solve` for coroutines, with the same arguments, results and errors."""
-    return await _solve(RunConfig(*args, **kwargs))
+    return await _solve(_config("solve_async", args, kwargs))
+
+
+def _config(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RunConfig:
+    """Makes the configuration; errors about missing or unknown arguments name the function that was called."""
+    try:
+        return RunConfig(*args, **kwargs)
+    except TypeError as error:
+        own = f"{RunConfig.__init__.__qualname__}()"
+        if not str(error).startswith(own):
+            raise
+        raise TypeError(name + "()" + str(error).removeprefix(own)) from None
 
 
 async def _solve(config: RunConfig) -> Result:
