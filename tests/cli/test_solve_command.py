@@ -334,3 +334,12 @@ def test_verifiers(data, model):
     assert oracle(problem, "#### 5\n") == 0.0
     assert oracle(Problem("x", "?", answer=None), "#### 5\n") == 0.0
     assert verifier_named("judge", task, model).num_samples == 3
+
+
+def test_a_limit_of_new_tokens(tmp_path):
+    from treedecode.cli.models import task_for
+
+    path = tmp_path / "sums.jsonl"
+    path.write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    tasks = [task_for(str(path), "data", limit) for limit in (None, 2000, 50)]
+    assert [(task.max_new_tokens, task.max_step_tokens) for task in tasks] == [(512, 128), (2000, 128), (50, 50)]

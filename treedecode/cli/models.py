@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 _PAUSE = 2.0  # seconds
 
 
-def task_for(name: str, argument: str = "task") -> "Task":
+def task_for(name: str, argument: str = "task", max_new_tokens: int | None = None) -> "Task":
     """Loads a task by its name, or from a .jsonl file of problems.
 
     Args:
         argument: the one that named it.
+        max_new_tokens: of a solution; None = the task's own limit.
 
     Raises:
         ValueError: there is no such task, or the file is missing or broken.
@@ -30,7 +31,11 @@ def task_for(name: str, argument: str = "task") -> "Task":
     from treedecode import tasks
 
     with errors_of_argument(argument, "name_or_path"):
-        return tasks.load(name)
+        task = tasks.load(name)
+    if max_new_tokens is not None:
+        task.max_new_tokens = max_new_tokens
+        task.max_step_tokens = min(task.max_step_tokens, max_new_tokens)
+    return task
 
 
 def num_lines(path: str) -> int:

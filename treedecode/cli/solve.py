@@ -45,6 +45,7 @@ def add_parser(commands: Any) -> None:
     add("--budget-per-problem", metavar="LIMIT=NUMBER,...", default="", help="the same of each problem (no joules)")
     add("--forecast", action="store_true", help="say what the run will probably cost, by a gate, and do not run it")
     add("--gate", metavar="FILE", help="of dynamic_allocation and of --forecast; default: the one beside the model")
+    add("--max-new-tokens", type=at_least_one, help="of a solution; by default as the task says (512 for a file)")
     add("--temperature", type=float, default=1.0)
     add("--top-p", type=float, default=1.0)
     add("--top-k", type=int, default=0)
@@ -130,7 +131,11 @@ def _solve(arguments: argparse.Namespace) -> int:
     from treedecode.search.checks import checked_prompts
     from treedecode.search.solve import solve
 
-    task = task_for(arguments.data, "data") if arguments.data is not None else task_for(arguments.task or "countdown")
+    limit = arguments.max_new_tokens
+    if arguments.data is not None:
+        task = task_for(arguments.data, "data", limit)
+    else:
+        task = task_for(arguments.task or "countdown", max_new_tokens=limit)
     model = model_for(arguments.model, task)
     strategy = strategy_named(arguments.strategy, lambda: str(gate_file(arguments.gate, model)))
     if arguments.gate is not None and not arguments.forecast and not hasattr(strategy, "gate"):
