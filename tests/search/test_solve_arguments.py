@@ -148,7 +148,7 @@ def test_a_forecast_reads_the_file_of_a_gate(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: td.solve(1), r"^solve\(\) missing 2 required .* 'problems' and 'strategy'$"),
+        (lambda: td.solve(1), r"^solve\(\) missing 1 required positional argument: 'problems'$"),
         (lambda: td.solve(1, 2, colour=4), r"^solve\(\) got an unexpected keyword argument 'colour'$"),
         (lambda: asyncio.run(td.solve_async(1, 2, colour=4)), r"^solve_async\(\) got an unexpected keyword"),
         (lambda: td.solve(1, 2, 3), r"^solve\(\) takes "),
