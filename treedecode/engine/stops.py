@@ -105,8 +105,10 @@ class StopMatcher:
             return self.decode(tokens)
         context = max(0, begin - _CONTEXT)
         before, text = self.decode(tokens[context:begin]), self.decode(tokens[context:])
-        before = before.rstrip(_PARTIAL)
-        return text[len(before) :] if text.startswith(before) else self.decode(tokens[begin:])
+        for start in (before, before.rstrip(_PARTIAL)):  # the second where the tokens complete a character
+            if text.startswith(start):
+                return text[len(start) :]
+        return self.decode(tokens[begin:])
 
     @cached_property
     def special(self) -> dict[str, int]:

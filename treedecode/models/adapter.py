@@ -19,7 +19,6 @@ class ModelAdapter(Protocol):
         num_layers, num_kv_heads, num_qo_heads, head_dim: sizes of attention and of the K/V cache.
         vocab_size: logits per token.
         max_position: the longest sequence the model was made for, in tokens.
-        max_position_reason: why `max_position` is less than that; "" = it is not.
         dtype, device: of the activations, and so of the K/V cache.
         eos_token_ids: tokens that end a sequence. Ids outside of the vocabulary never come.
         hidden_size: of the states that `forward_hidden` gives; 0 = it gives none.
@@ -29,6 +28,7 @@ class ModelAdapter(Protocol):
         flops_per_token, flops_per_logits: floating-point operations of the products with weights, for one token and for
             one row of logits; 0 = not known, and then left out of the accounts.
         module: the PyTorch module behind the adapter, whose weights identify the model; None = there is none.
+        max_position_reason: why `max_position` is less than what the model was made for; "" = it is not.
     """
 
     num_layers: int
@@ -40,13 +40,13 @@ class ModelAdapter(Protocol):
     dtype: torch.dtype
     device: torch.device
     eos_token_ids: tuple[int, ...]
-    max_position_reason: str = ""
     hidden_size: int = 0
     min_prefill: int | None = None
     num_changes: int = 0
     flops_per_token: int = 0
     flops_per_logits: int = 0
     module: nn.Module | None = None
+    max_position_reason: str = ""
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, context: StepContext, logit_rows: Tensor) -> Tensor:
         """Runs the packed query tokens of all branches; their K and V are in the cache afterwards.
