@@ -25,10 +25,10 @@ Threads chosen_threads();
 int num_threads();
 
 // Returns into how many pieces a loop is cut at most. The team's threads take several each, so that one that comes late
-// or is taken off its CPU leaves most to the others.
+// or is taken off its CPU leaves most to the others, and so that at the end none waits long for the last piece.
 inline int64_t max_pieces() {
   const int64_t threads = num_threads();
-  return chosen_threads() == Threads::Torch || threads == 1 ? threads : 4 * threads;
+  return chosen_threads() == Threads::Torch || threads == 1 ? threads : 8 * threads;
 }
 
 // Calls f(piece_begin, piece_end) for pieces of [begin, end), each of at least `grain` elements where there are so

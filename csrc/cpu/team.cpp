@@ -25,8 +25,9 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;
 
-// Longer than the gap between two loops of a forward; waking a thread that sleeps takes about as long.
-constexpr microseconds kSpin{50}, kActiveSpin{5000};
+// Longer than the host's work between two forwards. To wake a thread that sleeps costs little on bare metal, but in a
+// virtual machine, which gives an idle CPU back, several hundred microseconds.
+constexpr microseconds kSpin{3000}, kActiveSpin{20000};
 // Linux lets a thread run for 0.7 ms and more before another may have its CPU.
 constexpr microseconds kTurn{300};
 

@@ -7,7 +7,7 @@
 //   those of others. The calling thread takes part, and takes all of them if no other thread comes.
 // * A worker gives its CPU away between two chunks, before the system takes it away in the middle of one.
 // * A worker that finds itself on the caller's CPU moves to another: together they would run one after the other.
-// * Threads without work spin shortly, then sleep, so that the system can use their CPU.
+// * Threads without work spin for some milliseconds, then sleep, so that the system can use their CPU.
 #pragma once
 
 #include <atomic>
@@ -62,8 +62,8 @@ class Team {
   uint32_t num_chunks_ = 0;
   Function function_ = nullptr;
   const void* context_ = nullptr;
-  uint32_t float_mode_ =
-      0;  // the caller's rounding and denormals, so that a chunk's results do not depend on its thread
+  // The caller's rounding and denormals, so that a chunk's results do not depend on its thread.
+  uint32_t float_mode_ = 0;
   std::exception_ptr error_;
   std::mutex error_mutex_;
   SharedWord shares_[kMaxThreads];

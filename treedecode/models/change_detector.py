@@ -115,9 +115,7 @@ class _Attributes:
 def _attributes_of(root: nn.Module) -> dict[str, Any]:
     """Returns the plain attributes of a module, whose `__dict__` is not kept because it may hold the decoder."""
     items = [(name, value) for name, value in vars(root).items() if name not in _INTERNAL or name == "training"]
-    return {
-        name: copy.deepcopy(value) for name, value in items if _is_scalar(name, value) or _is_plain_container(value)
-    }
+    return {name: value for name, value in items if _is_scalar(name, value) or _is_plain_container(value)}
 
 
 def _is_scalar(name: str, value: Any) -> bool:
