@@ -332,7 +332,9 @@ def test_journals_are_those_of_solve(study):
     _, out = study
     lines = (out / "rows/votes_4.jsonl").read_text().splitlines()
     assert len(lines) == 7
-    Journal(out / "rows/votes_4.jsonl", json.loads(lines[0])["run"]).close()
+    problems = {line["id"]: line["problem"] for line in map(json.loads, lines[1:]) if "id" in line}
+    assert len(problems) == 6
+    Journal(out / "rows/votes_4.jsonl", json.loads(lines[0])["run"], problems).close()
 
 
 def test_another_task_needs_a_model(tmp_path, capsys):

@@ -52,7 +52,7 @@ def test_a_sample_is_that_of_its_seed(tmp_path):
     [
         ("{", "Expecting property name"),
         ("[1]", "expected an object .*, got list"),
-        ({"question": "q"}, "answer: expected a text, got None"),
+        ({"question": "q", "answer": " "}, "answer: expected a text, got ' '"),
         ({"question": " ", "answer": "1"}, "question: expected a text, got ' '"),
         ({"question": "q", "answer": True}, "answer: expected a text, got True"),
         ({"question": "q", "answer": "two\nlines"}, r"answer: expected the result after #### or in \\boxed\{\}"),

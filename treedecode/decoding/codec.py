@@ -6,6 +6,7 @@ from typing import Any, cast
 import numpy as np
 
 from treedecode.common.arrays import IntArray
+from treedecode.common.special_tokens import encode_as_text
 from treedecode.common.validation import ints_per_branch, token_ids
 from treedecode.engine.stops import StopLike, StopMatcher, StopSet, parse_stop
 
@@ -34,21 +35,24 @@ class Codec:
         self.capacity = capacity
         self.max_tokens = min(max_position, capacity)
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
+    def encode(self, text: str, *, special: bool = True, special_tokens: bool = True) -> list[int]:
         """Converts text to token ids.
 
         Args:
             special: put the tokens before it that a text begins with, unless it spells them out itself.
+            special_tokens: tokens such as `<|im_end|>` count as such where the text spells them out; otherwise they are
+                text.
 
         Raises:
             ValueError: there is no tokenizer.
         """
         if self.tokenizer is None:
             raise ValueError("this decoder has no tokenizer; give token ids instead of text")
+        if not special_tokens:
+            return encode_as_text(self.tokenizer, text, add_special_tokens=special)
         bos = getattr(self.tokenizer, "bos_token", None)
-        has_bos = (
-            bos is not None and bos != "" and text.lstrip().startswith(bos)
-        )  # white space of a template may come before it
+        # White space of a template may come before it.
+        has_bos = bos is not None and bos != "" and text.lstrip().startswith(bos)
         return list(self.tokenizer.encode(text, add_special_tokens=special and not has_bos))
 
     def decode(self, ids: Sequence[int] | IntArray) -> str:

@@ -143,13 +143,13 @@ class Decoder:
 
     # -- text --
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Converts text to token ids; `special`: with the tokens a text begins with, unless it spells them out itself.
+    def encode(self, text: str, *, special: bool = True, special_tokens: bool = True) -> list[int]:
+        """Converts text to token ids, with the arguments of `Codec.encode`.
 
         Raises:
             ValueError: the decoder has no tokenizer.
         """
-        return self._codec.encode(text, special=special)
+        return self._codec.encode(text, special=special, special_tokens=special_tokens)
 
     def decode(self, token_ids: Sequence[int] | IntArray) -> str:
         """Converts token ids to text without special tokens; empty without a tokenizer."""

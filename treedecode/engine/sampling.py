@@ -1,6 +1,7 @@
 """Sampling: the settings by which a branch draws its next token."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +40,24 @@ class Sampling:
     ignore_eos: bool = False
     repetition_penalty: float = 1.0
     min_new_tokens: int = 0
+
+    @classmethod
+    def from_generation_config(cls, config: Any, **settings: Any) -> "Sampling":
+        """Makes the sampling that a checkpoint asks for.
+
+        Args:
+            config: a `transformers.GenerationConfig`. Where it is None or decodes greedily, the defaults count.
+            settings: of `Sampling`, in place of those of the config.
+
+        Raises:
+            TypeError: a setting has the wrong type.
+            ValueError: a setting is out of range.
+        """
+        if getattr(config, "do_sample", False):
+            names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+            values = {name: getattr(config, name, None) for name in names}
+            settings = {name: value for name, value in values.items() if value is not None} | settings
+        return cls(**settings)
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):

@@ -53,11 +53,14 @@ def checked_task(task: Any, problems: Sequence[Problem]) -> Task:
     return task
 
 
-def checked_prompts(decoder: Decoder, prompts: Mapping[str, Prompt]) -> dict[str, IntArray]:
+def checked_prompts(
+    decoder: Decoder, prompts: Mapping[str, Prompt], *, special_tokens: bool = False
+) -> dict[str, IntArray]:
     """Converts the prompts of problems to token ids.
 
     Args:
         prompts: by the problem's id.
+        special_tokens: whether special tokens that a text spells out count as such.
 
     Raises:
         TypeError: a prompt is neither a text nor token ids.
@@ -68,7 +71,9 @@ def checked_prompts(decoder: Decoder, prompts: Mapping[str, Prompt]) -> dict[str
     ids_of = {}
     for problem_id, prompt in prompts.items():
         argument = f"problems: the prompt of {problem_id!r}"
-        ids = decoder.encode(unicode(prompt, argument)) if isinstance(prompt, str) else prompt
+        ids = prompt
+        if isinstance(prompt, str):
+            ids = decoder.encode(unicode(prompt, argument), special_tokens=special_tokens)
         ids_of[problem_id] = token_ids(argument, ids, decoder.model.vocab_size)
         length = len(ids_of[problem_id])
         if length == 0:

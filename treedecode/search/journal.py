@@ -8,10 +8,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-SCHEMA = "treedecode.journal/3"
+SCHEMA = "treedecode.journal/4"
 _SYNC_SECONDS = 1.0
 _SOLUTION = b'{"id": '  # how its line begins
-_MAX_LISTED = 8  # entries of lists that a message shows
+# What the parts of a run's description are, in a message.
+_WORDS = {
+    "budget": "the budget",
+    "max_tokens": "the number of tokens that the model's context and kv_memory have room for",
+    "model": "the model",
+    "problems": "the problems",
+    "sampling": "the sampling",
+    "seed": "the seed",
+    "strategy": "the strategy",
+    "task": "the task",
+    "verifier": "the verifier",
+    "weights": "the model's weights",
+}
+_DIGESTS = ("problems", "weights")  # whose values say nothing to a reader
+_ADVICE = "Give the arguments of that run to go on with it, or another file to begin anew"
 
 
 class Journal:
@@ -29,15 +43,17 @@ class Journal:
         spent: the spending of earlier processes, as of their last line; None = there is none.
     """
 
-    def __init__(self, path: str | os.PathLike[str], run: Mapping[str, Any]) -> None:
-        """Opens a new journal, or that of an earlier process with the same run.
+    def __init__(self, path: str | os.PathLike[str], run: Mapping[str, Any], problems: Mapping[str, str]) -> None:
+        """Opens a new journal, or that of an earlier process with the same run, which had these problems or fewer.
 
         Args:
-            run: everything that the solutions depend on, as JSON.
+            run: everything that all solutions depend on, as JSON.
+            problems: by id, a digest of what else the solution of each depends on.
 
         Raises:
-            ValueError: the file is another run's, or no journal.
+            ValueError: the file is another run's, has solutions of other problems, or is no journal.
         """
+        self._problems = problems
         self._path, self._next_sync = Path(path), 0.0
         header = {"schema": SCHEMA, "run": json.loads(json.dumps(run))}
         self.solutions: dict[str, dict[str, Any]] = {}
@@ -67,8 +83,8 @@ class Journal:
         old, new = first["run"], header["run"]
         changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
         if changed:
-            changes = ", ".join(f"{key} {_change(old.get(key), new.get(key))}" for key in changed)
-            raise ValueError(f"journal: {self._path} is of another run: {changes}")
+            changes = "; ".join(_change(key, old.get(key), new.get(key)) for key in changed)
+            raise ValueError(f"journal: {self._path} is of another run: {changes}. {_ADVICE}")
         for number, text in enumerate(lines[1:], 2):
             try:
                 line = json.loads(text)
@@ -77,6 +93,21 @@ class Journal:
                     self.solutions[line["id"]] = line
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"journal: {self._path}, line {number}, cannot be read") from None
+        self._check_problems()
+
+    def _check_problems(self) -> None:
+        dropped = [problem_id for problem_id in self.solutions if problem_id not in self._problems]
+        if dropped:
+            raise ValueError(
+                f"journal: {self._path} has solutions of {len(dropped)} problems that are not among these, the first "
+                f"is {dropped[0]!r}. A run can have more problems than before, but not others or fewer. {_ADVICE}"
+            )
+        changed = [key for key, line in self.solutions.items() if line.get("problem") != self._problems[key]]
+        if changed:
+            raise ValueError(
+                f"journal: {self._path} has solutions of {len(changed)} problems with another question, answer, "
+                f"template or worked examples, the first is {changed[0]!r}. {_ADVICE}"
+            )
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -88,23 +119,36 @@ class Journal:
 
     def add(self, solution: Mapping[str, Any], spent: Mapping[str, Any]) -> None:
         """Writes a solution, `{"id", ...}`, and what the run has spent by now."""
-        self._write({"id": solution["id"], **solution, "spent": spent})
+        problem = self._problems[solution["id"]]
+        self._write({"id": solution["id"], "problem": problem, **solution, "spent": spent})
 
     def add_spent(self, spent: Mapping[str, Any]) -> None:
         """Writes what the run has spent by now, between two solutions."""
         self._write({"spent": spent})
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
-        if time.monotonic() >= self._next_sync:
-            os.fsync(self._file.fileno())
-            self._next_sync = time.monotonic() + _SYNC_SECONDS
+        with self._writing():
+            self._file.write(json.dumps(line).encode() + b"\n")
+            self._file.flush()
+            if time.monotonic() >= self._next_sync:
+                os.fsync(self._file.fileno())
+                self._next_sync = time.monotonic() + _SYNC_SECONDS
 
     def close(self) -> None:
         """Writes everything to the disk, and closes the file."""
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with self._writing():
+            try:
+                os.fsync(self._file.fileno())
+            finally:
+                self._file.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Adds the path to errors, of a full disk for instance, which do not have it."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
 
 def num_solutions(path: str | os.PathLike[str]) -> int:
@@ -115,7 +159,6 @@ def num_solutions(path: str | os.PathLike[str]) -> int:
         return sum(line.startswith(_SOLUTION) and line.endswith(b"\n") for line in file)
 
 
-def _change(old: Any, new: Any) -> str:
-    if isinstance(old, list) and isinstance(new, list) and len(old) + len(new) > _MAX_LISTED:
-        return f"had {len(old)} entries and has {len(new)}" if len(old) != len(new) else "has other entries"
-    return f"was {old!r} and is {new!r}"
+def _change(key: str, old: Any, new: Any) -> str:
+    words = _WORDS.get(key, key)
+    return f"{words} differ" if key in _DIGESTS else f"{words} was {old} and is {new}"

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from treedecode.accounting.budget import DEADLINE, Budget
@@ -21,6 +21,7 @@ from treedecode.search.run_account import RunAccount
 from treedecode.search.run_config import RunConfig
 from treedecode.search.search import Outcome, Search
 from treedecode.search.solutions import Result, Solution
+from treedecode.search.strategy import Strategy
 from treedecode.tasks.base import Problem
 from treedecode.verify.scorers import scorer_name, scorer_of
 from treedecode.verify.value import Value
@@ -56,7 +57,11 @@ class Run:
         self._problem_budget = self._budget.per_problem or Budget()
         self._sampling = config.sampling or Sampling()
         prompt_of = config.prompt or (lambda problem: problem.prompt)
-        self._prompts = checked_prompts(decoder, {problem.id: prompt_of(problem) for problem in self._problems})
+        self._prompts = checked_prompts(
+            decoder,
+            {problem.id: prompt_of(problem) for problem in self._problems},
+            special_tokens=config.prompt is not None,  # a question that spells one out means its text
+        )
         max_tokens = min(self._task.max_new_tokens, self._problem_budget.tokens or math.inf)
         warn_of_little_room(decoder, max_tokens, self._prompts)
         self._quota = BranchQuota(decoder.pool.max_branches - decoder.num_branches)
@@ -65,10 +70,10 @@ class Run:
 
     @property
     def description(self) -> dict[str, Any]:
-        """Everything that the solutions depend on, for the journal."""
+        """Everything that all solutions depend on, for the journal."""
         model = self._decoder.model
         module = model.module
-        return {
+        description = {
             "strategy": repr(self._strategy),
             "task": self._task.name,
             "sampling": repr(self._sampling),
@@ -78,10 +83,19 @@ class Run:
             "model": [getattr(module, "name_or_path", None), model.vocab_size, model.num_layers, str(model.dtype)],
             "weights": None if module is None else fingerprint(module),
             "max_tokens": self._decoder.max_tokens,
-            "problems": [problem.id for problem in self._problems],
-            # worked examples and chat templates are in no setting
-            "prompts": _digest(prompt.tolist() for prompt in self._prompts.values()),
-            "answers": _digest([problem.answer, dict(problem.data)] for problem in self._problems),
+        }
+        # Where problems share something, a solution depends on all others: the run can have no more of them later.
+        shares = type(self._strategy).share is not Strategy.share
+        if shares or replace(self._budget, per_problem=None) != Budget():
+            description["problems"] = _digest(self._problem_digests.items())
+        return description
+
+    @property
+    def _problem_digests(self) -> dict[str, str]:
+        """By id, a digest of a problem, with its worked examples and chat template, which are in no setting."""
+        return {
+            problem.id: _digest([self._prompts[problem.id].tolist(), problem.answer, dict(problem.data)])
+            for problem in self._problems
         }
 
     async def solve(self) -> Result:
@@ -93,7 +107,7 @@ class Run:
         """
         if self._config.journal is None:
             return await self._solve_all(None)
-        journal = Journal(self._config.journal, self.description)
+        journal = Journal(self._config.journal, self.description, self._problem_digests)
         try:
             return await self._solve_all(journal)
         finally:
@@ -186,15 +200,15 @@ class Run:
                 tree.nodes[leaf].status = "final"
         if outcome.node >= 0:
             tree.nodes[outcome.node].status = "answer"
-        correct = None
-        if self._config.grade:  # a text that was cut is no solution, whatever the task makes of it
-            correct = outcome.answer is not None and self._task.verify(search.problem, outcome.text)
+        correct = self._task.verify(search.problem, outcome.text) if self._config.grade else None
+        if correct is not None and outcome.answer is None:  # a text that was cut is none, whatever the task makes of it
+            correct = False
         return Solution(
             problem=search.problem,
             answer=outcome.answer,
             text=outcome.text,
             score=outcome.score,
-            is_cut=is_cut,
+            is_cut=is_cut or (outcome.node >= 0 and search.is_out_of_tokens(outcome.node)),
             correct=correct,
             spending=spending,
             seconds=seconds,

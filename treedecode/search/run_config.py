@@ -40,6 +40,8 @@ class RunConfig:
         strategy = self.strategy
         if not isinstance(strategy, Strategy):
             raise TypeError(f"strategy: expected a treedecode.strategies.Strategy, got {strategy!r}")
+        if type(strategy).num_branches is Strategy.num_branches:
+            raise TypeError(f"strategy: {type(strategy).__name__} has no num_branches, the most branches that it holds")
         sampling = getattr(strategy, "sampling", None)
         if sampling is not None and sampling.seed is not None:
             raise ValueError(

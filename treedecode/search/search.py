@@ -135,6 +135,13 @@ class Search:
         """Returns whether the solution that ends with a node of `tree` is complete."""
         return self.tree.nodes[node].ended or self.is_final(self.tree.text(node))
 
+    def is_out_of_tokens(self, node: int) -> bool:
+        """Returns whether the solution that ends with a node of `tree` was cut because it became too long."""
+        nodes = self.tree.nodes
+        num_tokens = sum(nodes[i].num_tokens for i in self.tree.path(node) if nodes[i].kind != "prompt")
+        limit = min(self.task.max_new_tokens, self.decoder.max_tokens - len(self.prompt))
+        return num_tokens >= limit and not self.is_complete(node)
+
     def unfinished(self, frontier: "Frontier") -> np.ndarray:
         """`[n]` bool, True where the solution is neither complete nor too long: `step` and `complete` grow it."""
         return ~self.final(frontier) & (self.remaining_tokens(frontier) > 0)

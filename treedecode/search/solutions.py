@@ -19,8 +19,8 @@ class Solution:
     Attributes:
         problem: the problem.
         answer, text, score: as in `Outcome`.
-        is_cut: the budget ended the search; this is the best it had.
-        correct: the task's verdict on the text, False without an answer; None where it was not asked.
+        is_cut: the budget ended the search, or the limit of new tokens ended the text; this is the best there was.
+        correct: the task's verdict on the text, False without an answer; None where it was not asked, or cannot tell.
         spending: the cost of the problem.
         seconds: from the moment its search began; other problems ran meanwhile.
         tree: the record of the search; the answer's last step has the status "answer".

@@ -41,7 +41,8 @@ def solve(*args: Any, **kwargs: Any) -> Result:
         budget: hard limits. A problem they cut short gets the best answer it had; one they kept from starting, none.
         sampling: how branches sample; its seed is not used.
         seed: of the run.
-        prompt: gives what the model reads for a problem; None = the problem's own prompt.
+        prompt: gives what the model reads for a problem; None = the problem's own prompt, in which special tokens such
+            as `<|im_end|>` are text.
         grade: whether the task checks the solutions, which the strategy never sees.
         journal: a file that solutions are written to as they come. A later call with the same arguments takes them from
             there and solves the rest, and its budget and ledger go on from what was spent.

@@ -69,8 +69,11 @@ class Task(Protocol):
         """Returns whether the solution has come to its answer, so that no further step is wanted."""
         ...
 
-    def verify(self, problem: Problem, text: str) -> bool:
-        """Returns whether a solution is right. No strategy sees this grade unless it is given as its verifier."""
+    def verify(self, problem: Problem, text: str) -> bool | None:
+        """Returns whether a solution is right; None where that cannot be told, without a reference answer for instance.
+
+        No strategy sees this grade unless it is given as its verifier.
+        """
         ...
 
 
@@ -85,6 +88,28 @@ def unicode(text: str, name: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(f"{name}: is no Unicode text: {error.reason} at {error.start}") from None
     return text
+
+
+def require_gradable(task: Task, problems: Sequence[Problem], argument: str = "problems") -> None:
+    """Checks that a task can tell of every problem whether a solution is right.
+
+    Args:
+        argument: the one that an error names.
+
+    Raises:
+        ValueError: it cannot; names the first such problem.
+    """
+    ungraded = [problem.id for problem in problems if problem.answer is None and _is_ungradable(task, problem)]
+    if ungraded:
+        count = f"{len(ungraded)} of {len(problems)} problems"
+        raise ValueError(f"{argument}: {count} have no reference answer, the first is {ungraded[0]!r}")
+
+
+def _is_ungradable(task: Task, problem: Problem) -> bool:
+    try:
+        return task.verify(problem, "") is None
+    except Exception:  # of a check that fails: a solution will tell
+        return False
 
 
 def answer_classes(task: Task, answers: Sequence[str | None]) -> np.ndarray:
