@@ -261,23 +261,24 @@ def test_a_folder_that_holds_a_study(refused, tmp_path, name):
 
 def test_another_run_is_told_in_a_line_one_can_read(tmp_path):
     path = tmp_path / "journal.jsonl"
-    run = {"seed": 0, "problems": [f"problem-{i}" for i in range(300)]}
-    Journal(path, run).close()
-    with pytest.raises(ValueError, match="of another run: problems had 300 entries and has 299, seed was 0 and is 1"):
-        Journal(path, {"seed": 1, "problems": run["problems"][1:]})
-    with pytest.raises(ValueError, match=r"of another run: problems has other entries$"):
-        Journal(path, {**run, "problems": run["problems"][::-1]})
+    run = {"seed": 0, "strategy": "BestOfN(4)", "weights": "0123"}
+    Journal(path, run, {}).close()
+    advice = r"\. Give the arguments of that run to go on with it, or another file to begin anew$"
+    with pytest.raises(ValueError, match=r"of another run: the seed was 0 and is 1; the strategy was .*\(8\)" + advice):
+        Journal(path, {**run, "seed": 1, "strategy": "BestOfN(8)"}, {})
+    with pytest.raises(ValueError, match="of another run: the model's weights differ" + advice):
+        Journal(path, {**run, "weights": "4567"}, {})
 
 
 @pytest.mark.parametrize("line", ['{"id": "one", ', '{"id": "one"}', "[]", "3"])
 def test_a_line_of_a_journal_that_cannot_be_read(tmp_path, line):
     path = tmp_path / "journal.jsonl"
-    Journal(path, {"seed": 0}).close()
+    Journal(path, {"seed": 0}, {"zero": "digest"}).close()
     with open(path, "a") as file:
         file.write('{"id": "zero", "spent": {}}\n' + line + "\n")
     before = path.read_bytes()
     with pytest.raises(ValueError, match=re.escape(f"journal: {path}, line 3, cannot be read")):
-        Journal(path, {"seed": 0})
+        Journal(path, {"seed": 0}, {"zero": "digest"})
     assert path.read_bytes() == before
 
 

@@ -121,7 +121,11 @@ def test_the_same_command_goes_on_where_it_ended(solve, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changed", "named"), [(("--seed", "1"), "seed was 0 and is 1"), (("--shots", "2", "--few-shot"), "prompts was")]
+    ("changed", "named"),
+    [
+        (("--seed", "1"), "is of another run: the seed was 0 and is 1. Give the arguments of that run"),
+        (("--shots", "2", "--few-shot"), "has solutions of 4 problems with another question"),
+    ],
 )
 def test_another_run_is_not_mixed_in(solve, tmp_path, changed, named):
     examples = tmp_path / "examples.jsonl"
@@ -130,7 +134,7 @@ def test_another_run_is_not_mixed_in(solve, tmp_path, changed, named):
     assert solve("--out", str(tmp_path / "out"))[0] == 0
     status, _, err = solve("--out", str(tmp_path / "out"), *changed)
     assert status == errors.USAGE_ERROR
-    assert f"solutions.jsonl is of another run: {named}" in err
+    assert f"solutions.jsonl {named}" in err
     assert len(err.splitlines()) == 1
 
 
@@ -170,7 +174,7 @@ def test_an_oracle_is_called_one(solve):
         (("--data", "problems.txt"), "data: expected .* the path of a .jsonl file; got 'problems.txt'"),
         (("--task", "crosswords"), "task: expected 'countdown', 'reasoning_gym:<dataset>'"),
         (("--num-problems", "5"), "num_problems: .* has 4, got 5"),
-        (("--split", "train"), "split: .* is 'test' alone; Jsonl.*, train=FILE. adds 'train'"),
+        (("--split", "train"), "split: expected it with --task alone; a file has no splits"),
         (("--model", "./nowhere"), "model: expected a folder, .* there is no './nowhere'"),
         (("--model", "a/folder/nowhere"), "model: expected a folder, .* there is no 'a/folder/nowhere'"),
         (("--model", "nowhere.gguf"), "model: expected a folder, .* there is no 'nowhere.gguf'"),
@@ -332,7 +336,8 @@ def test_verifiers(data, model):
     [problem] = task.problems(1)
     assert oracle(problem, " 2 and 2\n#### 4\n") == 1.0
     assert oracle(problem, "#### 5\n") == 0.0
-    assert oracle(Problem("x", "?", answer=None), "#### 5\n") == 0.0
+    with pytest.raises(ValueError, match="the task cannot check the problem 'x', which has no answer"):
+        oracle(Problem("x", "?", answer=None), "#### 5\n")
     assert verifier_named("judge", task, model).num_samples == 3
 
 

@@ -1,16 +1,21 @@
 """Reports a wrong argument of a command: a line that names it, and an exit status."""
 
 import argparse
+import errno
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+FAILED = 1
 USAGE_ERROR = 2  # as argparse exits
-INTERRUPTED = 130  # as a shell reports the end by SIGINT
+INTERRUPTED, TERMINATED = 130, 143  # as a shell reports the end by SIGINT, and by SIGTERM
+_MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS)  # no argument is wrong then
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -48,7 +53,8 @@ def run_command(command: str, work: Callable[[], int], interrupted: Callable[[],
         interrupted: gives the message after Ctrl-C.
 
     Returns:
-        the exit status: that of `work`; 2, with a line on standard error, where an argument is wrong; 130 after Ctrl-C.
+        the exit status: that of `work`; with a line on standard error 2 where an argument is wrong, 1 where a disk is
+        full or fails, 130 after Ctrl-C and 143 after SIGTERM.
 
     Raises:
         Exception: of a problem's search, which has a note that names the problem; no argument is wrong then.
@@ -62,19 +68,38 @@ def run_command(command: str, work: Callable[[], int], interrupted: Callable[[],
             show_in_full(message, category, filename, *args, **kwargs)
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _terminate_as_interrupted() as terminated:
             warnings.showwarning = show
             return work()
     except KeyboardInterrupt:
         print(f"treedecode {command}: interrupted; {interrupted()}", file=sys.stderr)
-        return INTERRUPTED
+        return TERMINATED if terminated else INTERRUPTED
     except BrokenPipeError:
         raise
     except (ImportError, MemoryError, OSError, TypeError, ValueError) as error:
         if getattr(error, "__notes__", None):
             raise
         print(f"treedecode {command}: error: {first_line(error)}", file=sys.stderr)
-        return USAGE_ERROR
+        return FAILED if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS else USAGE_ERROR
+
+
+@contextmanager
+def _terminate_as_interrupted() -> Iterator[list[int]]:
+    """Lets SIGTERM end a block as Ctrl-C does; the list that it gives is not empty then."""
+    received: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        received.append(number)
+        signal.raise_signal(signal.SIGINT)
+
+    if threading.current_thread() is not threading.main_thread():  # others cannot set handlers
+        yield received
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def whole_number(text: str) -> int:
@@ -97,6 +122,17 @@ def at_least_one(text: str) -> int:
     if whole_number(text) == 0:
         raise argparse.ArgumentTypeError("expected at least 1, got 0")
     return int(text)
+
+
+def folder(text: str) -> Path:
+    """Reads the value of an option that names a folder.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is empty.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, got ''")
+    return Path(text)
 
 
 def check_folder(folder: Path) -> None:

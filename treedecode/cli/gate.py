@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treedecode.cli.errors import at_least_one, check_folder, errors_of_argument, run_command, whole_number
+from treedecode.cli.errors import at_least_one, check_folder, errors_of_argument, folder, run_command, whole_number
 from treedecode.cli.models import decoder_for, gate_file, model_for, num_lines, task_for
 from treedecode.cli.verifiers import verifier_named
 
@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
     judge.set_defaults(run=lambda arguments: _run(arguments, _eval))
     for verb, split, count in ((train, "train", 1500), (judge, "test", 300)):
         add = verb.add_argument
-        add("--out", type=Path, required=True, metavar="DIR", help="where rollouts and results go")
+        add("--out", type=folder, required=True, metavar="DIR", help="where rollouts and results go")
         add("--rollouts", type=Path, metavar="FILE.npz", help="of an earlier call, in place of sampling anew")
         add("--model", help="folder, hub name or .gguf file; default: the demo model of the task 'countdown'")
         add("--task", default="countdown", help="name of a task, or a .jsonl file of problems")
@@ -82,6 +82,7 @@ def _rollouts(
     from treedecode.allocation.training.rollouts import Rollouts, collect, tree_searches_of
     from treedecode.engine.sampling import Sampling
     from treedecode.strategies import TreeOfThoughts
+    from treedecode.tasks.base import require_gradable
     from treedecode.verify.scorers import scorer_name, scorer_of
 
     check_folder(arguments.out)
@@ -97,6 +98,7 @@ def _rollouts(
     split, count = arguments.split or split, arguments.num_problems or count
     check_sizes(count, arguments.chains)
     problems = task.problems(count, split=split, seed=arguments.seed)
+    require_gradable(task, problems, "task")
     sampling = Sampling(temperature=arguments.temperature)
     model = model_for(arguments.model, task)
     verifier = verifier_named(arguments.verifier, task, model)

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 _PAUSE = 2.0  # seconds
 
 
-def task_for(name: str, argument: str = "task", max_new_tokens: int | None = None) -> "Task":
+def task_for(name: str, argument: str = "task", max_new_tokens: int | None = None, **options: Any) -> "Task":
     """Loads a task by its name, or from a .jsonl file of problems.
 
     Args:
         argument: the one that named it.
         max_new_tokens: of a solution; None = the task's own limit.
+        options: of the task.
 
     Raises:
         ValueError: there is no such task, or the file is missing or broken.
@@ -31,7 +32,7 @@ def task_for(name: str, argument: str = "task", max_new_tokens: int | None = Non
     from treedecode import tasks
 
     with errors_of_argument(argument, "name_or_path"):
-        task = tasks.load(name)
+        task = tasks.load(name, **options)
     if max_new_tokens is not None:
         task.max_new_tokens = max_new_tokens
         task.max_step_tokens = min(task.max_step_tokens, max_new_tokens)
@@ -116,6 +117,7 @@ def decoder_for(model: str, *, dtype: str | None = None, device: str = "cpu", **
         MemoryError: the model or its pages do not fit.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
     from treedecode.decoding.decoder import Decoder
@@ -127,7 +129,10 @@ def decoder_for(model: str, *, dtype: str | None = None, device: str = "cpu", **
     require_hub(model, "model")
     with errors_of_argument("model", "path_or_id", "gguf_file"):
         torch_dtype = None if dtype is None else getattr(torch, dtype)
-        loaded, tokenizer = load_pretrained(model, dtype=torch_dtype, device=device)
+        try:
+            loaded, tokenizer = load_pretrained(model, dtype=torch_dtype, device=device)
+        except SafetensorError as error:
+            raise ValueError(f"a file of weights of {model!r} is damaged: {error}") from error
     return Decoder(loaded, tokenizer, **options)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import urllib.parse
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,12 @@ if TYPE_CHECKING:
     from treedecode.allocation.gate import Gate
     from treedecode.common.arrays import IntArray
     from treedecode.decoding.decoder import Decoder
+    from treedecode.engine.sampling import Sampling
     from treedecode.search.solutions import Result, Solution
     from treedecode.strategies import Strategy
 
 _LONGEST_NAME = 150  # bytes; file systems allow 255
+_MAX_LISTED = 8  # problems that the summary names
 _STUDY = ("study.json", "plan.json")  # of `treedecode study`, which writes the plan as it begins
 
 
@@ -92,12 +95,44 @@ def _write(path: Path, text: str) -> None:
     scratch.replace(path)
 
 
-def summary(result: "Result", strategy: "Strategy", verifier: str, num_resumed: int = 0) -> Iterator[str]:
+def sampling_summary(strategy: "Strategy", sampling: "Sampling", chosen: Collection[str], config: Any) -> str:
+    """Returns the line that says how branches sampled, and who said so.
+
+    Args:
+        chosen: settings that the command line gave.
+        config: the model's `generation_config`; None = it has none.
+    """
+    own = getattr(strategy, "sampling", None)
+    used = sampling if own is None else own
+    shown = f"temperature={used.temperature:g}, top_p={used.top_p:g}, top_k={used.top_k}"
+    for name, off in (("min_p", 0), ("repetition_penalty", 1)):
+        value = getattr(used, name)
+        shown += f", {name}={value:g}" if value != off else ""
+    if own is not None:
+        source = " (of the strategy)"
+    elif len(chosen) == 3:
+        source = ""
+    elif getattr(config, "do_sample", False):
+        source = " (of the model's generation_config)"
+    else:
+        source = " (the model's generation_config names none)"
+    return _line("sampling", shown + source)
+
+
+def summary(
+    result: "Result",
+    strategy: "Strategy",
+    verifier: str,
+    num_resumed: int = 0,
+    max_new_tokens: int | None = None,
+    budget: "Budget | None" = None,
+) -> Iterator[str]:
     """Iterates over the lines of a summary: the results of a run, its cost, and its cost without sharing.
 
     Args:
         verifier: as it was named on the command line.
         num_resumed: solutions taken from the journal.
+        max_new_tokens: the limit of a solution; budget: the run's. They say what solutions may have been cut by.
     """
     solutions, ledger, total = result.solutions, result.ledger, result.ledger.total
     count = len(solutions)
@@ -106,12 +141,22 @@ def summary(result: "Result", strategy: "Strategy", verifier: str, num_resumed: 
     yield _line("verifier", "the task's own check, an ORACLE that knows the answers" if is_oracle else verifier)
     yield _line("problems", f"{count}" + (f", {num_resumed} of them solved before" if num_resumed else ""))
     if result.accuracy is not None:
-        num_correct = sum(bool(solution.correct) for solution in solutions)
+        graded = [bool(solution.correct) for solution in solutions if solution.correct is not None]
         note = " (with an oracle: a bound, not a result)" if is_oracle else ""
-        yield _line("accuracy", f"{result.accuracy:.1%}, {num_correct} of {count}{note}")
+        note += f"; {count - len(graded)} have no reference answer" if len(graded) < count else ""
+        yield _line("accuracy", f"{result.accuracy:.1%}, {sum(graded)} of {len(graded)}{note}")
+    else:
+        yield _line("accuracy", "not graded: the problems have no reference answers")
     num_answered = sum(solution.answer is not None for solution in solutions)
-    num_cut = sum(solution.is_cut for solution in solutions)
-    yield _line("answers", f"{num_answered} of {count}" + (f", {num_cut} cut short by the budget" if num_cut else ""))
+    cut_ids = [solution.problem.id for solution in solutions if solution.is_cut]
+    limits = [f"at {max_new_tokens} tokens (--max-new-tokens)"] if max_new_tokens is not None else []
+    if budget is not None and any(value is not None for value in asdict(budget).values()):
+        limits.append("by the budget")
+    yield _line("answers", f"{num_answered} of {count}")
+    if cut_ids:
+        more = f" and {len(cut_ids) - _MAX_LISTED} more" if len(cut_ids) > _MAX_LISTED else ""
+        shown = ", ".join(cut_ids[:_MAX_LISTED])
+        yield _line("cut short", f"{len(cut_ids)} of {count} {' or '.join(limits)}: {shown}{more}")
     lost = f" ({ledger.lost_tokens:,} of them by searches that were interrupted)" if ledger.lost_tokens else ""
     yield _line("tokens", f"{total.generated_tokens:,} generated{lost}, {total.prompt_tokens:,} of prompts")
     share = f"the decoder worked in {ledger.occupancy:.0%} of them"

@@ -5,10 +5,9 @@ import importlib
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treedecode.cli.errors import at_least_one, check_folder, errors_of_argument, run_command, whole_number
+from treedecode.cli.errors import at_least_one, check_folder, errors_of_argument, folder, run_command, whole_number
 from treedecode.cli.models import check_device, decoder_for, gate_file, gate_path, model_for, num_lines, task_for
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ def add_parser(commands: Any) -> None:
         description="Runs every strategy on the same problems, and writes study.json, report.md, rows.csv and plots.",
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="where all of it goes")
+    add("--out", type=folder, required=True, metavar="DIR", help="where all of it goes")
     add("--resume", action="store_true", help="go on with the study that --out holds")
     count = f"default: {_NUM_PROBLEMS}, or all of a file"
     add("--problems", type=at_least_one, metavar="N", help=f"of the test split ({count})")
@@ -128,6 +127,7 @@ def conditions_of(arguments: argparse.Namespace, task: "Task", model: str) -> "C
     from treedecode.engine.sampling import Sampling
     from treedecode.study.rows import Conditions
     from treedecode.study.unshared_baseline import UnsharedDecoder
+    from treedecode.tasks.base import require_gradable
     from treedecode.verify.value import Value
 
     count = num_lines(arguments.data) if arguments.data.endswith(".jsonl") else _NUM_PROBLEMS
@@ -136,6 +136,7 @@ def conditions_of(arguments: argparse.Namespace, task: "Task", model: str) -> "C
     if latency_problems > count:
         raise ValueError(f"latency-problems: expected at most {count}, the problems there are, got {latency_problems}")
     problems = task.problems(count, split="test", seed=arguments.seed)
+    require_gradable(task, problems, "data")
     examples = []
     if arguments.few_shot is not None:
         with errors_of_argument("few-shot", "count"):

@@ -5,6 +5,7 @@ from typing import Any
 
 from treedecode.cli.errors import errors_of_argument
 from treedecode.cli.models import leads_nowhere, require_hub
+from treedecode.cli.user_files import is_reference, load_object
 from treedecode.tasks.base import Problem, Task
 
 VERIFIERS = {
@@ -13,6 +14,7 @@ VERIFIERS = {
     "likelihood": "log-likelihood per token under the model itself",
     "value_head[:FILE]": "a value head on the model's hidden states; without a file the one beside the model",
     "judge": "the model itself, asked whether a branch is sure, likely or impossible to succeed",
+    "FILE.py:NAME": "a function of (problem, text) in a Python file, or a scorer of your own",
     "PATH or HUB NAME": "a Transformers reward model (sequence or token classification)",
 }
 
@@ -40,6 +42,13 @@ def verifier_named(name: str, task: Task, model: str, device: str = "cpu") -> An
         from treedecode.verify.judges import value_judge
 
         return value_judge()
+    if is_reference(name):
+        verifier, settings = load_object(name, "verifier")
+        if settings:
+            raise ValueError(f"verifier: expected FILE.py:NAME, and {name!r} goes on after the name")
+        if not callable(verifier):
+            raise ValueError(f"verifier: expected a function of (problem, text) or a scorer, got {verifier!r}")
+        return verifier() if isinstance(verifier, type) else verifier
     kind, _, path = name.partition(":")
     if kind == "value_head":
         path = path or os.path.join(model, "value_head.safetensors")
@@ -71,4 +80,7 @@ class Oracle:
         return f"Oracle({self._task.name!r})"
 
     def __call__(self, problem: Problem, text: str) -> float:
-        return float(self._task.verify(problem, text))
+        is_right = self._task.verify(problem, text)
+        if is_right is None:
+            raise ValueError(f"verifier: the task cannot check the problem {problem.id!r}, which has no answer")
+        return float(is_right)
