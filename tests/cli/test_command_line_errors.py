@@ -66,7 +66,7 @@ DYNAMIC = ("solve", "--strategy", "dynamic_allocation:budget=4", "--num-problems
 @pytest.mark.parametrize("option", ["--num-problems", "--max-branches"])
 def test_counts_on_the_command_line_start_at_one(refused, option):
     assert refused("solve", "--strategy", "chain_of_thought", option, "0") == (
-        f"argument {option}: expected at least 1, got 0"
+        f"{option[2:]}: expected at least 1, got 0"
     )
     assert refused("solve", "--strategy", "chain_of_thought", option, "-1").endswith("a whole number, got '-1'")
 
@@ -82,7 +82,7 @@ def test_every_command_names_what_is_wrong(refused, tmp_path, command):
     assert refused(*command, source, "empty.jsonl").startswith(f"{name}: empty.jsonl: expected problems")
     assert refused(*command, source, "problems.txt").startswith(f"{name}: expected 'countdown'")
     assert refused(*command, "--model", "./nowhere").startswith("model: expected a folder, a hub name or a .gguf")
-    assert refused(*command, "--seed", "-1").startswith("argument --seed: expected a whole number")
+    assert refused(*command, "--seed", "-1").startswith("seed: expected a whole number")
     assert refused(*command, "--temperature", "-1").startswith("temperature: expected")
     assert refused(*command, "--verifier", "./nowhere").startswith("verifier: ")
     assert refused(*command, "--verifier", f"value_head:{GATE}").startswith("verifier: ")
@@ -153,18 +153,18 @@ def test_the_gate_beside_the_model_is_the_default():
     [
         (("train", "--num-problems", "19"), "num_problems: expected at least 20 to split, got 19"),
         (("train", "--chains", "16"), "max_chains: expected from min_chains = 1 to less than the 16 chains"),
-        (("train", "--menu", "2,4"), "argument --menu: expected DEPTH,WIDTH,KEEP, three numbers, got '2,4'"),
+        (("train", "--menu", "2,4"), "menu: expected DEPTH,WIDTH,KEEP, three numbers, got '2,4'"),
         (("train", "--menu", "0,4,2", "--verifier", "task"), r"menu: \(0, 4, 2\): depth: expected"),
         (("train", "--menu", "2,4,2"), "menu: tree searches score branches and need a verifier"),
         (("train", "--rollouts", "nowhere.npz"), "rollouts: no file nowhere.npz"),
         (("train", "--rollouts", GATE), "rollouts: .* is no npz file"),
-        (("train", "--chains", "0"), "argument --chains: expected at least 1, got 0"),
+        (("train", "--chains", "0"), "chains: expected at least 1, got 0"),
         (("eval", "--budgets", "3", "0"), "budgets: expected numbers from the 1 of the probes on, got 0.0"),
         (("eval", "--budgets", "nan"), "budgets: expected numbers"),
         (("eval", "--chains", "1"), "chains: expected at least 2 of a problem, got 1"),
         (("eval", "--probes", "99"), "probes: expected from 1 to 16, got 99"),
-        (("eval", "--wave", "0"), "argument --wave: expected at least 1, got 0"),
-        (("eval", "--floors", "-1"), "argument --floors: expected a whole number, got '-1'"),
+        (("eval", "--wave", "0"), "wave: expected at least 1, got 0"),
+        (("eval", "--floors", "-1"), "floors: expected a whole number from 0 on, got '-1'"),
     ],
 )
 def test_a_gate_is_refused_before_anything_is_sampled(refused, arguments, said):

@@ -201,8 +201,9 @@ def test_strategies_and_verifiers_of_a_file(solve, tmp_path):
         (("--system-prompt", "Be brief."), "system-prompt: expected chat, whose first message it is"),
         (("--question-field", "q"), "data: rows.jsonl, line 1: question_field: there is no 'q'"),
         (("--out", "rows.jsonl"), "out: expected a folder to write to, and .*rows.jsonl is none"),
-        (("--trees", "-1"), "expected a whole number, got '-1'"),
-        (("--out", ""), "expected a folder, got ''"),
+        (("--trees", "-1"), "trees: expected a whole number from 0 on, got '-1'"),
+        (("--num-problems", "0"), "num-problems: expected at least 1, got 0"),
+        (("--out", ""), "out: expected a folder, got ''"),
     ],
 )
 def test_mistakes_are_a_line(solve, tmp_path, capsys, arguments, message):
@@ -213,7 +214,8 @@ def test_mistakes_are_a_line(solve, tmp_path, capsys, arguments, message):
     except SystemExit as error:  # of argparse
         status, rows, err = error.code, {}, capsys.readouterr().err
     assert (status, rows) == (errors.USAGE_ERROR, {})
-    assert re.search(f"^treedecode solve: error: .*{message}", err.splitlines()[-1]), err
+    assert re.search(f"^treedecode solve: error: .*{message}", err), err
+    assert len(err.splitlines()) == 1
 
 
 def test_options_of_a_file_with_a_task(capsys):
@@ -239,13 +241,14 @@ def test_a_full_disk_is_a_line(solve, monkeypatch, tmp_path):
     assert err == "treedecode solve: error: No space left on device: 'out/solutions.jsonl'\n"
 
 
-def test_damaged_weights_are_a_line(solve, tmp_path):
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_damaged_file_is_a_line(solve, tmp_path, name):
     broken = save_tiny_model(tmp_path / "broken")
-    weights = broken / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
+    path = broken / name
+    path.write_bytes(path.read_bytes()[:-100])
     status, _, err = solve(ROWS, "--model", str(broken))
     assert status == errors.USAGE_ERROR
-    assert err.startswith(f"treedecode solve: error: model: a file of weights of '{broken}' is damaged: ")
+    assert err.startswith(f"treedecode solve: error: model: a file of {broken} is damaged: ")
     assert len(err.splitlines()) == 1
 
 

@@ -133,3 +133,11 @@ def test_other_versions_convert_anew(gguf_path, monkeypatch):
     first = loading.convert_gguf(gguf_path, torch.float32)
     monkeypatch.setattr(loading, "version", lambda package: "another")
     assert loading.convert_gguf(gguf_path, torch.float32) != first
+
+
+@pytest.mark.parametrize("size", [3, 200, -40])
+def test_a_gguf_file_that_ends_early(gguf_path, size):
+    gguf_path.write_bytes(gguf_path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=rf"^gguf_file: {gguf_path.name} is damaged, or no GGUF file: "):
+        loading.load_pretrained(gguf_path)
+    assert not list((env.cache_dir() / "gguf").iterdir())

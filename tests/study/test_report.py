@@ -113,3 +113,23 @@ def test_every_column_of_the_table_has_a_name():
     names = [cell.strip() for cell in head.strip("|").split("|")]
     assert all(names)
     assert line.count("|") == len(names) + 1
+
+
+def criterion(name, evidence, verdict="holds"):
+    return {"bar": name, "verdict": verdict, "evidence": evidence}
+
+
+def test_what_a_part_of_the_rows_cannot_tell_is_said_once():
+    bars = [
+        criterion("a", "no row mcts", "cannot be told"),
+        criterion("b", "2.1x (0.1 s)"),
+        criterion("c", "no row tree_of_thoughts", "cannot be told"),
+        criterion("d", "no row tree_of_thoughts", "cannot be told"),
+        criterion("e", "5.0x", "does not hold"),
+    ]
+    assert list(report._criteria(bars)) == [
+        "* b: holds (2.1x (0.1 s))",
+        "* e: **does not hold** (5.0x)",
+        "* 3 others cannot be told without the rows mcts, tree_of_thoughts",
+    ]
+    assert list(report._criteria(bars[1:2])) == ["* b: holds (2.1x (0.1 s))"]

@@ -109,7 +109,7 @@ def whole_number(text: str) -> int:
         argparse.ArgumentTypeError: not a whole number, or a negative one.
     """
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 on, got {text!r}")
     return int(text)
 
 

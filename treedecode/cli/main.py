@@ -5,9 +5,11 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from treedecode import __version__
 from treedecode.cli import gate, info, solve, study
+from treedecode.cli.errors import USAGE_ERROR
 
 
 def _info(_: argparse.Namespace) -> int:
@@ -26,10 +28,17 @@ def _tune(_: argparse.Namespace) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong argument in one line, as the commands do, without the usage of all options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"{self.prog}: error: {message.removeprefix('argument --')}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="treedecode", description="Shared-prefix decoding of search trees.")
     parser.add_argument("--version", action="version", version=f"treedecode {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
     info_parser = commands.add_parser("info", help="versions, instruction set, and which backend each op uses and why")
     info_parser.set_defaults(run=_info)
     tune_parser = commands.add_parser(

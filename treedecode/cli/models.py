@@ -117,7 +117,6 @@ def decoder_for(model: str, *, dtype: str | None = None, device: str = "cpu", **
         MemoryError: the model or its pages do not fit.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers.utils import logging
 
     from treedecode.decoding.decoder import Decoder
@@ -129,10 +128,7 @@ def decoder_for(model: str, *, dtype: str | None = None, device: str = "cpu", **
     require_hub(model, "model")
     with errors_of_argument("model", "path_or_id", "gguf_file"):
         torch_dtype = None if dtype is None else getattr(torch, dtype)
-        try:
-            loaded, tokenizer = load_pretrained(model, dtype=torch_dtype, device=device)
-        except SafetensorError as error:
-            raise ValueError(f"a file of weights of {model!r} is damaged: {error}") from error
+        loaded, tokenizer = load_pretrained(model, dtype=torch_dtype, device=device)
     return Decoder(loaded, tokenizer, **options)
 
 

@@ -1,15 +1,18 @@
 """Loading a model and its tokenizer: hub ids, local folders, and GGUF files (converted once, then cached)."""
 
 import hashlib
+import json
 import os
 import re
 import shutil
+import struct
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
@@ -37,7 +40,8 @@ def load_pretrained(
     Raises:
         FileNotFoundError: a local path or GGUF file that does not exist.
         OSError: Transformers finds no model under the id.
-        ValueError: Transformers cannot load what it finds, or a GGUF file lacks weights or is one of several parts.
+        ValueError: Transformers cannot load what it finds, a file is damaged, or a GGUF file lacks weights or is one of
+            several parts.
     """
     source = os.fspath(path_or_id)
     if gguf_file is None and source.endswith(".gguf"):
@@ -46,8 +50,11 @@ def load_pretrained(
         source = str(convert_gguf(_gguf_path(source, gguf_file, kwargs.get("revision")), dtype or torch.bfloat16))
     elif _looks_local(source) and not os.path.isdir(source):
         raise FileNotFoundError(f"path_or_id: no model folder at {source}")
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto" if dtype is None else dtype, **kwargs)
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=kwargs.get("revision", "main"))
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto" if dtype is None else dtype, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=kwargs.get("revision", "main"))
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"path_or_id: a file of {source} is damaged: {error}") from error
     return model.to(device).eval(), tokenizer
 
 
@@ -71,7 +78,7 @@ def convert_gguf(path: Path, dtype: torch.dtype) -> Path:
     is of the file's content, the dtype and the versions of the packages that convert.
 
     Raises:
-        ValueError: the file lacks weights of its model, or is one of several parts.
+        ValueError: the file is damaged, lacks weights of its model, or is one of several parts.
     """
     if (part := re.search(r"-(\d{5})-of-(\d{5})\.gguf$", path.name)) and part[2] != "00001":
         raise ValueError(
@@ -107,6 +114,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
     # ones always unpack and know no such option.
     if (gguf_config := getattr(transformers, "GgufConfig", None)) is not None:
         options["quantization_config"] = gguf_config(gguf_file=path.name, dequantize=True)
+    _check_gguf(path)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     loaded: Any = AutoModelForCausalLM.from_pretrained(path.parent, **options)
     model, info = loaded
@@ -116,3 +124,13 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model, tokenizer
+
+
+def _check_gguf(path: Path) -> None:
+    """Reads the headers of a GGUF file, and that its tensors are in it."""
+    import gguf  # which only these files need
+
+    try:
+        gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError, struct.error) as error:  # of a file that ends early, or of another kind
+        raise ValueError(f"gguf_file: {path.name} is damaged, or no GGUF file: {error}") from error

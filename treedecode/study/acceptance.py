@@ -14,6 +14,8 @@ HOLDS, FAILS = "holds", "does not hold"
 NOT_SHOWN = "not shown by this many problems"  # the interval reaches to both sides
 UNKNOWN = "cannot be told"  # it was not measured
 
+NO_ROW = "no row "  # how the evidence begins where the study left the row out
+
 MAX_SPENT = 4.2  # of a budget of 4, in multiples of a chain's tokens
 
 Json = dict[str, Any]
@@ -37,7 +39,7 @@ def judge_criteria(rows: Sequence[Json], curves: dict[str, Curve]) -> list[Json]
     results = []
 
     def add(criterion: str, key: str, judge: Callable[[Json], Verdict]) -> None:
-        verdict, evidence = judge(by_key[key]) if key in by_key else (UNKNOWN, f"no row {key}")
+        verdict, evidence = judge(by_key[key]) if key in by_key else (UNKNOWN, NO_ROW + key)
         results.append({"bar": criterion, "verdict": verdict, "evidence": evidence})
 
     for name, curve in (("the majority of 8 chains", majority), ("the best of 8 chains by the same verifier", best)):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from treedecode.study.acceptance import FAILS
+from treedecode.study.acceptance import FAILS, NO_ROW
 
 Json = dict[str, Any]
 
@@ -78,14 +78,13 @@ def report(study: Json, pictures: list[str]) -> Iterator[str]:
     yield ""
     yield "## Acceptance criteria"
     yield ""
-    for criterion in study["bars"]:
-        verdict = f"**{criterion['verdict']}**" if criterion["verdict"] == FAILS else criterion["verdict"]
-        yield f"* {criterion['bar']}: {verdict} ({criterion['evidence']})"
+    yield from _criteria(study["bars"])
     for name in pictures:
         yield ""
         yield f"![{PICTURES[name]}]({name}.svg)"
-    yield ""
-    yield "## Laws"
+    if study["laws"]:
+        yield ""
+        yield "## Laws"
     for name, laws in study["laws"].items():
         yield ""
         yield f"### {TITLES.get(name, name)}"
@@ -102,6 +101,21 @@ def report(study: Json, pictures: list[str]) -> Iterator[str]:
     yield f"* commit {study['commit'] or 'unknown'}; energy: {energy}"
     if study["command"]:
         yield f"* `{study['command']}`"
+
+
+def _criteria(criteria: list[Json]) -> Iterator[str]:
+    """Yields a line for each criterion, and one for all those whose rows the study left out."""
+    missing = dict.fromkeys(one["evidence"].removeprefix(NO_ROW) for one in criteria if _lacks_row(one))
+    for criterion in criteria:
+        if not _lacks_row(criterion):
+            verdict = f"**{criterion['verdict']}**" if criterion["verdict"] == FAILS else criterion["verdict"]
+            yield f"* {criterion['bar']}: {verdict} ({criterion['evidence']})"
+    if missing:
+        yield f"* {sum(map(_lacks_row, criteria))} others cannot be told without the rows {', '.join(missing)}"
+
+
+def _lacks_row(criterion: Json) -> bool:
+    return criterion["evidence"].startswith(NO_ROW)
 
 
 def sentences(study: Json) -> Iterator[str]:
@@ -150,7 +164,7 @@ def sentences(study: Json) -> Iterator[str]:
         )
     cut = [f"{row['label']} ({row['num_cut']})" for row in rows if row["num_cut"]]
     if cut:
-        yield f"Searches that a budget cut short: {', '.join(cut)}."
+        yield f"Searches that a budget or the limit of new tokens cut short: {', '.join(cut)}."
 
 
 def _comparisons(rest: list[Json]) -> Iterator[str]:
