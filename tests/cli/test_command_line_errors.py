@@ -68,7 +68,9 @@ def test_counts_on_the_command_line_start_at_one(refused, option):
     assert refused("solve", "--strategy", "chain_of_thought", option, "0") == (
         f"{option[2:]}: expected at least 1, got 0"
     )
-    assert refused("solve", "--strategy", "chain_of_thought", option, "-1").endswith("a whole number from 0 on, got '-1'")
+    assert refused("solve", "--strategy", "chain_of_thought", option, "-1").endswith(
+        "a whole number from 0 on, got '-1'"
+    )
 
 
 @pytest.mark.parametrize("command", [CHAIN, ("study", "--out", "out"), ("gate", "train", "--out", "out")])

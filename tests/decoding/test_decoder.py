@@ -105,7 +105,7 @@ def test_ends(make_decoder):
     assert out.token_ids == [EOS]
     assert (out.text, out.finish_reason) == ("", "stop")
     [out] = dec.generate([[2, 3, 4]], sampling=td.Sampling(temperature=0, ignore_eos=True), max_new_tokens=100)[0]
-    assert out.token_ids == [EOS] * 17, "the model's length is the limit"
+    assert out.token_ids == [EOS] * 18, "the model has 20 positions, and the last token needs none"
     assert out.finish_reason == "length"
     [out] = dec.generate([[2, 3, 4]], sampling=td.Sampling(temperature=0, min_new_tokens=5), max_new_tokens=7)[0]
 
@@ -226,12 +226,12 @@ def test_nan_logits_fail_only_who_has_them(make_decoder):
         ({"prompts": [[2], [[3], [4, 5]]]}, TypeError, r"prompts\[1\]: expected a string or token ids"),
         ({"sampling": {}}, TypeError, "sampling: expected a treedecode.Sampling, got dict"),
         ({"prompts": [[3, 1.5]]}, TypeError, r"prompts\[0\]: expected a string or token ids"),
-        ({"prompts": [[2] * 512]}, ValueError, r"prompts\[0\]: 512 tokens leave no room .* 512"),
+        ({"prompts": [[2] * 513]}, ValueError, r"prompts\[0\]: 513 tokens leave no room .* 512"),
         ({"prompts": [[2], [2] * 81]}, ValueError, r"prompts\[1\]: 81 tokens and a new one do not fit the 80"),
         ({"num_branches": 0}, ValueError, "num_branches: expected an int >= 1, got 0"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens: expected at least 1, got 0"),
         ({"max_new_tokens": 2.5}, TypeError, "max_new_tokens: expected an int"),
-        ({"max_new_tokens": 78}, ValueError, "max_new_tokens: 3 tokens and 78 new ones do not fit the 80"),
+        ({"max_new_tokens": 79}, ValueError, "max_new_tokens: 3 tokens and 79 new ones do not fit the 80"),
         ({"stop": 3.5}, TypeError, "stop: expected strings or token ids, got float"),
         ({"stop": ["a", None]}, TypeError, "stop: expected strings or token ids, got None"),
         ({"stop": ""}, ValueError, "stop: an empty string"),

@@ -52,10 +52,10 @@ def test_branches_at_rest_go_before_those_that_decode(make_decoder):
 
 def test_one_branch_may_fill_the_pool(make_decoder):
     dec = make_decoder(num_pages=10, page_size=4)
-    [[out]] = dec.generate([[2, 3, 4]], sampling=td.Sampling(temperature=0, ignore_eos=True), max_new_tokens=37)
-    assert len(out.token_ids) == 37
+    [[out]] = dec.generate([[2, 3, 4]], sampling=td.Sampling(temperature=0, ignore_eos=True), max_new_tokens=38)
+    assert len(out.token_ids) == 38, "nothing is computed after the last one"
     [[out]] = dec.generate([[2, 3, 4]], sampling=td.Sampling(temperature=0, ignore_eos=True), max_new_tokens=None)
-    assert len(out.token_ids) == 37
+    assert len(out.token_ids) == 38
     [[a], [b]] = dec.generate([[2, 3, 4], [5] * 39], sampling=td.Sampling(temperature=0), max_new_tokens=1)
     assert (len(a.token_ids), len(b.token_ids)) == (1, 1)
 

@@ -79,14 +79,14 @@ def test_longer_sequences_are_refused_by_name(name, rope):
     (prompt,) = prompts_of(LIMIT - 4)
     with treedecode.Decoder(model, kv_memory="8MiB") as decoder:
         with pytest.raises(ValueError, match=r"^max_new_tokens: .*beyond 48 tokens its longrope rotations depend"):
-            decoder.generate([prompt], max_new_tokens=5)
+            decoder.generate([prompt], max_new_tokens=6)
         with pytest.raises(ValueError, match=r"^prompts\[0\]: .*beyond 48 tokens its longrope rotations depend"):
             decoder.generate(prompts_of(LIMIT + 1), max_new_tokens=5)
-        assert decoder.generate([prompt], max_new_tokens=4, sampling=treedecode.Sampling(temperature=0))[0][
-            0
-        ].token_ids == alone(model, prompt, max_new_tokens=4)
+        [[out]] = decoder.generate([prompt], max_new_tokens=5, sampling=treedecode.Sampling(temperature=0))
+        assert out.token_ids == alone(model, prompt, max_new_tokens=5), "the last token is not rotated"
+    assert alone(model, prompt, max_new_tokens=5, custom_generate=treedecode.generate) == out.token_ids
     with pytest.raises(ValueError, match=r"^max_new_tokens: .*beyond 48 tokens its longrope rotations depend"):
-        alone(model, prompt, max_new_tokens=5, custom_generate=treedecode.generate)
+        alone(model, prompt, max_new_tokens=6, custom_generate=treedecode.generate)
 
 
 def test_queries_scaled_by_their_place_in_a_forward_are_refused():

@@ -20,7 +20,7 @@ class Codec:
     Args:
         tokenizer: None = prompts are token ids, and texts are empty.
         max_position: tokens that the model was made for; max_position_reason: why they are fewer.
-        capacity: tokens that the pages hold. The last token of a branch needs no room in them.
+        capacity: tokens that the pages hold.
     """
 
     def __init__(
@@ -59,30 +59,33 @@ class Codec:
         """Converts token ids to text without special tokens; empty without a tokenizer."""
         return self.matcher.decode(np.asarray(ids))
 
-    def prompt_ids(self, prompts: Prompt | Sequence[Prompt]) -> list[IntArray]:
+    def prompt_ids(self, prompts: Prompt | Sequence[Prompt], *, fill: bool = False) -> list[IntArray]:
         """Converts prompts to token ids, `[n]` int32 each; one prompt alone counts as a list of one.
+
+        Args:
+            fill: they may fill all positions, since nothing comes after the one token that is then generated.
 
         Raises:
             TypeError: they are not strings or lists of token ids.
             ValueError: one is empty, has an id outside of the vocabulary, or leaves no room for a new token (named).
         """
         if isinstance(prompts, str):
-            return [self._prompt(prompts, "prompts")]
+            return [self._prompt(prompts, "prompts", fill)]
         if isinstance(prompts, (bytes, dict)) or not (hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__")):
             raise TypeError(f"prompts: expected strings or lists of token ids, got {type(prompts).__name__}")
         if len(prompts) == 0:
             raise ValueError("prompts: is empty; expected at least one prompt with at least one token")
         if isinstance(prompts[0], int) or getattr(prompts[0], "ndim", None) == 0:
-            return [self._prompt(cast(Prompt, prompts), "prompts")]
-        return [self._prompt(cast(Prompt, prompt), f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+            return [self._prompt(cast(Prompt, prompts), "prompts", fill)]
+        return [self._prompt(cast(Prompt, prompt), f"prompts[{i}]", fill) for i, prompt in enumerate(prompts)]
 
-    def _prompt(self, prompt: Prompt, name: str) -> IntArray:
+    def _prompt(self, prompt: Prompt, name: str, fill: bool) -> IntArray:
         tokens = token_ids(name, self.encode(prompt) if isinstance(prompt, str) else prompt, self.vocab_size)
         if len(tokens) == 0:
             raise ValueError(f"{name}: is empty")
-        if len(tokens) >= self.max_position:
+        if len(tokens) >= self.max_position + fill:
             raise ValueError(f"{name}: {len(tokens)} tokens leave no room for a new one in the model's {self._limit}")
-        if len(tokens) >= self.capacity:
+        if len(tokens) >= self.capacity + fill:
             raise ValueError(
                 f"{name}: {len(tokens)} tokens and a new one do not fit the {self.capacity} tokens of kv_memory"
             )
@@ -122,8 +125,13 @@ class Codec:
         special = self.matcher.special
         return parse_stop(stop, vocab_size=self.vocab_size, has_tokenizer=self.tokenizer is not None, special=special)
 
-    def new_token_limits(self, num_tokens: IntArray, max_new_tokens: int | Sequence[int] | IntArray | None) -> IntArray:
+    def new_token_limits(
+        self, num_tokens: IntArray, max_new_tokens: int | Sequence[int] | IntArray | None, *, fill: bool = False
+    ) -> IntArray:
         """Checks how many tokens branches of `[n]` tokens may generate: one number for all, or one for each.
+
+        Args:
+            fill: the last one is never computed, so it needs no position of the model and no room in the pages.
 
         Returns:
             `[n]` int64; with None all that the model and the pages hold.
@@ -133,17 +141,17 @@ class Codec:
             ValueError: one is below 1, or there is no room for so many.
         """
         if max_new_tokens is None:
-            return np.full(len(num_tokens), self.max_tokens)
+            return np.full(len(num_tokens), self.max_tokens + fill)
         limits = ints_per_branch("max_new_tokens", max_new_tokens, len(num_tokens))
         if (limits < 1).any():
             raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-        too_long = np.flatnonzero(np.minimum(num_tokens + limits, self.max_position) > self.capacity)
+        too_long = np.flatnonzero(np.minimum(num_tokens + limits, self.max_position + fill) > self.capacity + fill)
         if len(too_long):
             raise ValueError(
                 f"max_new_tokens: {num_tokens[too_long[0]]} tokens and {limits[too_long[0]]} new ones do not fit the "
                 f"{self.capacity} tokens of kv_memory"
             )
-        if self._is_limited and (num_tokens + limits > self.max_position).any():
+        if self._is_limited and (num_tokens + limits > self.max_position + fill).any():
             raise ValueError(
                 f"max_new_tokens: {num_tokens.max()} tokens and {limits.max()} new ones are more than the model's "
                 f"{self._limit}"

@@ -221,7 +221,7 @@ class Decoder:
         callback: Callable[[int, int, str], None] | None = None,
     ) -> list[list[Completion]]:
         """Runs `generate` in a coroutine, in the same forwards as all else that runs on this decoder."""
-        ids = self.prompt_ids(prompts)
+        ids = self._codec.prompt_ids(prompts, fill=True)
         sampling, stops = sampling_or(sampling, Sampling()), self._codec.parse_stop(stop)
         positive_int("num_branches", num_branches)
         longest = np.array([max(map(len, ids))])
@@ -230,7 +230,7 @@ class Decoder:
             ids,
             num_branches=num_branches,
             sampling=sampling,
-            max_new_tokens=int(self._codec.new_token_limits(longest, max_new_tokens)[0]),
+            max_new_tokens=int(self._codec.new_token_limits(longest, max_new_tokens, fill=True)[0]),
             stops=stops,
             callback=callback,
         )
@@ -285,7 +285,7 @@ class Decoder:
     async def beam_search_async(self, prompts: Prompt | Sequence[Prompt], **settings: Any) -> list[list[Completion]]:
         """Runs `beam_search` in a coroutine, in the same forwards as all else that runs on this decoder."""
         stops = self._codec.parse_stop(settings.pop("stop", None))
-        return await beam_search.complete(self.engine, self.prompt_ids(prompts), stops, **settings)
+        return await beam_search.complete(self.engine, self._codec.prompt_ids(prompts, fill=True), stops, **settings)
 
     async def search_beams(
         self, prompts: Sequence[IntArray], settings: BeamSearch, **options: Any

@@ -161,6 +161,7 @@ class Frontier:
         max_new_tokens: int | Sequence[int] | IntArray | None = None,
         sampling: Sampling | None = None,
         callback: Callable[[int, int, str], None] | None = None,
+        fill: bool = False,
     ) -> "Frontier":
         """Generates on every unfinished branch until a stop, in the forwards of all else that decodes on this decoder.
 
@@ -169,6 +170,7 @@ class Frontier:
             max_new_tokens: for all, or one for each; None goes on to what the model or the pages can hold.
             sampling: in place of the search's own; a seed in it reseeds the branches.
             callback: called as `callback(i, token_id, text)` for the i-th branch with every new token.
+            fill: allow one token more than the model has positions and the pages have room for; nothing can follow it.
 
         Returns:
             this frontier.
@@ -179,14 +181,14 @@ class Frontier:
         rows = self.branches
         stops = self._codec.parse_stop(stop)
         chosen = sampling_or(sampling, self._sampling)
-        limit = self._codec.new_token_limits(self.num_tokens, max_new_tokens)
+        limit = self._codec.new_token_limits(self.num_tokens, max_new_tokens, fill=fill)
         seeds = None
         if sampling is not None and sampling.seed is not None:
             within = np.array([np.count_nonzero(self.tree[:i] == self.tree[i]) for i in range(len(rows))])
             seeds = child_seeds(np.array(sampling.seed), self.num_tokens, within)
         begins = self.num_tokens
         try:
-            await self._engine.sample(rows, chosen, stops, limit, callback, seeds=seeds)
+            await self._engine.sample(rows, chosen, stops, limit, callback, seeds=seeds, fill=fill)
         finally:
             if self._rows is not None:
                 self._recorder.add_steps(rows, begins, "generated")

@@ -40,7 +40,7 @@ async def generate(
             [first] = await engine.logits(rows[:1])
             engine.store.reorder(rows[1:], np.repeat(rows[:1], len(rows) - 1))
         tell = None if callback is None else lambda i, token, text: callback(part.positions[i], token, text)
-        await engine.sample(rows, sampling, stops, max_new_tokens, tell, first)
+        await engine.sample(rows, sampling, stops, max_new_tokens, tell, first, fill=True)
         completions.update(zip(part.positions, completions_of(engine, rows), strict=False))
 
     parts = []

@@ -92,6 +92,7 @@ class Engine:
         callback: Callback | None = None,
         first: Tensor | None = None,
         seeds: IntArray | None = None,
+        fill: bool = False,
     ) -> None:
         """Extends rows until a stop; a row at its end of sequence, or full, stays as it is.
 
@@ -100,9 +101,10 @@ class Engine:
             callback: called as `callback(i, token_id, text)` for `rows[i]` with every new token.
             first: `[vocab_size]` logits of the first new token of all rows, which hold the same tokens.
             seeds: `[n]`, in place of those the rows have.
+            fill: one token more than model and pages hold may come, since nothing is computed after it.
         """
         with self._lock_resting(rows):
-            live = self._configure(rows, sampling, stops, max_new_tokens, seeds)
+            live = self._configure(rows, sampling, stops, max_new_tokens, seeds, self.table.max_tokens + fill)
             if len(live) == 0:
                 return
             if first is None:
@@ -140,6 +142,8 @@ class Engine:
         with self._lock_resting(rows):
             if len(rows) == 0:
                 return torch.empty(0, width)
+            if (self.table.num_tokens[rows] > self.table.max_tokens).any():
+                raise ValueError(f"a branch has a token after the {self.table.max_tokens} that can be computed")
             self._uncache_last(rows, work)
             job_id, job = self._start(work, rows, rows)
         return await self._wait(job_id, job)
@@ -192,6 +196,7 @@ class Engine:
         stops: StopSet,
         max_new_tokens: int | IntArray,
         seeds: IntArray | None,
+        max_tokens: int,
     ) -> IntArray:
         """Writes how rows sample from here on, and returns those that are neither finished nor full."""
         table = self.table
@@ -199,7 +204,7 @@ class Engine:
         if seeds is not None:
             table.seed[rows] = seeds
         table.stop[rows] = self.matcher.register(stops)
-        table.limit[rows] = np.minimum(table.num_tokens[rows] + max_new_tokens, table.max_tokens)
+        table.limit[rows] = np.minimum(table.num_tokens[rows] + max_new_tokens, max_tokens)
         table.reserve(int(table.limit[rows].max(initial=0)))
         table.step_begin[rows] = table.num_tokens[rows]
         live = rows[table.finish[rows] != Finish.EOS]

@@ -1,8 +1,6 @@
 """Runs `model.generate(..., custom_generate=treedecode.generate)` of Transformers on a decoder."""
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -29,6 +27,7 @@ from treedecode.decoding import beam_search
 from treedecode.decoding.beams import BeamSearch, Hypothesis
 from treedecode.decoding.decoder import Decoder
 from treedecode.engine.sampling import Sampling
+from treedecode.integrations.steps import Steps, assemble
 from treedecode.models.change_detector import ChangeDetector
 from treedecode.models.supported import check_supported
 from treedecode.models.transformers import TransformersModel, configs_of, exclusive
@@ -37,7 +36,8 @@ from treedecode.models.transformers import TransformersModel, configs_of, exclus
 _HONOURED = {
     "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_length", "max_new_tokens",
     "min_length", "min_new_tokens", "eos_token_id", "pad_token_id", "num_beams", "num_return_sequences",
-    "length_penalty", "early_stopping", "output_scores", "return_dict_in_generate", "max_time", "stop_strings",
+    "length_penalty", "early_stopping", "output_scores", "output_logits", "return_dict_in_generate",
+    "max_time", "stop_strings",
 }  # fmt: skip
 # What changes how generate computes, but not what comes out, and says nothing to us.
 _IRRELEVANT = {
@@ -98,10 +98,10 @@ def generate(
 
     Honoured: do_sample, temperature, top_k, top_p, min_p, repetition_penalty, min and max length, min and max new
     tokens, eos_token_id, pad_token_id, num_return_sequences, num_beams, length_penalty, early_stopping, max_time,
-    stopping_criteria (asked about every new token of a branch, which is slower), return_dict_in_generate (`sequences`,
-    of beam search also `beam_indices`) and output_scores (of beam search: `sequences_scores`, without the per-step
-    `scores`). `generate` hands a callable no tokenizer: in place of `stop_strings` pass
-    `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`.
+    stopping_criteria and streamer (asked and told about every new token, which is slower), return_dict_in_generate
+    (`sequences`, of beam search also `beam_indices`), output_scores and output_logits (slower too; of beam search
+    `sequences_scores` alone, without the per-step `scores`). `generate` hands a callable no tokenizer: in place of
+    `stop_strings` pass `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`.
 
     Texts are those of `generate` for each prompt alone. In a batch `generate` differs in one thing: its
     repetition_penalty counts the padding as tokens of the prompt.
@@ -120,7 +120,8 @@ def generate(
     """
     check_supported(model)
     config = generation_config
-    _refuse_withheld()
+    if _withheld("assistant_model") is not None:
+        raise ValueError("assistant_model: is not supported by treedecode.generate")
     _refuse_settings(config)
     _refuse_processors(config, logits_processor)
     criteria = _further_criteria(config, stopping_criteria)
@@ -133,7 +134,7 @@ def generate(
     decoder = _decoder_of(model, kv_memory)
     ends = [token for token in eos if 0 <= token < decoder.model.vocab_size]  # others mean padding, but never come
     longest = max(map(len, prompts))
-    if longest + max_new_tokens > decoder.model.max_position:
+    if longest + max_new_tokens - 1 > decoder.model.max_position:  # the last token is never computed
         reason = f" ({decoder.model.max_position_reason})" if decoder.model.max_position_reason else ""
         raise ValueError(
             f"max_new_tokens: {max_new_tokens} after a prompt of {longest} tokens is more than the model's "
@@ -155,14 +156,16 @@ def generate(
     sampling, stop_ids = _sampling(config, decoder, ends, min_new_tokens)
     pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
     count = config.num_return_sequences
-    if criteria:
-        work = _step_by_step(decoder, prompts, input_ids, sampling, stop_ids, max_new_tokens, criteria, eos, pad)
-        texts = decoder.run(work)
+    steps = Steps(decoder, prompts, input_ids, max_new_tokens, criteria, eos, pad, _withheld("streamer"))
+    if config.return_dict_in_generate and (config.output_scores or config.output_logits):
+        return decoder.run(steps.with_logits(logits_processor, config))
+    if criteria or steps.streamer is not None:
+        texts = decoder.run(steps.run(sampling, stop_ids))
     else:
         ids = [prompt.tolist() for prompt in prompts]
         options = {"num_branches": count, "sampling": sampling, "max_new_tokens": max_new_tokens, "stop": stop_ids}
         texts = [branch.token_ids for branches in decoder.generate(ids, **options) for branch in branches]
-    sequences = _assemble(input_ids, texts, pad)
+    sequences = assemble(input_ids, texts, pad)
     return (
         GenerateDecoderOnlyOutput(sequences=cast(LongTensor, sequences))
         if config.return_dict_in_generate
@@ -203,22 +206,17 @@ def _refuse_settings(config: GenerationConfig) -> None:
             raise ValueError(f"{name}: {value!r} is not supported by treedecode.generate; use generate without it")
     if config.do_sample and config.num_beams > 1:
         raise ValueError("do_sample: sampling with num_beams > 1 is not supported by treedecode.generate")
-    if config.return_dict_in_generate and config.output_scores and config.num_beams == 1:
-        raise ValueError("output_scores: supported by treedecode.generate for beam search only (sequences_scores)")
+    if config.return_dict_in_generate and config.output_logits and config.num_beams > 1:
+        raise ValueError("output_logits: not supported by treedecode.generate with num_beams > 1")
 
 
-def _refuse_withheld() -> None:
-    """Refuses arguments that `generate` withholds from a callable; a reader of the streamer would wait for ever.
-
-    They can only be seen in the variables of the `generate` that is calling.
-    """
+def _withheld(name: str) -> Any:
+    """Returns an argument that `generate` withholds from a callable, from the variables of the call that is running."""
     code = inspect.unwrap(GenerationMixin.generate).__code__
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
-    for name in ("streamer", "assistant_model"):
-        if frame is not None and frame.f_locals.get(name) is not None:
-            raise ValueError(f"{name}: is not supported by treedecode.generate")
+    return None if frame is None else frame.f_locals.get(name)
 
 
 def _refuse_processors(config: GenerationConfig, logits_processor: LogitsProcessorList) -> None:
@@ -249,38 +247,6 @@ def _beam_stop(criteria: StoppingCriteriaList, prompts: Tensor) -> beam_search.S
     return stop
 
 
-async def _step_by_step(
-    decoder: Decoder,
-    prompts: list[np.ndarray],
-    input_ids: Tensor,
-    sampling: Sampling,
-    ends: list[int] | None,
-    max_new_tokens: int,
-    criteria: StoppingCriteriaList,
-    eos: list[int],
-    pad: int,
-) -> list[list[int]]:
-    """Generates a token at a time and asks `criteria` about all of `input_ids` with it, as `generate` does."""
-    count = len(input_ids) // len(prompts)
-    done = np.zeros(len(input_ids), bool)
-    every = await decoder.roots([prompt.tolist() for prompt in prompts], sampling=sampling)
-    if count > 1:
-        with every as roots:
-            every = roots.fork(count)
-    with every:
-        for step in range(max_new_tokens):
-            settings = replace(sampling, seed=None, min_new_tokens=max(0, sampling.min_new_tokens - step))
-            # Without end tokens `generate` has nothing to fill ended texts with: they go on until all have ended.
-            with every.select(~done if eos else np.ones_like(done)) as live:
-                await live.extend(stop=ends, max_new_tokens=1, sampling=settings)
-            texts = every.token_ids()
-            ids = _assemble(input_ids, texts, pad)
-            done |= np.isin(ids[:, -1].numpy(force=True), eos) | criteria(cast(LongTensor, ids), None).numpy(force=True)
-            if done.all():
-                break
-    return texts
-
-
 def _prompts(input_ids: Tensor, model_kwargs: dict[str, Any], width: int) -> list[np.ndarray]:
     """Returns the token ids of each prompt without padding; `generate` has repeated every one `width` times."""
     for name, value in model_kwargs.items():
@@ -307,14 +273,6 @@ def _prompts(input_ids: Tensor, model_kwargs: dict[str, Any], width: int) -> lis
     return [row[keep].numpy().astype(np.int32) for row, keep in zip(ids, mask, strict=True)]
 
 
-def _assemble(prompts: Tensor, texts: Sequence[Sequence[int]], pad: int) -> Tensor:
-    """Lays out `[n, prompt_len + longest]`: prompts as they were, then the new tokens, then padding."""
-    new = torch.full((len(texts), max(map(len, texts))), pad, dtype=torch.int64)
-    for row, text in zip(new, texts, strict=True):
-        row[: len(text)] = torch.as_tensor(text)
-    return torch.cat([prompts.long(), new.to(prompts.device)], dim=1)
-
-
 def _beam_output(
     results: list[list[Hypothesis]], input_ids: Tensor, config: GenerationConfig, eos: list[int]
 ) -> Tensor | GenerateBeamDecoderOnlyOutput:
@@ -326,7 +284,7 @@ def _beam_output(
     # Transformers fills with the first end token where the padding token's id is 0.
     fill = -1 if not eos else int(pad) if pad is not None and int(pad) else eos[0]
     prompts = input_ids[::width].repeat_interleave(count, dim=0)
-    sequences = _assemble(prompts, [hypothesis.token_ids.tolist() for hypothesis in best], fill)
+    sequences = assemble(prompts, [hypothesis.token_ids.tolist() for hypothesis in best], fill)
     if not config.return_dict_in_generate:
         return sequences
     indices = torch.full((len(best), sequences.shape[1] - input_ids.shape[1]), -1, dtype=torch.int32)
