@@ -237,7 +237,7 @@ class Beams:
             values.clone() for values in state
         )
         self._done = done.clone()
-        own = torch.arange(self.num_rows)
+        own = torch.arange(self.num_rows, device="cpu")
         step = BeamStep(own, torch.from_numpy(history[-1][1]).long(), own, [])
         return self._drop_finished(step) if bool(self._done.any()) else step
 

@@ -141,7 +141,7 @@ class Engine:
     async def _last_of(self, work: Work, rows: IntArray, width: int) -> Tensor:
         with self._lock_resting(rows):
             if len(rows) == 0:
-                return torch.empty(0, width)
+                return torch.empty(0, width, device=self.pool.device)
             if (self.table.num_tokens[rows] > self.table.max_tokens).any():
                 raise ValueError(f"a branch has a token after the {self.table.max_tokens} that can be computed")
             self._uncache_last(rows, work)

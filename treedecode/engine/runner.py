@@ -152,7 +152,7 @@ class Runner:
         while True:
             batch = self._next_batch()
             if batch is None:
-                return None, torch.empty(0)
+                return None, torch.empty(0, device="cpu")
             try:
                 slots = self._pool.append(batch.rows.astype(np.int32), None if batch.decode_only else batch.q_lens)
             except OutOfPages as error:

@@ -101,4 +101,4 @@ def root_seed(sampling: Sampling) -> np.ndarray:
         return np.array(sampling.seed, np.int64)
     import torch  # takes seconds, and settings alone do not need it
 
-    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64).numpy()
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu").numpy()

@@ -128,7 +128,7 @@ class Steps:
 
 def assemble(prompts: Tensor, texts: Sequence[Sequence[int]], pad: int) -> Tensor:
     """Lays out `[n, prompt_len + longest]`: prompts as they were, then the new tokens, then padding."""
-    new = torch.full((len(texts), max(map(len, texts))), pad, dtype=torch.int64)
+    new = torch.full((len(texts), max(map(len, texts))), pad, dtype=torch.int64, device="cpu")
     for row, text in zip(new, texts, strict=True):
-        row[: len(text)] = torch.as_tensor(text)
+        row[: len(text)] = torch.as_tensor(text, device="cpu")
     return torch.cat([prompts.long(), new.to(prompts.device)], dim=1)

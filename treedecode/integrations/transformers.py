@@ -268,7 +268,8 @@ def _prompts(input_ids: Tensor, model_kwargs: dict[str, Any], width: int) -> lis
     positions = model_kwargs.get("position_ids")
     if positions is not None:
         expected = (mask.cumsum(1) - 1)[mask]
-        if positions.dim() != 2 or not torch.equal(positions[::width].cpu()[mask], expected):
+        planes = positions if positions.dim() == 3 else positions[None]  # some classes have several, equal for text
+        if any(plane.dim() != 2 or not torch.equal(plane[::width].cpu()[mask], expected) for plane in planes):
             raise ValueError("position_ids: expected those of the attention mask; others are not supported")
     return [row[keep].numpy().astype(np.int32) for row, keep in zip(ids, mask, strict=True)]
 
@@ -287,7 +288,7 @@ def _beam_output(
     sequences = assemble(prompts, [hypothesis.token_ids.tolist() for hypothesis in best], fill)
     if not config.return_dict_in_generate:
         return sequences
-    indices = torch.full((len(best), sequences.shape[1] - input_ids.shape[1]), -1, dtype=torch.int32)
+    indices = torch.full((len(best), sequences.shape[1] - input_ids.shape[1]), -1, dtype=torch.int32, device="cpu")
     for i, hypothesis in enumerate(best):
         indices[i, : len(hypothesis.beams)] = torch.from_numpy(hypothesis.beams) + i // count * width
     scores = torch.tensor([hypothesis.score for hypothesis in best], device=input_ids.device)

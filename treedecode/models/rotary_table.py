@@ -36,9 +36,9 @@ class RotaryTable:
         self._cos, self._sin = self._compute(0, _BLOCK)
 
     def _compute(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        positions = torch.arange(begin, end)
+        positions = torch.arange(begin, end, device="cpu")
         with torch.inference_mode():
-            cos, sin = self._rotary(torch.empty(0, dtype=self._dtype), position_ids=positions[None])
+            cos, sin = self._rotary(torch.empty(0, dtype=self._dtype, device="cpu"), position_ids=positions[None])
         return cos[0], sin[0]
 
     def __call__(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:

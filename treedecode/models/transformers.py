@@ -98,6 +98,24 @@ def _attention_function(
 AttentionInterface.register(ATTENTION, _attention_function)
 
 
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Lets compiled forwards of a model's modules run as they were written.
+
+    They would be compiled again for this attention and every number of tokens, which takes minutes.
+    """
+    if not any(_is_compiled(module) for module in model.modules()):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    own_forward = module.__dict__.get("forward")
+    return module._compiled_call_impl is not None or hasattr(own_forward, "_torchdynamo_orig_callable")
+
+
 class TransformersModel(ModelAdapter):
     """Adapts a Transformers causal language model to the decoder.
 
@@ -197,8 +215,9 @@ class TransformersModel(ModelAdapter):
     def _build_forwards(self) -> None:
         self._fast = self._fused = None
         if self._optimize:
-            self._fast = FastForward(self.model, lambda: dict(self._probe_attention().calls))
-            self._fused = self._build_fused(self._fast)
+            with torch.device(self.device):  # for `torch.set_default_device` may say another
+                self._fast = FastForward(self.model, lambda: dict(self._probe_attention().calls))
+                self._fused = self._build_fused(self._fast)
         self._change_detector = ChangeDetector(self.model)
 
     def _build_fused(self, fast: FastForward) -> FusedDecoder | None:
@@ -267,7 +286,7 @@ class TransformersModel(ModelAdapter):
 
     def _run(self, input_ids: Tensor, position_ids: Tensor, context: Context, logit_rows: Tensor) -> Tensor:
         fast = self._fast.active() if self._fast is not None else nullcontext()
-        with torch.inference_mode(), self._tree_attention(), fast:
+        with torch.inference_mode(), self._tree_attention(), fast, uncompiled(self.model):
             out = self.model(
                 input_ids=input_ids.unsqueeze(0),
                 position_ids=position_ids.unsqueeze(0),
