@@ -297,10 +297,16 @@ def test_stop_strings(num_beams):
     vocab = {chr(97 + i % 26) + (chr(97 + i // 26) if i >= 26 else ""): i for i in range(VOCAB)}  # a letter or two
     letters = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
     letters.decoder = tokenizers.decoders.Fuse()
-    criteria = [StopStringCriteria(PreTrainedTokenizerFast(tokenizer_object=letters), ["b", "za", "xc"])]
+    tokenizer, strings = PreTrainedTokenizerFast(tokenizer_object=letters), ["b", "za", "xc"]
+    criteria = [StopStringCriteria(tokenizer, strings)]
     for seed in range(3):
-        model = make_model(seed=seed)
-        same(model, make_inputs(2, seed), stopping_criteria=criteria, max_new_tokens=9, num_beams=num_beams)
+        model, options = make_model(seed=seed), {"max_new_tokens": 9, "num_beams": num_beams}
+        got, _ = same(model, make_inputs(2, seed), stopping_criteria=criteria, **options)
+        again, _ = same(model, make_inputs(2, seed), stop_strings=strings, tokenizer=tokenizer, **options)
+        assert got.tolist() == again.tolist()
+        same(model, make_inputs(2, seed), tokenizer=tokenizer, **options)
+    with pytest.raises(ValueError, match="could not locate a tokenizer"):
+        model.generate(**make_inputs(2), stop_strings=strings, custom_generate=treedecode.generate)
 
 
 def test_max_time():

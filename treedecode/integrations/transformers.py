@@ -1,12 +1,11 @@
 """Runs `model.generate(..., custom_generate=treedecode.generate)` of Transformers on a decoder."""
 
-import inspect
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import LongTensor, Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import (
     EosTokenCriteria,
     GenerateBeamDecoderOnlyOutput,
@@ -28,6 +27,7 @@ from treedecode.decoding.beams import BeamSearch, Hypothesis
 from treedecode.decoding.decoder import Decoder
 from treedecode.engine.sampling import Sampling
 from treedecode.integrations.steps import Steps, assemble
+from treedecode.integrations.withheld import takes_tokenizer, withheld
 from treedecode.models.change_detector import ChangeDetector
 from treedecode.models.supported import check_supported
 from treedecode.models.transformers import TransformersModel, configs_of, exclusive
@@ -77,6 +77,7 @@ _SLOT = "_treedecode"
 _MAX_BRANCHES = 1024  # what stopping criteria are asked about must be held at once
 
 
+@takes_tokenizer
 def generate(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -84,6 +85,7 @@ def generate(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     kv_memory: int | str | None = None,
+    tokenizer: Any = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
     """Runs a `generate` of Transformers on treedecode: `model.generate(**inputs, custom_generate=treedecode.generate)`.
@@ -98,10 +100,9 @@ def generate(
 
     Honoured: do_sample, temperature, top_k, top_p, min_p, repetition_penalty, min and max length, min and max new
     tokens, eos_token_id, pad_token_id, num_return_sequences, num_beams, length_penalty, early_stopping, max_time,
-    stopping_criteria and streamer (asked and told about every new token, which is slower), return_dict_in_generate
-    (`sequences`, of beam search also `beam_indices`), output_scores and output_logits (slower too; of beam search
-    `sequences_scores` alone, without the per-step `scores`). `generate` hands a callable no tokenizer: in place of
-    `stop_strings` pass `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`.
+    stopping_criteria, stop_strings with tokenizer, and streamer (asked and told about every new token, which is
+    slower), return_dict_in_generate (`sequences`, of beam search also `beam_indices`), output_scores and output_logits
+    (slower too; of beam search `sequences_scores` alone, without the per-step `scores`).
 
     Texts are those of `generate` for each prompt alone. In a batch `generate` differs in one thing: its
     repetition_penalty counts the padding as tokens of the prompt.
@@ -111,6 +112,7 @@ def generate(
             them: `input_ids` is `[batch * max(num_beams, num_return_sequences), prompt_len]` int64, padded on the left
             where `attention_mask` is 0.
         kv_memory: bytes for keys and values (see `Decoder`); pass it to `model.generate`.
+        tokenizer: of `stop_strings`, whose criterion `generate` has made of it.
 
     Returns:
         `[batch * num_return_sequences, length]` int64, prompts included, padded on the right; or a `ModelOutput`.
@@ -120,7 +122,7 @@ def generate(
     """
     check_supported(model)
     config = generation_config
-    if _withheld("assistant_model") is not None:
+    if withheld("assistant_model") is not None:
         raise ValueError("assistant_model: is not supported by treedecode.generate")
     _refuse_settings(config)
     _refuse_processors(config, logits_processor)
@@ -156,7 +158,7 @@ def generate(
     sampling, stop_ids = _sampling(config, decoder, ends, min_new_tokens)
     pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
     count = config.num_return_sequences
-    steps = Steps(decoder, prompts, input_ids, max_new_tokens, criteria, eos, pad, _withheld("streamer"))
+    steps = Steps(decoder, prompts, input_ids, max_new_tokens, criteria, eos, pad, withheld("streamer"))
     if config.return_dict_in_generate and (config.output_scores or config.output_logits):
         return decoder.run(steps.with_logits(logits_processor, config))
     if criteria or steps.streamer is not None:
@@ -208,15 +210,6 @@ def _refuse_settings(config: GenerationConfig) -> None:
         raise ValueError("do_sample: sampling with num_beams > 1 is not supported by treedecode.generate")
     if config.return_dict_in_generate and config.output_logits and config.num_beams > 1:
         raise ValueError("output_logits: not supported by treedecode.generate with num_beams > 1")
-
-
-def _withheld(name: str) -> Any:
-    """Returns an argument that `generate` withholds from a callable, from the variables of the call that is running."""
-    code = inspect.unwrap(GenerationMixin.generate).__code__
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not code:
-        frame = frame.f_back
-    return None if frame is None else frame.f_locals.get(name)
 
 
 def _refuse_processors(config: GenerationConfig, logits_processor: LogitsProcessorList) -> None:
