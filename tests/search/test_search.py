@@ -166,3 +166,19 @@ def test_a_scored_solution_counts_though_the_search_went_on_from_it():
         assert (outcome.text, outcome.node, outcome.answer) == ("abc.", node, TASK.extract("abc."))
 
     on_a_search(work, Recorder())
+
+
+def test_a_text_without_an_answer_is_wrong_whatever_the_task_says():
+    class Lenient(FakeTask):
+        def extract(self, text):
+            return None
+
+        def verify(self, problem, text):
+            return True
+
+    task = Lenient(end=(".",), max_new_tokens=20)
+    for graded, correct in ((True, False), (False, None)):
+        strategy = td.SelfConsistency(num_samples=2)
+        result = td.solve(talkative_decoder(), task.problems(1), strategy=strategy, task=task, grade=graded)
+        [solution] = result.solutions
+        assert (solution.answer, solution.correct) == (None, correct)

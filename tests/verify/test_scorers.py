@@ -295,3 +295,15 @@ def test_a_scorer_of_ones_own():
 
     mine = Flat()
     assert as_scorer(mine) is mine
+
+
+def test_choice_0_is_nobodys(make_decoder, monkeypatch):
+    scripted.follow(monkeypatch, "The best choice is", lambda before: " 0.\n")
+    dec = make_decoder(scripted.ScriptedModel(), tokenizer=scripted.ByteTokenizer(), num_pages=1000)
+
+    async def run():
+        frontier = (await dec.roots(["plan\n"])).fork(3)
+        frontier.append(["a", "b", "c"])
+        return await Vote(num_samples=4)(frontier, PROBLEM)
+
+    assert dec.run(run()).tolist() == [0, 0, 0]
