@@ -73,7 +73,12 @@ def test_the_model_is_unchanged_between_forwards():
     assert torch.equal(plain(model, [5, 6, 7]), before)
     assert attributes == {name: module.__dict__ for name, module in model.named_modules()}
     with pytest.raises(AttributeError):  # also after a forward that failed
-        adapter.forward(torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), SimpleNamespace(), None)
+        adapter.forward(
+            torch.zeros(2, dtype=torch.int64),
+            torch.zeros(2, dtype=torch.int64),
+            SimpleNamespace(),
+            torch.zeros(1).long(),
+        )
     assert model.config._attn_implementation == "eager"
     assert torch.equal(plain(model, [5, 6, 7]), before)
 

@@ -1,4 +1,4 @@
-"""How strategies divide what they have: ties, scores far below 0, and votes for nobody."""
+"""Division of budgets, weights and votes: ties, scores far below 0, and votes for nobody."""
 
 import numpy as np
 import pytest

@@ -4,6 +4,7 @@ They are read from the variables of the running call: there is no other way to t
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from types import CodeType, FrameType
 from typing import Any, TypeVar
@@ -37,9 +38,8 @@ class _Signature(inspect.Signature):
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:  # type: ignore[override]
         extract = getattr(GenerationMixin, "_extract_generation_mode_kwargs", None)
-        frame = inspect.currentframe()
-        caller = None if frame is None else frame.f_back
-        if extract is not None and caller is not None and caller.f_code is extract.__code__:
+        caller = sys._getframe(1)  # `currentframe().f_back` would leave a cycle that holds the model
+        if extract is not None and caller.f_code is extract.__code__:
             arguments, taken = caller.f_locals.get("kwargs"), caller.f_locals.get("generation_mode_kwargs")
             if isinstance(arguments, dict) and isinstance(taken, dict) and "tokenizer" in taken:
                 arguments["tokenizer"] = taken["tokenizer"]

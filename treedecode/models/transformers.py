@@ -286,15 +286,17 @@ class TransformersModel(ModelAdapter):
 
     def _run(self, input_ids: Tensor, position_ids: Tensor, context: Context, logit_rows: Tensor) -> Tensor:
         fast = self._fast.active() if self._fast is not None else nullcontext()
+        # Quantised heads of torchao take no empty input.
+        wanted = logit_rows.new_zeros(1) if len(logit_rows) == 0 < len(input_ids) else logit_rows
         with torch.inference_mode(), self._tree_attention(), fast, uncompiled(self.model):
             out = self.model(
                 input_ids=input_ids.unsqueeze(0),
                 position_ids=position_ids.unsqueeze(0),
                 use_cache=False,
-                logits_to_keep=logit_rows,
+                logits_to_keep=wanted,
                 treedecode_context=context,
             )
-        return out.logits[0]
+        return out.logits[0, : len(logit_rows)]
 
     def _run_hidden(
         self, input_ids: Tensor, position_ids: Tensor, context: Context, logit_rows: Tensor
@@ -306,7 +308,7 @@ class TransformersModel(ModelAdapter):
             logits = self._run(input_ids, position_ids, context, logit_rows)
         finally:
             handle.remove()
-        return logits, hidden[0][0]
+        return logits, hidden[0][0, : len(logit_rows)]
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, context: StepContext, logit_rows: Tensor) -> Tensor:
         """Runs the packed query tokens of all branches; their K and V are in the cache afterwards.
