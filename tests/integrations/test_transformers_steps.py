@@ -114,23 +114,25 @@ def test_nothing_is_computed_after_the_last_position(make_decoder):
 # -- scores and logits --
 
 
-@pytest.mark.parametrize("num", [1, 3])
-@pytest.mark.parametrize("batch", [1, 3])
+SAMPLED = {"do_sample": True, "temperature": 0.7, "top_k": 9, "top_p": 0.9}
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "batch", "num"),
     [
-        {},
-        {"min_new_tokens": 4},
-        {"repetition_penalty": 1.3},
-        {"do_sample": True, "temperature": 0.7, "top_k": 9, "top_p": 0.9},
+        ({}, 1, 1),
+        ({}, 3, 1),
+        ({"min_new_tokens": 4}, 1, 1),
+        ({"min_new_tokens": 4}, 3, 1),
+        ({"repetition_penalty": 1.3}, 1, 1),  # in a batch Transformers counts padding as tokens of the prompt
+        (SAMPLED, 1, 1),
+        (SAMPLED, 1, 3),
+        (SAMPLED, 3, 1),
+        (SAMPLED, 3, 3),
     ],
     ids=str,
 )
-def test_scores_and_logits(batch, num, settings):
-    if num > 1 and not settings.get("do_sample"):
-        pytest.skip("greedy decoding gives one sequence")
-    if batch > 1 and "repetition_penalty" in settings:
-        pytest.skip("Transformers counts padding as tokens of the prompt")
+def test_scores_and_logits(settings, batch, num):
     model = make_model("llama", 1, eos=(2, 5), eos_bias=1.5)
     options = {"max_new_tokens": 9, "do_sample": False, "num_return_sequences": num, "return_dict_in_generate": True}
     options |= {"output_scores": True, "output_logits": True, "eos_token_id": [2, 5], **settings}

@@ -176,14 +176,20 @@ def _solve(arguments: argparse.Namespace) -> int:
             "prompt": lambda problem: prompts[problem.id],
         }
         num_resumed = outputs.num_solved
-        result = _run(decoder, outputs, run, port=port, progress=arguments.progress)
+        result = _run(decoder, outputs, run, num_resumed, port=port, progress=arguments.progress)
     print("\n".join(summary(result, strategy, arguments.verifier, num_resumed, task.max_new_tokens, budget)))
     print(sampling_summary(strategy, sampling, chosen, config))
     return 0
 
 
 def _run(
-    decoder: "Decoder", outputs: "Outputs", run: dict[str, Any], *, port: int | None, progress: bool | None
+    decoder: "Decoder",
+    outputs: "Outputs",
+    run: dict[str, Any],
+    num_resumed: int,
+    *,
+    port: int | None,
+    progress: bool | None,
 ) -> "Result":
     """Solves the problems with a bar, and with metrics if there is a port for them; writes the ledger."""
     from treedecode.reporting.progress import Progress
@@ -195,7 +201,7 @@ def _run(
 
         with errors_of_argument("metrics-port"):
             metrics, stop_serving = serve(decoder, run["strategy"].name, port)
-    num_problems, num_resumed = len(run["problems"]), outputs.num_solved
+    num_problems = len(run["problems"])
     try:
         with Progress(decoder, num_problems, num_resumed, show=progress) as bar:
             num_solutions = 0

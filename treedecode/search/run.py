@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import asdict, replace
+from functools import cached_property
 from typing import Any
 
 from treedecode.accounting.budget import DEADLINE, Budget
@@ -90,7 +91,7 @@ class Run:
             description["problems"] = _digest(self._problem_digests.items())
         return description
 
-    @property
+    @cached_property
     def _problem_digests(self) -> dict[str, str]:
         """By id, a digest of a problem, with its worked examples and chat template, which are in no setting."""
         return {

@@ -116,7 +116,7 @@ def chat_ids(tokenizer: Any, messages: Sequence[dict[str, str]], *, special_toke
                 raise
             raise ValueError(f"chat: the tokenizer's template refuses the messages: {error}") from error
 
-    if special_tokens or not any(spelled_out(tokenizer, turn["content"]) for turn in messages):
+    if special_tokens or not spelled_out(tokenizer, "\n".join(turn["content"] for turn in messages)):
         ids = list(apply(messages, tokenize=True))
         if any(turn["role"] == "system" for turn in messages):
             _check_system_prompt(messages, apply)
