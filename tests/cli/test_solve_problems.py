@@ -161,6 +161,18 @@ def test_a_run_grows(solve, tmp_path):
     assert "A run can have more problems than before, but not others or fewer" in err
 
 
+def test_a_run_takes_more_samples(solve, tmp_path):
+    assert solve(ROWS, "--out", "out", strategy="self_consistency:num_samples=2")[0] == 0
+    status, shown, err = solve(ROWS, "--out", "out", strategy="self_consistency:num_samples=3")
+    assert (status, shown["problems"]) == (0, "2")
+    assert err == "resuming: 0 of 2 problems are solved in out/solutions.jsonl, 2 more with fewer samples\n"
+    whole = solve(ROWS, "--out", "whole", strategy="self_consistency:num_samples=3")[1]
+    assert [shown[name] for name in ("accuracy", "answers")] == [whole[name] for name in ("accuracy", "answers")]
+    status, _, err = solve(ROWS, "--out", "out", strategy="self_consistency:num_samples=2")
+    assert status == errors.USAGE_ERROR
+    assert "has solutions of 3 samples, and num_samples is 2. A run can have more samples than before" in err
+
+
 def test_examples_among_the_problems(solve, tmp_path):
     (tmp_path / "shots.jsonl").write_text(json.dumps({"question": "3 +  4?", "answer": "7"}) + "\n")
     status, _, err = solve(ROWS, "--few-shot", "shots.jsonl", "--shots", "1")

@@ -79,6 +79,9 @@ CALLS = {
     "beam search": lambda dec: dec.beam_search(PROMPTS, num_beams=3, max_new_tokens=6),
     "frontier": lambda dec: dec.run(_search_frontier(dec)),
     "best of n": functools.partial(solve, td.BestOfN(num_samples=3)),
+    "step beam search": functools.partial(solve, td.StepBeamSearch(num_beams=2, width=2, max_steps=3, answer="best")),
+    "mcts": functools.partial(solve, td.MCTS(num_simulations=4, width=2)),
+    "particle filter": functools.partial(solve, td.ParticleFilter(num_particles=3)),
 }
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from support.counting import MEASURED, Count
@@ -20,6 +20,7 @@ from treedecode.search.journal import Journal, num_solutions
 from treedecode.search.solve import solve_async
 from treedecode.strategies import BestOfN, SelfConsistency
 from treedecode.tasks import Problem
+from treedecode.verify import TextScorer, Vote
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,63 @@ def test_a_finished_run_takes_more_problems(make_decoder, tmp_path):
     assert num_solutions(journal) == len(PROBLEMS)
     with pytest.raises(ValueError, match=r"solutions of 1 problems that are not among these, the first is 'test/0'"):
         td.solve(make_decoder(), PROBLEMS[1:], journal=str(journal), **options)
+
+
+def outcomes(result):
+    """Everything of a run's solutions but what they cost."""
+    free = ("spending", "seconds")
+    return [{key: v for key, v in solution.to_json().items() if key not in free} for solution in result.solutions]
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        BestOfN(),
+        BestOfN(answer="weighted"),
+        SelfConsistency(),
+        SelfConsistency(stop="beta", window=2),
+        SelfConsistency(stop="window", window=3),
+    ],
+    ids=["best", "weighted", "majority", "beta", "window"],
+)
+def test_a_finished_run_takes_more_samples(strategy, tmp_path):
+    journal = tmp_path / "journal.jsonl"
+    options = {"task": TASK, "verifier": TextScorer(rate, probability=True), "seed": 4}
+
+    def solve(num_samples, journal=None):
+        sized = replace(strategy, num_samples=num_samples)
+        return td.solve(talkative_decoder(max_branches=24), PROBLEMS, strategy=sized, journal=journal, **options)
+
+    whole = solve(8)
+    first = solve(3, str(journal))
+    grown = solve(5, str(journal))
+    assert num_solutions(journal) == num_solutions(journal, 5) == len(PROBLEMS)
+    assert num_solutions(journal, 3) == 0
+    more = solve(8, str(journal))
+    assert outcomes(more) == outcomes(whole)
+    assert outcomes(grown) == outcomes(solve(5))
+    for name in ("generated_tokens", "branch_forwards"):
+        assert getattr(more.ledger.total, name) - getattr(whole.ledger.total, name) in range(3 * len(PROBLEMS))
+    assert more.ledger.lost_tokens == 0
+    assert all(a.seconds > b.seconds for a, b in zip(more.solutions, first.solutions, strict=True))
+    again = solve(8, str(journal))
+    assert (outcomes(again), again.ledger.total) == (outcomes(more), more.ledger.total)
+    with pytest.raises(ValueError, match=r"has solutions of 8 samples, and num_samples is 5\. A run can have more"):
+        solve(5, str(journal))
+
+
+def test_samples_are_not_added_where_it_would_change_the_others(make_decoder, tmp_path):
+    options = {"task": TASK, "journal": str(tmp_path / "journal.jsonl")}
+    for settings in ({"verifier": Vote()}, {"verifier": rate, "budget": td.Budget(tokens=99)}):
+        settings["journal"] = str(tmp_path / str(len(settings)))
+        td.solve(make_decoder(), PROBLEMS[:2], strategy=BestOfN(num_samples=2), task=TASK, **settings)
+        changed = r"the strategy was BestOfN\(num_samples=2, .* and is BestOfN\(num_samples=4, "
+        with pytest.raises(ValueError, match=changed):
+            td.solve(make_decoder(), PROBLEMS[:2], strategy=BestOfN(num_samples=4), task=TASK, **settings)
+    td.solve(make_decoder(), PROBLEMS[:2], strategy=SelfConsistency(num_samples=2), **options)
+    changed = r"the strategy was SelfConsistency\(num_samples=any, stop='never', .* and is Self.*'beta'"
+    with pytest.raises(ValueError, match=changed):
+        td.solve(make_decoder(), PROBLEMS[:2], strategy=SelfConsistency(num_samples=4, stop="beta"), **options)
 
 
 @pytest.mark.parametrize("changed", [{"budget": td.Budget(tokens=10**6)}, {"strategy": "shares"}])
@@ -288,7 +346,7 @@ def test_a_journal_that_does_not_say_what_was_spent_is_refused(run, tmp_path):
     run()
     journal = tmp_path / "journal.jsonl"
     text = journal.read_text()
-    journal.write_text(text.replace("treedecode.journal/4", "treedecode.journal/1"))
+    journal.write_text(text.replace("treedecode.journal/5", "treedecode.journal/1"))
     with pytest.raises(ValueError, match=r"has the schema 'treedecode.journal/1', not .*another version of treedecode"):
         run()
     journal.write_text(text.replace('"spent"', '"sent"'))

@@ -53,10 +53,20 @@ class Outputs:
         """The file of solutions."""
         return None if self._folder is None else str(self._folder / "solutions.jsonl")
 
-    @property
-    def num_solved(self) -> int:
-        """The number of solutions of earlier processes. The journal checks that they are of the same run."""
-        return 0 if self.journal is None else num_solutions(self.journal)
+    def num_solved(self, num_samples: int | None) -> tuple[int, int]:
+        """Counts the solutions of earlier processes. The journal checks that they are of the same run.
+
+        Args:
+            num_samples: of this run's solutions; None = they have no such number.
+
+        Returns:
+            those that stand, and those that have another number of samples.
+        """
+        if self.journal is None:
+            return 0, 0
+        num_all = num_solutions(self.journal)
+        num_standing = num_all if num_samples is None else num_solutions(self.journal, num_samples)
+        return num_standing, num_all - num_standing
 
     def add(self, solution: "Solution") -> None:
         """Writes a solution's tree, if it is one of those asked for."""

@@ -129,6 +129,7 @@ def _solve(arguments: argparse.Namespace) -> int:
     from treedecode.cli.verifiers import verifier_named
     from treedecode.engine.sampling import Sampling
     from treedecode.search.checks import checked_prompts
+    from treedecode.search.run_config import RunConfig
     from treedecode.tasks.base import require_gradable
 
     if arguments.strategy is None:
@@ -175,9 +176,9 @@ def _solve(arguments: argparse.Namespace) -> int:
             "seed": arguments.seed,
             "prompt": lambda problem: prompts[problem.id],
         }
-        num_resumed = outputs.num_solved
-        result = _run(decoder, outputs, run, num_resumed, port=port, progress=arguments.progress)
-    print("\n".join(summary(result, strategy, arguments.verifier, num_resumed, task.max_new_tokens, budget)))
+        resumed = outputs.num_solved(RunConfig(decoder, **run).num_samples)
+        result = _run(decoder, outputs, run, resumed, port=port, progress=arguments.progress)
+    print("\n".join(summary(result, strategy, arguments.verifier, resumed[0], task.max_new_tokens, budget)))
     print(sampling_summary(strategy, sampling, chosen, config))
     return 0
 
@@ -186,12 +187,16 @@ def _run(
     decoder: "Decoder",
     outputs: "Outputs",
     run: dict[str, Any],
-    num_resumed: int,
+    resumed: tuple[int, int],
     *,
     port: int | None,
     progress: bool | None,
 ) -> "Result":
-    """Solves the problems with a bar, and with metrics if there is a port for them; writes the ledger."""
+    """Solves the problems with a bar, and with metrics if there is a port for them; writes the ledger.
+
+    Args:
+        resumed: as of `Outputs.num_solved`.
+    """
     from treedecode.reporting.progress import Progress
     from treedecode.search.solve import solve
 
@@ -201,7 +206,8 @@ def _run(
 
         with errors_of_argument("metrics-port"):
             metrics, stop_serving = serve(decoder, run["strategy"].name, port)
-    num_problems = len(run["problems"])
+    num_problems, (num_resumed, num_smaller) = len(run["problems"]), resumed
+    smaller = f", {num_smaller} more with fewer samples" if num_smaller else ""
     try:
         with Progress(decoder, num_problems, num_resumed, show=progress) as bar:
             num_solutions = 0
@@ -209,8 +215,9 @@ def _run(
             def report(solution: "Solution") -> None:
                 nonlocal num_solutions
                 num_solutions += 1
-                if num_solutions == 1 and num_resumed:
-                    bar.write(f"resuming: {num_resumed} of {num_problems} problems are solved in {outputs.journal}")
+                if num_solutions == 1 and any(resumed):
+                    solved = f"{num_resumed} of {num_problems} problems are solved"
+                    bar.write(f"resuming: {solved} in {outputs.journal}{smaller}")
                 if num_solutions > num_resumed:
                     bar.advance()
                     if metrics is not None:

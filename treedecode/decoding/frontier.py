@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from treedecode.common.arrays import IntArray
-from treedecode.common.validation import ints_per_branch, positive_int
+from treedecode.common.validation import ints_per_branch, one_of, positive_int
 from treedecode.decoding.codec import Codec, ForcedText
 from treedecode.decoding.completion import Completion, completions_of
 from treedecode.decoding.recorder import Recorder
@@ -151,6 +151,10 @@ class Frontier:
         self._recorder.cut_back(children.branches)
         return children
 
+    def skip_children(self, count: int) -> None:
+        """Gives later children of every branch the seeds that they would have after `count` more children."""
+        self._store.table.num_children[self.branches] += count
+
     def _children(self, parents: IntArray, lens: IntArray | None = None) -> "Frontier":
         return self._view(self._store.fork(self.branches[parents], lens), parents)
 
@@ -290,8 +294,7 @@ class Frontier:
         Of equal scores the earlier branch is kept. An unscored branch (nan) is below all others. Order stays.
         """
         positive_int("keep", keep)
-        if per not in ("tree", "all"):
-            raise ValueError(f"per: expected 'tree' or 'all', got {per!r}")
+        one_of("per", per, ("tree", "all"))
         group = self.tree if per == "tree" else np.zeros_like(self.tree)
         return self._hand_on(best_of_each(self.scores, group, keep), "pruned")
 
@@ -309,10 +312,8 @@ class Frontier:
         with self._hand_on(np.flatnonzero(counts), "pruned") as kept:
             counts = counts[counts > 0]
             parents = np.repeat(np.arange(len(kept)), counts)
-            rows, is_copy = kept.branches[parents], np.ones(len(parents), bool)
-            is_copy[np.cumsum(counts) - counts] = False
-            if is_copy.any():
-                rows[is_copy] = self._store.fork(rows[is_copy])
+            rows, is_copy = kept.branches[parents], np.diff(parents, prepend=-1) == 0
+            rows[is_copy] = self._store.fork(rows[is_copy])
             self._store.retain(kept.branches)
             return kept._view(rows, parents)
 

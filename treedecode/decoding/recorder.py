@@ -52,7 +52,7 @@ class Recorder:
         """Puts the prompts of fresh branches into the account's tree, if it keeps one."""
         if (tree := self._trees.get(account)) is not None:
             for row, text in zip(rows, texts, strict=True):
-                self._engine.table.node[row] = tree.add(-1, "prompt", text, int(self._engine.table.num_tokens[row]))
+                self._engine.table.node[row] = tree.add_prompt(text, int(self._engine.table.num_tokens[row]))
 
     def is_recorded(self, account: int) -> bool:
         """Returns whether the account keeps a tree."""

@@ -1,6 +1,6 @@
 """SearchTree: the record of a search, a node per step of a branch."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 SCHEMA = "treedecode.search_tree/1"
@@ -41,6 +41,22 @@ class SearchTree:
 
     def __init__(self) -> None:
         self.nodes: list[Node] = []
+        self._prompts: list[int] = []  # of an earlier search, which this one goes on from
+
+    def resumed(self) -> "SearchTree":
+        """Returns a copy for a later search that goes on from the same prompts, without its answer."""
+        tree = SearchTree()
+        tree.nodes = [replace(node, status="open" if node.status == "answer" else node.status) for node in self.nodes]
+        tree._prompts = [i for i, node in enumerate(self.nodes) if node.kind == "prompt"]
+        return tree
+
+    def add_prompt(self, text: str, num_tokens: int) -> int:
+        """Adds a prompt and returns its index, or that of the same prompt of an earlier search."""
+        for prompt in self._prompts:
+            if (self.nodes[prompt].text, self.nodes[prompt].num_tokens) == (text, num_tokens):
+                self._prompts.remove(prompt)
+                return prompt
+        return self.add(-1, "prompt", text, num_tokens)
 
     def add(self, parent: int, kind: str, text: str, num_tokens: int, logprob: float = 0.0) -> int:
         """Adds a node and returns its index."""

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-SCHEMA = "treedecode.journal/4"
+SCHEMA = "treedecode.journal/5"
 _SYNC_SECONDS = 1.0
 _SOLUTION = b'{"id": '  # how its line begins
+_SAMPLES = b', "num_samples": '  # and goes on
 # What the parts of a run's description are, in a message.
 _WORDS = {
     "budget": "the budget",
@@ -32,7 +33,7 @@ class Journal:
     """Writes a file of JSON lines: a description of the run, then its solutions, and now and then its spending.
 
     Each line after the first has under "spent" what all processes of the run have spent by then. A solution's line
-    begins with its "id".
+    begins with its "id" and "num_samples", and of lines with the same id the last one counts.
 
     A process that is killed loses no line, and a machine that loses its power loses those of the last second: the
     operating system has a line at once, but the file is synchronised once a second, since waiting for the disk after
@@ -40,23 +41,32 @@ class Journal:
 
     Attributes:
         solutions: those that earlier processes wrote, by problem id.
+        smaller: the ids of solutions with fewer samples, which this run adds to.
         spent: the spending of earlier processes, as of their last line; None = there is none.
     """
 
-    def __init__(self, path: str | os.PathLike[str], run: Mapping[str, Any], problems: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        run: Mapping[str, Any],
+        problems: Mapping[str, str],
+        num_samples: int | None = None,
+    ) -> None:
         """Opens a new journal, or that of an earlier process with the same run, which had these problems or fewer.
 
         Args:
             run: everything that all solutions depend on, as JSON.
             problems: by id, a digest of what else the solution of each depends on.
+            num_samples: of each solution, where one of fewer samples can be added to; None = it cannot.
 
         Raises:
             ValueError: the file is another run's, has solutions of other problems, or is no journal.
         """
-        self._problems = problems
+        self._problems, self._num_samples = problems, num_samples
         self._path, self._next_sync = Path(path), 0.0
         header = {"schema": SCHEMA, "run": json.loads(json.dumps(run))}
         self.solutions: dict[str, dict[str, Any]] = {}
+        self.smaller: list[str] = []
         self.spent: dict[str, Any] | None = None
         lines = self._path.read_bytes().split(b"\n") if self._path.exists() else [b""]
         complete, torn = lines[:-1], lines[-1]  # a line is torn when its process ends while it writes it
@@ -94,6 +104,7 @@ class Journal:
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"journal: {self._path}, line {number}, cannot be read") from None
         self._check_problems()
+        self._check_samples()
 
     def _check_problems(self) -> None:
         dropped = [problem_id for problem_id in self.solutions if problem_id not in self._problems]
@@ -109,6 +120,19 @@ class Journal:
                 f"template or worked examples, the first is {changed[0]!r}. {_ADVICE}"
             )
 
+    def _check_samples(self) -> None:
+        if self._num_samples is None:
+            return
+        with self.reading():
+            numbers = {key: int(line["num_samples"]) for key, line in self.solutions.items()}
+        most = max(numbers.values(), default=0)
+        if most > self._num_samples:
+            raise ValueError(
+                f"journal: {self._path} has solutions of {most} samples, and num_samples is {self._num_samples}. A run "
+                f"can have more samples than before, but not fewer. {_ADVICE}"
+            )
+        self.smaller = [key for key, number in numbers.items() if number < self._num_samples]
+
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Turns errors of a block that reads the journal's lines into a ValueError that names the journal."""
@@ -119,8 +143,9 @@ class Journal:
 
     def add(self, solution: Mapping[str, Any], spent: Mapping[str, Any]) -> None:
         """Writes a solution, `{"id", ...}`, and what the run has spent by now."""
-        problem = self._problems[solution["id"]]
-        self._write({"id": solution["id"], "problem": problem, **solution, "spent": spent})
+        key = solution["id"]
+        own = {"id": key, "num_samples": self._num_samples, "problem": self._problems[key]}
+        self._write({**own, **solution, "spent": spent})
 
     def add_spent(self, spent: Mapping[str, Any]) -> None:
         """Writes what the run has spent by now, between two solutions."""
@@ -151,12 +176,22 @@ class Journal:
             raise OSError(error.errno, error.strerror, str(self._path)) from error
 
 
-def num_solutions(path: str | os.PathLike[str]) -> int:
-    """Counts the solutions of a journal, whichever run it is of; 0 where there is no file."""
+def num_solutions(path: str | os.PathLike[str], num_samples: int | None = None) -> int:
+    """Counts the problems that a journal has solutions of, whichever run it is of; 0 where there is no file.
+
+    Args:
+        num_samples: count only those whose latest solution has so many samples.
+    """
     if not os.path.exists(path):
         return 0
+    latest: dict[bytes, bytes] = {}
     with open(path, "rb") as file:
-        return sum(line.startswith(_SOLUTION) and line.endswith(b"\n") for line in file)
+        for line in file:
+            if line.startswith(_SOLUTION) and line.endswith(b"\n"):
+                key, _, rest = line.removeprefix(_SOLUTION).partition(_SAMPLES)
+                latest[key] = rest.partition(b",")[0]
+    counted = latest.values()
+    return len(counted) if num_samples is None else list(counted).count(str(num_samples).encode())
 
 
 def _change(key: str, old: Any, new: Any) -> str:

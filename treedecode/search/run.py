@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -72,10 +72,10 @@ class Run:
     @property
     def description(self) -> dict[str, Any]:
         """Everything that all solutions depend on, for the journal."""
-        model = self._decoder.model
+        model, num_samples = self._decoder.model, self._config.num_samples
         module = model.module
         description = {
-            "strategy": repr(self._strategy),
+            "strategy": repr(self._strategy) if num_samples is None else _without_samples(self._strategy),
             "task": self._task.name,
             "sampling": repr(self._sampling),
             "seed": int(self._config.seed),
@@ -108,7 +108,7 @@ class Run:
         """
         if self._config.journal is None:
             return await self._solve_all(None)
-        journal = Journal(self._config.journal, self.description, self._problem_digests)
+        journal = Journal(self._config.journal, self.description, self._problem_digests, self._config.num_samples)
         try:
             return await self._solve_all(journal)
         finally:
@@ -116,6 +116,7 @@ class Run:
 
     async def _solve_all(self, journal: Journal | None) -> Result:
         solutions: dict[str, Solution] = {}
+        smaller: dict[str, Solution] = {}
         earlier = None
         if journal is not None:
             with journal.reading():
@@ -124,6 +125,7 @@ class Run:
                     for problem in self._problems
                     if problem.id in journal.solutions
                 }
+                smaller = {problem_id: solutions.pop(problem_id) for problem_id in journal.smaller}
                 earlier = None if journal.spent is None else RunSpending.from_json(journal.spent)
         notes = {problem_id: solution.notes for problem_id, solution in solutions.items()}
         self._shared = self._strategy.share([problem.id for problem in self._problems], notes)
@@ -131,7 +133,7 @@ class Run:
         callback = self._config.callback
 
         async def solve(problem: Problem) -> None:
-            solution = await self._solve_one(problem)
+            solution = await self._solve_one(problem, smaller.get(problem.id))
             solutions[problem.id] = solution
             if journal is not None:
                 journal.add(solution.to_json(), asdict(self._account.spent()))
@@ -157,7 +159,8 @@ class Run:
         in_order = [solutions[problem.id] for problem in self._problems]
         return Result(in_order, _ledger(in_order, spent))
 
-    async def _solve_one(self, problem: Problem) -> Solution:
+    async def _solve_one(self, problem: Problem, earlier: Solution | None) -> Solution:
+        """Solves a problem; `earlier`: its solution with fewer samples, which is added to."""
         meter, recorder = self._decoder.meter, self._decoder.recorder
         await self._quota.acquire(self._branches_per_problem)
         begin, is_cut = time.perf_counter(), False
@@ -177,6 +180,7 @@ class Run:
             num_branches=self._branches_per_problem,
             score=self._scorer,
             shared=self._shared,
+            earlier=None if earlier is None else earlier.tree,
         )
         recorder.start(account, search.tree)
         try:
@@ -192,7 +196,10 @@ class Run:
             recorder.stop(account)
             spending = meter.close(account)
             search.release_quota()
-        return self._solution(search, outcome, is_cut, spending, time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        if earlier is not None:
+            spending, seconds = earlier.spending + spending, earlier.seconds + seconds
+        return self._solution(search, outcome, is_cut, spending, seconds)
 
     def _solution(self, search: Search, outcome: Outcome, is_cut: bool, spending: Spending, seconds: float) -> Solution:
         tree = search.tree
@@ -228,6 +235,12 @@ def _ledger(solutions: list[Solution], spent: RunSpending) -> Ledger:
         joules=spent.joules,
         energy_source=spent.energy_source,
     )
+
+
+def _without_samples(strategy: Strategy) -> str:
+    """Returns the repr of a strategy with its `num_samples` left open."""
+    settings = {field.name: repr(getattr(strategy, field.name)) for field in fields(strategy)} | {"num_samples": "any"}
+    return f"{type(strategy).__qualname__}({', '.join(f'{name}={value}' for name, value in settings.items())})"
 
 
 def _digest(parts: Iterable[Any]) -> str:

@@ -11,6 +11,7 @@ from treedecode.engine.sampling import Sampling
 from treedecode.search.solutions import Solution
 from treedecode.search.strategy import Strategy
 from treedecode.tasks.base import Problem, Task
+from treedecode.verify.scorers import scorer_of
 
 
 @dataclass(frozen=True)
@@ -50,3 +51,9 @@ class RunConfig:
         integer("seed", self.seed)
         if strategy.needs_verifier and self.verifier is None:
             raise ValueError(f"verifier: {strategy.name} scores branches and needs one")
+
+    @property
+    def num_samples(self) -> int | None:
+        """The samples of each solution, where a solution of fewer can be added to; None = it cannot."""
+        may_be_cut = self.budget is not None and self.budget != Budget()
+        return None if may_be_cut else self.strategy.extendable_samples(scorer_of(self.verifier))

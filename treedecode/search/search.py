@@ -52,10 +52,12 @@ class Search:
         tree: the record of the search.
         shared: the object that `Strategy.share` made for all problems of the run.
         notes: values that the strategy keeps with the solution, as JSON.
+        earlier: the chains that an earlier run sampled for this problem with fewer of them, in order.
 
     Args:
         account: pays for the branches.
         quota: the run's, of which the search holds `num_branches` when it begins; None = there is no limit.
+        earlier: the record of that earlier run, which `tree` goes on from.
     """
 
     def __init__(
@@ -72,11 +74,12 @@ class Search:
         num_branches: int = 0,
         score: ScoreFunction | None = None,
         shared: Any = None,
+        earlier: SearchTree | None = None,
     ) -> None:
         self.decoder, self.task, self.problem = decoder, task, problem
         self.prompt = prompt
         self.sampling = replace(sampling, seed=problem_seed(seed, problem.id))
-        self.tree = SearchTree()
+        self.tree = SearchTree() if earlier is None else earlier.resumed()
         self._account = account
         self._quota, self._num_branches, self._holds_quota = quota, num_branches, quota is not None
         self._score = score
@@ -86,6 +89,7 @@ class Search:
         self._answers: dict[str, str | None] = {}
         self.shared = shared
         self.notes: dict[str, Any] = {}
+        self.earlier = [self._recorded(leaf) for leaf in self.tree.leaves()]
 
     @property
     def spending(self) -> Spending:
@@ -211,6 +215,12 @@ class Search:
     def classes(self, answers: list[str | None]) -> IntArray:
         """`[n]` int64, equal where the task takes two answers for the same one; -1 = no answer."""
         return answer_classes(self.task, answers)
+
+    def _recorded(self, node: int) -> Outcome:
+        """Reads the solution that ends with a node of `tree`, as `outcomes` would give it."""
+        text = self.tree.text(node)
+        answer = self._extract(text) if self.is_complete(node) else None
+        return Outcome(answer, text, self.tree.nodes[node].score, node)
 
     def outcome(self, frontier: "Frontier", which: int, score: float | None = None) -> Outcome:
         """Returns the solution of the branch with index `which`."""

@@ -8,7 +8,8 @@ import numpy as np
 
 from treedecode.search.search import Outcome, Search
 from treedecode.verify.judges import Judge
-from treedecode.verify.scorers import TextScorer
+from treedecode.verify.scorers import Likelihood, TextScorer
+from treedecode.verify.value import Value
 
 if TYPE_CHECKING:
     from treedecode.decoding.decoder import Decoder
@@ -71,6 +72,17 @@ class Strategy:
         """
         return None
 
+    def extendable_samples(self, scorer: Any) -> int | None:
+        """Returns `num_samples` where its first chains are those of a run with fewer, which a larger run adds to.
+
+        Such a strategy takes the chains of `Search.earlier` in place of its first ones. None = another number of
+        samples is another run.
+
+        Args:
+            scorer: the run's verifier; None = it has none.
+        """
+        return None
+
     def cost(self, samples: CostSamples) -> np.ndarray:
         """Tells what the strategy may spend on a problem, for `treedecode.forecast`.
 
@@ -106,6 +118,11 @@ class Strategy:
         Frontiers that it holds when it ends (by an error, a spent budget, a cancelled call) are released.
         """
         raise NotImplementedError
+
+
+def scores_branches_alone(scorer: Any) -> bool:
+    """Returns whether a branch's score is the same whatever other branches are scored; unknown scorers may compare."""
+    return isinstance(scorer, (TextScorer, Judge, Likelihood, Value))
 
 
 def may_be_negative(scorer: Any) -> bool:

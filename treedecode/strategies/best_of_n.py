@@ -1,14 +1,14 @@
 """Best of n (2110.14168): samples solutions, and lets the verifier choose."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from treedecode.common.validation import int_in, one_of
 from treedecode.engine.sampling import Sampling
 from treedecode.search.search import Outcome, Search
-from treedecode.search.strategy import CostSamples, Strategy, choose
+from treedecode.search.strategy import CostSamples, Strategy, choose, scores_branches_alone
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,19 @@ class BestOfN(Strategy):
     def num_branches(self) -> int:
         return self.num_samples
 
+    def extendable_samples(self, scorer: Any) -> int | None:
+        return self.num_samples if scores_branches_alone(scorer) else None
+
     def cost(self, samples: CostSamples) -> np.ndarray:
         return samples.chains(self.num_samples)
 
     async def solve(self, search: Search) -> Outcome:
-        solutions = (await search.root()).spread(self.num_samples)
+        root, earlier = await search.root(), search.earlier
+        if earlier:  # the first of them was the root itself
+            root.skip_children(len(earlier) - 1)
+            solutions = root.fork(self.num_samples - len(earlier))
+        else:
+            solutions = root.spread(self.num_samples)
         await search.complete(solutions, self.sampling)
         await search.score(solutions)
-        return choose(search, search.outcomes(solutions), self.answer)
+        return choose(search, earlier + search.outcomes(solutions), self.answer)

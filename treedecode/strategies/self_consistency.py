@@ -2,12 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from treedecode.common.validation import int_in, number_in
-from treedecode.decoding.frontier import Frontier
 from treedecode.engine.sampling import Sampling
 from treedecode.search.search import Outcome, Search
 from treedecode.search.strategy import CostSamples, Strategy
@@ -44,28 +43,37 @@ class SelfConsistency(Strategy):
 
     @property
     def num_branches(self) -> int:
-        return self.num_samples + 1
+        return 1 + self._portion
+
+    @property
+    def _portion(self) -> int:
+        return self.num_samples if self.stop == "never" else min(self.window, self.num_samples)
+
+    def extendable_samples(self, scorer: Any) -> int | None:
+        return self.num_samples
 
     def cost(self, samples: CostSamples) -> np.ndarray:
         return samples.chains(self.num_samples)
 
     async def solve(self, search: Search) -> Outcome:
         root = await search.root()
-        portion = self.num_samples if self.stop == "never" else min(self.window, self.num_samples)
+        root.skip_children(len(search.earlier))
         counts = np.zeros(1, np.int64)
-        chains: Frontier | None = None
-        while (num_chains := 0 if chains is None else len(chains)) < self.num_samples:
-            more = root.fork(min(portion, self.num_samples - num_chains))
-            await search.complete(more, self.sampling)
-            chains = more if chains is None else chains.join(more)
-            classes = search.classes(search.answers(chains))
+        chains: list[Outcome] = []
+        while len(chains) < self.num_samples:
+            end = min(len(chains) + self._portion, self.num_samples)
+            chains += search.earlier[len(chains) : end]
+            if len(chains) < end:
+                with root.fork(end - len(chains)) as more:
+                    await search.complete(more, self.sampling)
+                    chains += search.outcomes(more)
+            classes = search.classes([chain.answer for chain in chains])
             counts = np.bincount(classes[classes >= 0], minlength=2)
             if self.stop == "beta" and leads(counts) >= self.confidence:
                 break
-            if self.stop == "window" and len(set(classes[-portion:])) == 1 and classes[-1] >= 0:
+            if self.stop == "window" and len(set(classes[-self._portion :])) == 1 and classes[-1] >= 0:
                 break
-        assert chains is not None
-        return search.majority(chains)
+        return search.vote(chains, np.ones(len(chains)))
 
 
 def leads(counts: np.ndarray) -> float:
