@@ -1,4 +1,4 @@
-# make demo | make test | make check | make bench | make build | make sanitize | make clean
+# make demo | make test | make check | make bench | make build | make sanitize | make mutants | make clean
 # Each sets up what it needs in .venv first; nothing is installed outside this folder.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 # PyTorch's own index, unless pip was told which index to use or TORCH_INDEX says otherwise (empty = pip's default).
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test check lint bench build sanitize clean
+.PHONY: demo test check lint bench build sanitize mutants clean
 .DEFAULT_GOAL := test
 
 demo: build
@@ -49,6 +49,11 @@ sanitize: build
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 	  $(abspath $(BIN))/python -m pytest -p no:cacheprovider --capture=sys -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
 	  $(addprefix $(CURDIR)/,$(SANITIZE_TESTS)) $(PYTEST_ARGS)
+
+# 200 changes of single places in the rooms of the search, each with the tests that run its line; at least 90 % are noticed.
+MUTANTS_ARGS ?=
+mutants: build
+	$(BIN)/python tests/mutants.py $(MUTANTS_ARGS)
 
 build: $(VENV)/.installed
 	@$(BIN)/python setup.py -q build_ext --inplace
