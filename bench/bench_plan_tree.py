@@ -1,3 +1,5 @@
+"""Times plan_tree on tables whose rows come in depth-first order and in a random one."""
+
 import numpy as np
 import pytest
 import torch
@@ -24,8 +26,11 @@ def page_table_of(nodes, pages):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def bench_plan_tree(compare, shape):
+@pytest.mark.parametrize("order", ["depth-first", "shuffled"])
+def bench_plan_tree(compare, order, shape):
     page_table = page_table_of(*SHAPES[shape])
+    if order == "shuffled":
+        page_table = page_table[torch.randperm(len(page_table), generator=torch.Generator().manual_seed(0))]
     num_rows, num_pages = page_table.shape
     seq_lens = torch.full((num_rows,), num_pages * 16 - 3, dtype=torch.int32)
 

@@ -24,6 +24,7 @@ class Tree:
     num_kv_heads: int = 8
     head_dim: int = 128
     page_size: int = 16
+    interleaved: bool = False  # the branches of the first level's nodes come in turns
 
 
 TREES = {
@@ -38,6 +39,8 @@ TREES = {
     "1,64 / 8192,256": Tree((1, 64), (8192, 256)),
     "1,16,64 / 1024,256,32": Tree((1, 16, 64), (1024, 256, 32)),
     "1,4,16,512 / 1024,256,128,32": Tree((1, 4, 16, 512), (1024, 256, 128, 32)),
+    "4,32 / 4096,16 9/3 d64": Tree((4, 32), (4096, 16), 9, 3, 64),
+    "4,32 / 4096,16 9/3 d64, in turns": Tree((4, 32), (4096, 16), 9, 3, 64, interleaved=True),
 }
 
 
@@ -50,7 +53,10 @@ def make_cache(tree: Tree, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         columns.append(ids.repeat_interleave(tree.nodes[-1] // nodes, 0))
         num_pages += nodes * per_node
     kv = torch.randn(2, num_pages, tree.num_kv_heads, tree.page_size, tree.head_dim).to(dtype)
-    return kv, torch.cat(columns, 1)
+    page_table = torch.cat(columns, 1)
+    if tree.interleaved:
+        page_table = page_table.unflatten(0, (tree.nodes[0], -1)).transpose(0, 1).flatten(0, 1).contiguous()
+    return kv, page_table
 
 
 def dense(kv: Tensor, pages: Tensor) -> Tensor:
@@ -116,7 +122,7 @@ def bench_tree_attention(compare, dtype, name):
             )
 
         peers |= {"SDPA per branch": sdpa, "SDPA per branch, GQA packed": sdpa_packed}
-    if len(tree.nodes) > 1:
+    if len(tree.nodes) > 1 and tree.nodes[0] == 1:
         first = math.ceil(tree.tokens[0] / tree.page_size)
         prefix, suffix = dense(kv, page_table[:1, :first]), dense(kv, page_table[:, first:])
         for title, attention in (("SDPA", attention_with_lse), ("matmul", matmul_with_lse)):

@@ -33,7 +33,8 @@ TD_DEFINE_LIBRARY(TD_LIBRARY) {
   m.def(
       "plan_tree(Tensor page_table, Tensor seq_lens, Tensor? q_lens, int page_size, int num_qo_heads, int "
       "num_kv_heads, "
-      "int head_dim, int num_workers) -> (Tensor q_indptr, Tensor part_indptr, Tensor chunks, Tensor counts)");
+      "int head_dim, int num_workers) -> (Tensor q_indptr, Tensor part_indptr, Tensor chunks, Tensor counts, "
+      "Tensor order, Tensor row_indptr)");
   m.def("merge_states(Tensor part_out, Tensor part_lse, Tensor merge_indptr) -> (Tensor out, Tensor lse)");
   m.def(
       "beam_update(Tensor scores, Tensor parent, Tensor token, Tensor row_indptr, Tensor beam_indptr, "
@@ -42,13 +43,14 @@ TD_DEFINE_LIBRARY(TD_LIBRARY) {
       "-> (Tensor running_scores, Tensor running_parent, Tensor running_token)");
   m.def(
       "tree_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, Tensor q_indptr, "
-      "Tensor part_indptr, Tensor chunks, Tensor counts, float sm_scale, int window_left, float logits_soft_cap, "
-      "Tensor? sinks) -> (Tensor out, Tensor lse)");
+      "Tensor part_indptr, Tensor chunks, Tensor counts, Tensor order, Tensor row_indptr, float sm_scale, "
+      "int window_left, float logits_soft_cap, Tensor? sinks) -> (Tensor out, Tensor lse)");
   m.def("packed_linear(Tensor x, Tensor weight, int out_features, Tensor? bias, Tensor? residual, str gate) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, bool unit_offset) -> Tensor");
   m.def(
       "decoder_forward(Tensor x, Tensor cos, Tensor sin, Tensor(a!) kv, Tensor slots, Tensor page_table, "
-      "Tensor seq_lens, Tensor q_indptr, Tensor part_indptr, Tensor chunks, Tensor counts, Tensor logit_rows, "
+      "Tensor seq_lens, Tensor q_indptr, Tensor part_indptr, Tensor chunks, Tensor counts, Tensor order, "
+      "Tensor row_indptr, Tensor logit_rows, "
       "Tensor[] weights, float[] sm_scales, float[] soft_caps, int[] windows, float eps, bool unit_offset, str gate, "
       "int num_qo_heads, int intermediate_size, int vocab_size) -> (Tensor logits, Tensor hidden)");
   m.def("rotary_embed(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin) -> ()");

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from treedecode.triton_kernels import check, plan_rows
+from treedecode.triton_kernels.row_order import order_rows
 
 # As in csrc/cpu/plan_tree.h, which explains them.
 _READ_ROWS = tl.constexpr(16)
@@ -21,8 +22,13 @@ _NO_ROW = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
-def _lens_of(seq_lens_ptr, q_lens_ptr, row, mask, capacity):
-    """Loads (seq_len, q_len) of rows, clamped to the range that the op allows, since the host has not checked them."""
+def _lens_of(seq_lens_ptr, q_lens_ptr, order_ptr, row, mask, capacity):
+    """Loads (seq_len, q_len) of rows, clamped to the range that the op allows, since the host has not checked them.
+
+    A row is the branch `order[row]`; without an order it is the branch itself.
+    """
+    if order_ptr is not None:
+        row = tl.load(order_ptr + row, mask=mask, other=0)
     seq_len = tl.load(seq_lens_ptr + row, mask=mask, other=0).to(tl.int64)
     seq_len = tl.maximum(tl.minimum(seq_len, capacity), 0)
     if q_lens_ptr is None:
@@ -34,35 +40,10 @@ def _lens_of(seq_lens_ptr, q_lens_ptr, row, mask, capacity):
 
 
 @triton.jit
-def _common_pages_kernel(
-    shared_ptr,  # [B] out: leading pages that a row has in common with the row before; 0 for the first
-    page_table_ptr,  # [B, max_pages], stride (row)
-    seq_lens_ptr,  # [B]
-    table_stride, max_pages, page_size,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0)
-    before = tl.maximum(row - 1, 0)
-    shorter = tl.minimum(tl.load(seq_lens_ptr + before), tl.load(seq_lens_ptr + row))
-    used = tl.where(row > 0, tl.minimum(tl.cdiv(tl.maximum(shorter, 0), page_size), max_pages), 0)
-    a_ptr = page_table_ptr + before.to(tl.int64) * table_stride
-    b_ptr = page_table_ptr + row.to(tl.int64) * table_stride
-    common = used
-    first = 0
-    while first < common:
-        i = first + tl.arange(0, BLOCK)
-        a, b = tl.load(a_ptr + i, mask=i < used, other=0), tl.load(b_ptr + i, mask=i < used, other=0)
-        common = tl.minimum(common, tl.min(tl.where(a != b, i, _NO_ROW)))
-        first += BLOCK
-    # An even number of tokens, as in csrc/cpu/plan_tree.cpp.
-    tl.store(shared_ptr + row, common - common * (page_size % 2) % 2)
-
-
-@triton.jit
 def _nodes_kernel(
     row_begin_ptr, row_end_ptr, leader_ptr,  # [B] out: of the interval of rows that share shared[row] pages around row
     queries_ptr, longest_ptr, continuing_ptr, children_ptr,  # [2 B] out, by node
-    shared_ptr, seq_lens_ptr, q_lens_ptr,  # [B], q_lens may be null
+    shared_ptr, order_ptr, seq_lens_ptr, q_lens_ptr,  # [B], q_lens may be null
     B, capacity, page_size,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +51,7 @@ def _nodes_kernel(
     row = tl.program_id(0)
     shared = tl.load(shared_ptr + row)
     rows = tl.arange(0, 1) + row
-    seq_len, q_len = _lens_of(seq_lens_ptr, q_lens_ptr, rows, rows < B, capacity)
+    seq_len, q_len = _lens_of(seq_lens_ptr, q_lens_ptr, order_ptr, rows, rows < B, capacity)
     q_len = tl.where(seq_len > 0, q_len, 0)
     tl.store(queries_ptr + 2 * rows + 1, q_len)
     tl.store(longest_ptr + 2 * rows + 1, seq_len)
@@ -97,7 +78,7 @@ def _nodes_kernel(
             begin = row_begin
             while begin < row_end:
                 i = begin + tl.arange(0, BLOCK)
-                seq_lens, q_lens = _lens_of(seq_lens_ptr, q_lens_ptr, i, i < row_end, capacity)
+                seq_lens, q_lens = _lens_of(seq_lens_ptr, q_lens_ptr, order_ptr, i, i < row_end, capacity)
                 q_lens = tl.where(seq_lens > 0, q_lens, 0)
                 queries += tl.sum(q_lens)
                 longest = tl.maximum(longest, tl.max(tl.where(q_lens > 0, seq_lens, 0)))
@@ -129,11 +110,12 @@ def _cut(length, queries, target, group):
 
 @triton.jit
 def _plan_tree_kernel(
-    q_indptr_ptr, part_indptr_ptr, chunks_ptr, counts_ptr,  # [B + 1], [B + 1], [max_chunks, 6], [6] out
+    q_indptr_ptr, part_indptr_ptr, row_indptr_ptr,  # [B + 1] out
+    chunks_ptr, counts_ptr,  # [max_chunks, 6], [6] out
     shared_ptr, row_begin_ptr, row_end_ptr, leader_ptr,  # [B]
     queries_ptr, longest_ptr, continuing_ptr, children_ptr,  # [2 B], by node
     parent_ptr, page_begin_ptr, level_ptr, folded_ptr, above_ptr, parts_ptr,  # [2 B] scratch
-    seq_lens_ptr, q_lens_ptr,  # [B], q_lens may be null
+    order_ptr, seq_lens_ptr, q_lens_ptr,  # [B], q_lens may be null
     B, capacity, page_size, group, workers, max_chunks,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -266,17 +248,28 @@ def _plan_tree_kernel(
     num_parts, path_tokens = num_queries, num_queries
     for first in range(0, B, BLOCK):
         row = first + tl.arange(0, BLOCK)
-        seq_len, q_len = _lens_of(seq_lens_ptr, q_lens_ptr, row, row < B, capacity)
+        seq_len, q_len = _lens_of(seq_lens_ptr, q_lens_ptr, order_ptr, row, row < B, capacity)
         active = (q_len > 0) & (seq_len > 0)
         own = tl.load(parts_ptr + 2 * row + 1, mask=active, other=0)
-        parts = tl.where(active, q_len * (own + _parts_above(parts_ptr, above_ptr, 2 * row + 1, active)), 0)
-        tl.store(q_indptr_ptr + 1 + row, (num_queries + tl.cumsum(q_len, 0)).to(tl.int32), mask=row < B)
-        tl.store(part_indptr_ptr + 1 + row, (num_parts + tl.cumsum(parts, 0)).to(tl.int32), mask=row < B)
+        parts = tl.where(active, own + _parts_above(parts_ptr, above_ptr, 2 * row + 1, active), 0)
+        branch = tl.load(order_ptr + row, mask=row < B, other=0)
+        tl.store(children_ptr + branch, parts, mask=row < B)  # of each query token of the branch
+        tl.store(row_indptr_ptr + 1 + row, (num_queries + tl.cumsum(q_len, 0)).to(tl.int32), mask=row < B)
+        num_queries += tl.sum(q_len)
+        path_tokens += tl.sum(tl.where(active, seq_len, 0))
+    tl.debug_barrier()
+    num_queries = tl.full([], 0, tl.int64)
+    for first in range(0, B, BLOCK):
+        branch = first + tl.arange(0, BLOCK)
+        _, q_len = _lens_of(seq_lens_ptr, q_lens_ptr, None, branch, branch < B, capacity)
+        parts = q_len * tl.load(children_ptr + branch, mask=branch < B, other=0)
+        tl.store(q_indptr_ptr + 1 + branch, (num_queries + tl.cumsum(q_len, 0)).to(tl.int32), mask=branch < B)
+        tl.store(part_indptr_ptr + 1 + branch, (num_parts + tl.cumsum(parts, 0)).to(tl.int32), mask=branch < B)
         num_queries += tl.sum(q_len)
         num_parts += tl.sum(parts)
-        path_tokens += tl.sum(tl.where(active, seq_len, 0))
     tl.store(q_indptr_ptr, 0)
     tl.store(part_indptr_ptr, 0)
+    tl.store(row_indptr_ptr, 0)
     tl.store(counts_ptr + plan_rows.NUM_CHUNKS, num_chunks.to(tl.int32))
     tl.store(counts_ptr + plan_rows.NUM_PARTS, num_parts.to(tl.int32))
     tl.store(counts_ptr + plan_rows.UNIQUE_TOKENS, tl.sum(unique_tokens).to(tl.int32))
@@ -314,7 +307,7 @@ def plan_tree(
     num_kv_heads: int,
     head_dim: int,
     num_workers: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launches `treedecode.ops.plan_tree`, for flat plans only.
 
     The host reads no values: lengths are clamped to their range, and counts beyond int32 wrap around.
@@ -335,25 +328,26 @@ def plan_tree(
     check.value(0 < num_workers <= limit, "num_workers", text, num_workers)
 
     workers = max(1, num_workers // num_kv_heads)
-    q_indptr, part_indptr = seq_lens.new_empty(num_rows + 1), seq_lens.new_empty(num_rows + 1)
+    q_indptr, part_indptr, row_indptr = (seq_lens.new_empty(num_rows + 1) for _ in range(3))
     if num_rows == 0:
         counts = seq_lens.new_zeros(plan_rows.NUM_COUNTS)
         counts[plan_rows.PAGE_SIZE.value] = page_size
-        return q_indptr.zero_(), part_indptr.zero_(), seq_lens.new_empty(0, plan_rows.COLUMNS.value), counts
+        chunks, order = seq_lens.new_empty(0, plan_rows.COLUMNS.value), seq_lens.new_empty(0)
+        return q_indptr.zero_(), part_indptr.zero_(), chunks, counts, order, row_indptr.zero_()
     counts = seq_lens.new_empty(plan_rows.NUM_COUNTS)
     max_chunks = 2 * num_rows - 1 + _TILES_PER_WORKER.value * workers
     chunks = seq_lens.new_empty(max_chunks, plan_rows.COLUMNS.value)
     of_rows = seq_lens.new_empty(4, num_rows)
     of_nodes = seq_lens.new_empty(10, 2 * num_rows)
-    lens = (seq_lens, q_lens, num_rows, max_pages * page_size, page_size)
+    order = seq_lens.new_empty(num_rows)
+    capacity = max_pages * page_size
     shared, *interval = of_rows.unbind()
-    _common_pages_kernel[(num_rows,)](
-        shared, page_table, seq_lens, page_table.stride(0), max_pages, page_size, BLOCK=512, num_warps=4
-    )
+    order_rows(order, shared, page_table, seq_lens, page_size)
+    lens = (order, seq_lens, q_lens, num_rows, capacity, page_size)
     _nodes_kernel[(num_rows,)](*interval, *of_nodes[:4].unbind(), shared, *lens, BLOCK=512, num_warps=4)
     block = min(512, max(16, triton.next_power_of_2(2 * num_rows)))
     _plan_tree_kernel[(1,)](
-        q_indptr, part_indptr, chunks, counts, *of_rows.unbind(), *of_nodes.unbind(), *lens,
+        q_indptr, part_indptr, row_indptr, chunks, counts, *of_rows.unbind(), *of_nodes.unbind(), *lens,
         num_qo_heads // num_kv_heads, workers, max_chunks, BLOCK=block, num_warps=8,
     )  # fmt: skip
-    return q_indptr, part_indptr, chunks, counts
+    return q_indptr, part_indptr, chunks, counts, order, row_indptr

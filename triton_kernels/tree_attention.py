@@ -51,24 +51,24 @@ def _chunk_of(
 
 
 @triton.jit
-def _branch_of(
-    q_indptr_ptr,  # [num_branches + 1]
+def _row_of(
+    indptr_ptr,  # [num_branches + 1], offsets of the query tokens of rows, or of branches
     token, begin, end, typical_len,
 ):  # fmt: skip
-    """Returns the branch among [begin, end) that each query token of a block belongs to.
+    """Returns the row among [begin, end) that each query token of a block belongs to.
 
-    The first guess is right for all tokens when branches have typical_len queries each, as in decode.
+    The first guess is right for all tokens when rows have typical_len queries each, as in decode.
     """
-    first = tl.load(q_indptr_ptr + begin)
+    first = tl.load(indptr_ptr + begin)
     guess = tl.minimum(begin + (token - first) // typical_len, end - 1)
-    first_branch = tl.where(tl.load(q_indptr_ptr + guess) <= token, guess, begin)
-    end_branch = tl.where(tl.load(q_indptr_ptr + guess + 1) > token, guess + 1, end)
-    while tl.max(end_branch - first_branch) > 1:
-        middle = (first_branch + end_branch) // 2
-        begun = tl.load(q_indptr_ptr + middle) <= token
-        first_branch = tl.where(begun, middle, first_branch)
-        end_branch = tl.where(begun, end_branch, middle)
-    return first_branch
+    first_row = tl.where(tl.load(indptr_ptr + guess) <= token, guess, begin)
+    end_row = tl.where(tl.load(indptr_ptr + guess + 1) > token, guess + 1, end)
+    while tl.max(end_row - first_row) > 1:
+        middle = (first_row + end_row) // 2
+        begun = tl.load(indptr_ptr + middle) <= token
+        first_row = tl.where(begun, middle, first_row)
+        end_row = tl.where(begun, end_row, middle)
+    return first_row
 
 
 @triton.jit
@@ -78,11 +78,11 @@ def _attend(
     q_ptr,  # [num_q, Hq, D], strides (token, head)
     k_pages_ptr, v_pages_ptr,  # [num_pages, PAGE_SIZE, Hkv, D], strides (page, token, head), here of one kv head
     table_ptr,  # [max_pages], of a row of the chunk
-    seq_lens_ptr, q_indptr_ptr, part_indptr_ptr,  # [B], [B + 1], [B + 1]
+    seq_lens_ptr, q_indptr_ptr, part_indptr_ptr, order_ptr, row_indptr_ptr,  # [B], [B + 1], [B + 1], [B], [B + 1]
     sinks_ptr,  # [Hq] or null
     q_stride_t, q_stride_h, k_stride_p, k_stride_t, v_stride_p, v_stride_t,
-    max_parts, sm_scale, window_left, logits_soft_cap,
-    row_begin, row_end, token_begin, token_end, part, first_token, num_rows, first_row, kv_head,
+    num_q, max_parts, sm_scale, window_left, logits_soft_cap,
+    row_begin, row_end, token_begin, token_end, part, first_query, num_rows, first_row, kv_head,
     HAS_WINDOW: tl.constexpr, HAS_SOFT_CAP: tl.constexpr, GROUP: tl.constexpr, NUM_HEADS: tl.constexpr,
     D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -91,12 +91,15 @@ def _attend(
     row = first_row + tl.arange(0, BLOCK_M)
     kept = row < num_rows
     row = tl.minimum(row, num_rows - 1)  # rows beyond the last one repeat it, so they widen no range of keys
-    token = first_token + row // GROUP
+    planned = first_query + row // GROUP  # query token in the plan's order
     head = kv_head * GROUP + row % GROUP
     typical_len = tl.maximum(1, num_rows // GROUP // (row_end - row_begin))
-    branch = _branch_of(q_indptr_ptr, token, row_begin, row_end, typical_len)
-    query = token - tl.load(q_indptr_ptr + branch)  # of the branch's q_len
-    q_len = tl.load(q_indptr_ptr + branch + 1) - token + query
+    planned_row = _row_of(row_indptr_ptr, planned, row_begin, row_end, typical_len)
+    query = planned - tl.load(row_indptr_ptr + planned_row)  # of the branch's q_len
+    branch = tl.load(order_ptr + planned_row)
+    q_begin = tl.load(q_indptr_ptr + branch)
+    q_len = tl.load(q_indptr_ptr + branch + 1) - q_begin
+    token = tl.maximum(tl.minimum(q_begin + query, num_q - 1), 0)
     slot = tl.load(part_indptr_ptr + branch)
     num_parts = (tl.load(part_indptr_ptr + branch + 1) - slot) // q_len
     slot += query * num_parts + part
@@ -186,7 +189,7 @@ def _tree_attention_kernel(
     q_ptr,  # [num_q, Hq, D], strides (token, head)
     k_pages_ptr, v_pages_ptr,  # [num_pages, PAGE_SIZE, Hkv, D], strides (page, token, head)
     page_table_ptr,  # [B, max_pages], stride (branch)
-    seq_lens_ptr, q_indptr_ptr, part_indptr_ptr,  # [B], [B + 1], [B + 1]
+    seq_lens_ptr, q_indptr_ptr, part_indptr_ptr, order_ptr, row_indptr_ptr,  # [B], [B + 1], [B + 1], [B], [B + 1]
     chunks_ptr, counts_ptr,  # [max_chunks, 6], [6], as in TreePlan
     sinks_ptr,  # [Hq] or null
     q_stride_t, q_stride_h, k_stride_p, k_stride_t, k_stride_h, v_stride_p, v_stride_t, v_stride_h, table_stride,
@@ -205,11 +208,11 @@ def _tree_attention_kernel(
         row_begin, row_end = tl.load(chunk_ptr + plan_rows.ROW_BEGIN), tl.load(chunk_ptr + plan_rows.ROW_END)
         token_begin, token_end = tl.load(chunk_ptr + plan_rows.TOKEN_BEGIN), tl.load(chunk_ptr + plan_rows.TOKEN_END)
         part = tl.load(chunk_ptr + plan_rows.PART)
-        first_token = tl.load(q_indptr_ptr + row_begin)
-        num_rows = (tl.minimum(tl.load(q_indptr_ptr + row_end), num_q) - first_token) * GROUP
+        first_query = tl.load(row_indptr_ptr + row_begin)
+        num_rows = (tl.minimum(tl.load(row_indptr_ptr + row_end), num_q) - first_query) * GROUP
         first_row = (tile - tl.load(chunk_ptr + plan_rows.TILE_BEGIN)) * plan_rows.TILE_ROWS
         last_row = tl.minimum(first_row + plan_rows.TILE_ROWS, num_rows)
-        table_ptr = page_table_ptr + row_begin.to(tl.int64) * table_stride
+        table_ptr = page_table_ptr + tl.load(order_ptr + row_begin).to(tl.int64) * table_stride
         k_ptr = k_pages_ptr + kv_head.to(tl.int64) * k_stride_h
         v_ptr = v_pages_ptr + kv_head.to(tl.int64) * v_stride_h
         while first_row < last_row:
@@ -218,10 +221,11 @@ def _tree_attention_kernel(
                 if (height <= HEIGHTS[i]) & (height > (HEIGHTS[i - 1] if i > 0 else 0)):
                     ATTEND(
                         out_ptr, lse_ptr, part_out_ptr, part_lse_ptr, q_ptr, k_ptr, v_ptr, table_ptr, seq_lens_ptr,
-                        q_indptr_ptr, part_indptr_ptr, sinks_ptr, q_stride_t, q_stride_h, k_stride_p, k_stride_t,
-                        v_stride_p, v_stride_t, max_parts, sm_scale, window_left, logits_soft_cap, row_begin, row_end,
-                        token_begin, token_end, part, first_token, num_rows, first_row, kv_head, HAS_WINDOW,
-                        HAS_SOFT_CAP, GROUP, NUM_HEADS, D, PAGE_SIZE, BLOCK_D, HEIGHTS[i], BLOCK_N, NUM_STAGES,
+                        q_indptr_ptr, part_indptr_ptr, order_ptr, row_indptr_ptr, sinks_ptr, q_stride_t, q_stride_h,
+                        k_stride_p, k_stride_t, v_stride_p, v_stride_t, num_q, max_parts, sm_scale, window_left,
+                        logits_soft_cap, row_begin, row_end, token_begin, token_end, part, first_query, num_rows,
+                        first_row, kv_head, HAS_WINDOW, HAS_SOFT_CAP, GROUP, NUM_HEADS, D, PAGE_SIZE, BLOCK_D,
+                        HEIGHTS[i], BLOCK_N, NUM_STAGES,
                     )  # fmt: skip
             first_row += HEIGHTS[-1]
 
@@ -244,7 +248,7 @@ def _merge_parts_kernel(
     fits = is_flat & (tl.load(counts_ptr + plan_rows.PAGE_SIZE) == PAGE_SIZE) & (num_owned <= num_q)
     if fits:
         typical_len = tl.maximum(1, num_q // num_branches)
-        branch = tl.max(_branch_of(q_indptr_ptr, token + tl.arange(0, 1), 0, num_branches, typical_len))
+        branch = tl.max(_row_of(q_indptr_ptr, token + tl.arange(0, 1), 0, num_branches, typical_len))
         begin, q_begin = tl.load(part_indptr_ptr + branch), tl.load(q_indptr_ptr + branch)
         q_len = tl.maximum(1, tl.load(q_indptr_ptr + branch + 1) - q_begin)
         num_parts = tl.where(token < num_owned, (tl.load(part_indptr_ptr + branch + 1) - begin) // q_len, 0)
@@ -295,6 +299,8 @@ def tree_attention(
     part_indptr: Tensor,
     chunks: Tensor,
     counts: Tensor,
+    order: Tensor,
+    row_indptr: Tensor,
     sm_scale: float,
     window_left: int,
     logits_soft_cap: float,
@@ -319,7 +325,9 @@ def tree_attention(
     check.tensor(page_table, "page_table", "[num_branches, max_pages]", (-1, -1), torch.int32)
     num_branches = page_table.shape[0]
     check.tensor(seq_lens, "seq_lens", "[num_branches]", (num_branches,), torch.int32, contiguous=True)
-    for offsets, name in ((q_indptr, "plan.q_indptr"), (part_indptr, "plan.part_indptr")):
+    check.tensor(order, "plan.order", "[num_branches]", (num_branches,), torch.int32, contiguous=True)
+    names = ("plan.q_indptr", "plan.part_indptr", "plan.row_indptr")
+    for offsets, name in zip((q_indptr, part_indptr, row_indptr), names, strict=True):
         check.tensor(offsets, name, "[num_branches + 1]", (num_branches + 1,), torch.int32, contiguous=True)
     check.tensor(chunks, "plan.chunks", "[max_chunks, 6]", (-1, plan_rows.COLUMNS.value), torch.int32, contiguous=True)
     check.tensor(counts, "plan.counts", "[6]", (plan_rows.NUM_COUNTS,), torch.int32, contiguous=True)
@@ -346,10 +354,11 @@ def tree_attention(
     c = config(head_dim, q.dtype, arch_of(q.device), num_q * group, is_plain)
     shape = {"NUM_HEADS": num_qo_heads, "D": head_dim, "PAGE_SIZE": page_size, "BLOCK_D": block_d(head_dim)}
     _tree_attention_kernel[(workers * num_kv_heads,)](
-        out, lse, part_out, part_lse, q, k_pages, v_pages, page_table, seq_lens, q_indptr, part_indptr, chunks, counts,
-        sinks, *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0), num_q,
-        num_kv_heads, max_parts, sm_scale, window_left, logits_soft_cap, HAS_WINDOW=window_left >= 0,
-        HAS_SOFT_CAP=logits_soft_cap > 0, GROUP=group, num_warps=c.num_warps, **shape, **constants(c),
+        out, lse, part_out, part_lse, q, k_pages, v_pages, page_table, seq_lens, q_indptr, part_indptr, order,
+        row_indptr, chunks, counts, sinks, *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3],
+        page_table.stride(0), num_q, num_kv_heads, max_parts, sm_scale, window_left, logits_soft_cap,
+        HAS_WINDOW=window_left >= 0, HAS_SOFT_CAP=logits_soft_cap > 0, GROUP=group, num_warps=c.num_warps, **shape,
+        **constants(c),
     )  # fmt: skip
     _merge_parts_kernel[(num_q, num_qo_heads)](
         out, lse, part_out, part_lse, q_indptr, part_indptr, counts, sinks, num_q, num_branches, max_parts, BLOCK_P=8,

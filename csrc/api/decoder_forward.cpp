@@ -86,11 +86,12 @@ class Forward {
 
 std::tuple<Tensor, Tensor> decoder_forward_cpu(Tensor x, Tensor cos, Tensor sin, Tensor kv, Tensor slots,
                                                Tensor page_table, Tensor seq_lens, Tensor q_indptr, Tensor part_indptr,
-                                               Tensor chunks, Tensor counts, Tensor logit_rows,
-                                               std::vector<Tensor> weights, std::vector<double> sm_scales,
-                                               std::vector<double> soft_caps, std::vector<int64_t> windows, double eps,
-                                               bool unit_offset, std::string gate_name, int64_t num_qo_heads,
-                                               int64_t intermediate_size, int64_t vocab_size) {
+                                               Tensor chunks, Tensor counts, Tensor order, Tensor row_indptr,
+                                               Tensor logit_rows, std::vector<Tensor> weights,
+                                               std::vector<double> sm_scales, std::vector<double> soft_caps,
+                                               std::vector<int64_t> windows, double eps, bool unit_offset,
+                                               std::string gate_name, int64_t num_qo_heads, int64_t intermediate_size,
+                                               int64_t vocab_size) {
   // Arguments.
 
   check_shape(x, "x", "[num_tokens, hidden_size]", {-1, -1});
@@ -134,7 +135,7 @@ std::tuple<Tensor, Tensor> decoder_forward_cpu(Tensor x, Tensor cos, Tensor sin,
     check_value(row[i] >= 0 && row[i] < s.num_tokens, "logit_rows", "numbers of tokens of x",
                 static_cast<double>(row[i]));
   }
-  check_plan_tensors(page_table, seq_lens, q_indptr, part_indptr, chunks, counts);
+  check_plan_tensors(page_table, seq_lens, q_indptr, part_indptr, chunks, counts, order, row_indptr);
   const int64_t expected = num_layers * kLayerTensors + kHeadTensors;
   check_value(static_cast<int64_t>(weights.size()) == expected, "weights",
               "13 tensors per layer of kv and 3 of the head, " + std::to_string(expected) + " in all",
@@ -170,6 +171,8 @@ std::tuple<Tensor, Tensor> decoder_forward_cpu(Tensor x, Tensor cos, Tensor sin,
       .seq_lens = seq_lens.const_data_ptr<int32_t>(),
       .q_indptr = q_indptr.const_data_ptr<int32_t>(),
       .part_indptr = part_indptr.const_data_ptr<int32_t>(),
+      .order = order.const_data_ptr<int32_t>(),
+      .row_indptr = row_indptr.const_data_ptr<int32_t>(),
       .chunks = rows_of<cpu::ChainedChunk>(chunks),
       .sinks = nullptr,
       .out = nullptr,

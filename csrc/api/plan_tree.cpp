@@ -1,22 +1,21 @@
 #include "../cpu/plan_tree.h"
 
 #include <limits>
-#include <tuple>
+#include <numeric>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "../cpu/row_order.h"
 #include "parallel.h"
 #include "plan_tree_args.h"
 
 namespace treedecode {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> plan_tree_cpu(Tensor page_table, Tensor seq_lens,
-                                                         std::optional<Tensor> q_lens, int64_t page_size,
-                                                         int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim,
-                                                         int64_t num_workers) {
+PlanTensors plan_tree_cpu(Tensor page_table, Tensor seq_lens, std::optional<Tensor> q_lens, int64_t page_size,
+                          int64_t num_qo_heads, int64_t num_kv_heads, int64_t head_dim, int64_t num_workers) {
   check_plan_tree(page_table, seq_lens, q_lens, page_size, num_qo_heads, num_kv_heads, head_dim, num_workers);
   const int64_t num_rows = page_table.size(0);
   const int32_t* lens = seq_lens.const_data_ptr<int32_t>();
@@ -35,6 +34,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_tree_cpu(Tensor page_table, Tens
 
   Tensor q_indptr = torch::stable::new_empty(seq_lens, {num_rows + 1});
   Tensor part_indptr = torch::stable::new_empty(seq_lens, {num_rows + 1});
+  Tensor order = torch::stable::new_empty(seq_lens, {num_rows});
+  Tensor row_indptr = torch::stable::new_empty(seq_lens, {num_rows + 1});
   Tensor chunks = torch::stable::new_empty(
       seq_lens, {cpu::max_chunks(num_rows, page_table.size(1), page_size, workers), cpu::kChunkColumns});
   Tensor counts = torch::stable::new_empty(seq_lens, {cpu::kNumCounts});
@@ -44,6 +45,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_tree_cpu(Tensor page_table, Tens
       queries,
       q_indptr.mutable_data_ptr<int32_t>(),
       part_indptr.mutable_data_ptr<int32_t>(),
+      order.mutable_data_ptr<int32_t>(),
+      row_indptr.mutable_data_ptr<int32_t>(),
       chunks.mutable_data_ptr<int32_t>(),
       reinterpret_cast<cpu::PlanCounts*>(counts.mutable_data_ptr<int32_t>()),
       num_rows,
@@ -56,12 +59,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> plan_tree_cpu(Tensor page_table, Tens
   std::vector<int32_t> shared(static_cast<size_t>(num_rows));
   // A thread is worth waking for about 64k page ids.
   const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(1, p.max_pages));
-  parallel_for(0, num_rows, grain,
-               [&](int64_t begin, int64_t end) { cpu::common_pages(p, shared.data(), begin, end); });
+  const auto compare_neighbours = [&] {
+    parallel_for(0, num_rows, grain,
+                 [&](int64_t begin, int64_t end) { cpu::common_pages(p, shared.data(), begin, end); });
+  };
+  std::iota(p.order, p.order + num_rows, 0);
+  if (workers) cpu::sort_rows(p);  // results of a flat plan depend on the order, in the last bits
+  compare_neighbours();
+  if (!workers && !cpu::is_depth_first(p, shared.data())) {
+    cpu::sort_rows(p);
+    compare_neighbours();
+  }
   STD_TORCH_CHECK(cpu::plan_tree(p, shared.data()),
                   "[ValueError] seq_lens: the branches' tokens, queries or partial results add up to more than ",
                   std::numeric_limits<int32_t>::max());
-  return {q_indptr, part_indptr, chunks, counts};
+  return {q_indptr, part_indptr, chunks, counts, order, row_indptr};
 }
 
 }  // namespace

@@ -2,11 +2,14 @@
 
 #include <limits>
 #include <optional>
+#include <tuple>
 
 #include "../check.h"
 #include "../cpu/plan_tree.h"
 
 namespace treedecode {
+
+using PlanTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // as in the op's schema
 
 inline void check_lens(const Tensor& lens, const char* name, int64_t num_rows) {
   check_shape(lens, name, "[num_branches]", {num_rows});

@@ -75,13 +75,13 @@ std::vector<Cell> cells_of(const cpu::TreeAttentionParams& p, int64_t chunk_begi
   double cost = 0.0;  // of the cells so far
   for (int64_t c = chunk_begin; c < chunk_end; ++c) {
     const cpu::ChainedChunk& chunk = p.chunks[c];
-    const int64_t first_token = p.q_indptr[chunk.row_begin];
-    const int64_t rows = (p.q_indptr[chunk.row_end] - first_token) * group;
+    const int64_t first_planned = p.row_indptr[chunk.row_begin];
+    const int64_t rows = (p.row_indptr[chunk.row_end] - first_planned) * group;
     for (int64_t r = 0; r < rows; r += cpu::kBlockRows) {
       const int64_t end = std::min(rows, r + cpu::kBlockRows);
-      int64_t from = chunk.token_end, to = chunk.token_begin, b = chunk.row_begin;
-      for (int64_t token = first_token + r / group; token <= first_token + (end - 1) / group; ++token) {
-        while (token >= p.q_indptr[b + 1]) ++b;
+      int64_t from = chunk.token_end, to = chunk.token_begin, row = chunk.row_begin;
+      for (int64_t planned = first_planned + r / group; planned <= first_planned + (end - 1) / group; ++planned) {
+        const auto [token, b] = cpu::query_at(p, planned, row);
         const cpu::Visible visible = cpu::visible_keys(p, b, token - p.q_indptr[b]);
         from = std::min(from, visible.begin);
         to = std::max(to, visible.end);
@@ -153,6 +153,24 @@ void run_round(const cpu::TreeAttentionParams& p, const std::vector<Cell>& cells
 
 }  // namespace
 
+namespace {
+
+// Checks that the plan's order has every branch once, with its query tokens.
+void check_order(const cpu::TreeAttentionParams& p) {
+  std::vector<bool> is_seen(static_cast<size_t>(p.num_rows));
+  STD_TORCH_CHECK(p.row_indptr[0] == 0, "[ValueError] plan: expected row_indptr from 0, got ", p.row_indptr[0]);
+  for (int64_t row = 0; row < p.num_rows; ++row) {
+    const int64_t b = p.order[row];
+    STD_TORCH_CHECK(b >= 0 && b < p.num_rows && !is_seen[static_cast<size_t>(b)],
+                    "[ValueError] plan: expected every branch once in order, got ", b, " at index ", row);
+    is_seen[static_cast<size_t>(b)] = true;
+    STD_TORCH_CHECK(int64_t{p.row_indptr[row + 1]} - p.row_indptr[row] == p.q_indptr[b + 1] - p.q_indptr[b],
+                    "[ValueError] plan: q_indptr and row_indptr differ in the query tokens of branch ", b);
+  }
+}
+
+}  // namespace
+
 // Checks the plan and the page ids of its chunks, in one pass.
 void check_plan(const cpu::TreeAttentionParams& p, int64_t num_q, int64_t num_pages, int64_t max_pages,
                 int64_t max_chunks, const cpu::PlanCounts& counts) {
@@ -172,6 +190,7 @@ void check_plan(const cpu::TreeAttentionParams& p, int64_t num_q, int64_t num_pa
     STD_TORCH_CHECK(p.q_indptr[b] <= p.q_indptr[b + 1] && p.part_indptr[b] <= p.part_indptr[b + 1],
                     "[ValueError] plan: q_indptr or part_indptr decreases after row ", b);
   }
+  check_order(p);
   int64_t path_tokens = 0;
   for (int64_t b = 0; b < p.num_rows; ++b) path_tokens += p.q_indptr[b] < p.q_indptr[b + 1] ? p.seq_lens[b] : 0;
   STD_TORCH_CHECK(path_tokens == counts.path_tokens,
@@ -204,8 +223,9 @@ void check_plan(const cpu::TreeAttentionParams& p, int64_t num_q, int64_t num_pa
                     ") and tokens [", chunk.token_begin, ", ", chunk.token_end, ") of segment ", chunk.segment,
                     " in round ", chunk.round, ", which does not fit this batch of ", p.num_rows, " rows and ",
                     max_pages * p.page_size, " tokens");
-    const int64_t first_page = chunk.token_begin / p.page_size;
-    for (int64_t b = chunk.row_begin; b < chunk.row_end; ++b) {
+    const int64_t first_page = chunk.token_begin / p.page_size, first = p.order[chunk.row_begin];
+    for (int64_t row = chunk.row_begin; row < chunk.row_end; ++row) {
+      const int64_t b = p.order[row];
       if (p.q_indptr[b] == p.q_indptr[b + 1]) continue;
       STD_TORCH_CHECK(chunk.segment < cpu::num_parts(p, b), "[ValueError] plan: chunk ", c, " is in segment ",
                       chunk.segment, " of row ", b, ", which has ", cpu::num_parts(p, b));
@@ -217,17 +237,17 @@ void check_plan(const cpu::TreeAttentionParams& p, int64_t num_q, int64_t num_pa
       const int64_t last_page = (std::min(chunk.token_end, p.seq_lens[b]) - 1) / p.page_size;
       for (const int64_t page : {first_page, last_page}) {
         const int32_t* column = p.page_table + page;
-        STD_TORCH_CHECK(column[b * p.page_table_stride] == column[chunk.row_begin * p.page_table_stride],
-                        "[ValueError] plan: was made for another page_table: rows ", chunk.row_begin, " and ", b,
+        STD_TORCH_CHECK(column[b * p.page_table_stride] == column[first * p.page_table_stride],
+                        "[ValueError] plan: was made for another page_table: rows ", first, " and ", b,
                         " do not share the page at ", page);
       }
     }
-    const int32_t* pages = p.page_table + chunk.row_begin * p.page_table_stride;
+    const int32_t* pages = p.page_table + first * p.page_table_stride;
     // A kernel may go back to the group of keys that the chunk begins in.
     for (int64_t i = chunk.token_begin / cpu::kGroup * cpu::kGroup / p.page_size; i * p.page_size < chunk.token_end;
          ++i) {
       STD_TORCH_CHECK(pages[i] >= 0 && pages[i] < num_pages, "[ValueError] page_table: expected page ids below ",
-                      num_pages, ", got ", pages[i], " at [", chunk.row_begin, ", ", i, "]");
+                      num_pages, ", got ", pages[i], " at [", first, ", ", i, "]");
     }
   }
   for (int64_t b = 0; b < p.num_rows; ++b) {
@@ -276,10 +296,11 @@ namespace {
 
 std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table,
                                               Tensor seq_lens, Tensor q_indptr, Tensor part_indptr, Tensor chunks,
-                                              Tensor counts, double sm_scale, int64_t window_left,
-                                              double logits_soft_cap, std::optional<Tensor> sinks) {
-  check_tree_attention(q, k_pages, v_pages, page_table, seq_lens, q_indptr, part_indptr, chunks, counts, sm_scale,
-                       window_left, logits_soft_cap, sinks);
+                                              Tensor counts, Tensor order, Tensor row_indptr, double sm_scale,
+                                              int64_t window_left, double logits_soft_cap,
+                                              std::optional<Tensor> sinks) {
+  check_tree_attention(q, k_pages, v_pages, page_table, seq_lens, q_indptr, part_indptr, chunks, counts, order,
+                       row_indptr, sm_scale, window_left, logits_soft_cap, sinks);
   choose_threads(Threads::Torch);
   const int64_t num_q = q.size(0), num_qo_heads = q.size(1), head_dim = q.size(2), num_kv_heads = k_pages.size(2);
   const int64_t num_rows = page_table.size(0);
@@ -292,6 +313,8 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
       .seq_lens = seq_lens.const_data_ptr<int32_t>(),
       .q_indptr = q_indptr.const_data_ptr<int32_t>(),
       .part_indptr = part_indptr.const_data_ptr<int32_t>(),
+      .order = order.const_data_ptr<int32_t>(),
+      .row_indptr = row_indptr.const_data_ptr<int32_t>(),
       .chunks = rows_of<cpu::ChainedChunk>(chunks),
       .sinks = sinks ? sinks->const_data_ptr<float>() : nullptr,
       .out = nullptr,

@@ -31,7 +31,8 @@ inline bool is_positive_float(double x) {
 }
 
 inline void check_plan_tensors(const Tensor& page_table, const Tensor& seq_lens, const Tensor& q_indptr,
-                               const Tensor& part_indptr, const Tensor& chunks, const Tensor& counts) {
+                               const Tensor& part_indptr, const Tensor& chunks, const Tensor& counts,
+                               const Tensor& order, const Tensor& row_indptr) {
   check_shape(page_table, "page_table", "[num_branches, max_pages]", {-1, -1});
   check_dtype(page_table, "page_table", ScalarType::Int);
   check_unit_stride(page_table, "page_table");
@@ -41,6 +42,8 @@ inline void check_plan_tensors(const Tensor& page_table, const Tensor& seq_lens,
   check_index(part_indptr, "plan.part_indptr", "[num_branches + 1]", {num_rows + 1});
   check_index(chunks, "plan.chunks", "[max_chunks, 6]", {-1, cpu::kChunkColumns});
   check_index(counts, "plan.counts", "[6]", {cpu::kNumCounts});
+  check_index(order, "plan.order", "[num_branches]", {num_rows});
+  check_index(row_indptr, "plan.row_indptr", "[num_branches + 1]", {num_rows + 1});
 }
 
 struct AttentionNames {
@@ -60,8 +63,9 @@ inline void check_attention_numbers(double sm_scale, int64_t window_left, double
 // Checks all arguments, except for values in tensors.
 inline void check_tree_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
                                  const Tensor& page_table, const Tensor& seq_lens, const Tensor& q_indptr,
-                                 const Tensor& part_indptr, const Tensor& chunks, const Tensor& counts, double sm_scale,
-                                 int64_t window_left, double logits_soft_cap, const std::optional<Tensor>& sinks) {
+                                 const Tensor& part_indptr, const Tensor& chunks, const Tensor& counts,
+                                 const Tensor& order, const Tensor& row_indptr, double sm_scale, int64_t window_left,
+                                 double logits_soft_cap, const std::optional<Tensor>& sinks) {
   check_shape(q, "q", "[num_q, num_qo_heads, head_dim]", {-1, -1, -1});
   check_float_dtype(q, "q");
   check_unit_stride(q, "q");
@@ -77,7 +81,7 @@ inline void check_tree_attention(const Tensor& q, const Tensor& k_pages, const T
                   "[ValueError] q: expected num_qo_heads a positive multiple of num_kv_heads = ", num_kv_heads,
                   ", got ", num_qo_heads);
   STD_TORCH_CHECK(k_pages.size(1) > 0, "[ValueError] k_pages: expected page_size above 0, got 0");
-  check_plan_tensors(page_table, seq_lens, q_indptr, part_indptr, chunks, counts);
+  check_plan_tensors(page_table, seq_lens, q_indptr, part_indptr, chunks, counts, order, row_indptr);
   check_attention_numbers(sm_scale, window_left, logits_soft_cap);
   if (sinks) {
     check_shape(*sinks, "sinks", "[num_qo_heads]", {num_qo_heads});

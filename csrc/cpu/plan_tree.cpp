@@ -9,19 +9,6 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Returns the length of the common prefix of a and b, at most n.
-int64_t common_prefix(const int32_t* a, const int32_t* b, int64_t n) {
-  constexpr int64_t kBlock = 16;
-  int64_t i = 0;
-  for (; i + kBlock <= n; i += kBlock) {
-    int32_t differ = 0;
-    for (int64_t j = 0; j < kBlock; ++j) differ |= a[i + j] ^ b[i + j];
-    if (differ) break;
-  }
-  while (i < n && a[i] == b[i]) ++i;
-  return i;
-}
-
 // A run of pages that the rows [row_begin, row_end) share, and no others. A leaf has the pages that only one row has,
 // maybe none.
 struct Node {
@@ -52,7 +39,7 @@ class Planner {
   explicit Planner(const PlanTreeParams& p) : p_(p) {
     const auto n = static_cast<size_t>(p.num_rows);
     nodes_.reserve(2 * n + 1);
-    order_.reserve(2 * n);
+    preorder_.reserve(2 * n);
     chunks_.reserve(2 * n);
   }
 
@@ -62,7 +49,7 @@ class Planner {
     const auto num_rows = static_cast<int32_t>(p_.num_rows);
     std::vector<int32_t> open{add_node(0, 0, /*is_leaf=*/false)};
     for (int32_t row = 0; row <= num_rows; ++row) {
-      const int32_t depth = row < num_rows ? shared[row] : 0;
+      const int32_t depth = row < num_rows ? even_pages(shared[row]) : 0;
       // A leaf always closes: if it ends where the next interval does, the two are siblings.
       while (nodes_[open.back()].is_leaf || nodes_[open.back()].page_end > depth) {
         const int32_t closed = open.back();
@@ -86,7 +73,7 @@ class Planner {
       v.page_begin = parent.is_folded ? parent.page_begin : parent.page_end;
       v.level = parent.level + (v.parent != 0 && !parent.is_folded);
       if (v.num_queries == 0) continue;
-      order_.push_back(i);
+      preorder_.push_back(i);
       if (v.is_leaf) continue;
       int64_t num_children = 0, continuing = 0;
       for (int32_t c = v.first_child; c >= 0; c = nodes_[c].next_sibling) {
@@ -103,7 +90,7 @@ class Planner {
   // Cuts every node at the borders of segments. A chunk that begins inside a segment continues the last chunk above it,
   // so it comes one round later.
   void cut_chained() {
-    for (int32_t i : order_) {
+    for (int32_t i : preorder_) {
       Node& v = nodes_[i];
       const Node& parent = nodes_[v.parent];
       v.round = parent.round;
@@ -117,8 +104,8 @@ class Planner {
         // A row that ends in the page in which a segment ends has no part in the next segment.
         for (int32_t row = v.row_begin, last; row < v.row_end; row = last) {
           last = row + 1;
-          if (p_.seq_lens[row] <= begin) continue;
-          while (last < v.row_end && p_.seq_lens[last] > begin) ++last;
+          if (seq_len(row) <= begin) continue;
+          while (last < v.row_end && seq_len(last) > begin) ++last;
           chunks_.push_back({v.round, (next - begin) * (kReadRows + queries), row, last, static_cast<int32_t>(begin),
                              static_cast<int32_t>(next), static_cast<int32_t>(begin / kSegment)});
         }
@@ -136,7 +123,7 @@ class Planner {
     };
     std::vector<Whole> wholes(nodes_.size());
     int64_t total = 0;
-    for (int32_t i : order_) {
+    for (int32_t i : preorder_) {
       const Node& v = nodes_[i];
       const int64_t rows = p_.group_size * v.num_queries;
       const int64_t length = v.is_folded ? 0 : std::max<int64_t>(0, num_tokens(v));
@@ -150,7 +137,7 @@ class Planner {
       int64_t step;
     };
     std::vector<Sorted> sorted;
-    for (int32_t i : order_) {
+    for (int32_t i : preorder_) {
       Node& v = nodes_[i];
       const Whole& whole = wholes[i];
       v.num_parts = nodes_[v.parent].num_parts;
@@ -178,15 +165,25 @@ class Planner {
 
   bool write() const {
     int64_t num_queries = 0, num_parts = 0, unique_tokens = 0, path_tokens = 0, num_tiles = 0;
-    p_.q_indptr[0] = p_.part_indptr[0] = 0;
+    p_.q_indptr[0] = p_.part_indptr[0] = p_.row_indptr[0] = 0;
     constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+    std::vector<int32_t> parts_per_query(static_cast<size_t>(p_.num_rows));  // of each branch
     for (int64_t row = 0; row < p_.num_rows; ++row) {
+      const size_t branch = p_.order[row];
+      parts_per_query[branch] =
+          p_.workers ? nodes_[leaves_[row]].num_parts : static_cast<int32_t>(ceil_div(seq_len(row), kSegment));
       num_queries += q_len(row);
-      num_parts += q_len(row) * (p_.workers ? nodes_[leaves_[row]].num_parts : ceil_div(p_.seq_lens[row], kSegment));
-      if (q_len(row) > 0) path_tokens += p_.seq_lens[row];
-      if (num_queries > kMax || num_parts > kMax || path_tokens > kMax) return false;
-      p_.q_indptr[row + 1] = static_cast<int32_t>(num_queries);
-      p_.part_indptr[row + 1] = static_cast<int32_t>(num_parts);
+      if (q_len(row) > 0) path_tokens += seq_len(row);
+      if (num_queries > kMax || path_tokens > kMax) return false;
+      p_.row_indptr[row + 1] = static_cast<int32_t>(num_queries);
+    }
+    for (int64_t branch = 0, queries = 0; branch < p_.num_rows; ++branch) {
+      const int64_t q_len = q_len_of(branch);
+      queries += q_len;
+      num_parts += q_len * parts_per_query[branch];
+      if (num_parts > kMax) return false;
+      p_.q_indptr[branch + 1] = static_cast<int32_t>(queries);
+      p_.part_indptr[branch + 1] = static_cast<int32_t>(num_parts);
     }
     int32_t* out = p_.chunks;
     for (const Cut& c : chunks_) {
@@ -218,7 +215,12 @@ class Planner {
     std::memcpy(out, &chunk, sizeof chunk);
   }
 
-  int64_t q_len(int64_t row) const { return p_.q_lens ? p_.q_lens[row] : 1; }
+  int64_t q_len_of(int64_t branch) const { return p_.q_lens ? p_.q_lens[branch] : 1; }
+  int64_t q_len(int64_t row) const { return q_len_of(p_.order[row]); }
+  int64_t seq_len(int64_t row) const { return p_.seq_lens[p_.order[row]]; }
+
+  // An even number of tokens, so that no pair of bf16 values that is multiplied at once is split between two chunks.
+  int32_t even_pages(int32_t pages) const { return pages - static_cast<int32_t>(pages * p_.page_size % 2); }
 
   int32_t add_node(int32_t row, int32_t page_end, bool is_leaf) {
     Node v{};
@@ -232,12 +234,12 @@ class Planner {
   }
 
   int32_t add_leaf(int32_t row) {
-    const int64_t seq_len = p_.seq_lens[row];
-    const int32_t leaf = add_node(row, static_cast<int32_t>(ceil_div(seq_len, p_.page_size)), true);
+    const int64_t num_tokens = seq_len(row);
+    const int32_t leaf = add_node(row, static_cast<int32_t>(ceil_div(num_tokens, p_.page_size)), true);
     leaves_.push_back(leaf);
-    if (seq_len > 0 && q_len(row) > 0) {
+    if (num_tokens > 0 && q_len(row) > 0) {
       nodes_[leaf].num_queries = q_len(row);
-      nodes_[leaf].max_seq_len = seq_len;
+      nodes_[leaf].max_seq_len = num_tokens;
     }
     return leaf;
   }
@@ -264,27 +266,13 @@ class Planner {
   int64_t num_tokens(const Node& v) const { return token_at(v, v.page_end) - v.page_begin * p_.page_size; }
 
   const PlanTreeParams& p_;
-  std::vector<Node> nodes_;      // nodes_[0] is the parent of the roots and has no pages
-  std::vector<int32_t> leaves_;  // of the rows
-  std::vector<int32_t> order_;   // nodes that have queries, parents before children
+  std::vector<Node> nodes_;        // nodes_[0] is the parent of the roots and has no pages
+  std::vector<int32_t> leaves_;    // of the rows
+  std::vector<int32_t> preorder_;  // nodes that have queries, parents before children
   std::vector<Cut> chunks_;
 };
 
 }  // namespace
-
-void common_pages(const PlanTreeParams& p, int32_t* shared, int64_t row_begin, int64_t row_end) {
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    if (row == 0) {
-      shared[0] = 0;
-      continue;
-    }
-    const int64_t used = ceil_div(std::min(p.seq_lens[row - 1], p.seq_lens[row]), p.page_size);
-    const int32_t* table = p.page_table + row * p.table_stride;
-    const int64_t common = common_prefix(table - p.table_stride, table, used);
-    // An even number of tokens, so that no pair of bf16 values that is multiplied at once is split between two chunks.
-    shared[row] = static_cast<int32_t>(common - common * p.page_size % 2);
-  }
-}
 
 bool plan_tree(const PlanTreeParams& p, const int32_t* shared) {
   Planner planner(p);

@@ -13,7 +13,8 @@ constexpr bool is_head_dim(int64_t head_dim) {
   return head_dim > 0 && head_dim <= kMaxHeadDim && head_dim % kHeadDimStep == 0;
 }
 
-// A row of a chained plan's `chunks`, for the CPU. The rows of the page table have these tokens' pages in common.
+// A row of a chained plan's `chunks`, for the CPU. The rows have these tokens' pages in common. They are numbered in
+// the plan's order: row i is branch order[i], which is that row of the page table.
 struct ChainedChunk {
   int32_t row_begin;
   int32_t row_end;
@@ -88,6 +89,8 @@ struct PlanTreeParams {
   const int32_t* q_lens;      // [num_rows], or null: 1 each
   int32_t* q_indptr;          // [num_rows + 1]
   int32_t* part_indptr;       // [num_rows + 1]
+  int32_t* order;             // [num_rows] branches, in the order in which the plan takes them
+  int32_t* row_indptr;        // [num_rows + 1] query tokens before each of them
   int32_t* chunks;            // [max_chunks, kChunkColumns] of ChainedChunk or FlatChunk
   PlanCounts* counts;         // [1]
   int64_t num_rows;
@@ -106,11 +109,8 @@ inline int64_t max_chunks(int64_t num_rows, int64_t max_pages, int64_t page_size
   return std::max<int64_t>(0, 2 * num_rows - 1) + (num_rows ? cuts : 0);
 }
 
-// Sets shared[row] to the number of leading pages that rows row - 1 and row share, for rows in [row_begin, row_end);
-// shared[0] = 0. Rows are independent, so that ranges may be computed in parallel.
-void common_pages(const PlanTreeParams& p, int32_t* shared, int64_t row_begin, int64_t row_end);  // [num_rows]
-
-// Writes the plan. Returns false, with the outputs half written, if a count does not fit an int32.
+// Writes the plan of the rows in p.order, which share the pages that common_pages of row_order.h found. Returns false,
+// with the outputs half written, if a count does not fit an int32.
 bool plan_tree(const PlanTreeParams& p, const int32_t* shared);  // [num_rows]
 
 }  // namespace treedecode::cpu

@@ -31,6 +31,7 @@ struct Scratch {
   int32_t* visible_begin;  // [kBlockRows] keys that the row sees, relative to the chunk's first tile
   int32_t* visible_end;    // [kBlockRows]
   int32_t* branch;         // [kBlockRows] row of the page table
+  int32_t* token;          // [kBlockRows] row of q
   TokenRows rows[2];       // of this tile and of the next one, in turns
 };
 
@@ -55,6 +56,7 @@ Scratch make_scratch(const TreeAttentionParams& p, void* memory) {
   s.visible_begin = reinterpret_cast<int32_t*>(take(kBlockRows * 4));
   s.visible_end = reinterpret_cast<int32_t*>(take(kBlockRows * 4));
   s.branch = reinterpret_cast<int32_t*>(take(kBlockRows * 4));
+  s.token = reinterpret_cast<int32_t*>(take(kBlockRows * 4));
   for (TokenRows& rows : s.rows) {
     rows.k = reinterpret_cast<const void**>(take(kTile * static_cast<int64_t>(sizeof(void*))));
     rows.v = reinterpret_cast<const void**>(take(kTile * static_cast<int64_t>(sizeof(void*))));
@@ -168,7 +170,7 @@ template <typename T>
 int64_t find_rows(const TreeAttentionParams& p, const ChainedChunk& chunk, int64_t kv_head, int64_t tile, int64_t begin,
                   int64_t end, const TokenRows& rows) {
   const int64_t count = end - tile < kTile ? end - tile : kTile;
-  const int32_t* pages = p.page_table + chunk.row_begin * p.page_table_stride;
+  const int32_t* pages = p.page_table + p.order[chunk.row_begin] * p.page_table_stride;
   int64_t i = 0;
   for (; i < begin - tile; ++i) rows.k[i] = rows.v[i] = nullptr;
   int64_t page = (tile + i) / p.page_size, offset = (tile + i) % p.page_size;
@@ -199,7 +201,6 @@ void attend_item(const TreeAttentionParams& p, const TreeAttentionItem& item, co
   // are counted from the first tile's.
   const int64_t first = chunk.token_begin / kTile * kTile;
   const int64_t chunk_begin = chunk.token_begin - first, chunk_end = chunk.token_end - first;
-  const int64_t first_token = p.q_indptr[chunk.row_begin];
   // A group of keys across the end of the chunk belongs to the next chunk, for the rows that go on there: so a key is
   // added together with the same other keys wherever chunks begin and end. Rows of the next chunk have the same pages
   // before it.
@@ -207,15 +208,17 @@ void attend_item(const TreeAttentionParams& p, const TreeAttentionItem& item, co
   const int64_t work_end = tiled ? chunk_end / kGroup * kGroup : chunk_end;
 
   int64_t visible_begin = chunk_end, visible_end = 0;
-  int64_t b = chunk.row_begin;
+  int64_t row = chunk.row_begin;
+  const int64_t first_planned = p.row_indptr[row];
   for (int64_t r = 0; r < n; ++r) {
-    const int64_t token = first_token + (row_begin + r) / group, head = kv_head * group + (row_begin + r) % group;
-    while (token >= p.q_indptr[b + 1]) ++b;
+    const auto [token, b] = query_at(p, first_planned + (row_begin + r) / group, row);
+    const int64_t head = kv_head * group + (row_begin + r) % group;
     const Visible visible = visible_keys(p, b, token - p.q_indptr[b]);
     const int64_t from = visible.begin - first < work_begin ? work_begin : visible.begin - first;
     const int64_t last = visible.end - first;  // the chunks before had the keys up to chunk_begin
     const int64_t to = last <= chunk_begin ? from : last <= chunk_end ? last : work_end;
     buf.branch[r] = static_cast<int32_t>(b);
+    buf.token[r] = static_cast<int32_t>(token);
     buf.visible_begin[r] = static_cast<int32_t>(from);
     buf.visible_end[r] = static_cast<int32_t>(to > from ? to : from);
     if (from < to) {
@@ -308,8 +311,9 @@ void attend_item(const TreeAttentionParams& p, const TreeAttentionItem& item, co
   }
 
   for (int64_t r = 0; r < n; ++r) {
-    const int64_t token = first_token + (row_begin + r) / group, head = kv_head * group + (row_begin + r) % group;
-    finish_row<T>(p, chunk, token, buf.branch[r], head, buf.acc + r * acc_stride, buf.m_i[r], buf.l_i + r * kSumLanes);
+    const int64_t head = kv_head * group + (row_begin + r) % group;
+    finish_row<T>(p, chunk, buf.token[r], buf.branch[r], head, buf.acc + r * acc_stride, buf.m_i[r],
+                  buf.l_i + r * kSumLanes);
   }
 }
 

@@ -22,6 +22,8 @@ struct TreeAttentionParams {
   const int32_t* seq_lens;     // [num_rows]
   const int32_t* q_indptr;     // [num_rows + 1]
   const int32_t* part_indptr;  // [num_rows + 1]
+  const int32_t* order;        // [num_rows] branches in the plan's order
+  const int32_t* row_indptr;   // [num_rows + 1]
   const ChainedChunk* chunks;  // [num_chunks]
   const float* sinks;          // [num_qo_heads] or null
   void* out;                   // [num_q, num_qo_heads, head_dim] contiguous, dtype
@@ -64,8 +66,8 @@ constexpr int64_t kGroup = 32;  // keys that tile registers take together, from 
 constexpr int64_t kBlockRows = 256;
 constexpr int64_t kStripRows = 48;
 
-// Packed rows [row_begin, row_end), at most kBlockRows of them, of one chunk and kv head. Packed row r is query token
-// q_indptr[chunk's row_begin] + r / group, query head kv_head * group + r % group.
+// Packed rows [row_begin, row_end), at most kBlockRows of them, of one chunk and kv head. Packed row r is query head
+// kv_head * group + r % group of the query token number row_indptr[chunk's row_begin] + r / group in the plan's order.
 struct TreeAttentionItem {
   int64_t chunk;
   int64_t kv_head;
@@ -73,7 +75,19 @@ struct TreeAttentionItem {
   int64_t row_end;
 };
 
-// Keys [begin, end) that query token t of row b sees, before clipping to a chunk.
+// A query token of a branch.
+struct Query {
+  int64_t token, branch;
+};
+// Returns the query token with the number `planned` in the plan's order, in the row `row` or a later one, and moves
+// `row` there.
+static inline Query query_at(const TreeAttentionParams& p, int64_t planned, int64_t& row) {
+  while (planned >= p.row_indptr[row + 1]) ++row;
+  const int64_t branch = p.order[row];
+  return {p.q_indptr[branch] + planned - p.row_indptr[row], branch};
+}
+
+// Keys [begin, end) that query token t of branch b sees, before clipping to a chunk.
 struct Visible {
   int64_t begin, end;
 };
@@ -91,7 +105,7 @@ static inline int64_t num_parts(const TreeAttentionParams& p, int64_t b) {
 // Bytes of scratch that one thread needs for Scratch in tree_attention.cpp, whatever its instruction set.
 static inline int64_t tree_attention_scratch(int64_t head_dim) {
   const int64_t wide = (head_dim + 63) / 64 * 64;
-  const int64_t rows = 2 * wide + 5 + kSumLanes;
+  const int64_t rows = 2 * wide + 6 + kSumLanes;
   return 4 * (kBlockRows * rows + 2 * kTile * wide + kStripRows * (kTile + 16)) + 4 * 8 * kTile;
 }
 

@@ -223,7 +223,7 @@ def test_opcheck(dtype):
     x, cos, sin, kv, slots, table, lens, plan, logit_rows = case.args
     w = case.weights
     args = (
-        x, cos, sin, kv.nan_to_num(), slots, table, lens, plan.q_indptr, plan.part_indptr, plan.chunks, plan.counts,
+        x, cos, sin, kv.nan_to_num(), slots, table, lens, *plan.tensors,
         logit_rows, w.tensors, w.sm_scales, w.soft_caps, w.windows, w.eps, w.unit_offset, w.gate, w.num_qo_heads,
         w.intermediate_size, w.vocab_size,
     )  # fmt: skip

@@ -5,7 +5,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.forests import UNUSED, as_tables, forests, tree_rows
-from support.plan_cases import GOLDEN, HEADS, LONG_PREFILLS, chunks_of, plain, plan_of
+from support.plan_cases import GOLDEN, HEADS, LONG_PREFILLS, chunks_of, golden_plan, plain, plan_of
 from support.tensors import int32
 
 from treedecode import ops, reference
@@ -30,8 +30,12 @@ def test_invariants_of_a_chained_plan(forest, heads):
     page_table, seq_lens, q_lens, page_size = forest
     plan = plan_of(page_table, seq_lens, q_lens, page_size, *heads)
     num_rows = len(seq_lens)
-    q_len = [1] * num_rows if q_lens is None else q_lens.tolist()
-    seq_len = seq_lens.tolist()
+    branch_q_len = [1] * num_rows if q_lens is None else q_lens.tolist()
+    branch_len = seq_lens.tolist()
+    order = plan.order.tolist()
+    assert sorted(order) == list(range(num_rows))
+    page_table = page_table[order]
+    q_len, seq_len = ([of[branch] for branch in order] for of in (branch_q_len, branch_len))
     chunks = plan.named_chunks()
     assert plan.num_chunks <= plan.chunks.shape[0]
     paths = [[] for _ in range(num_rows)]
@@ -57,9 +61,11 @@ def test_invariants_of_a_chained_plan(forest, heads):
             number = 0 if begin % 1024 == 0 else number + 1
             assert got == number
     assert [chunk.round for chunk in chunks] == sorted(chunk.round for chunk in chunks)
-    assert plan.q_indptr.diff().tolist() == q_len
-    assert plan.part_indptr.diff().tolist() == [q * -(-n // 1024) for q, n in zip(q_len, seq_len, strict=True)]
-    assert plan.q_indptr[0] == plan.part_indptr[0] == 0
+    assert plan.q_indptr.diff().tolist() == branch_q_len
+    assert plan.row_indptr.diff().tolist() == q_len
+    parts = [q * -(-n // 1024) for q, n in zip(branch_q_len, branch_len, strict=True)]
+    assert plan.part_indptr.diff().tolist() == parts
+    assert plan.q_indptr[0] == plan.part_indptr[0] == plan.row_indptr[0] == 0
     assert plan.num_chunks == len(chunks)
     assert plan.num_parts == plan.part_indptr[-1]
     assert plan.unique_tokens == sum(chunk.token_end - chunk.token_begin for chunk in chunks)
@@ -75,7 +81,11 @@ def test_invariants_of_a_chained_plan(forest, heads):
 def test_invariants_of_a_flat_plan(forest, heads, num_workers):
     page_table, seq_lens, q_lens, page_size = forest
     plan = plan_of(page_table, seq_lens, q_lens, page_size, *heads, num_workers)
-    q_len = plan.q_indptr.diff().tolist()
+    order = plan.order.tolist()
+    assert sorted(order) == list(range(len(seq_lens)))
+    page_table, seq_lens = page_table[order], seq_lens[order]
+    q_len = plan.row_indptr.diff().tolist()
+    assert plan.q_indptr.diff()[order].tolist() == q_len
     group, workers = heads[0] // heads[1], max(1, num_workers // heads[1])
     paths = [[] for _ in q_len]
     num_tiles = 0
@@ -96,7 +106,7 @@ def test_invariants_of_a_flat_plan(forest, heads, num_workers):
         borders = [0, *(end for _, _, end in path)]
         assert [begin for _, begin, _ in path] == borders[:-1]
         assert borders[-1] >= (seq_lens[row] if q_len[row] else 0)
-        assert plan.part_indptr[row + 1] - plan.part_indptr[row] == q_len[row] * len(path)
+        assert plan.part_indptr[order[row] + 1] - plan.part_indptr[order[row]] == q_len[row] * len(path)
     # what a kernel that knows nothing but shapes reserves for partial results
     bound = 9 * sum(q_len) + min(sum(q_len) * 4 * workers, 512 * workers // group)
     assert plan.num_parts == plan.part_indptr[-1] <= bound
@@ -163,10 +173,9 @@ def test_golden(case):
     seq_lens = torch.tensor(case["seq_lens"], dtype=torch.int32)
     q_lens = None if case["q_lens"] is None else torch.tensor(case["q_lens"], dtype=torch.int32)
     args = page_table, seq_lens, q_lens, page_size, case["num_qo_heads"], case["num_kv_heads"]
-    assert plain(plan_of(*args)) == [case["q_indptr"], case["part_indptr"], case["chunks"], case["counts"]]
+    assert plain(plan_of(*args)) == golden_plan(case, case)
     for flat in case["flat"]:
-        plan = plan_of(*args, flat["num_workers"])
-        assert plain(plan) == [case["q_indptr"], flat["part_indptr"], flat["chunks"], flat["counts"]]
+        assert plain(plan_of(*args, flat["num_workers"])) == golden_plan(case, flat)
 
 
 def test_each_shared_page_is_read_once():
@@ -177,10 +186,37 @@ def test_each_shared_page_is_read_once():
     assert plan.path_tokens == 16 * 12 * 35
 
 
-def test_rows_out_of_order_are_shared_with_their_neighbours_only():
-    a, b, c, d = tree_rows([2, 2], [20, 20, 20])
-    plan = plan_of(*as_tables([a, c, b, d], 16, [16] * 4))
-    assert plan.unique_tokens == 16 * (20 + 4 * 40)
+@settings(max_examples=200, deadline=None)
+@given(forests(max_rows=12), st.sampled_from(HEADS), st.sampled_from([0, 264]), st.randoms(use_true_random=False))
+def test_every_order_of_the_branches_shares_alike(forest, heads, num_workers, rng):
+    page_table, seq_lens, q_lens, page_size = forest
+    plan = plan_of(page_table, seq_lens, q_lens, page_size, *heads, num_workers)
+    shuffled = rng.sample(range(len(seq_lens)), len(seq_lens))
+    args = (page_table[shuffled], seq_lens[shuffled], None if q_lens is None else q_lens[shuffled])
+    again = plan_of(*args, page_size, *heads, num_workers)
+    assert again.unique_tokens == plan.unique_tokens
+    assert again.path_tokens == plan.path_tokens
+    if num_workers:  # the same rows, up to branches of equal pages
+        assert page_table[shuffled][again.order].equal(page_table[plan.order])
+        assert chunks_of(again) == chunks_of(plan) or len({tuple(row) for row in page_table.tolist()}) < len(seq_lens)
+
+
+def test_interleaved_prompts_are_read_once():
+    rows = [[*range(1000 * prompt, 1000 * prompt + 256), 9000 + branch] for branch in range(8) for prompt in range(4)]
+    page_table, seq_lens = as_tables(rows, 16, [16] * 32)
+    plan = plan_of(page_table, seq_lens)
+    assert plan.unique_tokens == 16 * (4 * 256 + 32)
+    assert plan.order.tolist() == [4 * branch + prompt for prompt in range(4) for branch in range(8)]
+
+
+def test_a_chained_plan_keeps_an_order_that_loses_nothing():
+    rows = tree_rows([3, 2], [4, 3, 2])
+    for kept in (rows, rows[::-1], rows[2:4] + rows[:2] + rows[4:]):
+        plan = plan_of(*as_tables(kept, 16, [16] * 6))
+        assert plan.order.tolist() == list(range(6))
+        assert plan_of(*as_tables(kept, 16, [16] * 6), num_workers=8).unique_tokens == plan.unique_tokens
+    plan = plan_of(*as_tables([rows[i] for i in (0, 2, 1, 3, 4, 5)], 16, [16] * 6))
+    assert plan.order.tolist() == [0, 2, 1, 3, 4, 5]
 
 
 def test_equal_ids_at_other_positions_are_not_shared():
@@ -246,7 +282,8 @@ def test_opcheck(q_lens, num_workers):
 @pytest.mark.parametrize(("num_rows", "max_pages"), [(0, 4), (3, 0), (0, 0)])
 def test_nothing_to_plan(num_rows, max_pages):
     plan = plan_of(torch.empty(num_rows, max_pages, dtype=torch.int32), torch.zeros(num_rows, dtype=torch.int32))
-    assert plain(plan) == [list(range(num_rows + 1)), [0] * (num_rows + 1), [], [0, 0, 0, 0, 16, 0]]
+    queries = list(range(num_rows + 1))
+    assert plain(plan) == [queries, [0] * (num_rows + 1), [], [0, 0, 0, 0, 16, 0], queries[:-1], queries]
 
 
 @pytest.mark.parametrize(
@@ -310,5 +347,5 @@ def test_repr_shows_only_defined_numbers(num_workers):
     assert "987654321" not in text
     plan.num_chunks.fill_(-1)  # as on a GPU, where a count does not fit
     assert str(last) not in repr(plan)
-    meta = ops.TreePlan(*(tensor.to("meta") for tensor in (plan.q_indptr, plan.part_indptr, plan.chunks, plan.counts)))
+    meta = ops.TreePlan(*(tensor.to("meta") for tensor in plan.tensors))
     assert repr(meta) == f"TreePlan(num_branches=2, max_chunks={len(plan.chunks)})"

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from support.attention_cases import (
     assert_idle_tokens_are_left_out,
     assert_within_budget,
+    interleaved_case,
     make_case,
+    permuted,
     ragged,
     two_trees_and_loners,
 )
@@ -244,15 +246,24 @@ def test_tokens_beyond_the_plan_belong_to_no_branch(module, sinks):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_permutation_of_the_branches_changes_no_bit(isa, dtype):
+    case = interleaved_case(dtype=dtype)
+    prompts = case.plan.order.view(3, 4) % 3
+    assert prompts.equal(prompts[:, :1].expand(3, 4))
+    assert_within_budget(case, case.run())
+    for seed in range(3):
+        again, tokens = permuted(case, seed)
+        for got, want in zip(again.run(), case.run(), strict=True):
+            assert got.equal(want[tokens])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype):
     case = make_case(ragged(tree_rows([2], [3, 1]), 16), dtype=dtype, sinks=torch.zeros(4))
     plan = case.plan
     args = (
         *case.args[:5],
-        plan.q_indptr,
-        plan.part_indptr,
-        plan.chunks,
-        plan.counts,
+        *plan.tensors,
         0.2,
         30,
         0.0,
@@ -339,6 +350,11 @@ def test_bad_arguments(change, error, message):
         ("counts", {NUM_CHUNKS: 2}, "plan: its chunks end at token 32 of row 1, which has 37"),
         ("counts", {NUM_CHUNKS: 0}, "plan: its chunks end at token 0 of row 0, which has 40"),
         ("part_indptr", {1: 2}, "plan: expected 1 parts per query token of row 0, got 2 for 1"),
+        ("order", {1: 0}, "plan: expected every branch once in order, got 0 at index 1"),
+        ("order", {0: -1}, "plan: expected every branch once in order, got -1 at index 0"),
+        ("order", {1: 2}, "plan: expected every branch once in order, got 2 at index 1"),
+        ("row_indptr", {0: 1}, "plan: expected row_indptr from 0, got 1"),
+        ("row_indptr", {1: 2}, "plan: q_indptr and row_indptr differ in the query tokens of branch 0"),
         ("seq_lens", {0: -3, 1: 80}, "seq_lens: expected 0 to 48, got -3"),
         ("seq_lens", {0: 77, 1: 0}, "seq_lens: expected 0 to 48, got 77"),
     ],

@@ -91,6 +91,29 @@ def _make_case(
     return Case(q, pages[0], pages[1], page_table, seq_lens, plan, options)
 
 
+def interleaved_case(**options):
+    """Makes a case of 3 prompts with 4 branches each, in turns, whose branches have 1 to 3 queries."""
+    rows = [
+        [*range(100 * prompt, 100 * prompt + 9), 1000 + 10 * branch + prompt]
+        for branch in range(4)
+        for prompt in range(3)
+    ]
+    return make_case(as_tables(rows, 16, [4 + i for i in range(12)]), q_lens=[1 + i % 3 for i in range(12)], **options)
+
+
+def permuted(case, seed):
+    """Permutes the branches of a case; also returns where each query token of the result was in the case."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(case.seq_lens), generator=generator)
+    q_lens = case.plan.q_indptr.diff()
+    page_table, seq_lens = case.page_table[order], case.seq_lens[order]
+    heads = {"num_qo_heads": case.q.shape[1], "num_kv_heads": case.k_pages.shape[2], "head_dim": case.q.shape[2]}
+    plan = ops.plan_tree(page_table, seq_lens, q_lens[order], page_size=case.k_pages.shape[1], **heads)
+    tokens = torch.cat([torch.arange(*case.plan.q_indptr[i : i + 2].tolist()) for i in order.tolist()])
+    again = dataclasses.replace(case, q=case.q[tokens], page_table=page_table, seq_lens=seq_lens, plan=plan)
+    return again, tokens
+
+
 def same_in_torch(case, dtype):
     """Computes (out, lse, size) by torch operators in `dtype`, branch by branch.
 

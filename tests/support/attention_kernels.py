@@ -37,7 +37,8 @@ def arguments(case, plan, **changes):
     max_parts = reserved_parts(plan, num_q, group)
     return {
         "q": q, "k_pages": k_pages, "v_pages": v_pages, "page_table": page_table, "seq_lens": seq_lens,
-        "q_indptr": plan.q_indptr, "part_indptr": plan.part_indptr, "chunks": plan.chunks, "counts": plan.counts,
+        "q_indptr": plan.q_indptr, "part_indptr": plan.part_indptr, "order": plan.order,
+        "row_indptr": plan.row_indptr, "chunks": plan.chunks, "counts": plan.counts,
         "sinks": options["sinks"], "out": torch.full(q.shape, torch.nan, dtype=q.dtype),
         "lse": torch.full(q.shape[:2], torch.nan),
         "part_out": torch.full((max_parts, num_qo_heads, head_dim), torch.nan),

@@ -31,6 +31,13 @@ def chunks_of(plan):
     return plan.chunks[: plan.num_chunks].tolist()
 
 
+def golden_plan(case, plan):
+    """Returns a plan of a golden case (the case's own, or one of case["flat"]) as `plain` does."""
+    names = ("part_indptr", "chunks", "counts", "order", "row_indptr")
+    return [case["q_indptr"], *(plan[name] for name in names)]
+
+
 def plain(plan):
     """Returns the defined numbers of the plan, as lists."""
-    return [plan.q_indptr.tolist(), plan.part_indptr.tolist(), chunks_of(plan), plan.counts.tolist()]
+    rows = [plan.order.tolist(), plan.row_indptr.tolist()]
+    return [plan.q_indptr.tolist(), plan.part_indptr.tolist(), chunks_of(plan), plan.counts.tolist(), *rows]

@@ -10,7 +10,7 @@ import triton
 from support.triton_compile import TARGETS, resources
 from triton.compiler import ASTSource
 
-from treedecode.triton_kernels import plan_tree, tree_attention
+from treedecode.triton_kernels import plan_tree, row_order, tree_attention
 
 MMA = {
     "sm_80": "mma.sync",
@@ -30,17 +30,25 @@ CASES = [  # dtype, head_dim, packed rows, other constants
     ("bf16", 128, 8, PLAIN),
     ("fp32", 80, 128, PLAIN),
 ]
+PLAN_LAUNCHES = [  # kernel, BLOCK, warps
+    (row_order._hash_pages_kernel, 64, 4),
+    (row_order._order_rows_kernel, 256, 4),
+    (row_order._common_pages_kernel, 512, 4),
+    (plan_tree._nodes_kernel, 512, 4),
+    (plan_tree._plan_tree_kernel, 512, 8),
+]
 
 
 def compile_kernel(kernel, target_name, dtype, constants, num_warps):
     values = {"out_ptr", "q_ptr", "k_pages_ptr", "v_pages_ptr"}
     floats = {"lse_ptr", "part_out_ptr", "part_lse_ptr", "sinks_ptr", "sm_scale", "logits_soft_cap"}
+    longs = {"hashes_ptr", "hash_mask"}
     signature, attrs = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
             continue
-        element = dtype if name in values else "fp32" if name in floats else "i32"
+        element = dtype if name in values else "fp32" if name in floats else "i64" if name in longs else "i32"
         signature[name] = "*" * name.endswith("_ptr") + element
         if "stride" in name or name.endswith("_ptr"):  # as they are in tensors of their own
             attrs[(i,)] = [["tt.divisibility", 16]]
@@ -75,9 +83,10 @@ def compile_merge(target):
     return {"op": "merge_parts", **report}
 
 
-def compile_plan(target, kernel):
-    report = compile_kernel(getattr(plan_tree, kernel), target, "bf16", {"BLOCK": 512}, 8)
-    return {"op": "plan_tree", "kernel": kernel, **report}
+def compile_plan(target, launch):
+    kernel, block, num_warps = PLAN_LAUNCHES[launch]
+    report = compile_kernel(kernel, target, "bf16", {"BLOCK": block}, num_warps)
+    return {"op": "plan_tree", "kernel": kernel.__name__, **report}
 
 
 def main():
@@ -89,8 +98,7 @@ def main():
             if case[0] == "bf16" or target in ("sm_90", "gfx942")
         ]
         jobs += [pool.submit(compile_merge, target) for target in TARGETS]
-        kernels = ("_common_pages_kernel", "_nodes_kernel", "_plan_tree_kernel")
-        jobs += [pool.submit(compile_plan, target, kernel) for target in TARGETS for kernel in kernels]
+        jobs += [pool.submit(compile_plan, target, i) for target in TARGETS for i in range(len(PLAN_LAUNCHES))]
         json.dump([job.result() for job in jobs], sys.stdout)
 
 

@@ -85,7 +85,7 @@ def decoder_forward(
     w = weights
     return call(
         torch.ops.treedecode.decoder_forward.default,
-        x, cos, sin, kv, slots, page_table, seq_lens, plan.q_indptr, plan.part_indptr, plan.chunks, plan.counts,
+        x, cos, sin, kv, slots, page_table, seq_lens, *plan.tensors,
         logit_rows, w.tensors, w.sm_scales, w.soft_caps, w.windows, w.eps, w.unit_offset, w.gate, w.num_qo_heads,
         w.intermediate_size, w.vocab_size,
     )  # fmt: skip
@@ -104,6 +104,8 @@ def _(
     part_indptr: Tensor,
     chunks: Tensor,
     counts: Tensor,
+    order: Tensor,
+    row_indptr: Tensor,
     logit_rows: Tensor,
     weights: Sequence[Tensor],
     sm_scales: Sequence[float],

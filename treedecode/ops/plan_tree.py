@@ -16,9 +16,14 @@ TILES_PER_WORKER = 4
 _COUNTS = PlanCounts(*range(len(PlanCounts._fields)))  # position of each number in `counts`
 
 
+PlanTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 @dataclass(frozen=True, repr=False)
 class TreePlan:
     """A plan for `tree_attention` over the page table of one step. All tensors are int32.
+
+    Rows are the branches in the plan's order, in which branches that share pages are neighbours.
 
     A branch's *path* is the list of its chunks from the root of its tree to its own last tokens, in token order. A
     *chained* plan is for the CPU: no chunk crosses a multiple of 1024 tokens, the borders of *segments*; a query token
@@ -31,8 +36,8 @@ class TreePlan:
         part_indptr: `[num_branches + 1]`, offsets of each branch's partial results: query token t (0-based) of branch b
             has them in the slots `part_indptr[b] + t * num_parts(b) + i`, i counting along the path. A branch without
             tokens or without queries has none.
-        chunks: `[max_chunks, 6]`, rows of row_begin, row_end, token_begin, token_end and two more (`named_chunks` gives
-            them names). All branches in `[row_begin, row_end)` hold the same pages for the tokens
+        chunks: `[max_chunks, 6]`, each of row_begin, row_end, token_begin, token_end and two more (`named_chunks` gives
+            them names). All branches of the rows `[row_begin, row_end)` hold the same pages for the tokens
             `[token_begin, token_end)`; a branch may end before token_end, and in a flat plan with pages of more than 64
             tokens before token_begin.
             Chained: segment, round. A chunk of round r > 0 continues one of round r - 1. Sorted by round, the most
@@ -40,12 +45,21 @@ class TreePlan:
             Flat: part, tile_begin. part is the index of the partial result on the path, tile_begin the number of
             work tiles (of at most 128 packed rows) of all chunks before. Sorted by cost, roughly.
         counts: `[6]`, the numbers of PlanCounts. Properties return them as tensors `[]`, without waiting for a GPU.
+        order: `[num_branches]`, the branch of each row.
+        row_indptr: `[num_branches + 1]`, offsets of each row's query tokens, in the order of rows.
     """
 
     q_indptr: Tensor
     part_indptr: Tensor
     chunks: Tensor
     counts: Tensor
+    order: Tensor
+    row_indptr: Tensor
+
+    @property
+    def tensors(self) -> PlanTensors:
+        """All tensors of the plan, in the order in which ops take them."""
+        return self.q_indptr, self.part_indptr, self.chunks, self.counts, self.order, self.row_indptr
 
     @property
     def num_chunks(self) -> Tensor:
@@ -92,7 +106,8 @@ class TreePlan:
         counts = PlanCounts(*self.counts.tolist())
         numbers = ", ".join(f"{name}={value}" for name, value in counts._asdict().items())
         chunks = self.chunks[: max(0, counts.num_chunks)]
-        return f"TreePlan({numbers}, q_indptr={self.q_indptr}, part_indptr={self.part_indptr}, chunks={chunks})"
+        rows = f"order={self.order}, row_indptr={self.row_indptr}"
+        return f"TreePlan({numbers}, q_indptr={self.q_indptr}, part_indptr={self.part_indptr}, {rows}, chunks={chunks})"
 
 
 def plan_tree(
@@ -108,10 +123,11 @@ def plan_tree(
 ) -> TreePlan:
     """Finds the tree in a page table and cuts it into chunks.
 
-    Neighbouring rows share a page when all page ids up to it are equal and both have tokens there: the tree is that of
-    the longest common prefixes of adjacent rows, of any depth, with any number of roots. Rows in any order are
-    correct; rows in depth-first order share best. Only page ids are compared, and no table entries beyond a branch's
-    seq_len.
+    Branches share a page when all page ids up to it are equal and both have tokens there, in whatever order they come:
+    the tree is that of their longest common prefixes, of any depth, with any number of roots. Only page ids are
+    compared, and no table entries beyond a branch's seq_len. The plan's order makes branches that share pages
+    neighbours. It is that of their page ids, lexicographically; a chained plan keeps the order that is given where that
+    loses no sharing. So a permutation of the branches changes no bit of any result.
 
     The unit of cost is one packed row (a query token's query head of one kv head) attending to one token. Reading K and
     V of a token costs 16, and the partial result of a packed row 32. So a node of n tokens with c children is folded
@@ -170,7 +186,7 @@ def _(
     num_kv_heads: int,
     head_dim: int,
     num_workers: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> PlanTensors:
     num_rows, max_pages = page_table.shape
     nodes = torch.sym_max(0, 2 * num_rows - 1)
     if num_workers:
@@ -182,4 +198,6 @@ def _(
         seq_lens.new_empty(num_rows + 1),
         seq_lens.new_empty(max_chunks, len(FlatChunk._fields)),
         seq_lens.new_empty(len(PlanCounts._fields)),
+        seq_lens.new_empty(num_rows),
+        seq_lens.new_empty(num_rows + 1),
     )

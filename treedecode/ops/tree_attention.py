@@ -66,8 +66,7 @@ def tree_attention(
         return out.to(q.dtype), lse.float()
     return call(
         torch.ops.treedecode.tree_attention.default,
-        q, k_pages, v_pages, page_table, seq_lens, plan.q_indptr, plan.part_indptr, plan.chunks, plan.counts,
-        scale, window_left, logits_soft_cap, sinks,
+        q, k_pages, v_pages, page_table, seq_lens, *plan.tensors, scale, window_left, logits_soft_cap, sinks,
     )  # fmt: skip
 
 
@@ -82,6 +81,8 @@ def _(
     part_indptr: Tensor,
     chunks: Tensor,
     counts: Tensor,
+    order: Tensor,
+    row_indptr: Tensor,
     sm_scale: float,
     window_left: int,
     logits_soft_cap: float,

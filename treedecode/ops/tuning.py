@@ -84,7 +84,7 @@ def _tree_attention(device: Any) -> Iterator[Arguments]:
         )
         pages = torch.randn(2, int(table.max()) + 1, _PAGE, _KV_HEADS, _HEAD_DIM, device=device).bfloat16()
         q = torch.randn(rows, _HEADS, _HEAD_DIM, device=device).bfloat16()
-        tensors = plan.q_indptr, plan.part_indptr, plan.chunks, plan.counts
+        tensors = plan.tensors
         yield q, *pages, table, lens, *tensors, _HEAD_DIM**-0.5, -1, 0.0, None
 
 

@@ -1,6 +1,6 @@
 """Reference of plan_tree, and the names of the columns of a plan."""
 
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, groupby, pairwise, takewhile
 from typing import NamedTuple
 
 import torch
@@ -65,13 +65,19 @@ def plan_tree(
     num_kv_heads: int,
     head_dim: int,
     num_workers: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `treedecode.ops.plan_tree`; builds the same plan from the top down."""
     num_rows = len(page_table)
-    seq_len = seq_lens.tolist()
-    q_len = [1] * num_rows if q_lens is None else q_lens.tolist()
+    branch_len = seq_lens.tolist()
+    branch_q_len = [1] * num_rows if q_lens is None else q_lens.tolist()
     group = num_qo_heads // num_kv_heads
-    pages = [row[: ceil_div(n, page_size)] for row, n in zip(page_table.tolist(), seq_len, strict=True)]
+    branch_pages = [row[: ceil_div(n, page_size)] for row, n in zip(page_table.tolist(), branch_len, strict=True)]
+    order = sorted(range(num_rows), key=branch_pages.__getitem__)
+    if num_workers == 0 and _shared(branch_pages) == _shared([branch_pages[branch] for branch in order]):
+        order = list(range(num_rows))
+    pages = [branch_pages[branch] for branch in order]
+    seq_len = [branch_len[branch] for branch in order]
+    q_len = [branch_q_len[branch] for branch in order]
 
     def runs(rows: list[int], depth: int) -> list[list[int]]:
         """Groups neighbours that share page number `depth`; a row without that page is a run of its own."""
@@ -119,7 +125,9 @@ def plan_tree(
     else:
         chunks, num_tiles = _chained(roots, seq_len, group, page_size), 0
         num_parts = [ceil_div(n, 1024) for n in seq_len]
-    part_lens = [q * parts for q, parts in zip(q_len, num_parts, strict=True)]
+    part_lens = [0] * num_rows
+    for row, branch in enumerate(order):
+        part_lens[branch] = q_len[row] * num_parts[row]
     counts = PlanCounts(
         num_chunks=len(chunks),
         num_parts=sum(part_lens),
@@ -129,11 +137,19 @@ def plan_tree(
         num_tiles=num_tiles,
     )
     return (
-        torch.tensor([0, *accumulate(q_len)], dtype=torch.int32),
+        torch.tensor([0, *accumulate(branch_q_len)], dtype=torch.int32),
         torch.tensor([0, *accumulate(part_lens)], dtype=torch.int32),
         torch.tensor(chunks, dtype=torch.int32).reshape(-1, len(FlatChunk._fields)),
         torch.tensor(counts, dtype=torch.int32),
+        torch.tensor(order, dtype=torch.int32),
+        torch.tensor([0, *accumulate(q_len)], dtype=torch.int32),
     )
+
+
+def _shared(rows: list[list[int]]) -> int:
+    """Counts the leading pages that neighbours share."""
+    same = (takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)) for a, b in pairwise(rows))
+    return sum(len(list(pairs)) for pairs in same)
 
 
 def _chained(roots: list[Node], seq_len: list[int], group: int, page_size: int) -> list[ChainedChunk]:

@@ -14,10 +14,11 @@ namespace {
 
 std::tuple<Tensor, Tensor> tree_attention_cuda(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table,
                                                Tensor seq_lens, Tensor q_indptr, Tensor part_indptr, Tensor chunks,
-                                               Tensor counts, double sm_scale, int64_t window_left,
-                                               double logits_soft_cap, std::optional<Tensor> sinks) {
-  check_tree_attention(q, k_pages, v_pages, page_table, seq_lens, q_indptr, part_indptr, chunks, counts, sm_scale,
-                       window_left, logits_soft_cap, sinks);
+                                               Tensor counts, Tensor order, Tensor row_indptr, double sm_scale,
+                                               int64_t window_left, double logits_soft_cap,
+                                               std::optional<Tensor> sinks) {
+  check_tree_attention(q, k_pages, v_pages, page_table, seq_lens, q_indptr, part_indptr, chunks, counts, order,
+                       row_indptr, sm_scale, window_left, logits_soft_cap, sinks);
   const int64_t num_q = q.size(0), num_qo_heads = q.size(1), head_dim = q.size(2), num_kv_heads = k_pages.size(2);
   const int64_t num_rows = page_table.size(0), group_size = num_qo_heads / num_kv_heads;
   check_value(num_q * num_qo_heads <= std::numeric_limits<int32_t>::max(), "q",
@@ -31,6 +32,8 @@ std::tuple<Tensor, Tensor> tree_attention_cuda(Tensor q, Tensor k_pages, Tensor 
                 {&part_indptr, "plan.part_indptr"},
                 {&chunks, "plan.chunks"},
                 {&counts, "plan.counts"},
+                {&order, "plan.order"},
+                {&row_indptr, "plan.row_indptr"},
                 {sinks ? &*sinks : nullptr, "sinks"}});
 
   const int64_t num_cuts = std::max<int64_t>(0, chunks.size(0) - std::max<int64_t>(0, 2 * num_rows - 1));
@@ -49,6 +52,8 @@ std::tuple<Tensor, Tensor> tree_attention_cuda(Tensor q, Tensor k_pages, Tensor 
       .seq_lens = seq_lens.const_data_ptr<int32_t>(),
       .q_indptr = q_indptr.const_data_ptr<int32_t>(),
       .part_indptr = part_indptr.const_data_ptr<int32_t>(),
+      .order = order.const_data_ptr<int32_t>(),
+      .row_indptr = row_indptr.const_data_ptr<int32_t>(),
       .chunks = rows_of<cpu::FlatChunk>(chunks),
       .counts = rows_of<cpu::PlanCounts>(counts),
       .sinks = sinks ? sinks->const_data_ptr<float>() : nullptr,

@@ -88,7 +88,7 @@ class TileAttention {
     const int64_t token = token_of(n);
     if (token >= tile.token_end) return -1;
     const auto column = static_cast<uint32_t>(token) / static_cast<uint32_t>(ptx::opaque(p_.page_size));
-    const int page = p_.page_table[tile.row_begin * p_.page_table_stride + column];
+    const int page = p_.page_table[tile.branch * p_.page_table_stride + column];
     if (page >= 0 && page < p_.num_pages) return page;
     has_bad_page_ = true;
     return -1;

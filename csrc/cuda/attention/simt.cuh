@@ -44,7 +44,7 @@ __device__ void simt_rows(const TreeAttentionParams& p, const Tile& t, int first
 #pragma unroll
     for (int d = 0; d < kLaneDims; ++d) acc[i][d] = 0.0f;
   }
-  const int32_t* pages = p.page_table + t.row_begin * p.page_table_stride;
+  const int32_t* pages = p.page_table + t.branch * p.page_table_stride;
   bool has_bad_page = false;
   for (int begin = t.token_begin; begin < t.token_end; begin += kSimtKeys) {
     const int num_keys = t.token_end - begin < kSimtKeys ? t.token_end - begin : kSimtKeys;

@@ -16,14 +16,15 @@ inline constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 inline constexpr float kLog2e = 1.44269504088896341f;
 inline constexpr float kLn2 = 0.69314718055994531f;
 
-// Packed rows [first_row, first_row + num_rows) of a chunk, for one kv head. Packed row r is query token
-// first_token + r / group, query head kv_head * group + r % group.
+// Packed rows [first_row, first_row + num_rows) of a chunk, for one kv head. Packed row r is query head
+// kv_head * group + r % group of the query token number first_query + r / group in the plan's order.
 struct Tile {
-  int row_begin, row_end;  // of the page table
+  int row_begin, row_end;  // in the plan's order
+  int branch;              // of row_begin, whose pages are read
   int token_begin, token_end;
   int part;
   int kv_head;
-  int first_token;
+  int first_query;
   int first_row;
   int num_rows;
 };
@@ -59,7 +60,14 @@ __device__ inline bool plan_fits(const TreeAttentionParams& p) {
   const cpu::PlanCounts& n = *p.counts;
   return n.num_chunks >= 0 && n.num_chunks <= p.max_chunks && (n.num_tiles > 0) == (n.num_chunks > 0) &&
          n.num_parts >= 0 && n.num_parts <= p.max_parts && n.page_size == p.page_size && p.q_indptr[0] == 0 &&
-         p.q_indptr[p.num_rows] <= p.num_q;
+         p.q_indptr[p.num_rows] <= p.num_q && p.row_indptr[0] == 0 &&
+         p.row_indptr[p.num_rows] == p.q_indptr[p.num_rows];
+}
+
+// The branch of a row in the plan's order.
+__device__ inline int branch_of(const TreeAttentionParams& p, int row) {
+  const int branch = p.order[row];
+  return branch >= 0 && branch < p.num_rows ? branch : 0;
 }
 
 // The items of one tile are its kv heads, so tiles of one chunk follow closely and find their pages in L2. All lanes of
@@ -77,18 +85,31 @@ __device__ inline Tile load_tile(const TreeAttentionParams& p, int64_t item) {
   t.part = chunk.part;
   t.kv_head = static_cast<int>(item % p.num_kv_heads);
   t.first_row = kTileRows * (tile - chunk.tile_begin);
-  t.first_token = p.q_indptr[t.row_begin];
-  t.num_rows = clamp((p.q_indptr[t.row_end] - t.first_token) * p.group_size - t.first_row, kTileRows);
+  t.branch = t.row_begin < p.num_rows ? branch_of(p, t.row_begin) : 0;
+  t.first_query = p.row_indptr[t.row_begin];
+  t.num_rows = clamp((p.row_indptr[t.row_end] - t.first_query) * p.group_size - t.first_row, kTileRows);
   return t;
 }
 
 struct PackedRow {
-  int token;
+  int branch;
+  int query;  // of the branch
+  int token;  // row of q
   int head;
 };
 __device__ inline PackedRow packed_row(const TreeAttentionParams& p, const Tile& t, int row) {
-  const int r = t.first_row + row, token = r / p.group_size;
-  return {t.first_token + token, t.kv_head * p.group_size + r - token * p.group_size};
+  const int r = t.first_row + row, i = r / p.group_size, query = t.first_query + i;
+  int b = t.row_begin + i;  // a guess, right where all branches have one query
+  if (b >= t.row_end || p.row_indptr[b] > query || p.row_indptr[b + 1] <= query) {
+    b = find_row(p.row_indptr, t.row_begin, t.row_end, query);
+  }
+  PackedRow packed;
+  packed.branch = branch_of(p, b);
+  packed.query = query - p.row_indptr[b];
+  const int64_t token = static_cast<int64_t>(p.q_indptr[packed.branch]) + packed.query;
+  packed.token = token >= 0 && token < p.num_q ? static_cast<int>(token) : 0;
+  packed.head = t.kv_head * p.group_size + r - i * p.group_size;
+  return packed;
 }
 
 struct RowInfo {
@@ -96,13 +117,9 @@ struct RowInfo {
   int slot;                        // of its partial result; -1: the branch has one part, the result is final
 };
 __device__ inline RowInfo row_info(const TreeAttentionParams& p, const Tile& t, int row) {
-  const int token = packed_row(p, t, row).token;
-  int b = t.row_begin + token - t.first_token;  // a guess, right where all branches have one query
-  if (b >= t.row_end || p.q_indptr[b] > token || p.q_indptr[b + 1] <= token) {
-    b = find_row(p.q_indptr, t.row_begin, t.row_end, token);
-  }
-  const int first = p.q_indptr[b], q_len = p.q_indptr[b + 1] - first;
-  const int64_t position = static_cast<int64_t>(p.seq_lens[b]) - q_len + (token - first);
+  const PackedRow r = packed_row(p, t, row);
+  const int b = r.branch, q_len = p.q_indptr[b + 1] - p.q_indptr[b];
+  const int64_t position = static_cast<int64_t>(p.seq_lens[b]) - q_len + r.query;
   const int64_t window_begin = p.window_left < 0 ? 0 : position - p.window_left;
   const int part_begin = p.part_indptr[b], num_parts = (p.part_indptr[b + 1] - part_begin) / q_len;
   RowInfo info;
@@ -114,7 +131,7 @@ __device__ inline RowInfo row_info(const TreeAttentionParams& p, const Tile& t, 
     info.visible_begin = t.token_end;
     info.visible_end = t.token_begin;
   }
-  info.slot = num_parts == 1 ? -1 : part_begin + (token - first) * num_parts + t.part;
+  info.slot = num_parts == 1 ? -1 : part_begin + r.query * num_parts + t.part;
   return info;
 }
 

@@ -18,6 +18,8 @@ struct TreeAttentionParams {
   const int32_t* seq_lens;        // [num_rows]
   const int32_t* q_indptr;        // [num_rows + 1]
   const int32_t* part_indptr;     // [num_rows + 1]
+  const int32_t* order;           // [num_rows] branches in the plan's order
+  const int32_t* row_indptr;      // [num_rows + 1]
   const cpu::FlatChunk* chunks;   // [max_chunks]
   const cpu::PlanCounts* counts;  // [1]
   const float* sinks;             // [num_qo_heads] or null

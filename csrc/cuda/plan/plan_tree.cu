@@ -5,10 +5,16 @@
 namespace treedecode::cuda {
 
 cudaError_t plan_tree(const PlanTreeParams& p, cudaStream_t stream) {
+  if (p.num_rows > 0) {
+    const auto num_rows = static_cast<uint32_t>(p.num_rows);
+    cudaError_t error = launch(&_hash_pages_kernel, {num_rows}, kOrderThreads, 0, stream, p);
+    if (error == cudaSuccess) error = launch_dependent(&_order_rows_kernel, {num_rows}, kOrderThreads, 0, stream, p);
+    if (error != cudaSuccess) return error;
+  }
   const int64_t num_compared = std::max<int64_t>(0, p.num_rows - 1) * num_page_segments(p.max_pages);
   if (num_compared > 0) {
     const cudaError_t error =
-        launch(&_compare_pages_kernel, {static_cast<uint32_t>(num_compared)}, kCompareThreads, 0, stream, p);
+        launch_dependent(&_compare_pages_kernel, {static_cast<uint32_t>(num_compared)}, kCompareThreads, 0, stream, p);
     if (error != cudaSuccess) return error;
   }
   const size_t shared_bytes = p.num_rows > kSharedRows ? 0 : 4 * static_cast<size_t>(tree_words(p.num_rows));

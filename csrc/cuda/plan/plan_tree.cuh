@@ -1,4 +1,4 @@
-// plan_tree's second launch: one block finds the tree of shared pages and cuts it into chunks.
+// plan_tree's last launch: one block finds the tree of shared pages and cuts it into chunks.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace treedecode::cuda {
 
-inline constexpr int kMaxPlanThreads = 1024;
+inline constexpr int kMaxPlanThreads = 768;  // 80 registers each, on every architecture
 
 // The longest-common-prefix intervals of the rows, in arrays. Node 2 * row + 1 is the leaf of a row: the pages that no
 // other row has. Node 2 * row, where it exists, is the interval whose first fork comes before `row`. Chunks of one
@@ -71,8 +71,17 @@ class TreePlanner {
   }
 
   __device__ int shared(int row) const { return shared_.tree[shared_.width + row]; }
+  __device__ int seq_len(int row) const { return seq_len_of(p_, p_.order[row]); }
+  __device__ int q_len(int row) const { return q_len_of(p_, p_.order[row]); }
 
   __device__ void read_rows() {
+    bool is_missing = false;
+    for_each(num_rows_, [&](int row) { is_missing |= p_.order[row] < 0; });
+    if (ptx::sync_threads_or(is_missing)) {  // the order is none: take the branches as they come, and share nothing
+      for_each(num_rows_, [&](int row) { p_.order[row] = row; });
+      ptx::sync_threads();
+      is_missing = true;
+    }
     const int64_t segments = num_page_segments(p_.max_pages);
     for_each(shared_.width, [&](int row) {
       int common = row <= num_rows_ ? 0 : std::numeric_limits<int>::max();
@@ -87,10 +96,10 @@ class TreePlanner {
           }
         }
         // An even number of tokens, as on the CPU.
-        common -= static_cast<int>(common * p_.page_size % 2);
+        common = is_missing ? 0 : common - static_cast<int>(common * p_.page_size % 2);
       }
       shared_.tree[shared_.width + row] = common;
-      lengths_[shared_.width + row] = row < num_rows_ && q_len_of(p_, row) > 0 ? seq_len_of(p_, row) : 0;
+      lengths_[shared_.width + row] = row < num_rows_ && q_len(row) > 0 ? seq_len(row) : 0;
     });
     for_each(num_rows_, [&](int row) { children_[row] = continuing_[row] = 0; });
     ptx::sync_threads();
@@ -103,7 +112,7 @@ class TreePlanner {
       ptx::sync_threads();
     }
     const Range range = thread_range(num_rows_);
-    const auto queries_of = [&](int row) { return lengths_[shared_.width + row] > 0 ? q_len_of(p_, row) : 0; };
+    const auto queries_of = [&](int row) { return lengths_[shared_.width + row] > 0 ? q_len(row) : 0; };
     int sum = 0;
     for (int row = range.begin; row < range.end; ++row) sum += queries_of(row);
     const BlockScan<int> scan = block_scan(sum);
@@ -148,7 +157,7 @@ class TreePlanner {
   __device__ int num_queries(int node) const { return queries_[last_row(node)] - queries_[first_row(node)]; }
   __device__ int page_end(int node) const {
     if (!is_leaf(node)) return shared(node / 2);
-    return static_cast<int>(ceil_quotient(seq_len_of(p_, node / 2), p_.page_size));
+    return num_pages_of(p_, p_.order[node / 2]);
   }
   __device__ int64_t token_begin(int node) const { return page_begin_[node] * p_.page_size; }
   __device__ int64_t num_tokens(int node) const { return token_end_[node] - token_begin(node); }
@@ -306,31 +315,46 @@ class TreePlanner {
     }
   }
 
+  __device__ void write_row_indptr() {
+    const Range range = thread_range(num_rows_);
+    uint32_t sum = 0;  // may wrap around; there is no plan then
+    for (int row = range.begin; row < range.end; ++row) sum += static_cast<uint32_t>(q_len(row));
+    sum = block_scan(sum).before;
+    for (int row = range.begin; row < range.end; ++row) {
+      p_.row_indptr[row] = static_cast<int32_t>(sum);
+      sum += static_cast<uint32_t>(q_len(row));
+    }
+  }
+
   __device__ void write_rows() {
     constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+    int* parts = children_;  // of each query token of a branch
+    for_each(num_rows_, [&](int row) {
+      const int leaf = 2 * row + 1;
+      parts[p_.order[row]] = num_queries(leaf) == 0 ? 0 : parts_before(leaf) + num_chunks(leaf);
+    });
+    ptx::sync_threads();
+    write_row_indptr();
     const Range range = thread_range(num_rows_);
     enum { kQueries, kParts, kPathTokens, kNum };
     int64_t sums[kNum] = {};
-    const auto parts_of = [&](int row) -> int64_t {
-      const int leaf = 2 * row + 1;
-      if (num_queries(leaf) == 0) return 0;
-      return static_cast<int64_t>(q_len_of(p_, row)) * (parts_before(leaf) + num_chunks(leaf));
-    };
-    for (int row = range.begin; row < range.end; ++row) {
-      sums[kQueries] += q_len_of(p_, row);
-      sums[kParts] += parts_of(row);
-      if (q_len_of(p_, row) > 0) sums[kPathTokens] += seq_len_of(p_, row);
+    for (int i = range.begin; i < range.end; ++i) {
+      const int queries = q_len_of(p_, i);
+      sums[kQueries] += queries;
+      sums[kParts] += static_cast<int64_t>(queries) * parts[i];
+      if (queries > 0) sums[kPathTokens] += seq_len_of(p_, i);
     }
     const int64_t* totals = block_scans(sums);
     int64_t query = sums[kQueries], part = sums[kParts];
-    for (int row = range.begin; row < range.end; ++row) {
-      p_.q_indptr[row] = static_cast<int32_t>(query);
-      p_.part_indptr[row] = static_cast<int32_t>(part);
-      query += q_len_of(p_, row);
-      part += parts_of(row);
+    for (int i = range.begin; i < range.end; ++i) {
+      const int queries = q_len_of(p_, i);
+      p_.q_indptr[i] = static_cast<int32_t>(query);
+      p_.part_indptr[i] = static_cast<int32_t>(part);
+      query += queries;
+      part += static_cast<int64_t>(queries) * parts[i];
     }
     if (ptx::thread() != 0) return;
-    p_.q_indptr[num_rows_] = static_cast<int32_t>(totals[kQueries]);
+    p_.row_indptr[num_rows_] = p_.q_indptr[num_rows_] = static_cast<int32_t>(totals[kQueries]);
     p_.part_indptr[num_rows_] = p_.counts->num_parts = static_cast<int32_t>(totals[kParts]);
     p_.counts->path_tokens = static_cast<int32_t>(totals[kPathTokens]);
     if (!fits_ || totals[kQueries] > kMax || totals[kParts] > kMax || totals[kPathTokens] > kMax) {

@@ -14,16 +14,24 @@ struct PlanTreeParams {
   const int32_t* q_lens;      // [num_rows], or null: 1 each
   int32_t* q_indptr;          // [num_rows + 1]
   int32_t* part_indptr;       // [num_rows + 1]
+  int32_t* order;             // [num_rows]
+  int32_t* row_indptr;        // [num_rows + 1]
   cpu::FlatChunk* chunks;     // [max_chunks]
   cpu::PlanCounts* counts;    // [1]
   int32_t* scratch;           // [plan_scratch(num_rows, max_pages)]
+  uint64_t* hashes;           // [num_rows, num_hash_segments(max_pages)]
   int64_t num_rows;
   int64_t max_pages;
   int64_t table_stride;  // elements
   int64_t page_size;
   int64_t group_size;  // num_qo_heads / num_kv_heads
   int64_t workers;     // thread blocks that share the work of one kv head
+  uint64_t hash_mask;  // all bits; tests take fewer, to see what collisions do
 };
+
+// Page ids that one hash covers.
+inline constexpr int64_t kHashPages = 16;
+constexpr int64_t num_hash_segments(int64_t max_pages) { return max_pages / kHashPages; }
 
 // Page ids of a row that one block compares with those of the row before.
 inline constexpr int64_t kPageSegment = 2048;

@@ -29,27 +29,29 @@ def fields_of(page_table, seq_lens, q_lens, page_size, num_qo_heads, num_kv_head
     num_rows, max_pages = page_table.shape
     workers = max(1, num_workers // num_kv_heads)
     max_chunks = max(0, 2 * num_rows - 1) + (4 * workers if num_rows else 0)
-    q_indptr, part_indptr, chunks, counts = (
-        torch.full(shape, -1, dtype=torch.int32) for shape in [(num_rows + 1,), (num_rows + 1,), (max_chunks, 6), (6,)]
+    shapes = [(num_rows + 1,), (num_rows + 1,), (max_chunks, 6), (6,), (num_rows,), (num_rows + 1,)]
+    q_indptr, part_indptr, chunks, counts, order, row_indptr = (
+        torch.full(shape, -1, dtype=torch.int32) for shape in shapes
     )
     return {
         "page_table": page_table, "seq_lens": seq_lens, "q_lens": q_lens, "q_indptr": q_indptr,
-        "part_indptr": part_indptr, "chunks": chunks, "counts": counts,
-        "scratch": torch.full((scratch_words(num_rows, max_pages),), -1, dtype=torch.int32), "num_rows": num_rows,
+        "part_indptr": part_indptr, "order": order, "row_indptr": row_indptr, "chunks": chunks, "counts": counts,
+        "scratch": torch.full((scratch_words(num_rows, max_pages),), -1, dtype=torch.int32),
+        "hashes": torch.full((num_rows, max_pages // 16), -1), "hash_mask": 2**64 - 1, "num_rows": num_rows,
         "max_pages": max_pages, "table_stride": page_table.stride(0), "page_size": page_size,
         "group_size": num_qo_heads // num_kv_heads, "workers": workers,
     }  # fmt: skip
 
 
-def run(*args, **how):
-    """Runs the kernels; returns (q_indptr, part_indptr, chunks, counts)."""
-    fields = fields_of(*args)
+def run(*args, hash_mask=2**64 - 1, **how):
+    """Runs the kernels; returns the plan's tensors."""
+    fields = fields_of(*args) | {"hash_mask": hash_mask}
     simt.run("plan_tree", **how, **fields)
-    return tuple(fields[name] for name in ("q_indptr", "part_indptr", "chunks", "counts"))
+    return tuple(fields[name] for name in ("q_indptr", "part_indptr", "chunks", "counts", "order", "row_indptr"))
 
 
-def plain(q_indptr, part_indptr, chunks, counts):
-    return plan_cases.plain(ops.TreePlan(q_indptr, part_indptr, chunks, counts))
+def plain(*tensors):
+    return plan_cases.plain(ops.TreePlan(*tensors))
 
 
 @settings(max_examples=60, deadline=None)
@@ -71,7 +73,7 @@ def test_golden(case):
     heads = case["num_qo_heads"], case["num_kv_heads"]
     for flat in case["flat"]:
         got = run(page_table, seq_lens, q_lens, case["page_size"], *heads, flat["num_workers"])
-        assert plain(*got) == [case["q_indptr"], flat["part_indptr"], flat["chunks"], flat["counts"]]
+        assert plain(*got) == plan_cases.golden_plan(case, flat)
 
 
 def native(page_table, seq_lens, q_lens, page_size, num_qo_heads, num_kv_heads, num_workers):
@@ -79,7 +81,36 @@ def native(page_table, seq_lens, q_lens, page_size, num_qo_heads, num_kv_heads, 
         page_table, seq_lens, q_lens, page_size=page_size, num_qo_heads=num_qo_heads, num_kv_heads=num_kv_heads,
         head_dim=64, num_workers=num_workers,
     )  # fmt: skip
-    return plain(plan.q_indptr, plan.part_indptr, plan.chunks, plan.counts)
+    return plain(*plan.tensors)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_hashes_that_collide_cost_sharing_alone(seed):
+    """With hashes of one bit, rows that differ look alike, and the order may leave branches out."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [
+        [*range(16 * int(n)), *torch.randint(0, 2, (40,), generator=generator).tolist()]
+        for n in torch.randint(0, 4, (12,), generator=generator)
+    ]
+    page_table, seq_lens = as_tables(rows, 16, [16] * 12)
+    num_missing = 0
+    for mask in (0, 1):
+        plan = ops.TreePlan(*run(page_table, seq_lens, None, 16, 4, 2, 8, hash_mask=mask))
+        order = plan.order.tolist()
+        assert sorted(order) == list(range(12))
+        paths = [[] for _ in rows]
+        for chunk in plan.named_chunks():
+            shared = {tuple(rows[order[i]][: -(-chunk.token_end // 16)]) for i in range(chunk.row_begin, chunk.row_end)}
+            assert len(shared) == 1
+            for i in range(chunk.row_begin, chunk.row_end):
+                paths[order[i]].append((chunk.part, chunk.token_begin, chunk.token_end))
+        for row, path in enumerate(paths):
+            borders = [0, *(end for _, _, end in sorted(path))]
+            assert [begin for _, begin, _ in sorted(path)] == borders[:-1]
+            assert borders[-1] == seq_lens[row]
+        num_missing += order == list(range(12)) and plan.unique_tokens == plan.path_tokens
+    unmasked = ops.TreePlan(*run(page_table, seq_lens, None, 16, 4, 2, 8))
+    assert unmasked.unique_tokens <= plan.unique_tokens
 
 
 @pytest.mark.parametrize("num_rows", [600, 1023, 1024, 1025, 1500])

@@ -14,7 +14,7 @@ def counted(case, num_workers):
 
 
 def num_queries(plan, chunk):
-    return int(plan.q_indptr[chunk.row_end] - plan.q_indptr[chunk.row_begin])
+    return int(plan.row_indptr[chunk.row_end] - plan.row_indptr[chunk.row_begin])
 
 
 def query_bytes(plan, num_qo_heads, head_dim):

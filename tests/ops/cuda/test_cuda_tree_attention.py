@@ -12,7 +12,9 @@ from support import simt_kernels as simt
 from support.attention_cases import (
     assert_idle_tokens_are_left_out,
     assert_within_budget,
+    interleaved_case,
     make_case,
+    permuted,
     ragged,
     two_trees_and_loners,
 )
@@ -143,6 +145,18 @@ def test_rows_that_are_not_aligned():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 16])
+def test_a_permutation_of_the_branches_changes_no_bit(dtype, head_dim):
+    case = interleaved_case(dtype=dtype, head_dim=head_dim)
+    results = attend(case)
+    assert_within_budget(case, results)
+    for seed in (1, 2):
+        again, tokens = permuted(case, seed)
+        for got, want in zip(attend(again, seed=seed), results, strict=True):
+            assert got.equal(want[tokens])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sinks", [None, torch.tensor([1.0, -2.0, 0.0, 9.0])], ids=["no sinks", "sinks"])
 def test_without_keys(dtype, sinks):
     case = make_case(as_tables([[], [1], []], 16, [0, 3, 0]), [2, 1, 1], dtype=dtype, sinks=sinks)
@@ -260,7 +274,8 @@ def call(**changes):
     args = {
         "q": case.q, "k_pages": case.k_pages, "v_pages": case.v_pages, "page_table": case.page_table,
         "seq_lens": case.seq_lens, "q_indptr": plan.q_indptr, "part_indptr": plan.part_indptr, "chunks": plan.chunks,
-        "counts": plan.counts, "sm_scale": 0.1, "window_left": -1, "logits_soft_cap": 0.0, "sinks": None,
+        "counts": plan.counts, "order": plan.order, "row_indptr": plan.row_indptr,
+        "sm_scale": 0.1, "window_left": -1, "logits_soft_cap": 0.0, "sinks": None,
     }  # fmt: skip
     return cuda_library.call("tree_attention", *(args | changes).values())
 

@@ -1,19 +1,27 @@
 """The Triton kernels of tree_attention and plan_tree, in the interpreter, and compiled for every target."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.attention_cases import assert_idle_tokens_are_left_out, assert_within_budget, make_case, ragged
+from support.attention_cases import (
+    assert_idle_tokens_are_left_out,
+    assert_within_budget,
+    interleaved_case,
+    make_case,
+    permuted,
+    ragged,
+)
 from support.forests import UNUSED, as_tables, forests, tree_rows
-from support.plan_cases import GOLDEN, HEADS, plain
+from support.plan_cases import GOLDEN, HEADS, golden_plan, plain
 from support.triton_cases import IS_3_6, assert_same_error, compile_all
 
 from treedecode import ops, triton_kernels
-from treedecode.triton_kernels import tree_attention
+from treedecode.triton_kernels import row_order, tree_attention
 
 FP32, FP16 = torch.float32, torch.float16  # bf16 is wrong in the interpreter, see test_triton_kernels.py
 SHAPES = [  # dtype, num_qo_heads, num_kv_heads, head_dim, page_size
@@ -42,7 +50,7 @@ def launch(case):
     options = {"sm_scale": None, "window_left": -1, "logits_soft_cap": 0.0, "sinks": None} | case.options
     if options["sm_scale"] is None:
         options["sm_scale"] = case.q.shape[-1] ** -0.5
-    plan = (case.plan.q_indptr, case.plan.part_indptr, case.plan.chunks, case.plan.counts)
+    plan = case.plan.tensors
     return triton_kernels.launcher("tree_attention")(*case.args[:5], *plan, *options.values())
 
 
@@ -168,7 +176,7 @@ def test_golden_plans(case):
         heads = case["num_qo_heads"], case["num_kv_heads"]
         args = (page_table, seq_lens, q_lens, case["page_size"], *heads, 64, want["num_workers"])
         plan = ops.TreePlan(*triton_kernels.launcher("plan_tree")(*args))
-        assert plain(plan) == [case["q_indptr"], want["part_indptr"], want["chunks"], want["counts"]]
+        assert plain(plan) == golden_plan(case, want)
 
 
 @settings(max_examples=25, deadline=None)
@@ -193,6 +201,38 @@ def test_plans_of_more_rows_than_a_block():
     args = (page_table, seq_lens, q_lens, 16, 8, 2, 64, 30)
     want = ops.TreePlan(*torch.ops.treedecode.plan_tree(*args))
     assert plain(ops.TreePlan(*triton_kernels.launcher("plan_tree")(*args))) == plain(want)
+
+
+def num_common(first, second):
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_hashes_that_collide_leave_no_branch_out(seed):
+    """Without hashes rows that differ look alike; an order that leaves branches out is replaced, and shares nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, 3, (12, 1), generator=generator)
+    page_table = torch.cat([(starts * 100 + torch.arange(16)), torch.randint(0, 2, (12, 40), generator=generator)], 1)
+    page_table = page_table[:, torch.randperm(56, generator=generator)].int().contiguous()
+    seq_lens = torch.randint(1, 57, (12,), generator=generator, dtype=torch.int32) * 16
+    for mask in (0, 1, -1):
+        order, shared = torch.full((2, 12), -1, dtype=torch.int32)
+        row_order.order_rows(order, shared, page_table, seq_lens, 16, mask)
+        assert sorted(order.tolist()) == list(range(12))
+        pages = [page_table[i, : seq_lens[i] // 16].tolist() for i in order]
+        common = [num_common(*pair) for pair in itertools.pairwise(pages)]
+        assert shared.tolist() in ([0, *common], [0] * 12)
+    assert pages == sorted(pages)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16])
+def test_a_permutation_of_the_branches_changes_no_bit(dtype):
+    case = interleaved_case(dtype=dtype)
+    results = launch(flat(case, 8))
+    assert_within_budget(case, results)
+    again, tokens = permuted(case, seed=1)
+    for got, want in zip(launch(flat(again, 8)), results, strict=True):
+        assert got.equal(want[tokens])
 
 
 def test_plan_lengths_out_of_range_stay_in_bounds():
@@ -224,6 +264,7 @@ BAD = {
         {"k_pages": torch.zeros(3, 0, 2, 16), "v_pages": torch.zeros(3, 0, 2, 16)},
         {"page_table": torch.zeros(2, 1)}, {"page_table": int32(2)}, {"seq_lens": int32(3)},
         {"q_indptr": int32(2)}, {"part_indptr": torch.zeros(3)}, {"chunks": int32(4, 5)}, {"counts": int32(5)},
+        {"order": int32(3)}, {"row_indptr": int32(2)}, {"order": int32(2).long()},
         {"sm_scale": 0.0}, {"sm_scale": float("nan")}, {"logits_soft_cap": -1.0}, {"logits_soft_cap": 1e39},
         {"window_left": -2}, {"sinks": torch.zeros(3)}, {"sinks": torch.zeros(4).half()},
     ],
@@ -238,7 +279,7 @@ def good_arguments(op):
     plan = torch.ops.treedecode.plan_tree(table, lens, None, 8, 4, 2, 16, 2)
     return {"q": torch.zeros(2, 4, 16), "k_pages": torch.zeros(3, 8, 2, 16), "v_pages": torch.zeros(3, 8, 2, 16),
             "page_table": table, "seq_lens": lens,
-            **dict(zip(("q_indptr", "part_indptr", "chunks", "counts"), plan, strict=True)),
+            **dict(zip((field.name for field in dataclasses.fields(ops.TreePlan)), plan, strict=True)),
             "sm_scale": 0.25, "window_left": -1, "logits_soft_cap": 0.0, "sinks": None}  # fmt: skip
 
 
