@@ -43,8 +43,9 @@ TD_DEFINE_LIBRARY(TD_LIBRARY) {
       "-> (Tensor running_scores, Tensor running_parent, Tensor running_token)");
   m.def(
       "tree_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, Tensor q_indptr, "
-      "Tensor part_indptr, Tensor chunks, Tensor counts, Tensor order, Tensor row_indptr, float sm_scale, "
-      "int window_left, float logits_soft_cap, Tensor? sinks) -> (Tensor out, Tensor lse)");
+      "Tensor part_indptr, Tensor chunks, Tensor counts, Tensor order, Tensor row_indptr, Tensor(a!) out, "
+      "Tensor(b!)? lse, float sm_scale, int window_left, float logits_soft_cap, Tensor? sinks, bool checks_plan) -> "
+      "()");
   m.def("packed_linear(Tensor x, Tensor weight, int out_features, Tensor? bias, Tensor? residual, str gate) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, bool unit_offset) -> Tensor");
   m.def(

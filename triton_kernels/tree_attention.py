@@ -73,7 +73,7 @@ def _row_of(
 
 @triton.jit
 def _attend(
-    out_ptr, lse_ptr,  # [num_q, Hq, D], [num_q, Hq]
+    out_ptr, lse_ptr,  # [num_q, Hq, D], [num_q, Hq] or null
     part_out_ptr, part_lse_ptr,  # [max_parts, Hq, D], [max_parts, Hq]
     q_ptr,  # [num_q, Hq, D], strides (token, head)
     k_pages_ptr, v_pages_ptr,  # [num_pages, PAGE_SIZE, Hkv, D], strides (page, token, head), here of one kv head
@@ -113,7 +113,8 @@ def _attend(
     all_visible_begin, all_visible_end = token_begin, tl.min(visible_end)  # of the keys that every row sees
     if HAS_WINDOW:
         visible_begin = tl.maximum(position - window_left, token_begin)
-        begin += (tl.min(visible_begin) - token_begin) // BLOCK_N * BLOCK_N
+        first_visible = tl.min(visible_begin)
+        begin += (first_visible - token_begin) // BLOCK_N * BLOCK_N
         all_visible_begin = tl.max(visible_begin)
 
     d = tl.arange(0, BLOCK_D)
@@ -127,8 +128,10 @@ def _attend(
     for offset in tl.range(0, end - begin, BLOCK_N, num_stages=NUM_STAGES):
         start = begin + offset
         key = start + tl.arange(0, BLOCK_N)
-        # Slots past the last visible key may hold NaN, and NaN times a probability of 0 is NaN; table entries any page.
+        # Slots that no row sees may hold NaN, and NaN times a probability of 0 is NaN; table entries any page.
         exists = key < end
+        if HAS_WINDOW:
+            exists &= key >= first_visible
         if PAGE_SIZE % BLOCK_N == 0:
             page = tl.load(table_ptr + start // PAGE_SIZE).to(tl.int64)
         else:
@@ -170,7 +173,8 @@ def _attend(
     lse = tl.where(empty, -float("inf"), m_i + tl.log2(tl.where(empty, 1.0, l_i)))
     # In most tiles all results are final, or none is.
     if tl.max(is_final.to(tl.int32)) > 0:
-        tl.store(lse_ptr + target, lse * _LN2, mask=is_final)
+        if lse_ptr is not None:
+            tl.store(lse_ptr + target, lse * _LN2, mask=is_final)
         stored = is_final[:, None] & in_head
         tl.store(out_ptr + target[:, None] * D + d, acc.to(out_ptr.dtype.element_ty), mask=stored)
     if tl.max(is_part.to(tl.int32)) > 0:
@@ -184,7 +188,7 @@ _attend_apart = triton.jit(noinline=True)(_attend.fn)
 
 @triton.jit
 def _tree_attention_kernel(
-    out_ptr, lse_ptr,  # [num_q, Hq, D], [num_q, Hq]
+    out_ptr, lse_ptr,  # [num_q, Hq, D], [num_q, Hq] or null
     part_out_ptr, part_lse_ptr,  # [max_parts, Hq, D], [max_parts, Hq] in log2
     q_ptr,  # [num_q, Hq, D], strides (token, head)
     k_pages_ptr, v_pages_ptr,  # [num_pages, PAGE_SIZE, Hkv, D], strides (page, token, head)
@@ -232,7 +236,7 @@ def _tree_attention_kernel(
 
 @triton.jit
 def _merge_parts_kernel(
-    out_ptr, lse_ptr,  # [num_q, Hq, D], [num_q, Hq]
+    out_ptr, lse_ptr,  # [num_q, Hq, D], [num_q, Hq] or null
     part_out_ptr, part_lse_ptr,  # [max_parts, Hq, D], [max_parts, Hq] in log2
     q_indptr_ptr, part_indptr_ptr, counts_ptr,  # [B + 1], [B + 1], [6]
     sinks_ptr,  # [Hq] or null
@@ -282,11 +286,13 @@ def _merge_parts_kernel(
             empty = l_i == 0.0
             acc /= tl.where(empty, 1.0, l_i)
             tl.store(out_ptr + target * D + d, acc.to(out_ptr.dtype.element_ty), mask=d < D)
-            lse = tl.where(empty, -float("inf"), m_i + tl.log2(tl.where(empty, 1.0, l_i)))
-            tl.store(lse_ptr + target, lse * _LN2)
+            if lse_ptr is not None:
+                lse = tl.where(empty, -float("inf"), m_i + tl.log2(tl.where(empty, 1.0, l_i)))
+                tl.store(lse_ptr + target, lse * _LN2)
     else:
         tl.store(out_ptr + target * D + d, tl.full([BLOCK_D], float("nan"), out_ptr.dtype.element_ty), mask=d < D)
-        tl.store(lse_ptr + target, float("nan"))
+        if lse_ptr is not None:
+            tl.store(lse_ptr + target, float("nan"))
 
 
 def tree_attention(
@@ -301,11 +307,14 @@ def tree_attention(
     counts: Tensor,
     order: Tensor,
     row_indptr: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
     sm_scale: float,
     window_left: int,
     logits_soft_cap: float,
     sinks: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    checks_plan: bool,
+) -> None:
     """Launches `treedecode.ops.tree_attention`, for flat plans only.
 
     The host reads no values. A plan that is chained, for another page size or for more query tokens makes all results
@@ -331,6 +340,9 @@ def tree_attention(
         check.tensor(offsets, name, "[num_branches + 1]", (num_branches + 1,), torch.int32, contiguous=True)
     check.tensor(chunks, "plan.chunks", "[max_chunks, 6]", (-1, plan_rows.COLUMNS.value), torch.int32, contiguous=True)
     check.tensor(counts, "plan.counts", "[6]", (plan_rows.NUM_COUNTS,), torch.int32, contiguous=True)
+    check.tensor(out, "out", "the shape of q", tuple(q.shape), q.dtype, contiguous=True)
+    if lse is not None:
+        check.tensor(lse, "lse", "[num_q, num_qo_heads]", (num_q, num_qo_heads), torch.float32, contiguous=True)
     is_positive = _is_positive_float(sm_scale)
     check.value(is_positive, "sm_scale", "a positive number of the range of fp32", sm_scale)
     is_off_or_positive = logits_soft_cap == 0 or _is_positive_float(logits_soft_cap)
@@ -340,12 +352,13 @@ def tree_attention(
     if sinks is not None:
         check.tensor(sinks, "sinks", "[num_qo_heads]", (num_qo_heads,), torch.float32, contiguous=True)
 
-    out = q.new_empty(num_q, num_qo_heads, head_dim)
-    lse = q.new_empty(num_q, num_qo_heads, dtype=torch.float32)
     if num_q == 0:
-        return out, lse
+        return
     if num_branches == 0:
-        return out.zero_(), lse.fill_(-torch.inf)
+        out.zero_()
+        if lse is not None:
+            lse.fill_(-torch.inf)
+        return
     group = num_qo_heads // num_kv_heads
     workers, max_parts = bounds(num_q, num_branches, chunks.shape[0], group)
     part_out = q.new_empty(max_parts, num_qo_heads, head_dim, dtype=torch.float32)
@@ -364,7 +377,6 @@ def tree_attention(
         out, lse, part_out, part_lse, q_indptr, part_indptr, counts, sinks, num_q, num_branches, max_parts, BLOCK_P=8,
         num_warps=1, **shape,
     )  # fmt: skip
-    return out, lse
 
 
 def block_d(head_dim: int) -> int:

@@ -41,8 +41,9 @@ def attention(device: torch.device) -> Iterator[tuple[str, Call]]:
             q = torch.randn(num_q, heads.num_qo_heads, heads.head_dim, device=device).to(dtype)
             sinks = torch.randn(heads.num_qo_heads, device=device)
             tables = (*inputs.pages(0), inputs.page_table, inputs.seq_lens)
-            yield "tree_attention", (q, *tables, *plan, heads.head_dim**-0.5, -1, 0.0, None)
-            yield "tree_attention", (q, *tables, *plan, heads.head_dim**-0.5, 40, 30.0, sinks)
+            out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+            yield "tree_attention", (q, *tables, *plan, out, None, heads.head_dim**-0.5, -1, 0.0, None, False)
+            yield "tree_attention", (q, *tables, *plan, out, lse, heads.head_dim**-0.5, 40, 30.0, sinks, False)
 
 
 def elementwise(device: torch.device) -> Iterator[tuple[str, Call]]:

@@ -40,7 +40,6 @@ class Scratch {
 
 struct Buffers {
   char *x, *normed, *qkv, *q_normed, *k_normed, *mixed, *act, *packed;
-  float* lse;
 
   Buffers(Scratch& scratch, const Sizes& s, int64_t widest) {
     const int64_t row = s.num_tokens * s.element_size;
@@ -51,7 +50,6 @@ struct Buffers {
     k_normed = scratch.take(row * s.num_kv_heads * s.head_dim);
     mixed = scratch.take(row * s.num_qo_heads * s.head_dim);
     act = scratch.take(row * s.intermediate_size);
-    lse = reinterpret_cast<float*>(scratch.take(4 * s.num_tokens * s.num_qo_heads));
     const int64_t blocks = (s.num_tokens + cpu::kRowBlock - 1) / cpu::kRowBlock;
     packed = scratch.take(4 * blocks * cpu::kRowBlock * widest);
   }
@@ -208,7 +206,6 @@ std::tuple<Tensor, Tensor> decoder_forward_cpu(Tensor x, Tensor cos, Tensor sin,
   const Buffers b(scratch, s, widest);
   const Forward run(s, b, eps, unit_offset);
   attention.out = b.mixed;
-  attention.lse = b.lse;
 
   const void* in = x.const_data_ptr();
   for (int64_t i = 0; i < num_layers; ++i) {

@@ -57,8 +57,9 @@ PlanTensors plan_tree_cpu(Tensor page_table, Tensor seq_lens, std::optional<Tens
       workers,
   };
   std::vector<int32_t> shared(static_cast<size_t>(num_rows));
-  // A thread is worth waking for about 64k page ids.
-  const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(1, p.max_pages));
+  // A thread is worth waking for about a million page ids, which take some 300 us: beside a busy process, waiting for a
+  // second thread takes milliseconds.
+  const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 20) / std::max<int64_t>(1, p.max_pages));
   const auto compare_neighbours = [&] {
     parallel_for(0, num_rows, grain,
                  [&](int64_t begin, int64_t end) { cpu::common_pages(p, shared.data(), begin, end); });

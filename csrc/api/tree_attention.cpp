@@ -6,7 +6,6 @@
 #include <limits>
 #include <memory>
 #include <optional>
-#include <tuple>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -289,23 +288,22 @@ void launch(cpu::TreeAttentionParams p, const cpu::PlanCounts& counts, int64_t n
   const int64_t row_bytes = p.head_dim * element_size;
   std::fill_n(static_cast<char*>(p.out) + first_idle * row_bytes, (num_q * p.num_qo_heads - first_idle) * row_bytes,
               '\0');
-  std::fill(p.lse + first_idle, p.lse + num_q * p.num_qo_heads, -std::numeric_limits<float>::infinity());
+  if (p.lse) std::fill(p.lse + first_idle, p.lse + num_q * p.num_qo_heads, -std::numeric_limits<float>::infinity());
 }
 
 namespace {
 
-std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table,
-                                              Tensor seq_lens, Tensor q_indptr, Tensor part_indptr, Tensor chunks,
-                                              Tensor counts, Tensor order, Tensor row_indptr, double sm_scale,
-                                              int64_t window_left, double logits_soft_cap,
-                                              std::optional<Tensor> sinks) {
+void tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, Tensor q_indptr,
+                        Tensor part_indptr, Tensor chunks, Tensor counts, Tensor order, Tensor row_indptr, Tensor out,
+                        std::optional<Tensor> lse, double sm_scale, int64_t window_left, double logits_soft_cap,
+                        std::optional<Tensor> sinks, bool checks_plan) {
   check_tree_attention(q, k_pages, v_pages, page_table, seq_lens, q_indptr, part_indptr, chunks, counts, order,
-                       row_indptr, sm_scale, window_left, logits_soft_cap, sinks);
+                       row_indptr, out, lse, sm_scale, window_left, logits_soft_cap, sinks);
   choose_threads(Threads::Torch);
   const int64_t num_q = q.size(0), num_qo_heads = q.size(1), head_dim = q.size(2), num_kv_heads = k_pages.size(2);
   const int64_t num_rows = page_table.size(0);
   if (sinks) check_sinks(sinks->const_data_ptr<float>(), num_qo_heads, "sinks");
-  cpu::TreeAttentionParams p{
+  const cpu::TreeAttentionParams p{
       .q = q.const_data_ptr(),
       .k_pages = k_pages.const_data_ptr(),
       .v_pages = v_pages.const_data_ptr(),
@@ -317,8 +315,8 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
       .row_indptr = row_indptr.const_data_ptr<int32_t>(),
       .chunks = rows_of<cpu::ChainedChunk>(chunks),
       .sinks = sinks ? sinks->const_data_ptr<float>() : nullptr,
-      .out = nullptr,
-      .lse = nullptr,
+      .out = out.mutable_data_ptr(),
+      .lse = lse ? lse->mutable_data_ptr<float>() : nullptr,
       .parts = nullptr,
       .num_rows = num_rows,
       .num_qo_heads = num_qo_heads,
@@ -334,14 +332,9 @@ std::tuple<Tensor, Tensor> tree_attention_cpu(Tensor q, Tensor k_pages, Tensor v
       .window_left = window_left,
       .dtype = kernel_dtype(q),
   };
-  check_plan(p, num_q, k_pages.size(0), page_table.size(1), chunks.size(0), *rows_of<cpu::PlanCounts>(counts));
-
-  Tensor out = torch::stable::new_empty(q, {num_q, num_qo_heads, head_dim});
-  Tensor lse = torch::stable::new_empty(q, {num_q, num_qo_heads}, ScalarType::Float);
-  p.out = out.mutable_data_ptr();
-  p.lse = lse.mutable_data_ptr<float>();
-  launch(p, *rows_of<cpu::PlanCounts>(counts), num_q);
-  return {out, lse};
+  const auto& plan_counts = *rows_of<cpu::PlanCounts>(counts);
+  if (checks_plan) check_plan(p, num_q, k_pages.size(0), page_table.size(1), chunks.size(0), plan_counts);
+  launch(p, plan_counts, num_q);
 }
 
 }  // namespace

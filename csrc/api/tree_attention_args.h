@@ -64,7 +64,8 @@ inline void check_attention_numbers(double sm_scale, int64_t window_left, double
 inline void check_tree_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
                                  const Tensor& page_table, const Tensor& seq_lens, const Tensor& q_indptr,
                                  const Tensor& part_indptr, const Tensor& chunks, const Tensor& counts,
-                                 const Tensor& order, const Tensor& row_indptr, double sm_scale, int64_t window_left,
+                                 const Tensor& order, const Tensor& row_indptr, const Tensor& out,
+                                 const std::optional<Tensor>& lse, double sm_scale, int64_t window_left,
                                  double logits_soft_cap, const std::optional<Tensor>& sinks) {
   check_shape(q, "q", "[num_q, num_qo_heads, head_dim]", {-1, -1, -1});
   check_float_dtype(q, "q");
@@ -82,6 +83,14 @@ inline void check_tree_attention(const Tensor& q, const Tensor& k_pages, const T
                   ", got ", num_qo_heads);
   STD_TORCH_CHECK(k_pages.size(1) > 0, "[ValueError] k_pages: expected page_size above 0, got 0");
   check_plan_tensors(page_table, seq_lens, q_indptr, part_indptr, chunks, counts, order, row_indptr);
+  check_shape(out, "out", "the shape of q", {q.size(0), num_qo_heads, head_dim});
+  check_dtype(out, "out", q.scalar_type());
+  check_contiguous(out, "out");
+  if (lse) {
+    check_shape(*lse, "lse", "[num_q, num_qo_heads]", {q.size(0), num_qo_heads});
+    check_dtype(*lse, "lse", ScalarType::Float);
+    check_contiguous(*lse, "lse");
+  }
   check_attention_numbers(sm_scale, window_left, logits_soft_cap);
   if (sinks) {
     check_shape(*sinks, "sinks", "[num_qo_heads]", {num_qo_heads});

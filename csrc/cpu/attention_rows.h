@@ -50,7 +50,7 @@ WithSink add_sink(const TreeAttentionParams& p, int64_t head, double lse) {
 template <typename T>
 void write_empty(const TreeAttentionParams& p, int64_t token, int64_t head) {
   const int64_t row = token * p.num_qo_heads + head;
-  p.lse[row] = static_cast<float>(add_sink(p, head, -std::numeric_limits<double>::infinity()).lse);
+  if (p.lse) p.lse[row] = static_cast<float>(add_sink(p, head, -std::numeric_limits<double>::infinity()).lse);
   T* out = static_cast<T*>(p.out) + row * p.head_dim;
   for (int64_t d = 0; d < p.head_dim; ++d) out[d] = from_float<T>(0.0f);
 }
@@ -59,8 +59,9 @@ void write_empty(const TreeAttentionParams& p, int64_t token, int64_t head) {
 template <typename T>
 void write_result(const TreeAttentionParams& p, int64_t token, int64_t head, const float* acc, float m_i, double l) {
   const int64_t row = token * p.num_qo_heads + head;
-  const WithSink sink = add_sink(p, head, m_i * kLn2 + std::log(l));
-  p.lse[row] = static_cast<float>(sink.lse);
+  const bool needs_lse = p.lse || p.sinks;
+  const WithSink sink = needs_lse ? add_sink(p, head, m_i * kLn2 + std::log(l)) : WithSink{0.0, 1.0};
+  if (p.lse) p.lse[row] = static_cast<float>(sink.lse);
   write_row(acc, p.head_dim, static_cast<float>(sink.factor / l), static_cast<T*>(p.out) + row * p.head_dim);
 }
 

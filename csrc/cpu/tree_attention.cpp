@@ -235,7 +235,7 @@ void attend_item(const TreeAttentionParams& p, const TreeAttentionItem& item, co
   int current = 0;
   const int64_t first_tile = visible_begin / kTile * kTile;
   const auto find = [&](int64_t tile, const TokenRows& rows) {
-    return find_rows<T>(p, chunk, kv_head, first + tile, first + work_begin, first + visible_end, rows);
+    return find_rows<T>(p, chunk, kv_head, first + tile, first + visible_begin, first + visible_end, rows);
   };
   int64_t count = find(first_tile, buf.rows[0]);
   for (int64_t tile = first_tile; tile < visible_end; tile += kTile) {

@@ -27,7 +27,7 @@ struct TreeAttentionParams {
   const ChainedChunk* chunks;  // [num_chunks]
   const float* sinks;          // [num_qo_heads] or null
   void* out;                   // [num_q, num_qo_heads, head_dim] contiguous, dtype
-  float* lse;                  // [num_q, num_qo_heads]
+  float* lse;                  // [num_q, num_qo_heads] or null
   float* parts;                // [num_parts, num_qo_heads, part_stride(head_dim)] see Part
   int64_t num_rows;
   int64_t num_qo_heads;

@@ -14,6 +14,8 @@ from support.attention_cases import (
     permuted,
     ragged,
     two_trees_and_loners,
+    window_case,
+    with_null_pages,
 )
 from support.forests import as_tables, forests, tree_rows
 from support.tensors import int32
@@ -264,12 +266,57 @@ def test_opcheck(dtype):
     args = (
         *case.args[:5],
         *plan.tensors,
+        torch.zeros(case.q.shape, dtype=dtype),
+        torch.zeros(case.q.shape[:2]),
         0.2,
         30,
         0.0,
         case.options["sinks"],
+        True,
     )
     torch.library.opcheck(torch.ops.treedecode.tree_attention, args)
+    torch.library.opcheck(torch.ops.treedecode.tree_attention, (*args[:12], None, *args[13:]))
+
+
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -1.0, 0.0, 2.0])])
+def test_writes_where_it_is_told(isa, sinks):
+    case = make_case(ragged(tree_rows([3], [70, 2]), 16), sinks=sinks)
+    want = case.run()
+    memory, lse = (
+        torch.full((2 * len(case.q) + 3, *case.q.shape[1:]), torch.nan),
+        torch.full(case.q.shape[:2], torch.nan),
+    )
+    out = memory[2 : 2 + len(case.q)]
+    got = ops.tree_attention(*case.args, **case.options, out=out, lse=lse)
+    assert got[0] is out
+    assert got[1] is lse
+    assert out.equal(want[0])
+    assert lse.equal(want[1])
+    assert memory[:2].isnan().all()
+    assert memory[2 + len(case.q) :].isnan().all()
+    again, none = ops.tree_attention(*case.args, **case.options, return_lse=False, checks_plan=False)
+    assert none is None
+    assert again.equal(want[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page_size", [1, 8, 16, 128])
+def test_null_pages_outside_the_window_are_not_read(isa, dtype, page_size):
+    case = window_case(dtype, page_size)
+    for got, want in zip(with_null_pages(case).run(), case.run(), strict=True):
+        assert got.equal(want)
+
+
+def test_a_plan_is_checked_once_on_request():
+    """Without the check a table that shares other pages is taken as it is."""
+    case = make_case(as_tables([[1, 2, 3], [1, 2, 4]], 16, [16, 16]))
+    other = case.page_table.clone()
+    other[1, :2] = case.page_table[1, 2]
+    args = (*case.args[:3], other, *case.args[4:])
+    with pytest.raises(ValueError, match="plan: was made for another page_table"):
+        ops.tree_attention(*args)
+    out, _ = ops.tree_attention(*args, checks_plan=False)
+    assert out.equal(case.run()[0])  # the pages of the rows that the plan names
 
 
 TWO_ROWS = int32(1, 2, 3, 1, 2, 4).view(2, 3), int32(40, 37)
@@ -310,6 +357,20 @@ SIZES = {"page_size": 16, "num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 32}
             ValueError,
             "plan: was made for pages of 16 tokens, got 32",
         ),
+        (
+            {"out": torch.zeros(3, 4, 32)},
+            ValueError,
+            r"out: expected shape the shape of q = \[2, 4, 32\], got \[3, 4, 32\]",
+        ),
+        ({"out": torch.zeros(2, 4, 32).half()}, TypeError, "out: expected dtype float32, got float16"),
+        ({"out": torch.zeros(2, 32, 4).mT}, ValueError, "out: expected a contiguous tensor"),
+        (
+            {"lse": torch.zeros(2, 3)},
+            ValueError,
+            r"lse: expected shape \[num_q, num_qo_heads\] = \[2, 4\], got \[2, 3\]",
+        ),
+        ({"lse": torch.zeros(2, 4).double()}, TypeError, "lse: expected dtype float32, got float64"),
+        ({"lse": torch.zeros(4, 2).t()}, ValueError, "lse: expected a contiguous tensor"),
         ({"window_left": -2}, ValueError, "window_left: expected -1 .* or more, got -2"),
         ({"sm_scale": 1e-46}, ValueError, "sm_scale: expected a positive number of the range of fp32"),
         ({"logits_soft_cap": 1e39}, ValueError, "logits_soft_cap: expected 0 .* got 1e"),

@@ -114,6 +114,32 @@ def permuted(case, seed):
     return again, tokens
 
 
+def with_null_pages(case):
+    """Replaces pages that no query's window reaches by one page of NaN, as an engine that frees them does."""
+    num_pages, page_size = case.k_pages.shape[:2]
+    null = torch.full((1, *case.k_pages.shape[1:]), torch.nan, dtype=case.k_pages.dtype)
+    table = case.page_table.clone()
+    for row, (seq_len, q_len) in enumerate(
+        zip(case.seq_lens.tolist(), case.plan.q_indptr.diff().tolist(), strict=True)
+    ):
+        table[row, : max(0, seq_len - q_len - case.options["window_left"]) // page_size] = num_pages
+    assert (table == num_pages).any()
+    heads = {"num_qo_heads": case.q.shape[1], "num_kv_heads": case.k_pages.shape[2], "head_dim": case.q.shape[2]}
+    plan = ops.plan_tree(table, case.seq_lens, case.plan.q_indptr.diff(), page_size=page_size, **heads)
+    pages = {"k_pages": torch.cat([case.k_pages, null]), "v_pages": torch.cat([case.v_pages, null])}
+    return dataclasses.replace(case, **pages, page_table=table, plan=plan)
+
+
+def window_case(dtype, page_size):
+    """Makes a case of two trees, whose rows have windows that begin in other pages, and in the middle of a page."""
+    rows = [[*range(20), *range(20 + 5 * i, 20 + 5 * i + i)] for i in range(1, 5)] + [
+        [*range(100, 120 + i)] for i in (0, 2)
+    ]
+    forest = as_tables(rows, page_size, [1 + i % page_size for i in range(6)])
+    q_lens = [1, 3, 1, 2, 1, 1] if page_size > 2 else None
+    return make_case(forest, q_lens, page_size=page_size, dtype=dtype, window_left=9)
+
+
 def same_in_torch(case, dtype):
     """Computes (out, lse, size) by torch operators in `dtype`, branch by branch.
 

@@ -69,6 +69,8 @@ class StepContext:
                 window_left=-1 if sliding_window is None else sliding_window - 1,
                 logits_soft_cap=softcap or 0.0,
                 sinks=sinks,
+                return_lse=False,
+                checks_plan=layer_index == 0,
             )
             return out
 

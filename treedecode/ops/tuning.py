@@ -84,8 +84,8 @@ def _tree_attention(device: Any) -> Iterator[Arguments]:
         )
         pages = torch.randn(2, int(table.max()) + 1, _PAGE, _KV_HEADS, _HEAD_DIM, device=device).bfloat16()
         q = torch.randn(rows, _HEADS, _HEAD_DIM, device=device).bfloat16()
-        tensors = plan.tensors
-        yield q, *pages, table, lens, *tensors, _HEAD_DIM**-0.5, -1, 0.0, None
+        out = torch.empty_like(q)
+        yield q, *pages, table, lens, *plan.tensors, out, None, _HEAD_DIM**-0.5, -1, 0.0, None, False
 
 
 def _append_kv(device: Any) -> Iterator[Arguments]:

@@ -1,7 +1,6 @@
 #include "../../cuda/attention/tree_attention.h"
 
 #include <algorithm>
-#include <tuple>
 
 #include <torch/csrc/stable/ops.h>
 
@@ -12,13 +11,13 @@
 namespace treedecode {
 namespace {
 
-std::tuple<Tensor, Tensor> tree_attention_cuda(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table,
-                                               Tensor seq_lens, Tensor q_indptr, Tensor part_indptr, Tensor chunks,
-                                               Tensor counts, Tensor order, Tensor row_indptr, double sm_scale,
-                                               int64_t window_left, double logits_soft_cap,
-                                               std::optional<Tensor> sinks) {
+// Kernels check what they use of the plan, in every call.
+void tree_attention_cuda(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor seq_lens, Tensor q_indptr,
+                         Tensor part_indptr, Tensor chunks, Tensor counts, Tensor order, Tensor row_indptr, Tensor out,
+                         std::optional<Tensor> lse, double sm_scale, int64_t window_left, double logits_soft_cap,
+                         std::optional<Tensor> sinks, bool /* checks_plan */) {
   check_tree_attention(q, k_pages, v_pages, page_table, seq_lens, q_indptr, part_indptr, chunks, counts, order,
-                       row_indptr, sm_scale, window_left, logits_soft_cap, sinks);
+                       row_indptr, out, lse, sm_scale, window_left, logits_soft_cap, sinks);
   const int64_t num_q = q.size(0), num_qo_heads = q.size(1), head_dim = q.size(2), num_kv_heads = k_pages.size(2);
   const int64_t num_rows = page_table.size(0), group_size = num_qo_heads / num_kv_heads;
   check_value(num_q * num_qo_heads <= std::numeric_limits<int32_t>::max(), "q",
@@ -34,13 +33,13 @@ std::tuple<Tensor, Tensor> tree_attention_cuda(Tensor q, Tensor k_pages, Tensor 
                 {&counts, "plan.counts"},
                 {&order, "plan.order"},
                 {&row_indptr, "plan.row_indptr"},
+                {&out, "out"},
+                {lse ? &*lse : nullptr, "lse"},
                 {sinks ? &*sinks : nullptr, "sinks"}});
 
   const int64_t num_cuts = std::max<int64_t>(0, chunks.size(0) - std::max<int64_t>(0, 2 * num_rows - 1));
   const int64_t max_parts = cuda::max_parts(num_q, num_cuts, group_size);
   const DeviceGuard guard(q.get_device_index());
-  Tensor out = torch::stable::new_empty(q, {num_q, num_qo_heads, head_dim});
-  Tensor lse = torch::stable::new_empty(q, {num_q, num_qo_heads}, ScalarType::Float);
   Tensor part_out = torch::stable::new_empty(q, {max_parts, num_qo_heads, head_dim}, ScalarType::Float);
   Tensor part_lse = torch::stable::new_empty(q, {max_parts, num_qo_heads}, ScalarType::Float);
   constexpr double kLog2e = 1.4426950408889634;
@@ -58,7 +57,7 @@ std::tuple<Tensor, Tensor> tree_attention_cuda(Tensor q, Tensor k_pages, Tensor 
       .counts = rows_of<cpu::PlanCounts>(counts),
       .sinks = sinks ? sinks->const_data_ptr<float>() : nullptr,
       .out = out.mutable_data_ptr(),
-      .lse = lse.mutable_data_ptr<float>(),
+      .lse = lse ? lse->mutable_data_ptr<float>() : nullptr,
       .part_out = part_out.mutable_data_ptr<float>(),
       .part_lse = part_lse.mutable_data_ptr<float>(),
       .num_q = num_q,
@@ -83,7 +82,6 @@ std::tuple<Tensor, Tensor> tree_attention_cuda(Tensor q, Tensor k_pages, Tensor 
       .dtype = kernel_dtype(q),
   };
   check_launch(cuda::tree_attention(p, current_stream(q)), "tree_attention");
-  return {out, lse};
 }
 
 }  // namespace

@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
     for (int j = 0; j < 4; ++j) acc[quad][j] *= factor;
     if (dim < p.head_dim) store_quad(out + dim, acc[quad]);
   }
-  if (ptx::lane() == 0) p.lse[row] = is_nan ? nan : l == 0.0f ? sink : base + logf(l_with_sink);
+  if (ptx::lane() == 0 && p.lse) p.lse[row] = is_nan ? nan : l == 0.0f ? sink : base + logf(l_with_sink);
 }
 
 }  // namespace treedecode::cuda

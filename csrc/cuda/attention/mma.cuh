@@ -43,7 +43,7 @@ class TileAttention {
 #pragma unroll
     for (int i = 0; i < (S::kStages + kPerPass - 1) / kPerPass; ++i) {
       const int n = i * kPerPass + thread_ / S::kKeys;
-      if (n < S::kStages) store_row_addresses(n, page_of(tile, n));
+      if (n < S::kStages) store_row_addresses(n, page_of(tile, n, begin));
     }
     if (p_.window_left < 0) prepare_rows(tile);
     ptx::sync_threads();
@@ -82,11 +82,11 @@ class TileAttention {
     return static_cast<int64_t>(first_token_) + n * S::kKeys + thread_ % S::kKeys;
   }
 
-  // Page id of this thread's key of the n-th tile of keys; -1 beyond the end of the chunk, where table entries and
-  // pages may hold anything.
-  __device__ int page_of(const Tile& tile, int n) {
+  // Page id of this thread's key of the n-th tile of keys; -1 before `begin` and beyond the end of the chunk, where
+  // table entries and pages may hold anything.
+  __device__ int page_of(const Tile& tile, int n, int begin = 0) {
     const int64_t token = token_of(n);
-    if (token >= tile.token_end) return -1;
+    if (token < begin || token >= tile.token_end) return -1;
     const auto column = static_cast<uint32_t>(token) / static_cast<uint32_t>(ptx::opaque(p_.page_size));
     const int page = p_.page_table[tile.branch * p_.page_table_stride + column];
     if (page >= 0 && page < p_.num_pages) return page;

@@ -5,6 +5,8 @@
 // p = 2^(score - m_i), acc that of p @ v; alpha = 2^(old m_i - new m_i) brings l_i and acc to a new maximum.
 #pragma once
 
+#include <algorithm>
+
 #include "tiles.cuh"
 
 namespace treedecode::cuda {
@@ -92,7 +94,10 @@ __device__ void simt_rows(const TreeAttentionParams& p, const Tile& t, int first
 #pragma unroll
       for (int d = 0; d < kLaneDims; ++d) acc[i][d] *= alpha;
     }
-    for (int key = 0; key < num_keys; ++key) {
+    int first_visible = info[0].visible_begin;  // values of earlier keys may hold anything
+#pragma unroll
+    for (int i = 1; i < kWarpRows; ++i) first_visible = std::min(first_visible, info[i].visible_begin);
+    for (int key = std::max(0, first_visible - begin); key < num_keys; ++key) {
       float probs[kWarpRows];
 #pragma unroll
       for (int i = 0; i < kWarpRows; ++i) probs[i] = ptx::shfl(s[i], key);

@@ -164,7 +164,8 @@ __device__ inline RowTarget row_target(const TreeAttentionParams& p, const Tile&
   const RowResult result = finish_row(m_i, l_i, is_final && p.sinks ? p.sinks[r.head] : kMinusInf);
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const int64_t i = static_cast<int64_t>(is_final ? r.token : slot) * p.num_qo_heads + r.head;
-  if (writes_lse) (is_final ? p.lse : p.part_lse)[i] = has_bad_page ? nan : result.lse;
+  float* lse = is_final ? p.lse : p.part_lse;
+  if (writes_lse && lse) lse[i] = has_bad_page ? nan : result.lse;
   factor = has_bad_page ? nan : result.factor;
   return {i * p.head_dim, is_final};
 }

@@ -24,7 +24,7 @@ struct TreeAttentionParams {
   const cpu::PlanCounts* counts;  // [1]
   const float* sinks;             // [num_qo_heads] or null
   void* out;                      // [num_q, num_qo_heads, head_dim] contiguous, dtype
-  float* lse;                     // [num_q, num_qo_heads]
+  float* lse;                     // [num_q, num_qo_heads] or null
   float* part_out;                // [max_parts, num_qo_heads, head_dim]
   float* part_lse;                // [max_parts, num_qo_heads] natural log
   int64_t num_q;

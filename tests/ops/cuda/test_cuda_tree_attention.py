@@ -17,6 +17,8 @@ from support.attention_cases import (
     permuted,
     ragged,
     two_trees_and_loners,
+    window_case,
+    with_null_pages,
 )
 from support.attention_kernels import DTYPES, arguments, attend, flat_plan
 from support.forests import as_tables, forests, tree_rows
@@ -157,6 +159,13 @@ def test_a_permutation_of_the_branches_changes_no_bit(dtype, head_dim):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page_size", [1, 16, 128])
+def test_null_pages_outside_the_window_are_not_read(dtype, page_size):
+    case = window_case(dtype, page_size)
+    assert_within_budget(case, attend(with_null_pages(case)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sinks", [None, torch.tensor([1.0, -2.0, 0.0, 9.0])], ids=["no sinks", "sinks"])
 def test_without_keys(dtype, sinks):
     case = make_case(as_tables([[], [1], []], 16, [0, 3, 0]), [2, 1, 1], dtype=dtype, sinks=sinks)
@@ -275,7 +284,8 @@ def call(**changes):
         "q": case.q, "k_pages": case.k_pages, "v_pages": case.v_pages, "page_table": case.page_table,
         "seq_lens": case.seq_lens, "q_indptr": plan.q_indptr, "part_indptr": plan.part_indptr, "chunks": plan.chunks,
         "counts": plan.counts, "order": plan.order, "row_indptr": plan.row_indptr,
-        "sm_scale": 0.1, "window_left": -1, "logits_soft_cap": 0.0, "sinks": None,
+        "out": torch.empty_like(case.q), "lse": None, "sm_scale": 0.1, "window_left": -1, "logits_soft_cap": 0.0,
+        "sinks": None, "checks_plan": True,
     }  # fmt: skip
     return cuda_library.call("tree_attention", *(args | changes).values())
 

@@ -15,6 +15,8 @@ from support.attention_cases import (
     make_case,
     permuted,
     ragged,
+    window_case,
+    with_null_pages,
 )
 from support.forests import UNUSED, as_tables, forests, tree_rows
 from support.plan_cases import GOLDEN, HEADS, golden_plan, plain
@@ -50,8 +52,19 @@ def launch(case):
     options = {"sm_scale": None, "window_left": -1, "logits_soft_cap": 0.0, "sinks": None} | case.options
     if options["sm_scale"] is None:
         options["sm_scale"] = case.q.shape[-1] ** -0.5
-    plan = case.plan.tensors
-    return triton_kernels.launcher("tree_attention")(*case.args[:5], *plan, *options.values())
+    out, lse = torch.full_like(case.q, torch.nan), torch.full(case.q.shape[:2], torch.nan)
+    results = (out.contiguous(), lse)
+    triton_kernels.launcher("tree_attention")(*case.args[:5], *case.plan.tensors, *results, *options.values(), True)
+    return results
+
+
+def test_lse_is_left_out_on_request():
+    case = flat(make_case(ragged(tree_rows([3], [4, 2]), 16), sinks=torch.zeros(4)), 8)
+    want, _ = launch(case)
+    out = torch.full(case.q.shape, torch.nan)
+    numbers = (case.q.shape[-1] ** -0.5, -1, 0.0, case.options["sinks"])
+    triton_kernels.launcher("tree_attention")(*case.args[:5], *case.plan.tensors, out, None, *numbers, True)
+    assert out.equal(want)
 
 
 def num_parts(case):
@@ -235,6 +248,13 @@ def test_a_permutation_of_the_branches_changes_no_bit(dtype):
         assert got.equal(want[tokens])
 
 
+@pytest.mark.parametrize("dtype", [FP32, FP16])
+@pytest.mark.parametrize("page_size", [1, 16, 128])
+def test_null_pages_outside_the_window_are_not_read(dtype, page_size):
+    case = window_case(dtype, page_size)
+    assert_within_budget(case, launch(flat(with_null_pages(case), 8)))
+
+
 def test_plan_lengths_out_of_range_stay_in_bounds():
     page_table = torch.tensor([[1, 2], [1, 2], [1, 3]], dtype=torch.int32)
     seq_lens = torch.tensor([-5, 2**31 - 1, 20], dtype=torch.int32)
@@ -265,6 +285,8 @@ BAD = {
         {"page_table": torch.zeros(2, 1)}, {"page_table": int32(2)}, {"seq_lens": int32(3)},
         {"q_indptr": int32(2)}, {"part_indptr": torch.zeros(3)}, {"chunks": int32(4, 5)}, {"counts": int32(5)},
         {"order": int32(3)}, {"row_indptr": int32(2)}, {"order": int32(2).long()},
+        {"out": torch.zeros(3, 4, 16)}, {"out": torch.zeros(2, 4, 16).half()}, {"out": torch.zeros(4, 4, 16)[::2]},
+        {"out": torch.zeros(2, 16, 4).mT}, {"lse": torch.zeros(2, 3)}, {"lse": torch.zeros(2, 4).half()},
         {"sm_scale": 0.0}, {"sm_scale": float("nan")}, {"logits_soft_cap": -1.0}, {"logits_soft_cap": 1e39},
         {"window_left": -2}, {"sinks": torch.zeros(3)}, {"sinks": torch.zeros(4).half()},
     ],
@@ -280,7 +302,8 @@ def good_arguments(op):
     return {"q": torch.zeros(2, 4, 16), "k_pages": torch.zeros(3, 8, 2, 16), "v_pages": torch.zeros(3, 8, 2, 16),
             "page_table": table, "seq_lens": lens,
             **dict(zip((field.name for field in dataclasses.fields(ops.TreePlan)), plan, strict=True)),
-            "sm_scale": 0.25, "window_left": -1, "logits_soft_cap": 0.0, "sinks": None}  # fmt: skip
+            "out": torch.empty(2, 4, 16), "lse": torch.empty(2, 4), "sm_scale": 0.25, "window_left": -1,
+            "logits_soft_cap": 0.0, "sinks": None, "checks_plan": True}  # fmt: skip
 
 
 @pytest.mark.parametrize(("op", "change"), [(op, change) for op in BAD for change in BAD[op]])
