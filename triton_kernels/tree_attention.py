@@ -30,48 +30,6 @@ def _tanh(x):
 
 
 @triton.jit
-def _chunk_of(
-    chunks_ptr,  # [max_chunks, 6]
-    num_chunks, tile,
-    FANOUT: tl.constexpr,
-):  # fmt: skip
-    """Returns the chunk of work tile `tile`, by a FANOUT-way search, since each of its steps waits for memory."""
-    chunk = 0
-    i = tl.arange(0, FANOUT)
-    while num_chunks > 1:
-        step = tl.cdiv(num_chunks, FANOUT)
-        probed = i * step < num_chunks
-        begins = tl.load(
-            chunks_ptr + (chunk + i * step) * plan_rows.COLUMNS + plan_rows.TILE_BEGIN, mask=probed, other=0
-        )
-        passed = (tl.sum((probed & (begins <= tile)).to(tl.int32)) - 1) * step
-        chunk += passed
-        num_chunks = tl.minimum(step, num_chunks - passed)
-    return chunk
-
-
-@triton.jit
-def _row_of(
-    indptr_ptr,  # [num_branches + 1], offsets of the query tokens of rows, or of branches
-    token, begin, end, typical_len,
-):  # fmt: skip
-    """Returns the row among [begin, end) that each query token of a block belongs to.
-
-    The first guess is right for all tokens when rows have typical_len queries each, as in decode.
-    """
-    first = tl.load(indptr_ptr + begin)
-    guess = tl.minimum(begin + (token - first) // typical_len, end - 1)
-    first_row = tl.where(tl.load(indptr_ptr + guess) <= token, guess, begin)
-    end_row = tl.where(tl.load(indptr_ptr + guess + 1) > token, guess + 1, end)
-    while tl.max(end_row - first_row) > 1:
-        middle = (first_row + end_row) // 2
-        begun = tl.load(indptr_ptr + middle) <= token
-        first_row = tl.where(begun, middle, first_row)
-        end_row = tl.where(begun, end_row, middle)
-    return first_row
-
-
-@triton.jit
 def _attend(
     out_ptr, lse_ptr,  # [num_q, Hq, D], [num_q, Hq] or null
     part_out_ptr, part_lse_ptr,  # [max_parts, Hq, D], [max_parts, Hq]
@@ -94,7 +52,7 @@ def _attend(
     planned = first_query + row // GROUP  # query token in the plan's order
     head = kv_head * GROUP + row % GROUP
     typical_len = tl.maximum(1, num_rows // GROUP // (row_end - row_begin))
-    planned_row = _row_of(row_indptr_ptr, planned, row_begin, row_end, typical_len)
+    planned_row = plan_rows.row_of(row_indptr_ptr, planned, row_begin, row_end, typical_len)
     query = planned - tl.load(row_indptr_ptr + planned_row)  # of the branch's q_len
     branch = tl.load(order_ptr + planned_row)
     q_begin = tl.load(q_indptr_ptr + branch)
@@ -208,7 +166,7 @@ def _tree_attention_kernel(
     # Items of one tile are neighbours, and so are those of one chunk, so that they find shared pages in the cache.
     for item in tl.range(tl.program_id(0), num_items, tl.num_programs(0), num_stages=1):
         tile, kv_head = item // num_kv_heads, item % num_kv_heads
-        chunk_ptr = chunks_ptr + plan_rows.COLUMNS * _chunk_of(chunks_ptr, num_chunks, tile, 64)
+        chunk_ptr = chunks_ptr + plan_rows.COLUMNS * plan_rows.chunk_of(chunks_ptr, num_chunks, tile, 64)
         row_begin, row_end = tl.load(chunk_ptr + plan_rows.ROW_BEGIN), tl.load(chunk_ptr + plan_rows.ROW_END)
         token_begin, token_end = tl.load(chunk_ptr + plan_rows.TOKEN_BEGIN), tl.load(chunk_ptr + plan_rows.TOKEN_END)
         part = tl.load(chunk_ptr + plan_rows.PART)
@@ -252,7 +210,7 @@ def _merge_parts_kernel(
     fits = is_flat & (tl.load(counts_ptr + plan_rows.PAGE_SIZE) == PAGE_SIZE) & (num_owned <= num_q)
     if fits:
         typical_len = tl.maximum(1, num_q // num_branches)
-        branch = tl.max(_row_of(q_indptr_ptr, token + tl.arange(0, 1), 0, num_branches, typical_len))
+        branch = tl.max(plan_rows.row_of(q_indptr_ptr, token + tl.arange(0, 1), 0, num_branches, typical_len))
         begin, q_begin = tl.load(part_indptr_ptr + branch), tl.load(q_indptr_ptr + branch)
         q_len = tl.maximum(1, tl.load(q_indptr_ptr + branch + 1) - q_begin)
         num_parts = tl.where(token < num_owned, (tl.load(part_indptr_ptr + branch + 1) - begin) // q_len, 0)
