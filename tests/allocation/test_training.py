@@ -11,7 +11,7 @@ from support.fake_task import Digits
 from treedecode.allocation.allocators import Policy
 from treedecode.allocation.chains import Chain, confidence, selected
 from treedecode.allocation.features import FEATURE_NAMES, PromptFeatures, feature_vector
-from treedecode.allocation.gate import Gate
+from treedecode.allocation.gate import Gate, GateNetwork
 from treedecode.allocation.provenance import Provenance
 from treedecode.allocation.training.evaluate import evaluate, table
 from treedecode.allocation.training.fit import beta_binomial_nll, make_examples, measure, train
@@ -162,6 +162,16 @@ def test_a_gate_is_calibrated_and_better_than_a_constant(trained):
     assert on_others["chains"]["ece"] < 0.06
 
 
+def test_a_network_is_drawn_anew_from_the_generator():
+    network, drawn = GateNetwork(5, 2), []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        network.reset_parameters()
+        drawn.append(torch.cat([parameter.detach().flatten() for parameter in network.parameters()]))
+    assert drawn[0].equal(drawn[2])
+    assert (drawn[0] != drawn[1]).float().mean() > 0.9
+
+
 def test_a_gate_comes_back_from_its_file(trained, tmp_path):
     gate, _ = trained
     gate.save(tmp_path / "gate.safetensors")
@@ -233,8 +243,9 @@ def test_collected_rollouts_are_what_the_decoder_did(make_decoder, tmp_path):
         collect(dec, problems, **settings)
 
 
-def test_the_command_trains_and_judges(tmp_path, capsys):
-    _, data = population(80, 8)
+@pytest.mark.parametrize("trees", [0, 1])
+def test_the_command_trains_and_judges(tmp_path, capsys, trees):
+    _, data = population(80, 8, trees=trees)
     data.save(tmp_path / "rollouts.npz")
     out, rollouts = str(tmp_path / "out"), str(tmp_path / "rollouts.npz")
     assert main(["gate", "train", "--rollouts", rollouts, "--max-chains", "6", "--out", out]) == 0
@@ -245,7 +256,10 @@ def test_the_command_trains_and_judges(tmp_path, capsys):
     judge = ["gate", "eval", gate, "--rollouts", rollouts, "--budgets", "3", "--repeats", "1", "--out", out]
     assert main(judge) == 0
     report = json.loads((tmp_path / "out" / "gate_report.json").read_text())
-    assert table(report) in capsys.readouterr().out
+    shown = table(report)
+    assert shown in capsys.readouterr().out
+    lines = [line for line in shown.splitlines() if line.startswith("tree ")]
+    assert len(lines) == len(report["calibration"]["trees"]) == trees
     assert report["budgets"][0]["uniform_at_twice"] is not None
     assert main(["gate", "eval", str(tmp_path / "none"), "--rollouts", rollouts, "--out", out]) == 2
     assert "treedecode gate: error: " in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Edges of the engine and of what holds it: minimum lengths, stops that overlap themselves, failed searches."""
 
 import asyncio
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from support.fakes import EOS, FakeModel, FakeTokenizer, next_logits
 
 import treedecode as td
 from treedecode.decoding.beams import Beams, BeamSearch
+from treedecode.engine.branch_table import Work
 from treedecode.engine.stops import StopSet, TextStream
+from treedecode.search.run_account import RunAccount
 
 GREEDY = td.Sampling(temperature=0, ignore_eos=True)
 PROMPT = [5, 6, 7]
@@ -134,3 +137,39 @@ def test_an_account_starts_without_the_limits_of_the_one_before(make_decoder):
     assert dec.run(run()) == [len(PROMPT) + 9]
     assert not meter.is_over(second)
     assert meter.close(second).generated_tokens == 9
+
+
+def test_work_without_a_job_is_found(make_decoder):
+    dec = make_decoder()
+
+    async def check():
+        with await dec.roots([PROMPT, PROMPT]) as roots:
+            dec.check_integrity()
+            table = dec.engine.table
+            row = int(roots.branches[1])
+            table.work[row] = Work.SAMPLE
+            with pytest.raises(AssertionError, match="a row works without a job"):
+                dec.check_integrity()
+            table.work[row] = Work.NONE
+            dec.check_integrity()
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("seconds", [2.0, 30.0])
+def test_a_run_has_the_seconds_of_its_budget_from_its_beginning(make_decoder, seconds):
+    account = RunAccount(make_decoder(), td.Budget(seconds=seconds))
+    account.open(None)
+    left = account.deadline(td.Budget()) - time.monotonic()
+    assert seconds - 0.9 < left <= seconds
+    account.close()
+
+
+def test_the_branch_that_is_too_long_is_named(make_decoder):
+    async def extend():
+        dec = make_decoder(num_pages=10, page_size=4)
+        with await dec.roots([PROMPT, PROMPT[:2], PROMPT]) as roots:
+            await roots.extend(max_new_tokens=[3, 39, 300])
+
+    with pytest.raises(ValueError, match="2 tokens and 39 new ones do not fit the 40 tokens of kv_memory"):
+        asyncio.run(extend())

@@ -91,3 +91,21 @@ def test_out_of_branches_says_so(make_decoder):
         frontier.release()
 
     asyncio.run(search())
+
+
+def test_the_branch_that_came_last_goes_first(make_decoder):
+    """Of branches at rest with pages of their own, the youngest loses them, and no more than is needed."""
+    dec = make_decoder(num_pages=26, page_size=4)
+
+    async def search():
+        resting = [await dec.roots([[first] * 12]) for first in (2, 3, 4)]
+        for one in resting:
+            await one.extend(max_new_tokens=6, sampling=td.Sampling(temperature=0, ignore_eos=True))
+        busy = await dec.roots([[5] * 20])
+        await busy.extend(max_new_tokens=26, sampling=td.Sampling(seed=0, ignore_eos=True))
+        cached = [int(dec.engine.table.num_cached[one.branches[0]]) for one in resting]
+        return cached, dec.stats.num_preemptions
+
+    cached, num_preemptions = asyncio.run(search())
+    assert 0 < num_preemptions < 3
+    assert [tokens > 0 for tokens in cached] == [True] * (3 - num_preemptions) + [False] * num_preemptions

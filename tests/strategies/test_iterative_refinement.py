@@ -83,3 +83,12 @@ def test_the_worst_step_of_the_best_is_written_anew(doubt):
         passes += 1
     assert passes == 5
     assert (solution.text, solution.score) == best[-1]
+
+
+def test_refinement_ends_where_the_model_has_no_room_for_another_pass():
+    """A critique, a request and a solution would need more tokens than the decoder has left."""
+    asked = Recorder()
+    long = td.IterativeRefinement(critique_prompt="\nbad " * 40, revise_prompt="\nnew ", max_passes=9, good=None)
+    solution = solve_one(long, asked)
+    assert 1 < len(asked.calls) < 6, "some of nine passes"
+    assert (solution.text, solution.score) in [one for [one] in asked.calls]

@@ -1,5 +1,7 @@
 """Tree of Thoughts: breadth first and depth first, with sampled and with proposed steps."""
 
+import itertools
+
 import pytest
 from support import scripted
 from support.fake_task import FakeTask, Recorder
@@ -149,3 +151,16 @@ def test_votes_are_no_part_of_the_tree(monkeypatch):
     strategy = td.TreeOfThoughts(depth=1, width=2, keep=1)
     [solution] = td.solve(dec, STEPS.problems(1), strategy=strategy, task=STEPS, verifier=Vote(num_samples=2)).solutions
     assert [node.text for node in solution.tree.nodes[1:]] == ["toast\n", "toast\n", "jam\n\n"]
+
+
+def test_a_complete_solution_stays_one_of_the_states():
+    num_kept = 0
+    for seed in range(12):
+        asked = Recorder(lambda problem, text: 1.0 if text.endswith(".") else len(text) / 100)
+        solve_one(td.TreeOfThoughts(depth=4, width=3, keep=2), asked, seed=seed)
+        for before, after in itertools.pairwise(asked.calls):
+            complete = [text for text, _ in before if text.endswith(".")][:2]
+            texts = [text for text, _ in after]
+            assert [texts.count(text) for text in complete] == [1] * len(complete)
+            num_kept += len(complete)
+    assert num_kept > 3
