@@ -166,6 +166,8 @@ def test_pages_outlive_their_row_while_retained():
         (lambda p: p.fork([0], [1], [-1]), "lens: expected lengths"),
         (lambda p: p.append([0, 0]), "rows: expected each row once"),
         (lambda p: p.append([99]), "rows: row 99 is not allocated"),
+        (lambda p: p.append([0, 5]), "rows: row 5 is not allocated"),
+        (lambda p: p.append([5, 0]), "rows: row 5 is not allocated"),
         (lambda p: p.append([-1]), "rows: expected rows in 0 .. 7, got -1 at index 0"),
         (lambda p: p.append([[0]]), r"rows: expected shape \[n\] = \[\*\], got \[1, 1\]"),
         (lambda p: p.append([0, 1], [1, -1]), "q_lens: expected lengths from 0 to the room .* got -1 at index 1"),

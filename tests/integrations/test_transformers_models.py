@@ -132,6 +132,9 @@ def test_text_prompts_of_multimodal_classes(make, options):
         got = model.generate(**inputs, **GREEDY, **options, custom_generate=treedecode.generate)
         assert got.tolist() == want.tolist()
         assert len(set(want[0].tolist())) > 3, "another text than one token over and over"
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    assert len({id(config) for config in configs}) >= 2
+    assert {config._attn_implementation for config in configs} == {"sdpa"}, "nested ones are restored too"
     positions = torch.arange(7).expand(3, 1, 7) + torch.tensor([0, 0, 1])[:, None, None]
     with pytest.raises(ValueError, match="position_ids: expected those of the attention mask"):
         model.generate(**make_inputs(1), **GREEDY, position_ids=positions, custom_generate=treedecode.generate)
