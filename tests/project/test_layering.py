@@ -34,10 +34,10 @@ ROOMS: dict[str, set[str]] = {
         *("common", "ops", "cache", "accounting", "engine", "decoding", "tasks", "verify", "search", "allocation"),
         "strategies",
     },
-    "integrations": {"common", "models", "engine", "decoding"},
+    "integrations": {"common", "ops", "models", "engine", "decoding"},
     "cli": {
         *("common", "ops", "accounting", "models", "engine", "decoding", "tasks", "verify", "search", "reporting"),
-        *("allocation", "strategies", "study"),
+        *("allocation", "strategies", "study", "integrations"),
     },
 }
 NATIVE = {"_host": {"engine"}}  # modules that are built, and the rooms that use them

@@ -82,6 +82,14 @@ def answers() -> str:
     return equivalence_backend()
 
 
+def vllm_plugin() -> str:
+    """Says whether vLLM takes treedecode's attention, and why not."""
+    from treedecode.integrations.vllm.plugin import reason_against
+
+    reason = reason_against()
+    return "active" if reason is None else f"not active: {reason}"
+
+
 def report() -> Iterator[str]:
     """Iterates over the lines of the report; a part that fails says so in its line."""
 
@@ -102,6 +110,7 @@ def report() -> Iterator[str]:
     yield line("gpu", gpus)
     yield line("_host", host)
     yield line("answers", answers)
+    yield line("vllm plugin", vllm_plugin)
     yield line("kernels", isa)
     lines = attempt(backends)
     yield "ops:"

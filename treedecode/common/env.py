@@ -34,6 +34,18 @@ def backend() -> str | None:
     return value
 
 
+def vllm_plugin() -> bool:
+    """Reads `TREEDECODE_VLLM`: 0 leaves vLLM's attention as it is; 1 or unset puts treedecode's in its place.
+
+    Raises:
+        ValueError: it is another value.
+    """
+    value = os.environ.get("TREEDECODE_VLLM")
+    if value not in (None, "0", "1"):
+        raise ValueError(f"TREEDECODE_VLLM: expected 0, 1 or unset, got {value!r}")
+    return value != "0"
+
+
 def settings() -> dict[str, str]:
     """Returns the variables that are set and matter here, for bug reports."""
     return {name: os.environ[name] for name in sorted(os.environ) if re.match(r"TREEDECODE_|OMP_NUM_THREADS$", name)}
