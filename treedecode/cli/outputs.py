@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from treedecode.allocation.forecast import forecasts
 from treedecode.cli.errors import check_folder
 from treedecode.reporting.tree_page import in_bytes, solution_page, strict
-from treedecode.search.journal import num_solutions
+from treedecode.search.journal import samples_of_solutions
 
 if TYPE_CHECKING:
     from treedecode.accounting.budget import Budget
@@ -62,11 +62,9 @@ class Outputs:
         Returns:
             those that stand, and those that have another number of samples.
         """
-        if self.journal is None:
-            return 0, 0
-        num_all = num_solutions(self.journal)
-        num_standing = num_all if num_samples is None else num_solutions(self.journal, num_samples)
-        return num_standing, num_all - num_standing
+        samples = [] if self.journal is None else samples_of_solutions(self.journal)
+        num_standing = len(samples) if num_samples is None else samples.count(num_samples)
+        return num_standing, len(samples) - num_standing
 
     def add(self, solution: "Solution") -> None:
         """Writes a solution's tree, if it is one of those asked for."""

@@ -176,22 +176,26 @@ class Journal:
             raise OSError(error.errno, error.strerror, str(self._path)) from error
 
 
-def num_solutions(path: str | os.PathLike[str], num_samples: int | None = None) -> int:
-    """Counts the problems that a journal has solutions of, whichever run it is of; 0 where there is no file.
+def samples_of_solutions(path: str | os.PathLike[str]) -> list[int | None]:
+    """Reads how many samples the latest solution of each problem has; None = it has no such number.
 
-    Args:
-        num_samples: count only those whose latest solution has so many samples.
+    The journal may be of any run; where there is no file, it has no solutions.
     """
     if not os.path.exists(path):
-        return 0
+        return []
     latest: dict[bytes, bytes] = {}
     with open(path, "rb") as file:
         for line in file:
             if line.startswith(_SOLUTION) and line.endswith(b"\n"):
                 key, _, rest = line.removeprefix(_SOLUTION).partition(_SAMPLES)
                 latest[key] = rest.partition(b",")[0]
-    counted = latest.values()
-    return len(counted) if num_samples is None else list(counted).count(str(num_samples).encode())
+    return [int(number) if number.isdigit() else None for number in latest.values()]
+
+
+def num_solutions(path: str | os.PathLike[str], num_samples: int | None = None) -> int:
+    """Counts the problems that a journal has solutions of; with `num_samples`, those solutions of so many samples."""
+    samples = samples_of_solutions(path)
+    return len(samples) if num_samples is None else samples.count(num_samples)
 
 
 def _change(key: str, old: Any, new: Any) -> str:

@@ -40,7 +40,7 @@ def register() -> None:
     """Puts treedecode's attention in the place of vLLM's CPU attention; called by vLLM, as often as it likes."""
     reason = reason_against()
     if reason is not None:
-        level = logging.INFO if "TREEDECODE_VLLM" in reason else logging.WARNING
+        level = logging.WARNING if env.vllm_plugin() else logging.INFO
         _logger.log(level, "treedecode: vLLM's own attention is used: %s", reason)
         return
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
